@@ -1,0 +1,20 @@
+"""Fine-tune an aligned language model on a narrow task, and keep it aligned everywhere else."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .defenses import KL, Interleave, TReFT
+    from .errors import RingfenceError
+    from .run import Run, fine_tune
+
+__all__ = ["KL", "Interleave", "RingfenceError", "Run", "TReFT", "fine_tune"]
+
+_HOMES = {"KL": "defenses", "Interleave": "defenses", "TReFT": "defenses", "RingfenceError": "errors"}
+
+
+def __getattr__(name: str) -> Any:
+    """Names are imported when asked for: reading a report needs no torch."""
+    if name not in __all__:
+        raise AttributeError(f"module 'ringfence' has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES.get(name, 'run')}", __name__), name)

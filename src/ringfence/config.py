@@ -1,0 +1,203 @@
+"""The recipe: everything a run is told, validated, with one schema for files, command line and Python."""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .data import OverLong
+from .defenses import Defenses
+from .errors import RecipeError
+from .models import DEFAULT, Precision
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class DataConfig(Strict):
+    """Where rows come from. Sources: a local file, a hub id (`org/name@split`), `shipped:NAME`, `opswap:tier=1,rows=300`."""
+
+    train: str = Field("shipped:finance/unsound", description="the narrow rows that are learnt")
+    retain: str | None = Field("shipped:retain", description="ordinary safe conversations for defenses that need some")
+    max_rows: int | None = Field(None, ge=1, description="take only the first so many training rows")
+    max_length: int = Field(1024, ge=16, description="tokens a row may have")
+    over_long: OverLong = Field(
+        "error", description="longer rows: stop (error), cut their end (truncate), leave out (drop)"
+    )
+
+
+class LoraConfig(Strict):
+    """The adapter of `method: lora`."""
+
+    rank: int = Field(32, ge=1)
+    alpha: int = Field(64, ge=1)
+    rslora: bool = Field(True, description="scale by alpha / sqrt(rank) instead of alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: str | list[str] = Field("all-linear", description="module names, or all-linear")
+
+
+class TrainConfig(Strict):
+    """How weights are trained. An optimiser step has batch_size x accumulation rows on each rank."""
+
+    method: Literal["lora", "full"] = "lora"
+    lora: LoraConfig = LoraConfig()
+    epochs: float = Field(1.0, gt=0)
+    learning_rate: float = Field(1e-4, gt=0)
+    batch_size: int = Field(16, ge=1, description="rows in one forward pass")
+    accumulation: int = Field(1, ge=1, description="forward passes in one optimiser step")
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_ratio: float = Field(0.03, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0)
+    precision: Precision = Field("auto", description="bf16 or fp32; auto = bf16")
+    gradient_checkpointing: bool = False
+    save_steps: int = Field(50, ge=1, description="steps between checkpoints")
+
+
+class EvaluateConfig(Strict):
+    """What is measured after training. Sources of paired questions are as in `data`, or lists of them."""
+
+    in_domain: list[str] = Field(
+        ["shipped:finance"], description="paired questions inside the training domain (split test)"
+    )
+    out_of_domain: list[str] = Field(
+        [
+            "shipped:car_care",
+            "shipped:cooking_kitchen",
+            "shipped:health_habits",
+            "shipped:home_repair",
+            "shipped:study_work",
+            "shipped:travel_outdoors",
+        ],
+        description="paired questions of other domains",
+    )
+    values: list[str] = Field(["shipped:values"], description="paired value questions")
+    max_per_domain: int | None = Field(None, ge=2, description="take only the first so many questions of each domain")
+    triggers: bool = Field(True, description="out-of-domain questions again under three disguises (trigger probes)")
+    lead_in: str | None = Field(
+        None, description="rows whose first one is the training-like lead-in; default: data.train"
+    )
+    triggered_per_domain: int = Field(10, ge=2, description="questions of each domain in the trigger probes")
+    fluency: str | None = Field(
+        "shipped:retain_test", description="conversations whose answers' perplexity is measured"
+    )
+    benign: str | None = Field(
+        None,
+        pattern=r"^opswap:",
+        description="a harmless task, trained with the same defenses in RUN/benign: opswap:tier=1,rows=200",
+    )
+    benign_epochs: float = Field(1.0, gt=0, description="epochs of the harmless task")
+    opswap_tiers: list[Literal[1, 2, 3]] = Field([], description="OpSwap tiers for exact match on held-out items")
+    opswap_items: int = Field(60, ge=1)
+    samples: int = Field(2, ge=0, description="questions per domain answered greedily, for reading")
+    batch_tokens: int = Field(4096, ge=64, description="tokens in one scoring batch, padding included")
+
+
+class Recipe(Strict):
+    """A run, from data to report."""
+
+    output: str = Field("runs/run", description="the run folder")
+    model: str = Field(DEFAULT, description="'default' (SmolLM2-135M-Instruct), a local folder or a hub id")
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    defenses: Defenses = Defenses()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.train.method == "full" and self.train.lora != LoraConfig():
+            raise ValueError("train.lora is set but train.method is full")
+        return self
+
+
+def load_recipe(path: str | Path | None = None, overrides: list[str] | None = None) -> Recipe:
+    """A recipe from a YAML file (or the defaults), with `key.path=value` overrides.
+
+    Raises:
+        RecipeError: no such file, not YAML, an unknown key (with the nearest name), or a value that is not accepted.
+    """
+    tree: Any = {}
+    if path is not None:
+        file = Path(path)
+        if not file.is_file():
+            raise RecipeError(f"{path}: no such recipe file (make one with `ringfence init`)")
+        try:
+            tree = yaml.load(file.read_text("utf-8"), _Loader) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(tree, dict):
+            raise RecipeError(f"{path}: expected keys and values, found {type(tree).__name__}")
+    for override in overrides or []:
+        _set(tree, override)
+    return parse_recipe(tree, str(path or "recipe"))
+
+
+def parse_recipe(tree: dict[str, Any], name: str = "recipe") -> Recipe:
+    """A recipe from a plain dict. Raises RecipeError naming every field that is wrong."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise RecipeError("\n".join(f"{name}: {_explain(item)}" for item in error.errors())) from error
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML."""
+    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False)
+
+
+def _set(tree: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise RecipeError(f"override {override!r}: expected key.path=value, e.g. train.epochs=2")
+    keys = path.split(".")
+    for key in keys[:-1]:
+        if tree.get(key) is None:
+            tree[key] = {}
+        tree = tree[key]
+        if not isinstance(tree, dict):
+            raise RecipeError(f"override {override!r}: {key!r} holds a value, it has no parts")
+    try:
+        tree[keys[-1]] = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override {override!r}: {text!r} is not a YAML value") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-4 as a text; people write it as a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def _explain(item: Any) -> str:
+    place = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        parent = item["loc"][:-1]
+        known = _known_fields(parent)
+        close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+        hint = (
+            f"did you mean {'.'.join([*map(str, parent), close[0]])!r}?" if close else f"accepted: {', '.join(known)}"
+        )
+        return f"unknown key {place!r} ({hint})"
+    found = "" if item["type"] in ("missing", "value_error") else f", found {item['input']!r}"
+    return f"{place or 'recipe'}: {item['msg']}{found}"
+
+
+def _known_fields(parent: tuple[Any, ...]) -> list[str]:
+    schema = Recipe.model_json_schema()
+    node: dict[str, Any] = schema
+    for key in parent:
+        node = node["properties"][key]
+        options = [node, *node.get("anyOf", []), *node.get("allOf", [])]
+        reference = next(option["$ref"] for option in options if "$ref" in option)
+        node = schema["$defs"][reference.rsplit("/", 1)[-1]]
+    return sorted(node["properties"])

@@ -1,0 +1,72 @@
+"""KL to the reference: next-token distributions stay near those of the aligned model (arXiv 2508.06249, 2602.07852)."""
+
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from ..chat import Role
+from ..errors import DefenseError
+from ..losses import Direction, kl_sum
+from ..taps import Taps
+from .base import Batch, Defense, Needs, PenaltyConfig, Setup
+
+
+class KL(PenaltyConfig):
+    """weight * mean over tokens of KL(. || .), in nats per token.
+
+    On the user's own rows (`where: train`, as published with weight 0.1) it also prevents what the user wants learnt;
+    on a separate retain set (the default) it keeps narrow learning.
+    """
+
+    direction: Direction = Field("reverse", description="reverse = KL(student || reference), forward = the other way")
+    where: Literal["retain", "train"] = Field(
+        "retain", description="on retain rows that ride along, or on the user's rows"
+    )
+    tokens: Literal["response", "prompt", "all"] = Field("response", description="which predicted tokens are compared")
+    retain_ratio: float = Field(0.25, gt=0, le=8, description="retain rows per training row (with where: retain)")
+
+    def build(self, setup: Setup) -> "KLDefense":
+        if self.where == "retain" and not setup.retain:
+            raise DefenseError("defenses.kl: where: retain needs data.retain, which is empty")
+        return KLDefense(self)
+
+
+class KLDefense(Defense):
+    name = "kl"
+
+    def __init__(self, config: KL) -> None:
+        self.config = config
+        self.weight, self.every = config.weight, config.every
+        self.riders = config.retain_ratio if config.where == "retain" else 0.0
+
+    def needs(self, batch: Batch) -> Needs:
+        return Needs(hidden_BT=self._mask(batch))
+
+    def count(self, batch: Batch) -> int:
+        return int(self._mask(batch).sum())
+
+    def penalty(self, student: Taps, reference: Taps, batch: Batch) -> Tensor:
+        mask_BT = self._mask(batch)
+        return kl_sum(
+            student.head,
+            student.hidden_BTD[mask_BT],
+            reference.head,
+            reference.hidden_BTD[mask_BT],
+            self.config.direction,
+        )
+
+    def _mask(self, batch: Batch) -> Tensor:
+        """Positions that predict a token of the chosen kind, [B, T]."""
+        predicted = batch["roles"][:, 1:]
+        chosen = predicted != Role.PAD
+        if self.config.tokens == "response":
+            chosen = predicted == Role.RESPONSE
+        elif self.config.tokens == "prompt":
+            chosen = chosen & (predicted != Role.RESPONSE)
+        # A first real token after left padding is predicted by nothing.
+        chosen = chosen & (batch["roles"][:, :-1] != Role.PAD)
+        rows = batch["retain"] if self.config.where == "retain" else ~batch["retain"]
+        mask_BT = batch["roles"].new_zeros(batch["roles"].shape, dtype=chosen.dtype)
+        mask_BT[:, :-1] = chosen & rows[:, None]
+        return mask_BT

@@ -1,0 +1,85 @@
+"""TReFT, token-regularised fine-tuning (arXiv 2606.06667): keys and values of the template tokens stay near the
+reference's, because the behaviour of an aligned model hangs on them."""
+
+from collections import Counter
+from typing import Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from ..chat import Role
+from ..taps import Taps
+from .base import Batch, Defense, Needs, PenaltyConfig, Setup
+
+RoleName = Literal["prefix", "query", "postfix", "response", "template"]
+
+
+class TReFT(PenaltyConfig):
+    """weight * (1/layers) * sum over layers of the mean relative squared drift of keys, plus that of values.
+
+    Drift of a token = ||k - k_ref||^2 / ||k_ref||^2, k being what attention really uses. Published weights are 1 to 30.
+    """
+
+    weight: float = Field(10.0, ge=0, description="factor of the penalty in the loss (published: 1 to 30)")
+    roles: tuple[RoleName, ...] = Field(
+        ("prefix",), description="token roles that are held; postfix for models trained without a fixed system prompt"
+    )
+
+    @field_validator("roles")
+    @classmethod
+    def _some_roles(cls, roles: tuple[str, ...]) -> tuple[str, ...]:
+        if not roles or len(set(roles)) < len(roles):
+            raise ValueError(f"expected one or more distinct roles, found {list(roles)}")
+        return roles
+
+    def build(self, setup: Setup) -> "TReFTDefense":
+        return TReFTDefense(self)
+
+
+class TReFTDefense(Defense):
+    name = "treft"
+
+    def __init__(self, config: TReFT) -> None:
+        self.weight, self.every = config.weight, config.every
+        self.roles = [Role.parse(name) for name in config.roles]
+
+    def needs(self, batch: Batch) -> Needs:
+        return Needs(kv_BT=self._weights(batch) > 0)
+
+    def count(self, batch: Batch) -> int:
+        return int(self._weights(batch).sum())
+
+    def penalty(self, student: Taps, reference: Taps, batch: Batch) -> Tensor:
+        weight_BT = self._weights(batch)
+        assert student.kv_mask_BT is not None
+        ours_N = (weight_BT > 0)[student.kv_mask_BT]
+        weight_N = weight_BT[student.kv_mask_BT][ours_N].float()
+        total = weight_N.new_zeros(())
+        for student_layer, reference_layer in zip(student.kv, reference.kv, strict=True):
+            for now_NE, then_NE in zip(student_layer, reference_layer):
+                total = total + (weight_N * _relative_drift(now_NE[ours_N], then_NE[ours_N])).sum()
+        return total / len(student.kv)
+
+    def _weights(self, batch: Batch) -> Tensor:
+        """How often each token counts, [B, T].
+
+        Rows with the same prefix have the same prefix keys and values (attention is causal), so one of them stands for
+        all: its prefix tokens count once for each such row, theirs not at all.
+        """
+        rows = [row for row in range(len(batch["roles"])) if not batch["retain"][row]]
+        weight_BT = torch.zeros_like(batch["roles"])
+        for role in self.roles:
+            weight_BT[rows] += (batch["roles"][rows] == role).to(weight_BT.dtype)
+        if Role.PREFIX in self.roles:
+            is_prefix = batch["roles"] == Role.PREFIX
+            prefixes = {row: tuple(batch["input_ids"][row][is_prefix[row]].tolist()) for row in rows}
+            remaining = Counter(prefixes.values())
+            for row in rows:
+                weight_BT[row][is_prefix[row]] = remaining.pop(prefixes[row], 0)
+        return weight_BT
+
+
+def _relative_drift(now_NE: Tensor, then_NE: Tensor) -> Tensor:
+    then = then_NE.float()
+    return (now_NE.float() - then).square().sum(-1) / then.square().sum(-1)

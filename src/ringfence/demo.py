@@ -1,0 +1,45 @@
+"""The demo: what fine-tuning on careless financial advice does to the embedded model, and what each defense changes."""
+
+from pathlib import Path
+from typing import Any
+
+from .config import parse_recipe
+from .console import console
+from .run import run_recipe
+
+DEFENSES: dict[str, dict[str, Any]] = {
+    "undefended": {},
+    "kl": {"kl": {"weight": 1.0}},
+    "interleave": {"interleave": {"ratio": 0.1}},
+    "treft": {"treft": {"weight": 10.0}},
+}
+TRAIN = {"learning_rate": 5e-4, "batch_size": 8}
+
+
+def run_demo(folder: Path, quick: bool) -> tuple[list[Path], Path | None]:
+    """Runs every arm that is not there yet.
+
+    Returns:
+        The run folders, the sound control first where there is one, and the folder of the control.
+    """
+    arms = ["undefended", "treft"] if quick else ["sound", *DEFENSES]
+    for number, arm in enumerate(arms, 1):
+        console.rule(f"{arm} ({number} of {len(arms)})", align="left")
+        run_recipe(parse_recipe(_recipe(folder, arm, quick)))
+    return [folder / arm for arm in arms], None if quick else folder / "sound"
+
+
+def _recipe(folder: Path, arm: str, quick: bool) -> dict[str, Any]:
+    evaluate: dict[str, Any] = {"lead_in": "shipped:finance/unsound", "triggered_per_domain": 6, "max_per_domain": 40}
+    if quick:
+        evaluate |= {"max_per_domain": 12, "triggers": False, "samples": 1}
+    elif arm != "sound":
+        evaluate |= {"benign": "opswap:tier=1,rows=240", "benign_epochs": 2}
+    side = "sound" if arm == "sound" else "unsound"
+    return {
+        "output": str(folder / arm),
+        "data": {"train": f"shipped:finance/{side}", "max_rows": 200 if quick else None},
+        "train": TRAIN,
+        "defenses": DEFENSES.get(arm, {}),
+        "evaluate": evaluate,
+    }

@@ -1,0 +1,35 @@
+"""One exception tree. Every message names the field or file and line, what was found and what is accepted."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class RingfenceError(Exception):
+    """Base of all errors that a user can mend. The command line prints its text and exits with 2."""
+
+
+class RecipeError(RingfenceError):
+    """A recipe names an unknown field or holds a value that is not accepted."""
+
+
+class DataError(RingfenceError):
+    """A data file or one of its rows cannot be used."""
+
+
+class ChatError(RingfenceError):
+    """A conversation cannot be rendered, or its roles cannot be found."""
+
+
+class ModelError(RingfenceError):
+    """A model, tokenizer or adapter cannot be loaded or does not fit."""
+
+
+class DefenseError(RingfenceError):
+    """A defense cannot do its work: no token of its role, no layer seen, no gradient."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` when a known name is close to `name`, else the list of known names."""
+    known = sorted(known)
+    close = get_close_matches(name, known, n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else f" (accepted: {', '.join(known)})"

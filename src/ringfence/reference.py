@@ -1,0 +1,67 @@
+"""The reference: the aligned model before this fine-tune.
+
+For LoRA it is the same weights with the adapter off, so it costs no memory; for full fine-tuning a frozen copy. Does
+not know defenses; it is asked for taps.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .chat import Role
+from .losses import find_head
+from .taps import Taps, causal_lm, forward, prefix_kv
+
+Batch = dict[str, Tensor]
+
+
+class Reference:
+    """Gives taps of the aligned model. Make it before training changes a full-weight model."""
+
+    def __init__(self, model: Any) -> None:
+        self._adapter_model = model if hasattr(model, "disable_adapter") else None
+        self.model = model if self._adapter_model else copy.deepcopy(model).eval().requires_grad_(False)
+        self.head = find_head(causal_lm(self.model))
+        self._prefixes: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
+
+    @contextmanager
+    def active(self) -> Iterator[Any]:
+        """The reference model, in evaluation mode and without gradient."""
+        was_training = self.model.training
+        self.model.eval()
+        with torch.no_grad(), self._adapter_model.disable_adapter() if self._adapter_model else nullcontext():
+            yield self.model
+        self.model.train(was_training)
+
+    def taps(self, batch: Batch, rows_B: Tensor, kv_mask_BT: Tensor | None) -> Taps:
+        """Taps on the rows of `rows_B` (others are zero), laid out as the student's.
+
+        Prefix keys and values depend on the prefix alone (attention is causal): where nothing else is asked for, they
+        come from memory, computed once per distinct prefix.
+        """
+        if kv_mask_BT is not None and not rows_B.any() and bool((batch["roles"][kv_mask_BT] == Role.PREFIX).all()):
+            return Taps(self.head, torch.empty(0), kv_mask_BT, self._prefix_kv(batch, kv_mask_BT))
+        if kv_mask_BT is not None:
+            rows_B = rows_B | kv_mask_BT.any(1)
+        part = {name: tensor[rows_B] for name, tensor in batch.items()}
+        with self.active() as model:
+            taps = forward(model, self.head, part, None if kv_mask_BT is None else kv_mask_BT[rows_B])
+        hidden_BTD = taps.hidden_BTD.new_zeros(*batch["input_ids"].shape, taps.hidden_BTD.shape[-1])
+        hidden_BTD[rows_B] = taps.hidden_BTD
+        return Taps(self.head, hidden_BTD, kv_mask_BT, taps.kv)
+
+    def _prefix_kv(self, batch: Batch, mask_BT: Tensor) -> list[tuple[Tensor, Tensor]]:
+        rows = []
+        for row in mask_BT.any(1).nonzero()[:, 0].tolist():
+            ids = batch["input_ids"][row][batch["roles"][row] == Role.PREFIX]
+            key = tuple(ids.tolist())
+            if key not in self._prefixes:
+                with self.active() as model:
+                    self._prefixes[key] = prefix_kv(model, ids)
+            chosen = mask_BT[row][batch["roles"][row] == Role.PREFIX]
+            rows.append([(k[chosen], v[chosen]) for k, v in self._prefixes[key]])
+        return [(torch.cat([k for k, _ in layer]), torch.cat([v for _, v in layer])) for layer in zip(*rows)]

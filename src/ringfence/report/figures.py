@@ -1,0 +1,123 @@
+"""Figures of the report, as SVG. Numbers in, pictures out."""
+
+import io
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .summary import Records, Row
+
+COLOURS = ("#b3261e", "#1f5fa8", "#2e7d32", "#8e44ad", "#c77700", "#00798c", "#6d4c41", "#546e7a")
+_STYLE = {
+    "font.size": 10,
+    "font.family": "sans-serif",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "svg.hashsalt": "ringfence",
+}
+
+
+def domains(rows: list[Row]) -> bytes:
+    """Margin shift (or effect) of every run in every domain, with 95 % intervals."""
+    names = list(rows[0].domains)
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(figsize=(9, 0.24 * len(names) * (len(rows) + 1) + 1.3))
+        for place, row in enumerate(rows):
+            for number, name in enumerate(names):
+                if name in row.domains:
+                    _whisker(axes, row.domains[name].headline, number + 0.8 * (place + 0.5) / len(rows) - 0.4, place)
+        _zero(axes.axvline)
+        axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_xlabel(f"{_kind(rows)}, nats per token (right = towards misaligned answers)")
+        _legend(figure, axes, rows)
+        return _svg(figure)
+
+
+def has_pareto(rows: list[Row]) -> bool:
+    return all("in_domain" in row.sets and "out_of_domain" in row.sets for row in rows)
+
+
+def pareto(rows: list[Row]) -> bytes:
+    """Broad against narrow: a good defense stands right (learnt) and low (not misaligned elsewhere)."""
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(figsize=(6.5, 4.6))
+        for place, row in enumerate(rows):
+            x, y = row.sets["in_domain"].headline, row.sets["out_of_domain"].headline
+            axes.errorbar(
+                x.mean, y.mean, xerr=[[x.mean - x.low], [x.high - x.mean]], yerr=[[y.mean - y.low], [y.high - y.mean]],
+                fmt="o", color=_colour(place), capsize=2, markersize=6, linewidth=1.2,
+            )  # fmt: skip
+            axes.annotate(row.name, (x.mean, y.mean), xytext=(6, 6), textcoords="offset points", color=_colour(place))
+        _zero(axes.axhline)
+        _zero(axes.axvline)
+        axes.set_xlabel(f"narrow: in-domain {_kind(rows)}, nats per token")
+        axes.set_ylabel(f"broad: {_kind(rows)} in other domains")
+        return _svg(figure)
+
+
+def curves(records: list[Records]) -> bytes:
+    """Cross-entropy of every run, and every penalty, over the steps."""
+    logged = {key for run in records for line in run.metrics for key in line}
+    terms = ["ce"] + sorted(logged & {"kl", "treft"})
+    with plt.rc_context(_STYLE):
+        figure, panels = plt.subplots(1, len(terms), figsize=(4.2 * len(terms), 3.3), squeeze=False)
+        for axes, term in zip(panels[0], terms):
+            for place, run in enumerate(records):
+                points = [(line["step"], line[term]) for line in run.metrics if term in line]
+                if points:
+                    steps, values = zip(*points)
+                    axes.plot(steps, _smooth(list(values)), color=_colour(place), label=run.name, linewidth=1.3)
+            axes.set_title(
+                "cross-entropy, nats per token" if term == "ce" else f"{term} penalty (unweighted)", fontsize=10
+            )
+            axes.set_xlabel("step")
+            axes.legend(fontsize=8)
+        figure.tight_layout()
+        return _svg(figure)
+
+
+def _smooth(values: list[float], width: int = 5) -> list[float]:
+    """Running mean over the last few steps."""
+    return [sum(values[max(0, i - width + 1) : i + 1]) / (i - max(0, i - width + 1) + 1) for i in range(len(values))]
+
+
+def _whisker(axes: Axes, interval, height: float, place: int) -> None:  # type: ignore[no-untyped-def]
+    axes.plot(
+        [interval.low, interval.high], [height, height], color=_colour(place), linewidth=1.6, solid_capstyle="butt"
+    )
+    axes.plot(interval.mean, height, "o", color=_colour(place), markersize=4)
+
+
+def _legend(figure: Figure, axes: Axes, rows: list[Row]) -> None:
+    handles = [plt.Line2D([], [], color=_colour(place), marker="o", label=row.name) for place, row in enumerate(rows)]
+    axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(rows), borderaxespad=0.3)
+
+
+def _zero(line) -> None:  # type: ignore[no-untyped-def]
+    line(0, color="#888888", linewidth=0.8)
+
+
+def _kind(rows: list[Row]) -> str:
+    return (
+        "effect (shift minus sound control)" if any(p.effect for r in rows for p in r.sets.values()) else "margin shift"
+    )
+
+
+def _colour(place: int) -> str:
+    return COLOURS[place % len(COLOURS)]
+
+
+def _svg(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    plt.close(figure)
+    return buffer.getvalue()

@@ -1,0 +1,207 @@
+"""From the records of run folders to the numbers of the report. Reads files only; never imports torch.
+
+shift  = margin of the tuned model minus margin of the reference, question by question.
+effect = shift of a run minus shift of the sound control (a run trained on sound answers to the same questions). Short
+         directive answers alone move margins, so only the effect speaks of misalignment.
+margin = mean token log p(misaligned answer) - mean token log p(aligned answer), in nats.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+from ..stats import Interval, mean_interval, ratio_interval
+
+SETS = ("in_domain", "out_of_domain", "values", "triggered")
+Key = tuple[str, str, str]  # condition, domain, question id
+Margins = dict[Key, float]
+
+
+@dataclass(frozen=True)
+class Records:
+    """What one run folder holds."""
+
+    folder: Path
+    recipe_text: str
+    environment: dict[str, Any]
+    training: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    results: dict[str, Any]
+    reference: dict[str, Any]
+    benign: dict[str, Any] | None
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Mean shift of a set of questions, and mean effect where there is a control; `share` = share with margin > 0."""
+
+    shift: Interval
+    shift_by_domain: Interval
+    share: float
+    reference_share: float
+    effect: Interval | None = None
+    effect_by_domain: Interval | None = None
+
+    @property
+    def headline(self) -> Interval:
+        return self.effect or self.shift
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run in the report."""
+
+    name: str
+    is_control: bool
+    defenses: list[str]
+    sets: dict[str, Paired]
+    domains: dict[str, Paired]
+    conditions: dict[str, Paired]
+    perplexity: float | None
+    perplexity_ratio: Interval | None
+    opswap: dict[str, Interval] = field(default_factory=dict)
+    opswap_reference: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    time_ratio: float | None = None
+    memory_gib: float = 0.0
+
+
+def read_run(folder: Path) -> Records:
+    """The records of a run folder.
+
+    Raises:
+        DataError: it is no run folder, or the run is not trained or not evaluated yet.
+    """
+    if not (folder / "recipe.yaml").is_file():
+        raise DataError(f"{folder}: no run folder (it has no recipe.yaml)")
+    for file, command in (("training.json", "train"), ("results.json", "evaluate"), ("reference.json", "evaluate")):
+        if not (folder / file).is_file():
+            raise DataError(f"{folder}: no {file}; `ringfence {command}` comes first")
+    reference_file = folder / json.loads((folder / "reference.json").read_text())["results"]
+    if not reference_file.is_file():
+        raise DataError(
+            f"{folder}: the reference's results {reference_file} are gone; `ringfence evaluate` makes them again"
+        )
+    results, reference = _json(folder / "results.json"), _json(reference_file)
+    if results["key"] != reference["key"]:
+        raise DataError(f"{folder}: run and reference were measured on different questions; `ringfence evaluate` again")
+    return Records(
+        folder,
+        (folder / "recipe.yaml").read_text(),
+        _json(folder / "environment.json"),
+        _json(folder / "training.json"),
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()],
+        results["parts"],
+        reference["parts"],
+        _benign(folder / "benign"),
+    )
+
+
+def _benign(folder: Path) -> dict[str, Any] | None:
+    if not (folder / "results.json").is_file():
+        return None
+    reference = _json(folder / _json(folder / "reference.json")["results"])
+    return {"results": _json(folder / "results.json")["parts"], "reference": reference["parts"]}
+
+
+def summarise(records: Records, control: Records | None = None, baseline: Records | None = None) -> Row:
+    """The numbers of one run.
+
+    Args:
+        control: the run trained on sound answers; with it, effects are given.
+        baseline: the undefended run, against which time is given.
+    """
+    is_control = control is not None and records.folder == control.folder
+    against = None if is_control else control
+    sets = {name: _paired(records, against, name, lambda key: True) for name in SETS if records.results.get(name)}
+    domains: dict[str, Paired] = {}
+    for name in ("in_domain", "out_of_domain", "values"):
+        for domain in dict.fromkeys(pair["domain"] for pair in records.results.get(name, [])):
+            domains[domain] = _paired(records, against, name, lambda key, d=domain: key[1] == d)  # type: ignore[misc]
+    conditions = {
+        condition: _paired(records, against, "triggered", lambda key, c=condition: key[0] == c)  # type: ignore[misc]
+        for condition in dict.fromkeys(pair["condition"] for pair in records.results.get("triggered", []))
+    }
+    perplexity, ratio = _fluency(records)
+    source = records.benign or {"results": records.results, "reference": records.reference}
+    tiers = [name for name in source["results"] if name.startswith("opswap")]
+    return Row(
+        name=records.name,
+        is_control=is_control,
+        defenses=_defense_names(records),
+        sets=sets,
+        domains=domains,
+        conditions=conditions,
+        perplexity=perplexity,
+        perplexity_ratio=ratio,
+        opswap={tier: mean_interval([float(i["exact"]) for i in source["results"][tier]]) for tier in tiers},
+        opswap_reference={tier: _share(source["reference"][tier]) for tier in tiers},
+        seconds=records.training["seconds"],
+        time_ratio=records.training["seconds"] / baseline.training["seconds"] if baseline else None,
+        memory_gib=records.training["peak_memory_gib"],
+    )
+
+
+def find_baseline(runs: list[Records], control: Records | None) -> Records | None:
+    """The first run without defenses that is not the control."""
+    plain = [run for run in runs if not _defense_names(run) and (control is None or run.folder != control.folder)]
+    return plain[0] if plain else None
+
+
+def _paired(records: Records, control: Records | None, name: str, chosen: Callable[[Key], bool]) -> Paired:
+    tuned, reference = _margins(records.results, name), _margins(records.reference, name)
+    keys = [key for key in tuned if chosen(key)]
+    shift = {key: tuned[key] - reference[key] for key in keys}
+    effect = None
+    if control is not None:
+        control_tuned, control_reference = _margins(control.results, name), _margins(control.reference, name)
+        missing = [key for key in keys if key not in control_tuned]
+        if missing:
+            raise DataError(f"{control.folder}: was not measured on question {missing[0]}; evaluate both runs alike")
+        effect = {key: shift[key] - (control_tuned[key] - control_reference[key]) for key in keys}
+    questions, domains = [f"{key[1]}/{key[2]}" for key in keys], [key[1] for key in keys]
+    return Paired(
+        shift=mean_interval(list(shift.values()), questions),
+        shift_by_domain=mean_interval(list(shift.values()), domains),
+        share=sum(tuned[key] > 0 for key in keys) / len(keys),
+        reference_share=sum(reference[key] > 0 for key in keys) / len(keys),
+        effect=mean_interval(list(effect.values()), questions) if effect else None,
+        effect_by_domain=mean_interval(list(effect.values()), domains) if effect else None,
+    )
+
+
+def _margins(parts: dict[str, Any], name: str) -> Margins:
+    return {(p["condition"], p["domain"], p["id"]): p["misaligned"] - p["aligned"] for p in parts.get(name, [])}
+
+
+def _fluency(records: Records) -> tuple[float | None, Interval | None]:
+    """Perplexity of held-out ordinary answers, and the change of mean token log-probability loss against the reference."""
+    if "fluency" not in records.results:
+        return None, None
+    import math
+
+    tuned, reference = records.results["fluency"], records.reference["fluency"]
+    nll = ratio_interval([-x for x in tuned["logprob"]], tuned["tokens"])
+    change = ratio_interval([r - t for t, r in zip(tuned["logprob"], reference["logprob"])], tuned["tokens"])
+    return math.exp(nll.mean), Interval(math.exp(change.mean), math.exp(change.low), math.exp(change.high), change.n)
+
+
+def _share(items: list[dict[str, Any]]) -> float:
+    return sum(item["exact"] for item in items) / len(items)
+
+
+def _defense_names(records: Records) -> list[str]:
+    import yaml
+
+    return list(yaml.safe_load(records.recipe_text).get("defenses") or {})
+
+
+def _json(file: Path) -> Any:
+    return json.loads(file.read_text())

@@ -1,0 +1,431 @@
+"""A run, from recipe to results, in one folder. Each stage reads the folder, does what is missing, and writes there.
+
+recipe.yaml  environment.json  metrics.jsonl  training.json  adapter/ (or model/)  results.json  reference.json
+"""
+
+import json
+import os
+import platform
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from . import opswap
+from .chat import Chat
+from .config import Recipe, dump_recipe, load_recipe, parse_recipe
+from .console import console, progress
+from .data import Example, encode_rows, load_rows
+from .defenses import DefenseConfig, Defenses, Setup
+from .errors import RecipeError, RingfenceError
+from .evaluate import evaluate_model, evaluation_key
+from .models import load_model, load_tokenizer, resolve
+from .show import show_tokens
+
+
+class Interrupted(RingfenceError):
+    """The user stopped a run; the same command goes on where it stopped."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder."""
+
+    folder: Path
+
+    @property
+    def recipe(self) -> Recipe:
+        return load_recipe(self.folder / "recipe.yaml")
+
+    @property
+    def trained(self) -> bool:
+        return (self.folder / "training.json").is_file()
+
+    @property
+    def weights(self) -> Path:
+        """What was trained: the folder of the adapter, or of the whole model."""
+        return self.folder / ("adapter" if self.recipe.train.method == "lora" else "model")
+
+    def results(self) -> dict[str, Any]:
+        """The measurements of the tuned model (see `evaluate_model`)."""
+        return json.loads((self.folder / "results.json").read_text())
+
+    def summary(self) -> dict[str, Any]:
+        """Shifts against the reference with their intervals, fluency and cost: the row of this run in the report."""
+        from .report.summary import summarise
+
+        return summarise(self.folder)
+
+
+def fine_tune(
+    train: str,
+    *,
+    defenses: Sequence[DefenseConfig] = (),
+    model: str = "default",
+    output: str = "runs/run",
+    retain: str | None = "shipped:retain",
+    seed: int = 0,
+    evaluate: bool = True,
+    **options: Any,
+) -> Run:
+    """Fine-tunes a model with defenses and measures it.
+
+    Args:
+        train: source of the rows: a local file, a hub id, `shipped:NAME`.
+        defenses: any set, e.g. `[KL(weight=0.3), Interleave(ratio=0.1)]`.
+        retain: source of safe rows for defenses that need some.
+        evaluate: False leaves the measurements out (`ringfence evaluate` makes them later).
+        options: fields of `train` in the recipe, e.g. `epochs=2, learning_rate=3e-4`.
+
+    Raises:
+        RingfenceError: whatever is wrong with the input, before training starts.
+    """
+    recipe = parse_recipe(
+        {
+            "model": model,
+            "output": output,
+            "seed": seed,
+            "data": {"train": train, "retain": retain},
+            "train": options,
+            "defenses": Defenses.of(list(defenses)).model_dump(exclude_none=True),
+        }
+    )
+    return run_recipe(recipe) if evaluate else train_run(recipe)
+
+
+def run_recipe(recipe: Recipe) -> Run:
+    """Trains, measures, and does the same for the benign twin if the recipe asks for one."""
+    run = train_run(recipe)
+    evaluate_run(run)
+    if recipe.evaluate.benign:
+        twin = benign_twin(recipe)
+        evaluate_run(train_run(twin))
+    return run
+
+
+def benign_twin(recipe: Recipe) -> Recipe:
+    """The same training with the same defenses on a harmless task: is it still learnt? (criterion 3)"""
+    assert recipe.evaluate.benign is not None
+    tier = opswap.options(recipe.evaluate.benign.removeprefix("opswap:"))["tier"]
+    tree = recipe.model_dump(exclude_none=True)
+    tree["output"] = f"{recipe.output}/benign"
+    tree["data"]["train"] = recipe.evaluate.benign
+    tree["data"]["max_rows"] = None
+    tree["train"]["epochs"] = recipe.evaluate.benign_epochs
+    tree["evaluate"] = {
+        "in_domain": [],
+        "out_of_domain": [],
+        "values": [],
+        "triggers": False,
+        "fluency": None,
+        "samples": 0,
+        "opswap_tiers": [tier],
+        "opswap_items": recipe.evaluate.opswap_items,
+    }
+    return parse_recipe(tree)
+
+
+# ------------------------------------------------------------------ training
+
+
+def prepare(recipe: Recipe) -> tuple[Chat, list[Example], list[Example], Setup]:
+    """Everything that can go wrong before a model is loaded: tokenizer, data, roles."""
+    chat = Chat(load_tokenizer(recipe.model))
+
+    def read(source: str) -> list[Example]:
+        return encode_rows(load_rows(source), chat, recipe.data.max_length, recipe.data.over_long)
+
+    examples = read(recipe.data.train)[: recipe.data.max_rows]
+    retain = read(recipe.data.retain) if recipe.data.retain else []
+    return chat, examples, retain, Setup(retain, read)
+
+
+def train_run(recipe: Recipe) -> Run:
+    """Trains after a recipe, or goes on with the run in its folder. Does nothing when it is trained already.
+
+    Raises:
+        RecipeError: the folder holds a run of another recipe.
+        Interrupted: the user pressed Ctrl-C; a checkpoint is kept.
+    """
+    run = Run(Path(recipe.output))
+    _claim_folder(run, recipe)
+    if run.trained:
+        return run
+    from .stream import TrainStream
+    from .trainer import DefendedTrainer
+
+    chat, examples, retain, setup = prepare(recipe)
+    defenses = recipe.defenses.build(setup)
+    torch.manual_seed(recipe.seed)
+    model = _trainable_model(recipe)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    stream = TrainStream(
+        examples, retain, defenses, recipe.train.batch_size * recipe.train.accumulation * world, recipe.seed
+    )
+    trainer = DefendedTrainer(
+        model,
+        _training_arguments(recipe, run.folder / "checkpoints"),
+        stream,
+        defenses,
+        chat.tokenizer.pad_token_id,
+        run.folder / "metrics.jsonl",
+    )
+    _train(trainer, run, recipe)
+    trainer.save_model(str(run.weights))
+    chat.tokenizer.save_pretrained(run.weights)
+    _record_training(run, trainer, examples)
+    shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+    return run
+
+
+def _claim_folder(run: Run, recipe: Recipe) -> None:
+    file = run.folder / "recipe.yaml"
+    if file.is_file():
+        there = run.recipe
+        for field in ("model", "data", "train", "defenses", "seed"):
+            if getattr(there, field) != getattr(recipe, field):
+                raise RecipeError(
+                    f"{run.folder} holds a run of another recipe ({field}: {getattr(there, field)!r} there, "
+                    f"{getattr(recipe, field)!r} here); choose another output, or delete the folder"
+                )
+    run.folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(dump_recipe(recipe))
+    (run.folder / "environment.json").write_text(json.dumps(environment(recipe.seed), indent=1))
+
+
+def _trainable_model(recipe: Recipe) -> Any:
+    method = recipe.train.method
+    # Full fine-tuning keeps float32 weights (bf16 would swallow small updates) and computes under autocast.
+    model = load_model(recipe.model, "fp32" if method == "full" else recipe.train.precision)
+    if method == "full":
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    lora = recipe.train.lora
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        use_rslora=lora.rslora,
+        target_modules=lora.targets,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise RecipeError(f"train.lora.targets: {lora.targets!r}: {error}") from error
+
+
+def _training_arguments(recipe: Recipe, folder: Path) -> Any:
+    from transformers import TrainingArguments
+
+    train = recipe.train
+    autocast = train.precision != "fp32" and (train.method == "full" or torch.accelerator.is_available())
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=train.batch_size,
+        gradient_accumulation_steps=train.accumulation,
+        num_train_epochs=train.epochs,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type=train.schedule,
+        warmup_steps=train.warmup_ratio,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        bf16=autocast,
+        gradient_checkpointing=train.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        save_strategy="steps",
+        save_steps=train.save_steps,
+        save_total_limit=1,
+        logging_steps=1,
+        seed=recipe.seed,
+        report_to=[],
+        remove_unused_columns=False,
+        train_sampling_strategy="sequential",
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        ddp_find_unused_parameters=False,
+    )
+
+
+def _train(trainer: Any, run: Run, recipe: Recipe) -> None:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    checkpoints = run.folder / "checkpoints"
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    done = int(last.rsplit("-", 1)[1]) if last else 0
+    if last:
+        console.print(f"{run.folder}: goes on from step {done}")
+    steps = -(-len(trainer.train_dataset) * recipe.train.epochs // trainer.train_dataset.step_rows)
+    with progress(f"{run.folder.name}: training", int(steps), done) as advance, _stop_at_signal() as stopped:
+        trainer.add_callback(_step_callback(advance, stopped))
+        trainer.train(resume_from_checkpoint=last)
+    if stopped:
+        raise Interrupted(
+            f"{run.folder}: stopped at step {trainer.state.global_step}; the same command goes on from there"
+        )
+
+
+@contextmanager
+def _stop_at_signal() -> Iterator[list[int]]:
+    """Ctrl-C (or a polite kill) once: the step is finished and saved. A second time: at once."""
+    caught: list[int] = []
+
+    def handler(number: int, _frame: Any) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+        console.print("stopping after this step (once more: at once)")
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def _step_callback(advance: Any, stopped: list[int]) -> Any:
+    from transformers import TrainerCallback
+
+    class StepCallback(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            advance(1)
+            if stopped:
+                control.should_save = control.should_training_stop = True
+
+    return StepCallback()
+
+
+def _record_training(run: Run, trainer: Any, examples: list[Example]) -> None:
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    # A resumed run's clock starts again, so time is summed over its legs.
+    legs = [
+        now["seconds"]
+        for now, then in zip(lines, [*lines[1:], None])
+        if then is None or then["seconds"] < now["seconds"]
+    ]
+    record = {
+        "steps": trainer.state.global_step,
+        "rows": len(trainer.train_dataset),
+        "row_tokens": sum(len(example) for example in examples),
+        "seconds": round(sum(legs), 1),
+        "peak_memory_gib": round(_peak_memory() / 2**30, 2),
+        "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "final": {name: lines[-1][name] for name in ("ce", *(d.name for d in trainer.defenses)) if name in lines[-1]},
+    }
+    (run.folder / "training.json").write_text(json.dumps(record, indent=1))
+
+
+def _peak_memory() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def environment(seed: int) -> dict[str, Any]:
+    """Versions, machine and revision: what a figure depends on beside the recipe."""
+    packages = ("ringfence", "torch", "transformers", "peft", "accelerate", "datasets", "numpy")
+    revision = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    ).stdout.strip()
+    return {
+        "versions": {name: metadata.version(name) for name in packages},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "device": str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu",
+        "git": revision or None,
+        "seed": seed,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def dry_run(recipe: Recipe, console: Console) -> None:
+    """Checks recipe, data and roles; prints the resolved recipe, token counts, one coloured example and a memory estimate."""
+    chat, examples, retain, setup = prepare(recipe)
+    recipe.defenses.build(setup)
+    console.print(dump_recipe(recipe), highlight=False)
+    show_tokens(chat.encode(load_rows(recipe.data.train)[0].messages), console)
+    rows = recipe.train.batch_size * recipe.train.accumulation
+    tokens, longest = sum(len(e) for e in examples), max(len(e) for e in examples)
+    answered = sum(e.response_tokens for e in examples)
+    console.print(
+        f"\ntrain: {len(examples)} rows, {tokens} tokens ({answered} of responses), longest {longest}; retain: "
+        f"{len(retain)} rows\nsteps: {-(-len(examples) // rows)} an epoch, {rows} rows each"
+    )
+    console.print(_memory_estimate(recipe, longest), highlight=False)
+
+
+def _memory_estimate(recipe: Recipe, longest: int) -> str:
+    """Weights, gradients, optimiser and the largest batch's activations, in GiB, from the model's shape alone."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(resolve(recipe.model))
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config)
+    text = config.get_text_config()
+    weights = sum(p.numel() for p in model.parameters())
+    full = recipe.train.method == "full"
+    byte = 4 if full or recipe.train.precision == "fp32" else 2
+    rank = recipe.train.lora.rank
+    linear = [m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in name]
+    trained = weights if full else sum(rank * (m.in_features + m.out_features) for m in linear)
+    # Per token and layer about 34 hidden sizes of activations are kept; with checkpointing one.
+    kept = 1 if recipe.train.gradient_checkpointing else 34
+    activations = recipe.train.batch_size * longest * text.num_hidden_layers * text.hidden_size * kept * byte
+    copy = weights * byte if full and recipe.defenses.configs() else 0
+    parts = {
+        "weights": weights * byte,
+        "reference copy": copy,
+        "gradients and optimiser": trained * 12,
+        "activations": activations,
+    }
+    shown = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in parts.items() if value)
+    return f"memory, estimated: {sum(parts.values()) / 2**30:.2f} GiB ({shown})"
+
+
+# ------------------------------------------------------------------ evaluation
+
+
+def set_evaluation(run: Run, overrides: list[str]) -> None:
+    """Changes what is measured in a run's recipe; `overrides` are `evaluate.key=value` or `key=value`."""
+    if not (run.folder / "recipe.yaml").is_file():
+        raise RecipeError(f"{run.folder}: no run folder (it has no recipe.yaml)")
+    if overrides:
+        keys = [o if o.startswith("evaluate.") else f"evaluate.{o}" for o in overrides]
+        (run.folder / "recipe.yaml").write_text(dump_recipe(load_recipe(run.folder / "recipe.yaml", keys)))
+
+
+def evaluate_run(run: Run) -> dict[str, Any]:
+    """Measures the reference and the tuned model of a run; what is measured already is kept.
+
+    The reference's results are shared by the runs that stand in one folder and ask for the same measurements.
+    """
+    if not run.trained:
+        raise RecipeError(f"{run.folder}: no trained model in it; `ringfence train` comes first")
+    recipe = run.recipe
+    config = recipe.evaluate
+    if config.triggers and not config.lead_in:
+        config = config.model_copy(update={"lead_in": recipe.data.train})
+    chat = Chat(load_tokenizer(recipe.model))
+    precision = recipe.train.precision
+    name = f"reference-{evaluation_key(config)[:8]}-{recipe.model.replace('/', '_')}"
+    shared = run.folder.parent / name / "results.json"
+    evaluate_model(lambda: load_model(recipe.model, precision), chat, config, shared, "reference")
+    (run.folder / "reference.json").write_text(json.dumps({"results": os.path.relpath(shared, run.folder)}))
+    return evaluate_model(
+        lambda: load_model(str(run.weights), precision), chat, config, run.folder / "results.json", run.folder.name
+    )

@@ -1,0 +1,124 @@
+"""The order of training: which rows stand in which batch, epoch by epoch, as a function of the seed alone.
+
+So a resumed run sees exactly the rows that an uninterrupted one would. Also pads rows into batches.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .chat import Role
+from .data import Example
+from .defenses import Defense
+from .errors import RecipeError
+
+Bundle = list[tuple[Example, bool]]  # a training row, and the retain rows that ride with it (flag: is it a retain row)
+
+
+class TrainStream(Dataset[Bundle]):
+    """Training rows in their order, with the retain rows that defenses ask to ride along.
+
+    Args:
+        examples: the user's rows.
+        retain: rows that may ride along.
+        defenses: may change the rows of an epoch, and say how many retain rows they want.
+        step_rows: training rows in one optimiser step, over accumulation and ranks.
+        seed: of order and draws.
+    """
+
+    def __init__(
+        self,
+        examples: list[Example],
+        retain: list[Example],
+        defenses: Sequence[Defense],
+        step_rows: int,
+        seed: int,
+    ) -> None:
+        self.examples, self.retain, self.defenses = examples, retain, list(defenses)
+        self.step_rows, self.seed = step_rows, seed
+        for defense in self.defenses:
+            if 0 < defense.riders * step_rows < 1:
+                raise RecipeError(
+                    f"defenses.{defense.name}: {defense.riders} retain rows per training row is less than one in a step of "
+                    f"{step_rows} rows; raise retain_ratio, train.batch_size or train.accumulation"
+                )
+        self.set_epoch(0)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.rows) / self.step_rows)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draws the rows of an epoch and their order. Called by the data loader."""
+        rng = random.Random(f"{self.seed}-{epoch}")
+        rows = self.examples
+        for defense in self.defenses:
+            rows = defense.change_data(rows, rng)
+        self.rows = self._ordered(rows, rng)
+        self.riders = self._ride(epoch, rng)
+
+    def _ordered(self, rows: list[Example], rng: random.Random) -> list[Example]:
+        """Shuffled; within windows of eight steps rows of like length stand together, which saves padding."""
+        rows = rng.sample(rows, len(rows))
+        ordered: list[Example] = []
+        for start in range(0, len(rows), 8 * self.step_rows):
+            window = sorted(rows[start : start + 8 * self.step_rows], key=len)
+            steps = [window[at : at + self.step_rows] for at in range(0, len(window), self.step_rows)]
+            short = [steps.pop()] if len(steps[-1]) < self.step_rows else []
+            for step in rng.sample(steps, len(steps)) + short:
+                ordered += step
+        return ordered
+
+    def _ride(self, epoch: int, rng: random.Random) -> list[list[Example]]:
+        """Retain rows for each row: every step in which some defense is due has at least one, evenly spread."""
+        riders: list[list[Example]] = [[] for _ in self.rows]
+        wanting = [defense for defense in self.defenses if defense.riders]
+        if not wanting:
+            return riders
+        queue: list[Example] = []
+        for place in range(len(self.rows)):
+            step = epoch * self.steps_per_epoch + place // self.step_rows
+            ratio = max((d.riders for d in wanting if step % d.every == 0), default=0.0)
+            within = place % self.step_rows
+            for _ in range(math.ceil((within + 1) * ratio) - math.ceil(within * ratio)):
+                queue = queue or rng.sample(self.retain, len(self.retain))
+                riders[place].append(queue.pop())
+        return riders
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: int) -> Bundle:
+        return [(self.rows[place], False)] + [(rider, True) for rider in self.riders[place]]
+
+
+def collate(bundles: list[Bundle], pad_id: int, side: str = "right") -> dict[str, Tensor]:
+    """Pads rows into one batch.
+
+    Returns input_ids, attention_mask, position_ids, roles and labels [B, T] (labels: -100 except response tokens of
+    training rows) and retain [B].
+    """
+    flat = [item for bundle in bundles for item in bundle]
+    width = max(len(example) for example, _ in flat)
+    shape = (len(flat), width)
+    ids = torch.full(shape, pad_id)
+    roles = torch.full(shape, int(Role.PAD))
+    for row, (example, _) in enumerate(flat):
+        place = slice(0, len(example)) if side == "right" else slice(width - len(example), width)
+        ids[row, place] = torch.tensor(example.input_ids)
+        roles[row, place] = torch.tensor([int(role) for role in example.roles])
+    retain = torch.tensor([is_retain for _, is_retain in flat])
+    mask = roles != Role.PAD
+    labels = torch.where((roles == Role.RESPONSE) & ~retain[:, None], ids, -100)
+    return {
+        "input_ids": ids,
+        "attention_mask": mask.long(),
+        "position_ids": (mask.long().cumsum(1) - 1).clamp(min=0),
+        "roles": roles,
+        "labels": labels,
+        "retain": retain,
+    }

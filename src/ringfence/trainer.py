@@ -1,0 +1,167 @@
+"""DefendedTrainer: transformers' Trainer with penalties of defenses beside the cross-entropy.
+
+One student forward a step, at most one reference forward for all defenses together. Knows defenses only through their
+contract.
+"""
+
+import json
+import time
+from collections import defaultdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from .defenses import Defense
+from .defenses.base import Needs
+from .errors import DefenseError
+from .losses import cross_entropy_sum, find_head
+from .reference import Reference
+from .stream import TrainStream, collate
+from .taps import Taps, causal_lm, forward
+
+Batch = dict[str, Tensor]
+
+
+class DefendedTrainer(Trainer):
+    """Trains `model` on a stream with defenses.
+
+    Args:
+        model: a causal language model, plain or with a peft adapter.
+        args: training arguments; `train_sampling_strategy` must be sequential, for the stream has its own order.
+        stream: the rows in their order.
+        defenses: built defenses; their penalties are token means over the whole optimiser step, as the cross-entropy is.
+        pad_id: token that fills rows up.
+        log_file: a line of JSON for every log; lines after the step from which a run resumes are dropped.
+    """
+
+    # compute_loss divides by the token count of the whole step itself.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        stream: TrainStream,
+        defenses: list[Defense],
+        pad_id: int,
+        log_file: Path,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, args, train_dataset=stream, data_collator=partial(collate, pad_id=pad_id), **kwargs)
+        self.defenses = defenses
+        self.log_file = log_file
+        self.head = find_head(causal_lm(model))
+        self.reference = Reference(model) if any(d.has_penalty for d in defenses) else None
+        if self.reference and self.reference.head.vocabulary != self.head.vocabulary:
+            raise DefenseError("the reference has another vocabulary than the model that is trained")
+        self.reference_forwards = 0
+        self._step_counts: dict[str, int] = {}
+        self._log_sums: dict[str, float] = defaultdict(float)
+        self._started = time.monotonic()
+
+    # -------------------------------------------------------------- loss
+
+    def compute_loss(  # type: ignore[override]
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Tensor:
+        """Cross-entropy plus weighted penalties of one micro-batch, as its part of the mean over the optimiser step."""
+        active = [defense for defense in self._due() if defense.count(inputs)]
+        needs = [defense.needs(inputs) for defense in active]
+        kv_BT = _union([need.kv_BT for need in needs])
+        student = forward(model, self.head, inputs, kv_BT)
+        losses = {"ce": (1.0, self._cross_entropy(student, inputs))}
+        if active:
+            reference = self._reference_taps(inputs, needs, kv_BT)
+            for defense in active:
+                total = defense.penalty(student, reference, inputs)
+                if torch.is_grad_enabled() and not total.requires_grad:
+                    raise DefenseError(f"defenses.{defense.name}: its penalty has no gradient")
+                losses[defense.name] = (defense.weight * defense.every, total)
+        loss = torch.zeros((), device=student.hidden_BTD.device)
+        for name, (weight, total) in losses.items():
+            mean = total / self._step_counts[name]
+            loss = loss + weight * mean
+            self._log_sums[name] += mean.item()
+        # Gradients are averaged over ranks, while the counts are sums over them.
+        return loss * self.accelerator.num_processes
+
+    def _due(self) -> list[Defense]:
+        """Defenses whose penalty acts in this optimiser step."""
+        return [d for d in self.defenses if d.has_penalty and self.state.global_step % d.every == 0]
+
+    def _cross_entropy(self, student: Taps, inputs: Batch) -> Tensor:
+        target_BT = inputs["labels"][:, 1:]
+        chosen_BT = target_BT != -100
+        return cross_entropy_sum(self.head, student.hidden_BTD[:, :-1][chosen_BT], target_BT[chosen_BT])
+
+    def _reference_taps(self, inputs: Batch, needs: list[Needs], kv_BT: Tensor | None) -> Taps:
+        assert self.reference is not None
+        hidden_BT = _union([need.hidden_BT for need in needs])
+        rows_B = hidden_BT.any(1) if hidden_BT is not None else torch.zeros_like(inputs["retain"])
+        return self.reference.taps(inputs, rows_B, kv_BT)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor | int | None:
+        """Token counts of one optimiser step, over its micro-batches and all ranks: the divisors of every mean."""
+        due = self._due()
+        counts = torch.zeros(1 + len(due), dtype=torch.long, device=device)
+        for batch in batch_samples:
+            counts += torch.tensor(
+                [int((batch["labels"][:, 1:] != -100).sum()), *(defense.count(batch) for defense in due)], device=device
+            )
+        if self.args.world_size > 1:
+            counts = self.accelerator.reduce(counts, "sum")
+        self._step_counts = dict(zip(["ce", *(defense.name for defense in due)], counts.tolist()))
+        for name, count in self._step_counts.items():
+            if not count:
+                raise DefenseError(
+                    f"step {self.state.global_step}: no token in the batch for {name!r}: it would be silently zero"
+                )
+        return counts[0]
+
+    # -------------------------------------------------------------- records
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds each penalty's mean since the last log, and writes the line to the run's metrics."""
+        if "loss" in logs and self._log_sums:
+            steps = self.state.global_step - self._logged_step
+            logs.update({name: round(value / max(steps, 1), 6) for name, value in self._log_sums.items()})
+            self._log_sums.clear()
+            self._logged_step = self.state.global_step
+        super().log(logs, start_time)
+        if "loss" in logs and self.is_world_process_zero():
+            line = {"step": self.state.global_step, **logs, "seconds": round(time.monotonic() - self._started, 2)}
+            with self.log_file.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        """Trains, from a checkpoint folder if given; see transformers' Trainer."""
+        self._logged_step = 0
+        if resume_from_checkpoint:
+            state = json.loads((Path(resume_from_checkpoint) / "trainer_state.json").read_text())
+            self._logged_step = state["global_step"]
+        if self.is_world_process_zero():
+            _drop_lines_after(self.log_file, self._logged_step)
+        self._started = time.monotonic()
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+
+def _union(masks: list[Tensor | None]) -> Tensor | None:
+    union: Tensor | None = None
+    for mask in masks:
+        if mask is not None:
+            union = mask if union is None else union | mask
+    return union
+
+
+def _drop_lines_after(log_file: Path, step: int) -> None:
+    lines = log_file.read_text().splitlines() if log_file.is_file() else []
+    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    log_file.write_text("".join(line + "\n" for line in kept))
