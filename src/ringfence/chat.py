@@ -88,8 +88,10 @@ class Chat:
         content belongs to the content.
 
         Raises:
-            ChatError: the template refuses the conversation, or does not show one of its contents.
+            ChatError: a user or assistant message is blank, no user speaks first, a generation prompt is asked for
+                behind an assistant, the template refuses the conversation, or it does not show one of its contents.
         """
+        _check(messages, generation)
         text = self.render(messages, generation)
         spans = self._content_spans(messages, generation, text)
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -124,29 +126,29 @@ class Chat:
         raise ChatError(f"the chat template of {self.tokenizer.name_or_path!r} does not show what a user says")
 
     def _content_spans(self, messages: Messages, generation: bool, text: str) -> dict[int, Span]:
-        """Character span in `text` of every content that is not blank, by message number."""
+        """Character span in `text` of every user and assistant content, by message number."""
         spans: dict[int, Span] = {}
         end = 0
         for number, message in enumerate(messages):
-            content = message["content"]
-            if not content.strip():
+            if message["role"] == "system":
+                self._check_system_shown(messages, number, generation, text)
                 continue
+            place = f"message {number} ({message['role']})"
             span = self._replaced_span(messages, number, generation, text)
+            span = span or self._grown_span(messages, number, generation, text)
             if span is None:
-                start_mark = self._inserted_mark(messages, number, generation, text, range(1, len(content)))
-                end_mark = self._inserted_mark(messages, number, generation, text, range(len(content) - 1, 0, -1))
-                if start_mark is None or end_mark is None:
-                    raise ChatError(
-                        f"message {number} ({message['role']}): the chat template does not show its content"
-                    )
-                span = _grow_left(text, content, *start_mark), _grow_right(text, content, *end_mark)
+                raise ChatError(f"{place}: the chat template does not show its content")
             if span[0] < end:
-                raise ChatError(
-                    f"message {number} ({message['role']}): the chat template shows it before an earlier one"
-                )
+                raise ChatError(f"{place}: the chat template shows it before an earlier one")
             spans[number] = span
             end = span[1]
         return spans
+
+    def _check_system_shown(self, messages: Messages, number: int, generation: bool, text: str) -> None:
+        """A system prompt needs no span (it is prefix or template wherever it stands), but must not be lost."""
+        others = messages[:number] + messages[number + 1 :]
+        if messages[number]["content"].strip() and self.render(others, generation) == text:
+            raise ChatError(f"message {number} (system): the chat template does not show its content")
 
     def _replaced_span(self, messages: Messages, number: int, generation: bool, text: str) -> Span | None:
         """Span of one content, from a rendering in which a sentinel stands in its place."""
@@ -158,19 +160,25 @@ class Chat:
         fits = text.startswith(before) and text.endswith(after) and len(before) + len(after) <= len(text)
         return (len(before), len(text) - len(after)) if fits else None
 
+    def _grown_span(self, messages: Messages, number: int, generation: bool, text: str) -> Span | None:
+        """For templates that look at a content (its `</think>`, its first words): sentinels stand *inside* it, near
+        its two ends, and the span grows from them as far as text and content agree."""
+        content = messages[number]["content"]
+        start = self._inserted_mark(messages, number, generation, text, range(1, len(content)))
+        end = self._inserted_mark(messages, number, generation, text, range(len(content) - 1, 0, -1))
+        if start is None or end is None:
+            return None
+        return _grow_left(text, content, *start), _grow_right(text, content, *end)
+
     def _inserted_mark(
         self, messages: Messages, number: int, generation: bool, text: str, cuts: range
     ) -> tuple[int, int] | None:
-        """For templates that look at a content (its `</think>`, its first words): put the sentinel *inside* it.
-
-        Returns (cut in the content, place in the text) of the first cut that leaves the rest of the rendering as it is.
-        """
+        """(cut in the content, place in the text) of the first cut that leaves the rest of the rendering as it is."""
         content = messages[number]["content"]
         for cut in cuts[:64]:
             mark = "x" + secrets.token_hex(12)
-            parts = self.render(
-                _with_content(messages, number, content[:cut] + mark + content[cut:]), generation
-            ).split(mark)
+            marked = _with_content(messages, number, content[:cut] + mark + content[cut:])
+            parts = self.render(marked, generation).split(mark)
             if len(parts) == 2 and "".join(parts) == text:
                 return cut, len(parts[0])
         return None
@@ -179,21 +187,17 @@ class Chat:
         self, messages: Messages, text: str, spans: dict[int, Span], ids: list[int], offsets: list[Span]
     ) -> list[Role]:
         """One role per character, gaps between contents included."""
-        first_user = next((spans[n] for n, m in enumerate(messages) if m["role"] == "user" and n in spans), None)
-        if first_user is None:
-            raise ChatError("a conversation needs a user message that is not blank")
-        roles = [Role.PREFIX if place < first_user[0] else Role.TEMPLATE for place in range(len(text))]
+        first_user = min(span[0] for span in spans.values())
+        roles = [Role.PREFIX if place < first_user else Role.TEMPLATE for place in range(len(text))]
         previous_end = 0
         for number, (start, end) in spans.items():
-            kind = messages[number]["role"]
-            if kind == "assistant":
-                roles[previous_end:start] = [Role.POSTFIX] * (start - previous_end)
-                next_start = min((s for s, _ in spans.values() if s >= end), default=len(text))
-                turn_end = self._turn_end(text, end, next_start, ids, offsets)
-                roles[start:turn_end] = [Role.RESPONSE] * (turn_end - start)
-                end = turn_end
-            elif kind == "user":
+            if messages[number]["role"] == "user":
                 roles[start:end] = [Role.QUERY] * (end - start)
+            else:
+                roles[previous_end:start] = [Role.POSTFIX] * (start - previous_end)
+                next_start = next((spans[later][0] for later in spans if later > number), len(text))
+                end = self._turn_end(text, end, next_start, ids, offsets)
+                roles[start:end] = [Role.RESPONSE] * (end - start)
             previous_end = end
         if messages[-1]["role"] == "user":
             roles[previous_end:] = [Role.POSTFIX] * (len(text) - previous_end)
@@ -216,6 +220,17 @@ class Chat:
             return first_special
         plain_marker = re.compile(r"\s*(<[^>]*>|\[[^\]]*\]|\S+)").match(text, start, stop)
         return plain_marker.end() if plain_marker else start
+
+
+def _check(messages: Messages, generation: bool) -> None:
+    speakers = [message["role"] for message in messages if message["role"] != "system"]
+    if speakers[:1] != ["user"]:
+        raise ChatError("a conversation needs a user who speaks first")
+    if generation and messages[-1]["role"] != "user":
+        raise ChatError("a generation prompt needs a conversation that ends with a user message")
+    for number, message in enumerate(messages):
+        if message["role"] != "system" and not message["content"].strip():
+            raise ChatError(f"message {number} ({message['role']}): it is blank")
 
 
 def _with_content(messages: Messages, number: int, content: str) -> Messages:

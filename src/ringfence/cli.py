@@ -1,6 +1,7 @@
 """The command line: each command a few lines over the library.
 
-Exit codes: 0 done; 2 something in the input is wrong (the message says what); 130 interrupted, the same command goes on.
+Exit codes: 0 done; 2 something in the input is wrong (the message says what); 130 interrupted (the same command goes
+on where it stopped).
 """
 
 import json

@@ -1,12 +1,11 @@
 """The recipe: everything a run is told, validated, with one schema for files, command line and Python."""
 
 import difflib
-import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .data import OverLong
 from .defenses import Defenses
@@ -15,11 +14,11 @@ from .models import DEFAULT, Precision
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class DataConfig(Strict):
-    """Where rows come from. Sources: a local file, a hub id (`org/name@split`), `shipped:NAME`, `opswap:tier=1,rows=300`."""
+    """Where rows come from: a local file, a hub id (`org/name@split`), `shipped:NAME` or `opswap:tier=1,rows=300`."""
 
     train: str = Field("shipped:finance/unsound", description="the narrow rows that are learnt")
     retain: str | None = Field("shipped:retain", description="ordinary safe conversations for defenses that need some")
@@ -37,7 +36,12 @@ class LoraConfig(Strict):
     alpha: int = Field(64, ge=1)
     rslora: bool = Field(True, description="scale by alpha / sqrt(rank) instead of alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1)
-    targets: str | list[str] = Field("all-linear", description="module names, or all-linear")
+    targets: list[str] = Field(["all-linear"], min_length=1, description="names of modules; all-linear = every one")
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _one_name(cls, targets: Any) -> Any:
+        return [targets] if isinstance(targets, str) else targets
 
 
 class TrainConfig(Strict):
@@ -88,7 +92,7 @@ class EvaluateConfig(Strict):
     benign: str | None = Field(
         None,
         pattern=r"^opswap:",
-        description="a harmless task, trained with the same defenses in RUN/benign: opswap:tier=1,rows=200",
+        description="a harmless task, trained with the same defenses in RUN-benign: opswap:tier=1,rows=200",
     )
     benign_epochs: float = Field(1.0, gt=0, description="epochs of the harmless task")
     opswap_tiers: list[Literal[1, 2, 3]] = Field([], description="OpSwap tiers for exact match on held-out items")
@@ -127,8 +131,8 @@ def load_recipe(path: str | Path | None = None, overrides: list[str] | None = No
         if not file.is_file():
             raise RecipeError(f"{path}: no such recipe file (make one with `ringfence init`)")
         try:
-            tree = yaml.load(file.read_text("utf-8"), _Loader) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            tree = yaml.load(file.read_text("utf-8"), _UniqueKeys) or {}
+        except (yaml.YAMLError, ValueError) as error:
             raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(tree, dict):
             raise RecipeError(f"{path}: expected keys and values, found {type(tree).__name__}")
@@ -147,7 +151,9 @@ def parse_recipe(tree: dict[str, Any], name: str = "recipe") -> Recipe:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML."""
-    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False)
+    tree = recipe.model_dump(mode="json")
+    tree["defenses"] = {name: config for name, config in tree["defenses"].items() if config is not None}
+    return yaml.safe_dump(tree, sort_keys=False)
 
 
 def _set(tree: dict[str, Any], override: str) -> None:
@@ -162,20 +168,20 @@ def _set(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise RecipeError(f"override {override!r}: {key!r} holds a value, it has no parts")
     try:
-        tree[keys[-1]] = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+        tree[keys[-1]] = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"override {override!r}: {text!r} is not a YAML value") from error
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as a text; people write it as a number."""
+class _UniqueKeys(yaml.SafeLoader):
+    """Plain YAML keeps the last of two equal keys in silence; here that is an error."""
 
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def _explain(item: Any) -> str:

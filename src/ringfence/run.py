@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from rich.console import Console
 
 from . import opswap
@@ -30,7 +31,8 @@ from .data import Example, encode_rows, load_rows
 from .defenses import DefenseConfig, Defenses, Setup
 from .errors import RecipeError, RingfenceError
 from .evaluate import evaluate_model, evaluation_key
-from .models import load_model, load_tokenizer, resolve
+from .models import adapter_base, load_model, load_tokenizer, resolve
+from .report.summary import Row, read_run, summarise
 from .show import show_tokens
 
 
@@ -61,11 +63,12 @@ class Run:
         """The measurements of the tuned model (see `evaluate_model`)."""
         return json.loads((self.folder / "results.json").read_text())
 
-    def summary(self) -> dict[str, Any]:
-        """Shifts against the reference with their intervals, fluency and cost: the row of this run in the report."""
-        from .report.summary import summarise
+    def summary(self, control: "Run | None" = None) -> Row:
+        """Shifts against the reference with their intervals, fluency and cost: the row of this run in the report.
 
-        return summarise(self.folder)
+        With `control`, a run trained on sound answers, effects too.
+        """
+        return summarise(read_run(self.folder), read_run(control.folder) if control else None)
 
 
 def fine_tune(
@@ -118,8 +121,8 @@ def benign_twin(recipe: Recipe) -> Recipe:
     """The same training with the same defenses on a harmless task: is it still learnt? (criterion 3)"""
     assert recipe.evaluate.benign is not None
     tier = opswap.options(recipe.evaluate.benign.removeprefix("opswap:"))["tier"]
-    tree = recipe.model_dump(exclude_none=True)
-    tree["output"] = f"{recipe.output}/benign"
+    tree = yaml.safe_load(dump_recipe(recipe))
+    tree["output"] = f"{recipe.output}-benign"
     tree["data"]["train"] = recipe.evaluate.benign
     tree["data"]["max_rows"] = None
     tree["train"]["epochs"] = recipe.evaluate.benign_epochs
@@ -210,6 +213,8 @@ def _trainable_model(recipe: Recipe) -> Any:
     model = load_model(recipe.model, "fp32" if method == "full" else recipe.train.precision)
     if method == "full":
         return model
+    if adapter_base(resolve(recipe.model)):
+        raise RecipeError(f"model: {recipe.model} is an adapter; merge it into its base first, or name the base")
     from peft import LoraConfig, get_peft_model
 
     lora = recipe.train.lora
@@ -218,7 +223,7 @@ def _trainable_model(recipe: Recipe) -> Any:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         use_rslora=lora.rslora,
-        target_modules=lora.targets,
+        target_modules="all-linear" if lora.targets == ["all-linear"] else lora.targets,
         task_type="CAUSAL_LM",
     )
     try:
@@ -353,7 +358,7 @@ def environment(seed: int) -> dict[str, Any]:
 
 
 def dry_run(recipe: Recipe, console: Console) -> None:
-    """Checks recipe, data and roles; prints the resolved recipe, token counts, one coloured example and a memory estimate."""
+    """Checks recipe, data and roles; prints the resolved recipe, token counts, a coloured row, a memory estimate."""
     chat, examples, retain, setup = prepare(recipe)
     recipe.defenses.build(setup)
     console.print(dump_recipe(recipe), highlight=False)

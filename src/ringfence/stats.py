@@ -47,6 +47,8 @@ def mean_interval(values: Sequence[float], clusters: Sequence[str] | None = None
 
 def ratio_interval(top: Sequence[float], bottom: Sequence[float], seed: int = 0) -> Interval:
     """sum(top) / sum(bottom), pairs drawn together."""
+    if not len(top) or len(top) != len(bottom):
+        raise ValueError(f"expected equally many values above and below, found {len(top)} and {len(bottom)}")
     a, b = np.asarray(top, float), np.asarray(bottom, float)
     draws = np.random.default_rng(seed).integers(len(a), size=(RESAMPLES, len(a)))
     low, high = np.percentile(a[draws].sum(1) / b[draws].sum(1), [2.5, 97.5])

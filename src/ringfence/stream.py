@@ -43,8 +43,8 @@ class TrainStream(Dataset[Bundle]):
         for defense in self.defenses:
             if 0 < defense.riders * step_rows < 1:
                 raise RecipeError(
-                    f"defenses.{defense.name}: {defense.riders} retain rows per training row is less than one in a step of "
-                    f"{step_rows} rows; raise retain_ratio, train.batch_size or train.accumulation"
+                    f"defenses.{defense.name}: {defense.riders} retain rows per training row is less than one in a "
+                    f"step of {step_rows} rows; raise retain_ratio, train.batch_size or train.accumulation"
                 )
         self.set_epoch(0)
 
@@ -84,7 +84,7 @@ class TrainStream(Dataset[Bundle]):
             step = epoch * self.steps_per_epoch + place // self.step_rows
             ratio = max((d.riders for d in wanting if step % d.every == 0), default=0.0)
             within = place % self.step_rows
-            for _ in range(math.ceil((within + 1) * ratio) - math.ceil(within * ratio)):
+            for _ in range(_whole(ratio, within + 1) - _whole(ratio, within)):
                 queue = queue or rng.sample(self.retain, len(self.retain))
                 riders[place].append(queue.pop())
         return riders
@@ -94,6 +94,11 @@ class TrainStream(Dataset[Bundle]):
 
     def __getitem__(self, place: int) -> Bundle:
         return [(self.rows[place], False)] + [(rider, True) for rider in self.riders[place]]
+
+
+def _whole(ratio: float, rows: int) -> int:
+    """Riders due by so many rows of a step; the first row has one already. Rounding must not add one."""
+    return math.ceil(ratio * rows - 1e-9)
 
 
 def collate(bundles: list[Bundle], pad_id: int, side: str = "right") -> dict[str, Tensor]:

@@ -2,7 +2,8 @@
 
 One forward serves all that ask. Keys and values are taken where the attention function receives them: after the
 layer's input norm, the projection with its adapters, any key norm and the rotary embedding; that is what the model's
-own cache holds. Works under (non-re-entrant) activation checkpointing, where the cache itself is off. Does not know defenses.
+own cache holds. Works under (non-re-entrant) activation checkpointing, where the cache itself is off. Does not know
+defenses.
 
 Shapes: B rows, T tokens, D hidden size, N chosen tokens (row by row), E = key heads x head size.
 """
@@ -103,7 +104,7 @@ def _keys_and_values(inner: Any, mask_BT: Tensor | None) -> Iterator[dict[int, t
         yield found
     finally:
         if plain is None:
-            del ALL_ATTENTION_FUNCTIONS[name]
+            del ALL_ATTENTION_FUNCTIONS[name]  # type: ignore[no-untyped-call]
         else:
             ALL_ATTENTION_FUNCTIONS[name] = plain
 
@@ -114,7 +115,7 @@ def _at(states_BHTE: Tensor, mask_BT: Tensor) -> Tensor:
 
 
 def prefix_kv(model: nn.Module, prefix_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values [P, E] of each layer for a prefix alone, [P] token ids; by causality those of every row with it."""
+    """Keys and values [P, E] of each layer for a prefix alone ([P] ids); by causality those of every row with it."""
     inner = causal_lm(model)
     ids = prefix_ids[None]
     with torch.no_grad(), _keys_and_values(inner, torch.ones_like(ids, dtype=torch.bool)) as layers:

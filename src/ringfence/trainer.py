@@ -33,7 +33,7 @@ class DefendedTrainer(Trainer):
         model: a causal language model, plain or with a peft adapter.
         args: training arguments; `train_sampling_strategy` must be sequential, for the stream has its own order.
         stream: the rows in their order.
-        defenses: built defenses; their penalties are token means over the whole optimiser step, as the cross-entropy is.
+        defenses: built defenses; penalties are token means over the whole optimiser step, as cross-entropy is.
         pad_id: token that fills rows up.
         log_file: a line of JSON for every log; lines after the step from which a run resumes are dropped.
     """
@@ -61,6 +61,7 @@ class DefendedTrainer(Trainer):
         self.reference_forwards = 0
         self._step_counts: dict[str, int] = {}
         self._log_sums: dict[str, float] = defaultdict(float)
+        self._logged_step = 0
         self._started = time.monotonic()
 
     # -------------------------------------------------------------- loss
@@ -141,9 +142,8 @@ class DefendedTrainer(Trainer):
             with self.log_file.open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
-    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """Trains, from a checkpoint folder if given; see transformers' Trainer."""
-        self._logged_step = 0
         if resume_from_checkpoint:
             state = json.loads((Path(resume_from_checkpoint) / "trainer_state.json").read_text())
             self._logged_step = state["global_step"]

@@ -1,6 +1,8 @@
 """One file per defense. A new defense is one new file and one line in `Defenses`."""
 
-from pydantic import BaseModel, ConfigDict
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from .base import Defense, DefenseConfig, Setup
 from .interleave import Interleave
@@ -16,6 +18,14 @@ class Defenses(BaseModel):
     kl: KL | None = None
     interleave: Interleave | None = None
     treft: TReFT | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_empty_entry(cls, tree: Any) -> Any:
+        for name, config in tree.items() if isinstance(tree, dict) else ():
+            if config is None and name in cls.model_fields:
+                raise ValueError(f"{name} has no fields: write `{name}: {{}}` for its defaults, or leave the line out")
+        return tree
 
     def build(self, setup: Setup) -> list[Defense]:
         return [config.build(setup) for config in self.configs()]

@@ -75,7 +75,7 @@ class Defense:
 class DefenseConfig(BaseModel):
     """Base of all configs: unknown fields are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     def build(self, setup: Setup) -> Defense:
         raise NotImplementedError

@@ -10,7 +10,10 @@ from .base import Defense, DefenseConfig, Setup
 
 
 class Interleave(DefenseConfig):
-    """Mixes `ratio` safe rows per training row into the stream, drawn anew each epoch. They are trained on like any row."""
+    """Mixes `ratio` safe rows per training row into the stream, drawn anew each epoch.
+
+    They are trained on like any row.
+    """
 
     ratio: float = Field(
         0.05, gt=0, le=4, description="safe rows per training row (published: 0.05, studied 0.01 to 0.5)"

@@ -1,4 +1,7 @@
-"""The recipe that `ringfence init` writes, made from the schema so that it cannot drift from it. Shipped data stand in `data/`."""
+"""The recipe that `ringfence init` writes, made from the schema so that it cannot drift from it.
+
+Shipped data stand in `data/`.
+"""
 
 from typing import Any
 

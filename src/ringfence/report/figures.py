@@ -1,6 +1,7 @@
 """Figures of the report, as SVG. Numbers in, pictures out."""
 
 import io
+from typing import Any
 
 import matplotlib
 
@@ -8,11 +9,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from .summary import Records, Row
 
 COLOURS = ("#b3261e", "#1f5fa8", "#2e7d32", "#8e44ad", "#c77700", "#00798c", "#6d4c41", "#546e7a")
-_STYLE = {
+_STYLE: Any = {
     "font.size": 10,
     "font.family": "sans-serif",
     "axes.spines.top": False,
@@ -67,7 +69,7 @@ def pareto(rows: list[Row]) -> bytes:
 def curves(records: list[Records]) -> bytes:
     """Cross-entropy of every run, and every penalty, over the steps."""
     logged = {key for run in records for line in run.metrics for key in line}
-    terms = ["ce"] + sorted(logged & {"kl", "treft"})
+    terms = ["ce", *sorted(logged & {"kl", "treft"})]
     with plt.rc_context(_STYLE):
         figure, panels = plt.subplots(1, len(terms), figsize=(4.2 * len(terms), 3.3), squeeze=False)
         for axes, term in zip(panels[0], terms):
@@ -98,7 +100,7 @@ def _whisker(axes: Axes, interval, height: float, place: int) -> None:  # type: 
 
 
 def _legend(figure: Figure, axes: Axes, rows: list[Row]) -> None:
-    handles = [plt.Line2D([], [], color=_colour(place), marker="o", label=row.name) for place, row in enumerate(rows)]
+    handles = [Line2D([], [], color=_colour(place), marker="o", label=row.name) for place, row in enumerate(rows)]
     axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(rows), borderaxespad=0.3)
 
 

@@ -7,10 +7,13 @@ margin = mean token log p(misaligned answer) - mean token log p(aligned answer),
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from ..errors import DataError
 from ..stats import Interval, mean_interval, ratio_interval
@@ -100,7 +103,7 @@ def read_run(folder: Path) -> Records:
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()],
         results["parts"],
         reference["parts"],
-        _benign(folder / "benign"),
+        _benign(folder.with_name(f"{folder.name}-benign")),
     )
 
 
@@ -182,11 +185,9 @@ def _margins(parts: dict[str, Any], name: str) -> Margins:
 
 
 def _fluency(records: Records) -> tuple[float | None, Interval | None]:
-    """Perplexity of held-out ordinary answers, and the change of mean token log-probability loss against the reference."""
+    """Perplexity of held-out ordinary answers, and its ratio to the reference's."""
     if "fluency" not in records.results:
         return None, None
-    import math
-
     tuned, reference = records.results["fluency"], records.reference["fluency"]
     nll = ratio_interval([-x for x in tuned["logprob"]], tuned["tokens"])
     change = ratio_interval([r - t for t, r in zip(tuned["logprob"], reference["logprob"])], tuned["tokens"])
@@ -198,8 +199,6 @@ def _share(items: list[dict[str, Any]]) -> float:
 
 
 def _defense_names(records: Records) -> list[str]:
-    import yaml
-
     return list(yaml.safe_load(records.recipe_text).get("defenses") or {})
 
 
