@@ -57,8 +57,8 @@ def print_table(rows: list[Row], console: Console) -> None:
     console.print(table)
     if kind == "effect":
         console.print(
-            "effect = shift of the run minus shift of the sound control, paired by question;\n"
-            "the control's row shows its shift. perplexity x and time x: against the reference model and the undefended run.",
+            "effect = shift of the run minus shift of the sound control, paired by question; the control's row is its shift."
+            "\nperplexity x and time x: against the reference model and the undefended run.",
             highlight=False,
         )
 
