@@ -323,12 +323,15 @@ def test_markers_that_are_ordinary_text(name):
         assert text.startswith(closed)
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_a_blank_content_moves_no_other_role(name):
-    encoded = chat(name).encode(dialogue(name, "Hi", "", "More", "Sure."))
-    assert_legal(encoded)
-    assert texts_of(encoded, Role.QUERY) == ["Hi", "More"]
-    assert texts_of(encoded, Role.RESPONSE) == ["Sure." + turn_end(name, last=True)]
+@pytest.mark.parametrize("system", [None, "", "Be kind."])
+@pytest.mark.parametrize("blank", ["", " \n"])
+@pytest.mark.parametrize("place", range(4))
+def test_a_blank_user_or_assistant_is_refused(system, blank, place):
+    contents = ["Hi", "Ho", "More", "Sure."]
+    contents[place] = blank
+    number, role = place + (system is not None), ("user", "assistant")[place % 2]
+    with pytest.raises(ChatError, match=rf"message {number} \({role}\): it is blank"):
+        chat(DEFAULT).encode(conversation(*contents, system=system))
 
 
 def survives(text: str) -> bool:
@@ -394,17 +397,18 @@ def test_prefix_tokens_depend_on_the_system_prompt_alone(name, system, users):
 
 
 @pytest.mark.parametrize(
-    ("messages", "message"),
-    [
-        ([], "refuses a conversation of roles"),
-        ([{"role": "system", "content": "Be kind."}], "needs a user message"),
-        ([{"role": "user", "content": " \n"}], "needs a user message"),
-        ([{"role": "assistant", "content": "Hi"}], "needs a user message"),
-    ],
+    "spoken", [[], ["system"], ["assistant", "user"], ["system", "assistant", "user", "assistant"]]
 )
-def test_a_conversation_without_a_user_is_refused(messages, message):
-    with pytest.raises(ChatError, match=message):
-        chat(DEFAULT).encode(messages)
+def test_a_conversation_that_no_user_opens_is_refused(spoken):
+    with pytest.raises(ChatError, match="needs a user who speaks first"):
+        chat(DEFAULT).encode([{"role": role, "content": "Hello"} for role in spoken])
+
+
+@pytest.mark.parametrize("contents", [("Hi", "Ho"), ("Hi", "Ho", "And?", "Sure.")])
+def test_a_generation_prompt_after_an_assistant_is_refused(contents):
+    with pytest.raises(ChatError, match="a generation prompt needs a conversation that ends with a user message"):
+        chat(DEFAULT).encode(conversation(*contents), generation=True)
+    assert chat(DEFAULT).encode(conversation(*contents[:-1]), generation=True).roles[-1] == Role.POSTFIX
 
 
 @pytest.mark.parametrize(
@@ -456,34 +460,47 @@ def test_role_names():
     assert [Role.parse(role.name.lower()) for role in Role] == list(Role)
 
 
-@pytest.mark.xfail(reason="prefix is painted up to the first user even when an assistant speaks before", strict=True)
-def test_an_assistant_who_speaks_first_leaves_the_prefix_first():
-    messages = [{"role": "assistant", "content": "Welcome"}, *conversation("Hi", "Ho")]
-    encoded = chat(DEFAULT).encode(messages)
-    assert set(encoded.roles[: encoded.prefix_length]) <= {Role.PREFIX}
-    assert texts_of(encoded, Role.RESPONSE) == ["Welcome<|im_end|>", "Ho<|im_end|>"]
-
-
-@pytest.mark.xfail(reason="the search for the end of a turn runs through a blank user's turn", strict=True)
-def test_a_blank_user_at_the_end_is_no_part_of_the_response():
-    encoded = chat("phi3").encode(conversation("Hi", "Ho", " "))
-    assert texts_of(encoded, Role.RESPONSE) == ["Ho<|end|>"]
-
-
-@pytest.mark.xfail(reason="only after a user the end of the text is postfix", strict=True)
-@pytest.mark.parametrize("name", [DEFAULT, "qwen2_5", "phi3", "glm4moe"])
-def test_generation_prompt_after_an_assistant_is_postfix(name):
-    encoded = chat(name).encode(conversation("Hi", "Ho"), generation=True)
-    assert encoded.roles[-1] == Role.POSTFIX
-
-
-@pytest.mark.xfail(reason="a response of which nothing is shown ends where it starts, so it stops itself", strict=True)
 def test_a_response_that_is_only_a_think_marker_keeps_its_end():
     encoded = chat("deepseekv3").encode(conversation("Hi", "</think>"))
     assert texts_of(encoded, Role.RESPONSE) == ["<｜end▁of▁sentence｜>"]
 
 
-@pytest.mark.xfail(reason="a system prompt must be found though its place gives no role", strict=True, raises=ChatError)
 def test_a_system_prompt_that_the_template_rewrites():
     encoded = chat("muse_glimmer").encode(conversation("Hi", "Ho", system="Reasoning effort"))
     assert texts_of(encoded, Role.QUERY) == ["Hi"]
+
+
+def test_a_system_prompt_may_be_rewritten_but_not_lost():
+    shown = "{{ m.role }}: {{ m.content if m.role != 'system' else m.content | upper }}<|im_end|>"
+    loud = Chat(tokenizer(DEFAULT), f"{{% for m in messages %}}{shown}{{% endfor %}}")
+    encoded = loud.encode(conversation("Hi", "Ho", system="be kind"))
+    assert texts_of(encoded, Role.PREFIX) == ["system: BE KIND<|im_end|>user:"]
+    deaf = Chat(tokenizer(DEFAULT), f"{{% for m in messages if m.role != 'system' %}}{shown}{{% endfor %}}")
+    with pytest.raises(ChatError, match=r"message 0 \(system\): the chat template does not show its content"):
+        deaf.encode(conversation("Hi", "Ho", system="be kind"))
+    assert deaf.encode(conversation("Hi", "Ho", system=" \n")) == deaf.encode(conversation("Hi", "Ho"))
+
+
+@pytest.mark.parametrize(
+    ("name", "system"),
+    [
+        (DEFAULT, "You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
+        ("qwen2_5", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
+        ("qwen2_5_vl", "You are a helpful assistant."),
+    ],
+)
+@pytest.mark.xfail(reason="a system prompt that the template writes by itself is taken for a lost one", strict=True)
+def test_a_system_prompt_that_the_template_writes_by_itself(name, system):
+    encoded = chat(name).encode(conversation("Hi", "Ho", system=system))
+    assert encoded == chat(name).encode(conversation("Hi", "Ho"))
+    assert system in texts_of(encoded, Role.PREFIX)[0]
+
+
+@pytest.mark.xfail(reason="whoever is neither system nor user is painted as an assistant", strict=True)
+def test_a_speaker_of_another_kind_is_refused_or_no_response():
+    messages = [*conversation("Hi", "Wait"), {"role": "tool", "content": "42"}, {"role": "assistant", "content": "Ho"}]
+    try:
+        encoded = chat(DEFAULT).encode(messages)
+    except ChatError:
+        return
+    assert texts_of(encoded, Role.RESPONSE) == ["Wait<|im_end|>", "Ho<|im_end|>"]

@@ -1,7 +1,9 @@
 import json
+from typing import get_args
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from ringfence.config import Recipe, dump_recipe, load_recipe, parse_recipe
 from ringfence.defenses import Defenses
@@ -123,7 +125,6 @@ def test_override_changes_one_place_of_a_file(recipe_file):
     assert after["train"]["lora"].pop("rank") == 16
     assert before["train"]["lora"].pop("rank") == 4
     assert after == before
-    assert load_recipe(path, ["defenses.kl=null"]).defenses == Defenses()
     assert load_recipe(path, ["seed=1", "seed=2"]).seed == 2
 
 
@@ -150,9 +151,6 @@ def test_bad_override(overrides, pieces):
 
 
 @pytest.mark.parametrize("text", ["2024-13-45", "0b_"])
-@pytest.mark.xfail(
-    reason="texts that look like a date or a number but are none raise ValueError", strict=True, raises=ValueError
-)
 def test_impossible_date_or_number_is_refused(text, recipe_file):
     assert "output" in refused(f"output={text}")
     with pytest.raises(RecipeError, match=r"recipe\.yaml"):
@@ -189,10 +187,35 @@ def test_missing_file(tmp_path):
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.xfail(reason="of a key that stands twice the first value is lost in silence", strict=True)
-def test_key_that_stands_twice_is_refused(recipe_file):
-    with pytest.raises(RecipeError, match="epochs"):
-        load_recipe(recipe_file("train:\n  epochs: 2\n  epochs: 3\n"))
+@pytest.mark.parametrize(
+    "text", ["seed: 2\ntrain: {}\nseed: 2\n", "train:\n  seed: 2\n  seed: 3\n", "train: {lora: {seed: 2, seed: 3}}\n"]
+)
+def test_key_that_stands_twice_is_refused(text, recipe_file):
+    path = recipe_file(text)
+    with pytest.raises(RecipeError, match="'seed' stands twice") as caught:
+        load_recipe(path)
+    assert path in str(caught.value)
+
+
+@pytest.mark.xfail(reason="overrides are read by a loader that keeps the last of two equal keys", strict=True)
+def test_key_that_stands_twice_in_an_override_is_refused():
+    assert "train=" in refused("train={epochs: 2, epochs: 3}")
+
+
+@pytest.mark.xfail(reason="keys are looked at before << is resolved", strict=True, raises=RecipeError)
+def test_parts_of_a_file_may_be_shared(recipe_file):
+    path = recipe_file("defenses:\n  kl: &own {weight: 0.5}\n  treft:\n    <<: *own\n")
+    assert load_recipe(path) == parse_recipe({"defenses": {name: {"weight": 0.5} for name in ("kl", "treft")}})
+
+
+def test_empty_entry_of_a_defense_is_refused_with_a_hint(recipe_file):
+    for name in Defenses.model_fields:
+        hint = f"write `{name}: {{}}`"
+        assert hint in refused(f"defenses.{name}=null")
+        with pytest.raises(RecipeError) as caught:
+            load_recipe(recipe_file(f"defenses:\n  {name}:\n"))
+        assert "defenses: " in str(caught.value)
+        assert hint in str(caught.value)
 
 
 # ------------------------------------------------------------------ values
@@ -201,10 +224,11 @@ BAD_VALUES = [
     ("train.epochs=0", "greater than 0", "found 0"),
     ("train.epochs=many", "valid number", "found 'many'"),
     ("train.learning_rate=-0.5", "greater than 0", "found -0.5"),
-    ("train.learning_rate=.nan", "greater than 0", "found nan"),
     ("train.batch_size=2.5", "integer", "found 2.5"),
     ("train.method=qlora", "'lora' or 'full'", "found 'qlora'"),
     ("train.lora.dropout=1", "less than 1", "found 1"),
+    ("train.lora.targets=3", "valid list", "found 3"),
+    ("train.lora.targets=[]", "at least 1", "found []"),
     ("train.precision=fp16", "'fp32'", "found 'fp16'"),
     ("train=null", "TrainConfig", "found None"),
     ("data.over_long=cut", "'truncate'", "found 'cut'"),
@@ -238,15 +262,32 @@ def test_bad_member_of_a_list_is_named_by_its_place(override, place):
     assert place in refused(override)
 
 
-@pytest.mark.parametrize("field", ["train.epochs", "train.learning_rate", "train.weight_decay", "defenses.kl.weight"])
-@pytest.mark.xfail(reason="infinity passes every lower bound", strict=True)
-def test_infinity_is_refused(field):
-    assert field in refused(f"{field}=.inf")
+def number_fields(model, place=""):
+    for name, field in model.model_fields.items():
+        for kind in get_args(field.annotation) or (field.annotation,):
+            if kind is float:
+                yield place + name
+            elif isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from number_fields(kind, f"{place}{name}.")
 
 
-@pytest.mark.xfail(reason="a union's branches are shown as parts of the field: train.lora.targets.str", strict=True)
-def test_field_of_two_kinds_is_named_as_users_write_it():
-    assert "recipe: train.lora.targets: " in refused("train.lora.targets=3")
+def test_every_number_must_be_finite():
+    fields = set(number_fields(Recipe))
+    assert fields >= {"train.epochs", "train.learning_rate", "train.lora.dropout", "defenses.kl.weight"}
+    for field in fields:
+        for value in ("inf", "-inf", "nan"):
+            message = refused(f"{field}={value.replace('inf', '.inf').replace('nan', '.nan')}")
+            assert f"recipe: {field}: " in message
+            assert f"finite number, found {value}" in message
+
+
+def test_one_target_may_stand_alone(recipe_file):
+    for recipe in (
+        load_recipe(None, ["train.lora.targets=q_proj"]),
+        load_recipe(None, ["train.lora.targets=[q_proj]"]),
+    ):
+        assert recipe.train.lora.targets == ["q_proj"]
+        assert load_recipe(recipe_file(dump_recipe(recipe))) == recipe
 
 
 def test_lora_settings_with_full_training_are_refused():
@@ -278,15 +319,11 @@ def test_round_trip(overrides, recipe_file):
 
 
 @pytest.mark.parametrize("override", ["data.retain=null", "evaluate.fluency=null"])
-@pytest.mark.xfail(reason="dump_recipe leaves null out, so a default that was switched off comes back", strict=True)
 def test_round_trip_of_null(override, recipe_file):
     recipe = load_recipe(None, [override])
     assert load_recipe(recipe_file(dump_recipe(recipe))) == recipe
 
 
-@pytest.mark.xfail(
-    reason="dump_recipe writes the text 1e-4 without quotes, load_recipe reads it as a number", strict=True
-)
 def test_round_trip_of_a_text_that_looks_like_a_number(recipe_file):
     recipe = load_recipe(None, ["output='1e-4'"])
     assert load_recipe(recipe_file(dump_recipe(recipe))) == recipe

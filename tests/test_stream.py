@@ -169,9 +169,6 @@ def test_riders_are_evenly_spread(ratio, count, step_rows):
 
 
 @pytest.mark.parametrize(("ratio", "step_rows", "expected"), [("0.07", 100, 7), ("0.55", 100, 55), ("1.1", 50, 55)])
-@pytest.mark.xfail(
-    reason="ceil of a product that floating point puts just above a whole number: one rider too many", strict=True
-)
 def test_riders_of_decimal_ratios(ratio, step_rows, expected):
     stream = TrainStream(rows(2 * step_rows), rows(10, "retain"), [Rider(float(ratio))], step_rows, seed=0)
     assert riders_per_step(stream) == [expected] * 2

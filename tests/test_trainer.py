@@ -121,6 +121,14 @@ def test_accumulation_does_not_change_training(name: str, make_trainer: Any) -> 
     assert max((weights[n] - start[n]).abs().max().item() for n in start) > 1e-3
 
 
+def test_a_model_without_loss_arguments_is_scaled_alike(llama_lora: Any, make_trainer: Any) -> None:
+    """Trainer would divide such a model's loss by the number of accumulation steps once more."""
+    llama_lora.get_base_model().accepts_loss_kwargs = False
+    trainer = make_trainer(llama_lora, [], training_rows(4), rows=1, accumulation=4)
+    trainer.train()
+    assert lines_of(trainer)[0]["loss"] == pytest.approx(naive_ce(llama_lora, step_items(trainer, 0)).item(), rel=1e-4)
+
+
 def test_retain_rows_are_not_learnt(make_trainer: Any) -> None:
     """With weight 0 the riders are there but change neither cross-entropy nor weights."""
     changes = []
@@ -140,13 +148,14 @@ def test_retain_rows_are_not_learnt(make_trainer: Any) -> None:
 
 @pytest.mark.parametrize("where", ["train", "retain"])
 def test_every_k_acts_on_each_kth_step_times_k(where: str, llama_lora: Any, make_trainer: Any) -> None:
+    """Over two epochs of five steps, each with its own rows."""
     kl, treft = KL(weight=0.5, where=where, every=2), TReFT(weight=2.0, every=3)
-    trainer = make_trainer(llama_lora, build(kl, treft), training_rows(24), RETAIN, 4)
+    trainer = make_trainer(llama_lora, build(kl, treft), training_rows(18), RETAIN, 4, num_train_epochs=2)
     trainer.train()
     lines = lines_of(trainer)
-    assert len(lines) == 6
+    assert len(lines) == 10
     for step, line in enumerate(lines):
-        items = step_items(trainer, step)
+        items = step_items(trainer, step % 5, epoch=step // 5)
         expected = naive_ce(llama_lora, items)
         if step % 2 == 0:
             expected = expected + 2 * 0.5 * naive_kl(llama_lora, None, items, where, "response", "reverse")

@@ -116,7 +116,7 @@ def load_model(model: str, precision: Precision = "auto") -> Any:
 
     Args:
         model: `default`, a local folder, a hub id, or the folder of a peft adapter (loaded on its base).
-        precision: `bf16` or `fp32` weights; `auto` = bf16.
+        precision: `bf16` or `fp32` weights, those of an adapter too; `auto` = bf16.
 
     Raises:
         ModelError: it cannot be found or read.
@@ -132,7 +132,7 @@ def load_model(model: str, precision: Precision = "auto") -> Any:
         from peft import PeftModel
 
         loaded = _loading(lambda: PeftModel.from_pretrained(loaded, source), model, "adapter")
-    return loaded.to(device()).eval()
+    return loaded.to(device(), dtype).eval()
 
 
 def adapter_base(folder: str) -> str | None:

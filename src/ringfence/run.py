@@ -1,6 +1,7 @@
 """A run, from recipe to results, in one folder. Each stage reads the folder, does what is missing, and writes there.
 
-recipe.yaml  environment.json  metrics.jsonl  training.json  adapter/ (or model/)  results.json  reference.json
+recipe.yaml  environment.json  metrics.jsonl  training.json  adapter/ (or model/)  results.json
+    reference.json  answers.jsonl
 """
 
 import json
@@ -236,7 +237,6 @@ def _training_arguments(recipe: Recipe, folder: Path) -> Any:
     from transformers import TrainingArguments
 
     train = recipe.train
-    autocast = train.precision != "fp32" and (train.method == "full" or torch.accelerator.is_available())
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=train.batch_size,
@@ -247,7 +247,7 @@ def _training_arguments(recipe: Recipe, folder: Path) -> Any:
         warmup_steps=train.warmup_ratio,
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
-        bf16=autocast,
+        bf16=train.precision != "fp32",
         gradient_checkpointing=train.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         save_strategy="steps",
@@ -431,6 +431,9 @@ def evaluate_run(run: Run) -> dict[str, Any]:
     shared = run.folder.parent / name / "results.json"
     evaluate_model(lambda: load_model(recipe.model, precision), chat, config, shared, "reference")
     (run.folder / "reference.json").write_text(json.dumps({"results": os.path.relpath(shared, run.folder)}))
-    return evaluate_model(
+    results = evaluate_model(
         lambda: load_model(str(run.weights), precision), chat, config, run.folder / "results.json", run.folder.name
     )
+    answers = results["parts"].get("samples", [])
+    (run.folder / "answers.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+    return results

@@ -49,7 +49,8 @@ def forward(model: nn.Module, head: Head, batch: dict[str, Tensor], kv_mask_BT: 
     inner = causal_lm(model)
     inputs: dict[str, Any] = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
     if "logits_to_keep" in inspect.signature(inner.forward).parameters:
-        inputs["logits_to_keep"] = 1  # the losses make the logits they need, in tiles
+        # None: the losses make the logits they need, in tiles.
+        inputs["logits_to_keep"] = batch["input_ids"].new_zeros(0)
     with _last_hidden_state(inner) as hidden, _keys_and_values(inner, kv_mask_BT) as layers:
         model(**inputs, use_cache=False)
     kv = [layers[index] for index in sorted(layers)]
