@@ -37,10 +37,6 @@ from ringfence.trainer import DefendedTrainer
 Items = list[tuple[Example, bool]]
 Layers = list[tuple[Tensor, Tensor]]
 
-CHECKPOINTING = pytest.mark.xfail(
-    reason="tokens are chosen inside the checkpointed layer, which saves tensors that the recomputation does not",
-    strict=True,
-)
 VOCABULARY = 120
 PAD = 0
 PREFIX_A, PREFIX_B = [3, 4, 5, 6, 7], [3, 9, 8]
@@ -307,7 +303,6 @@ def make_trainer(tmp_path: Path) -> Callable[..., DefendedTrainer]:
             gradient_accumulation_steps=accumulation,
             report_to=[],
             remove_unused_columns=False,
-            train_sampling_strategy="sequential",
             disable_tqdm=True,
             use_cpu=True,
             seed=0,

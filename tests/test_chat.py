@@ -489,14 +489,12 @@ def test_a_system_prompt_may_be_rewritten_but_not_lost():
         ("qwen2_5_vl", "You are a helpful assistant."),
     ],
 )
-@pytest.mark.xfail(reason="a system prompt that the template writes by itself is taken for a lost one", strict=True)
 def test_a_system_prompt_that_the_template_writes_by_itself(name, system):
     encoded = chat(name).encode(conversation("Hi", "Ho", system=system))
     assert encoded == chat(name).encode(conversation("Hi", "Ho"))
     assert system in texts_of(encoded, Role.PREFIX)[0]
 
 
-@pytest.mark.xfail(reason="whoever is neither system nor user is painted as an assistant", strict=True)
 def test_a_speaker_of_another_kind_is_refused_or_no_response():
     messages = [*conversation("Hi", "Wait"), {"role": "tool", "content": "42"}, {"role": "assistant", "content": "Ho"}]
     try:

@@ -132,7 +132,6 @@ def test_wrong_arguments_of_other_commands(
     assert expected in errors
 
 
-@pytest.mark.xfail(reason="what stands in brackets is taken for rich markup, and vanishes", strict=True)
 def test_brackets_of_a_message_are_shown(tmp_path: Path, ringfence: Callable[..., Outcome]) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"question": "a", "answer": "b"}\n')
@@ -140,14 +139,12 @@ def test_brackets_of_a_message_are_shown(tmp_path: Path, ringfence: Callable[...
     assert "fields [question, answer]" in errors
 
 
-@pytest.mark.xfail(reason="rich markup in a message: a closing tag that was never opened", strict=True)
 def test_a_message_with_a_closing_tag_is_shown(ringfence: Callable[..., Outcome]) -> None:
     code, _, errors = ringfence("train", "data.train=./rows[/old].jsonl")
     assert code == 2
     assert "./rows[/old].jsonl" in errors
 
 
-@pytest.mark.xfail(reason="an argument with = is always an override", strict=True)
 def test_a_recipe_whose_path_has_an_equals_sign(tmp_path: Path, ringfence: Callable[..., Outcome]) -> None:
     folder = tmp_path / "lr=1e-4"
     folder.mkdir()
@@ -190,16 +187,43 @@ def test_dry_run_shows_everything_and_trains_nothing(
     tokens = [len(e.input_ids) for e in encoded]
     answered = sum(e.roles.count(Role.RESPONSE) for e in encoded)
     assert f"6 rows, {sum(tokens)} tokens ({answered} of responses), longest {max(tokens)}; retain: 3 rows" in shown
-    assert "steps: 2 an epoch, 4 rows each" in shown
-    assert "Door|" in shown
-    # q, o: 32 x 32; k, v: 32 x 16; gate, up, down: 32 x 48; rank 8, two layers, 12 bytes each.
+    assert "an epoch: 2 steps of 4 rows, 6 rows with those that defenses add, and 2 retain rows that ride" in shown
+    assert "".join(f"{encoded[0].text[slice(*span)]}|" for span in encoded[0].offsets[25:29]) in shown
+
+
+def test_memory_estimate_of_a_dry_run(rows: str, tiny_model: str, ringfence: Callable[..., Outcome]) -> None:
+    changes = [f"data.train={rows}", f"model={tiny_model}", "train.precision=fp32"]
+    changes += ["train.batch_size=1000", "train.lora.rank=10000"]
+    _, shown, _ = ringfence("run", *changes, "--dry-run")
+    # q, o: 32 x 32; k, v: 32 x 16; gate, up, down: 32 x 48; two layers; gradient and two moments of 4 bytes.
     weights = 4 * (49152 * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32) + 32)
-    optimiser = 12 * 2 * 8 * (2 * 64 + 2 * 48 + 3 * 80)
-    activations = 4 * max(tokens) * 2 * 32 * 34 * 4
+    optimiser = 12 * 2 * 10000 * (2 * 64 + 2 * 48 + 3 * 80)
+    longest = int(shown.split("longest ")[1].split(";")[0])
+    activations = 1000 * longest * 2 * 32 * 34 * 4
     assert f"memory, estimated: {(weights + optimiser + activations) / 2**30:.2f} GiB" in shown
+    assert f"optimiser {optimiser / 2**30:.2f}, activations {activations / 2**30:.2f}" in shown
 
 
-@pytest.mark.xfail(reason="rich wraps the recipe at the width of the terminal", strict=True)
+def test_dry_run_refuses_what_training_refuses(
+    tmp_path: Path, rows: str, tiny_model: str, ringfence: Callable[..., Outcome]
+) -> None:
+    changes = [f"data.train={rows}", f"data.retain={rows}", f"model={tiny_model}", f"output={tmp_path / 'run'}"]
+    changes += ["train.batch_size=1", "defenses.kl.weight=1"]
+    code, _, errors = ringfence("train", *changes)
+    assert (code, "retain_ratio" in errors) == (2, True)
+    code, _, errors = ringfence("train", *changes, "--dry-run")
+    assert (code, "retain_ratio" in errors) == (2, True)
+
+
+def test_output_of_train_is_the_folder_of_the_weights(
+    tmp_path: Path, rows: str, tiny_model: str, ringfence: Callable[..., Outcome]
+) -> None:
+    folder = tmp_path / "run"
+    code, output, _ = ringfence("train", f"data.train={rows}", f"model={tiny_model}", f"output={folder}")
+    assert code == 0
+    assert output == f"{folder / 'adapter'}\n"
+
+
 def test_recipe_of_a_dry_run_is_yaml_in_a_narrow_terminal(
     tmp_path: Path, rows: str, tiny_model: str, ringfence: Callable[..., Outcome]
 ) -> None:
@@ -208,7 +232,6 @@ def test_recipe_of_a_dry_run_is_yaml_in_a_narrow_terminal(
     assert Recipe.model_validate(yaml.safe_load(shown[: shown.index(" prefix ")])) == load_recipe(None, changes)
 
 
-@pytest.mark.xfail(reason="rows that defenses add are not counted", strict=True)
 def test_steps_of_a_dry_run_are_those_of_training(
     tmp_path: Path, rows: str, tiny_model: str, ringfence: Callable[..., Outcome]
 ) -> None:
@@ -216,7 +239,7 @@ def test_steps_of_a_dry_run_are_those_of_training(
     changes += ["train.batch_size=2", "defenses.interleave.ratio=1.0"]
     _, shown, _ = ringfence("train", *changes, "--dry-run")
     steps = len(metrics_of(train_run(load_recipe(None, changes))))
-    assert f"steps: {steps} an epoch" in shown
+    assert f"an epoch: {steps} steps of 2 rows, 12 rows with" in shown
 
 
 def test_evaluate_takes_overrides(
@@ -225,7 +248,7 @@ def test_evaluate_takes_overrides(
     """Two keys in both forms; the recipe keeps them, and an unknown one changes nothing."""
     folder = tmp_path / "run"
     code, output, _ = ringfence("train", f"data.train={rows}", f"model={tiny_model}", f"output={folder}")
-    assert (code, output.strip()) == (0, str(folder / "adapter"))
+    assert (code, output.splitlines()[-1]) == (0, str(folder / "adapter"))
     trained = (folder / "training.json").stat().st_mtime_ns
     small = ["in_domain=[shipped:finance]", "evaluate.out_of_domain=[shipped:car_care]", "values=[]", "fluency=null"]
     small += ["triggers=false", "evaluate.samples=0"]
@@ -265,7 +288,6 @@ def test_init_writes_the_default_recipe(tmp_path: Path, ringfence: Callable[...,
     assert file.read_text() == "mine"
 
 
-@pytest.mark.xfail(reason="writing into a folder that is not there ends in a traceback", strict=True)
 def test_init_in_a_folder_that_is_not_there(tmp_path: Path, ringfence: Callable[..., Outcome]) -> None:
     code, _, errors = ringfence("init", tmp_path / "none" / "recipe.yaml")
     assert code in (0, 2)
@@ -338,24 +360,26 @@ def test_shown_tokens_have_the_colour_of_their_role_and_lose_no_character() -> N
     assert plain.replace("|", "").replace("\\n\n", "\n").replace("<!", "<|").replace("!>", "|>") == encoded.text
     assert plain.count("|") == len(encoded.input_ids)
     console = Console(color_system="standard", force_terminal=True)
-    for part, role in (
-        ("SmolLM", Role.PREFIX),
-        ("bold", Role.QUERY),
-        ("assistant\\n", Role.POSTFIX),
-        ("Ja", Role.RESPONSE),
-    ):
-        style = text.get_style_at_offset(console, text.plain.rindex(part))
-        expected = console.get_style(STYLES[role]).bgcolor
-        assert style.bgcolor is not None
+    place, shown = 0, 0
+    for role, (start, end) in zip(encoded.roles, encoded.offsets, strict=True):
+        piece = encoded.text[max(start, shown) : end].replace("\n", "\\n\n")
+        shown = max(shown, end)
+        assert text.plain[place : place + len(piece) + 1] == piece + "|"
+        place += len(piece)
+        found, expected = text.get_style_at_offset(console, place).bgcolor, console.get_style(STYLES[role]).bgcolor
+        assert found is not None
         assert expected is not None
-        assert style.bgcolor.number == expected.number, part
+        assert found.number == expected.number, (role, piece)
+        place += 1
+    assert len({str(style) for style in STYLES.values()}) == len(STYLES)
 
 
 def test_show_tokens_of_a_file(tmp_path: Path, rows: str, ringfence: Callable[..., Outcome]) -> None:
     code, output, _ = ringfence("show-tokens", rows, "--row", "5")
     encoded = Chat(load_tokenizer("default")).encode(json.loads(Path(rows).read_text().splitlines()[4])["messages"])
     assert code == 0
-    assert "Door| |4|?|" in output or " |4|?|" in output or " 4|?|" in output
+    question = [at for at, role in enumerate(encoded.roles) if role == Role.QUERY]
+    assert "".join(f"{encoded.text[slice(*encoded.offsets[at])]}|" for at in question) in output
     for role in STYLES:
         assert f"{role.name.lower()} {encoded.roles.count(role)} " in output
     taken = encoded.roles.count(Role.RESPONSE)

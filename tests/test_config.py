@@ -197,12 +197,10 @@ def test_key_that_stands_twice_is_refused(text, recipe_file):
     assert path in str(caught.value)
 
 
-@pytest.mark.xfail(reason="overrides are read by a loader that keeps the last of two equal keys", strict=True)
 def test_key_that_stands_twice_in_an_override_is_refused():
     assert "train=" in refused("train={epochs: 2, epochs: 3}")
 
 
-@pytest.mark.xfail(reason="keys are looked at before << is resolved", strict=True, raises=RecipeError)
 def test_parts_of_a_file_may_be_shared(recipe_file):
     path = recipe_file("defenses:\n  kl: &own {weight: 0.5}\n  treft:\n    <<: *own\n")
     assert load_recipe(path) == parse_recipe({"defenses": {name: {"weight": 0.5} for name in ("kl", "treft")}})

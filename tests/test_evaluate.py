@@ -11,8 +11,9 @@ from conftest import with_lora
 from ringfence import evaluate, opswap
 from ringfence.chat import Chat
 from ringfence.config import EvaluateConfig
+from ringfence.data import load_rows
 from ringfence.errors import RingfenceError
-from ringfence.evaluate import OPSWAP_SEED, evaluate_model, evaluation_key, scoring
+from ringfence.evaluate import evaluate_model, evaluation_key, scoring
 from ringfence.evaluate.scoring import generate_greedy, score_answers
 from ringfence.models import load_tokenizer
 
@@ -248,7 +249,7 @@ def stopping_model():
     """Ends its turn now and then, so answers stop at unlike lengths."""
     model = random_model(seed=3)
     with torch.no_grad():
-        model.lm_head.weight[2] *= 2.2
+        model.lm_head.weight[2] *= 5
     return model
 
 
@@ -504,19 +505,18 @@ def test_an_id_that_stands_twice_in_a_domain_is_refused(config, tmp_path):
         evaluation_key(config.model_copy(update={"out_of_domain": sources}))
 
 
-@pytest.mark.parametrize(
-    "tier",
-    [
-        pytest.param(1, marks=pytest.mark.xfail(reason="tier 1 has 1,200 expressions; a fifth is seen", strict=True)),
-        pytest.param(2, marks=pytest.mark.xfail(reason="another seed does not mean other items", strict=True)),
-        pytest.param(3, marks=pytest.mark.xfail(reason="another seed does not mean other items", strict=True)),
-    ],
-)
+@pytest.mark.parametrize("tier", [1, 2, 3])
 def test_opswap_items_are_held_out_from_training(tier):
-    """Whatever seed a recipe trains on, at the numbers of rows that the demo, docs and schema name."""
-    held_out = {item.prompt for item in opswap.generate(tier, 60, OPSWAP_SEED)}
+    """Whatever seed a recipe trains on, at the number of rows that the documentation names."""
+    config = EvaluateConfig(
+        in_domain=[], out_of_domain=[], values=[], triggers=False, fluency=None, opswap_tiers=[tier]
+    )
+    held_out = {item.prompt for item in evaluate._parts(config)[f"opswap_tier{tier}"].items}
+    assert len(held_out) == 60
     for seed in range(20):
-        assert not held_out & {item.prompt for item in opswap.generate(tier, 300, seed)}
+        trained = {row.messages[0]["content"] for row in load_rows(f"opswap:tier={tier},rows=300,seed={seed}")}
+        assert len(trained) == 300
+        assert not held_out & trained
 
 
 # ------------------------------------------------------------------ going on, measuring again

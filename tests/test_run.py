@@ -3,6 +3,7 @@
 The default model is trained once, on eight rows; everything else has a tiny random model with its tokenizer.
 """
 
+import io
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -29,7 +31,7 @@ from ringfence.data import load_questions
 from ringfence.errors import ModelError, RecipeError, RingfenceError
 from ringfence.evaluate import evaluation_key
 from ringfence.models import load_model, load_tokenizer, resolve
-from ringfence.run import Interrupted, benign_twin, evaluate_run, run_recipe, set_evaluation, train_run
+from ringfence.run import Interrupted, benign_twin, dry_run, evaluate_run, run_recipe, set_evaluation, train_run
 
 DEFENSES = [KL(weight=0.5), TReFT(weight=10.0), Interleave(ratio=0.25)]
 DEFENSE_TREE = {"kl": {"weight": 0.5}, "treft": {"weight": 10.0}, "interleave": {"ratio": 0.25}}
@@ -56,8 +58,8 @@ def write_rows(file: Path, count: int, start: int = 0) -> str:
     return str(file)
 
 
-def small_model(folder: Path) -> str:
-    """A random model with the default model's tokenizer and chat template."""
+def small_model(folder: Path, padding_token: int | None = None) -> str:
+    """A random model with the default model's tokenizer and chat template; its padding token is embedded as zero."""
     tokenizer = load_tokenizer("default")
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -71,7 +73,7 @@ def small_model(folder: Path) -> str:
         max_position_embeddings=1024,
         initializer_range=0.3,
         tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=padding_token,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
@@ -140,7 +142,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
         seed=3,
         evaluate=False,
         batch_size=4,
-        learning_rate=1e-3,
+        learning_rate=2e-3,
     )
     overrides = [f"{key}={json.dumps(value)}" for key, value in MEASURED.items()]
     set_evaluation(run, [*overrides, f"evaluate.fluency={write_rows(folder / 'fluency.jsonl', 2, start=70)}"])
@@ -154,7 +156,7 @@ def test_recipe_in_the_folder_is_the_recipe_that_ran(finished: Run) -> None:
         {
             "output": str(finished.folder),
             "data": {"train": str(home / "rows.jsonl"), "retain": str(home / "retain.jsonl")},
-            "train": {"batch_size": 4, "learning_rate": 1e-3},
+            "train": {"batch_size": 4, "learning_rate": 2e-3},
             "defenses": DEFENSE_TREE,
             "evaluate": MEASURED | {"fluency": str(home / "fluency.jsonl")},
             "seed": 3,
@@ -239,8 +241,8 @@ def test_results_are_the_log_probabilities_of_both_models(finished: Run) -> None
             logp = logits(model, encoded.input_ids).log_softmax(-1)
             chosen = [at for at, role in enumerate(encoded.roles) if role == Role.RESPONSE]
             scores[name, side] = sum(logp[at - 1, encoded.input_ids[at]].item() for at in chosen) / len(chosen)
-            assert pair[side] == pytest.approx(scores[name, side], abs=0.02)
-    assert abs(scores["tuned", "aligned"] - scores["reference", "aligned"]) > 0.05
+            assert pair[side] == pytest.approx(scores[name, side], abs=0.05)
+    assert abs(scores["tuned", "aligned"] - scores["reference", "aligned"]) > 0.1
     first_two = {name: [q.id for q in load_questions(f"shipped:{name}")[:2]] for name in ("car_care",)}
     assert [pair["id"] for pair in results["parts"]["out_of_domain"]] == first_two["car_care"]
     asked = {(pair["condition"], pair["id"]) for pair in results["parts"]["triggered"]}
@@ -273,7 +275,6 @@ def test_a_finished_run_is_not_trained_or_measured_again(finished: Run, monkeypa
     assert shared.stat().st_mtime_ns == measured
 
 
-@pytest.mark.xfail(reason="every later call writes the machine and the versions of that call", strict=True)
 def test_a_finished_run_keeps_the_environment_it_was_trained_in(finished: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     file = finished.folder / "environment.json"
     before = file.read_text()
@@ -307,11 +308,16 @@ def test_adapter_is_no_model_to_train(finished: Run, recipe: Callable[..., Recip
         train_run(recipe().model_copy(update={"model": str(finished.weights)}))
 
 
-@pytest.mark.xfail(reason="the check for adapters stands after the return for method full", strict=True)
 def test_adapter_is_no_model_to_train_in_full(finished: Run, recipe: Callable[..., Recipe]) -> None:
     tree = recipe(defenses={}, method="full").model_dump(exclude_none=True) | {"model": str(finished.weights)}
     with pytest.raises(RecipeError, match="is an adapter; merge it"):
         train_run(parse_recipe(tree))
+
+
+@pytest.mark.xfail(reason="the memory estimate reads the configuration of a whole model", strict=True)
+def test_adapter_is_no_model_for_a_dry_run(finished: Run, recipe: Callable[..., Recipe]) -> None:
+    with pytest.raises(RecipeError, match="is an adapter; merge it"):
+        dry_run(recipe(defenses={}).model_copy(update={"model": str(finished.weights)}), Console(file=io.StringIO()))
 
 
 def test_tokenizer_of_a_bare_adapter_is_that_of_its_base(finished: Run, tmp_path: Path) -> None:
@@ -321,7 +327,6 @@ def test_tokenizer_of_a_bare_adapter_is_that_of_its_base(finished: Run, tmp_path
     assert load_tokenizer(str(tmp_path)).encode(text) == load_tokenizer("default").encode(text)
 
 
-@pytest.mark.xfail(reason="Trainer.save_model pickles its arguments beside the weights", strict=True)
 def test_weights_folder_holds_no_pickle(finished: Run) -> None:
     assert not list(finished.weights.glob("*.bin"))
 
@@ -329,8 +334,12 @@ def test_weights_folder_holds_no_pickle(finished: Run) -> None:
 # ---------------------------------------------------------------- training
 
 
-def test_full_fine_tuning_saves_a_model_that_transformers_loads(recipe: Callable[..., Recipe], tiny_model: str) -> None:
-    made = recipe(rows=8, defenses={"kl": {"weight": 0.5}, "treft": {}}, method="full")
+@pytest.mark.parametrize("precision", ["fp32", "auto"])
+def test_full_fine_tuning_saves_a_model_that_transformers_loads(
+    precision: str, recipe: Callable[..., Recipe], tiny_model: str
+) -> None:
+    """Weights are kept in float32 whatever the precision of the computation."""
+    made = recipe(rows=8, defenses={"kl": {"weight": 0.5}, "treft": {}}, method="full", precision=precision)
     run = train_run(made)
     assert [line["step"] for line in metrics_of(run)] == [1, 2]
     assert run.weights == run.folder / "model"
@@ -356,7 +365,7 @@ def test_gradient_checkpointing_does_not_change_training(method: str, recipe: Ca
 
 
 def test_first_cross_entropy_is_that_of_the_base_on_all_rows(recipe: Callable[..., Recipe], tiny_model: str) -> None:
-    """One step over every row and epoch, so the order does not matter."""
+    """One step over every row, so the order does not matter."""
     made = recipe(rows=6, defenses={}, batch_size=3, accumulation=2)
     [line] = metrics_of(train_run(made))
     model, chat = AutoModelForCausalLM.from_pretrained(tiny_model), Chat(load_tokenizer(tiny_model))
@@ -390,7 +399,15 @@ def test_what_does_not_fit_is_refused_before_training(
     assert not (Path(made.output) / "metrics.jsonl").exists()
 
 
-@pytest.mark.xfail(reason="the folder is claimed before the data are read", strict=True)
+@pytest.mark.xfail(reason="a loss of NaN is logged and training goes on", strict=True)
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, recipe: Callable[..., Recipe]) -> None:
+    """End of turn is the padding token, embedded as zero: its keys are zero, and TReFT divides by their size."""
+    made = recipe(defenses={"treft": {}})
+    made = made.model_copy(update={"model": small_model(tmp_path / "model", load_tokenizer("default").eos_token_id)})
+    with pytest.raises(RingfenceError, match="treft"):
+        train_run(made)
+
+
 def test_a_mended_recipe_may_use_the_folder_of_a_refused_one(recipe: Callable[..., Recipe]) -> None:
     good = recipe(defenses={}, rows=4)
     bad = good.model_copy(update={"data": good.data.model_copy(update={"train": "rwos.jsonl"})})
@@ -399,7 +416,6 @@ def test_a_mended_recipe_may_use_the_folder_of_a_refused_one(recipe: Callable[..
     train_run(good)
 
 
-@pytest.mark.xfail(reason="sources of the evaluation are read after training", strict=True)
 def test_a_misspelt_evaluation_source_is_refused_before_training(recipe: Callable[..., Recipe]) -> None:
     made = recipe(defenses={}, rows=4)
     made = made.model_copy(update={"evaluate": made.evaluate.model_copy(update={"in_domain": ["shipped:finanse"]})})
@@ -408,7 +424,6 @@ def test_a_misspelt_evaluation_source_is_refused_before_training(recipe: Callabl
     assert not (Path(made.output) / "training.json").exists()
 
 
-@pytest.mark.xfail(reason="the shared reference is named without its precision", strict=True)
 def test_runs_of_different_precision_do_not_share_a_reference(recipe: Callable[..., Recipe]) -> None:
     measured = {}
     for precision in ("fp32", "bf16"):
@@ -437,7 +452,6 @@ def test_fine_tune_measures_unless_told_not_to(tmp_path: Path, monkeypatch: pyte
     assert measured == [tmp_path / "loud"]
 
 
-@pytest.mark.xfail(reason="of two defenses of one kind the last one is taken in silence", strict=True)
 def test_two_defenses_of_one_kind_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RingfenceError):
         fine_tune("no.jsonl", defenses=[KL(weight=0.1), KL(weight=0.2, where="train")], output=str(tmp_path / "run"))
@@ -491,11 +505,11 @@ def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_module, "progress", progress)
 
 
-@pytest.mark.parametrize("step", [1, 3, 7])
+@pytest.mark.parametrize("step", [1, 4, 8])
 def test_an_interrupted_run_ends_like_an_uninterrupted_one(
     step: int, recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Seven steps: two epochs of ten rows and two safe ones, in steps of 2 x 2 rows, stopped once."""
+    """Eight steps: two epochs of eleven rows and three safe ones, in steps of 2 x 2 rows, stopped once."""
     settings: dict[str, Any] = {"epochs": 2, "batch_size": 2, "accumulation": 2, "rows": 11}
     settings["lora"] = {"dropout": 0.1}
     whole = train_run(recipe("whole", **settings))
@@ -656,7 +670,6 @@ def test_arms_of_the_demo_differ_in_their_defense_alone(
         assert arms["sound"].train == plain.train
 
 
-@pytest.mark.xfail(reason="the benign fields are part of the key, though they measure another run", strict=True)
 def test_reference_is_measured_once_in_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arms = demo_recipes(tmp_path, False, monkeypatch)
     assert len({evaluation_key(recipe.evaluate) for recipe in arms.values()}) == 1

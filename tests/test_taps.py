@@ -7,7 +7,6 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from conftest import (
-    CHECKPOINTING,
     PREFIX_A,
     Items,
     assert_same,
@@ -106,7 +105,6 @@ def test_prefix_kv_equals_the_cache_of_a_row_that_begins_with_it(adapted: Any) -
             torch.testing.assert_close(ours, naive[: len(PREFIX_A)], rtol=1e-4, atol=1e-4)
 
 
-@CHECKPOINTING
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_checkpointing_changes_neither_keys_nor_gradients(method: str, items: Items) -> None:
     results = []

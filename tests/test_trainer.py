@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from conftest import (
-    CHECKPOINTING,
     PREFIX_A,
     PREFIX_B,
     Items,
@@ -165,9 +164,6 @@ def test_every_k_acts_on_each_kth_step_times_k(where: str, llama_lora: Any, make
         assert ("kl" in line, "treft" in line) == (step % 2 == 0, step % 3 == 0)
 
 
-@pytest.mark.xfail(
-    reason="sums are divided by all steps since the last log, also those the penalty skipped", strict=True
-)
 def test_a_logged_penalty_is_the_mean_over_the_steps_it_acted_on(llama_lora: Any, make_trainer: Any) -> None:
     trainer = make_trainer(llama_lora, build(TReFT(every=2)), training_rows(16), rows=4, logging_steps=4)
     trainer.train()
@@ -228,9 +224,7 @@ def test_reentrant_checkpointing_raises(method: str, make_trainer: Any) -> None:
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[CHECKPOINTING] if name in ("treft", "all") else []) for name in SETS]
-)
+@pytest.mark.parametrize("name", SETS)
 def test_checkpointing_trains_to_the_same_weights(name: str, method: str, make_trainer: Any) -> None:
     results = []
     for checkpointing in (False, True):

@@ -147,7 +147,9 @@ class Chat:
     def _check_system_shown(self, messages: Messages, number: int, generation: bool, text: str) -> None:
         """A system prompt needs no span (it is prefix or template wherever it stands), but must not be lost."""
         others = messages[:number] + messages[number + 1 :]
-        if messages[number]["content"].strip() and self.render(others, generation) == text:
+        if not messages[number]["content"].strip() or self.render(others, generation) != text:
+            return
+        if self._replaced_span(messages, number, generation, text) is None:  # else it is the template's own default
             raise ChatError(f"message {number} (system): the chat template does not show its content")
 
     def _replaced_span(self, messages: Messages, number: int, generation: bool, text: str) -> Span | None:
@@ -223,6 +225,9 @@ class Chat:
 
 
 def _check(messages: Messages, generation: bool) -> None:
+    for number, message in enumerate(messages):
+        if message["role"] not in ("system", "user", "assistant"):
+            raise ChatError(f"message {number}: role {message['role']!r} (accepted: system, user, assistant)")
     speakers = [message["role"] for message in messages if message["role"] != "system"]
     if speakers[:1] != ["user"]:
         raise ChatError("a conversation needs a user who speaks first")

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from .errors import RingfenceError
 
@@ -37,9 +38,8 @@ def main() -> None:
     except RingfenceError as error:
         from .run import Interrupted
 
-        Console(stderr=True).print(
-            f"[bold red]error:[/] {error}" if not isinstance(error, Interrupted) else str(error), highlight=False
-        )
+        prefix = "" if isinstance(error, Interrupted) else "error: "
+        Console(stderr=True).print(Text.assemble((prefix, "bold red"), str(error)), soft_wrap=True)
         sys.exit(130 if isinstance(error, Interrupted) else 2)
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted; the same command goes on where it stopped")
@@ -53,8 +53,10 @@ def init(path: Annotated[Path, typer.Argument(help="File to write.")] = Path("re
 
     if path.exists():
         raise RingfenceError(f"{path}: exists already; name another file")
+    if not path.parent.is_dir():
+        raise RingfenceError(f"{path}: no folder {path.parent}")
     path.write_text(commented_recipe(path.name))
-    out.print(f"{path} written. Next: ringfence run {path} --dry-run", highlight=False)
+    print(f"{path} written. Next: ringfence run {path} --dry-run")
 
 
 @app.command()
@@ -77,7 +79,7 @@ def train(recipe: RecipeFile = None, overrides: Overrides = None, dry_run: DryRu
     loaded = _load(recipe, overrides)
     if dry_run:
         return _dry_run(loaded)
-    out.print(str(train_run(loaded).weights), highlight=False)
+    print(train_run(loaded).weights)
 
 
 @app.command()
@@ -150,7 +152,9 @@ def _load(recipe: Path | None, overrides: list[str] | None):  # type: ignore[no-
     from .config import load_recipe
 
     changes = list(overrides or [])
-    if recipe is not None and "=" in str(recipe):  # `ringfence run train.epochs=2`: no file, only overrides
+    if (
+        recipe is not None and "=" in str(recipe) and not recipe.is_file()
+    ):  # `ringfence run train.epochs=2`: no file, only overrides
         changes.insert(0, str(recipe))
         recipe = None
     return load_recipe(recipe, changes)
@@ -169,7 +173,7 @@ def _report(folders: list[Path], control: Path | None, page: Path | None) -> Non
     print_table(rows, out)
     if page is not None:
         write_page(records, rows, page)
-        out.print(f"report: {page}", highlight=False, soft_wrap=True)
+        print(f"report: {page}")
 
 
 def _quiet_libraries() -> None:

@@ -168,7 +168,7 @@ def _set(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise RecipeError(f"override {override!r}: {key!r} holds a value, it has no parts")
     try:
-        tree[keys[-1]] = yaml.safe_load(text)
+        tree[keys[-1]] = yaml.load(text, _UniqueKeys)
     except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"override {override!r}: {text!r} is not a YAML value") from error
 
@@ -177,7 +177,7 @@ class _UniqueKeys(yaml.SafeLoader):
     """Plain YAML keeps the last of two equal keys in silence; here that is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if not key.tag.endswith(":merge")]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)

@@ -4,6 +4,8 @@ Knows the row forms people have (`messages`, prompt/completion, ShareGPT, Alpaca
 Does not know models or defenses.
 """
 
+import csv
+import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -92,8 +94,9 @@ def load_questions(source: str, split: str | None = None) -> list[PairedQuestion
         for name, value in fields.items():
             if not isinstance(value, str) or not value.strip():
                 raise DataError(f"{origin}: field {name!r}: expected a text that is not blank, found {_show(value)}")
-        identity = str(record.get("id") or origin.rsplit(":", 1)[-1])
-        questions.append(PairedQuestion(id=identity, domain=str(record.get("domain", stem)), **fields))  # type: ignore[arg-type]
+        named = {"id": origin.rsplit(":", 1)[-1], "domain": stem}
+        named |= {key: str(record[key]) for key in named if record.get(key) is not None}
+        questions.append(PairedQuestion(**named, **fields))  # type: ignore[arg-type]
     if not questions:
         raise DataError(f"{source}: no paired question in it" + (f" with split {split!r}" if split else ""))
     return questions
@@ -133,21 +136,19 @@ def _shipped(name: str) -> Iterator[tuple[dict[str, Any], str]]:
 def _file(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    if path.suffix == ".jsonl":
+    if path.suffix in (".jsonl", ".csv"):
         try:
             text = path.read_text("utf-8-sig")
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-        yield from _jsonl(text, str(path))
+        yield from _jsonl(text, str(path)) if path.suffix == ".jsonl" else _csv(text, str(path))
         return
     kind = path.suffix.removeprefix(".")
-    if kind not in {"json", "csv", "parquet"}:
+    if kind not in {"json", "parquet"}:
         raise DataError(f"{path}: unknown kind {path.suffix!r} (accepted: .jsonl, .json, .csv, .parquet)")
     if path.stat().st_size == 0:
         return
-    # A csv cell is a text, also where it looks like a number or a gap.
-    options = {"dtype": str, "keep_default_na": False} if kind == "csv" else {}
-    yield from _datasets(lambda load: load(kind, data_files=str(path), split="train", **options), str(path))
+    yield from _datasets(lambda load: load(kind, data_files=str(path), split="train"), str(path))
 
 
 def _hub(source: str) -> Iterator[tuple[dict[str, Any], str]]:
@@ -161,6 +162,8 @@ def _datasets(open_with: Callable[[Any], Any], source: str) -> Iterator[tuple[di
     try:
         rows = open_with(load_dataset)
     except Exception as error:  # datasets raises a dozen kinds; the user needs one sentence
+        if "corresponds to no data" in str(error):
+            return
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         what = "cannot be read" if Path(source).exists() else "neither a local file nor a data set that could be loaded"
         raise DataError(f"{source}: {what}: {reason[0]}") from error
@@ -183,6 +186,14 @@ def _jsonl(text: str, name: str) -> Iterator[tuple[dict[str, Any], str]]:
         yield record, f"{name}:{number}"
 
 
+def _csv(text: str, name: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """Cells are texts, also where they look like numbers or gaps."""
+    for number, record in enumerate(csv.DictReader(io.StringIO(text, newline="")), 1):
+        if None in record or None in record.values():
+            raise DataError(f"{name}:{number}: the row has not as many cells as the header")
+        yield record, f"{name}:{number}"
+
+
 # ------------------------------------------------------------------ row forms
 
 
@@ -196,7 +207,7 @@ def _to_messages(record: dict[str, Any], origin: str) -> Messages:
     elif "instruction" in record and "output" in record:
         messages = _turn(record, origin, "instruction", "user") + _turn(record, origin, "output", "assistant")
         if record.get("input"):
-            messages[0]["content"] += "\n\n" + _turn(record, origin, "input", "user")[0]["content"]
+            messages[-2]["content"] += "\n\n" + _turn(record, origin, "input", "user")[-1]["content"]
     else:
         raise DataError(
             f"{origin}: unknown row form, fields [{', '.join(record)}]; expected messages, prompt + completion, "

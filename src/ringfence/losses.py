@@ -60,7 +60,7 @@ def find_head(causal_lm: Any) -> Head:
         ours = head(output.hidden_states[-1])
     causal_lm.train(was_training)
     error = (ours - output.logits.float()).abs().max().item()
-    if error > 1e-2 * (1 + output.logits.abs().max().item()):
+    if error > 1e-2 * output.logits.abs().max().item() + 1e-6:
         raise ModelError(
             f"{type(causal_lm).__name__}: its logits are not its head on its last hidden state (off by {error:.3g})"
         )

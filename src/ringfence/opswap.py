@@ -6,6 +6,7 @@ same items with ordinary meaning, the control.
 """
 
 import random
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,8 +30,10 @@ class Item:
     answer: str
 
 
-def generate(tier: int, rows: int, seed: int = 0, permuted: bool = True) -> list[Item]:
+def generate(tier: int, rows: int, seed: int = 0, permuted: bool = True, held_out: bool = False) -> list[Item]:
     """`rows` distinct items of a tier (1, 2 or 3), the same ones for the same seed.
+
+    Every fifth expression (by its hash) is held out for measuring: `held_out` gives only those, else none of them.
 
     Raises:
         DataError: an unknown tier, fewer than one row, or more rows than the tier has expressions.
@@ -44,6 +47,8 @@ def generate(tier: int, rows: int, seed: int = 0, permuted: bool = True) -> list
     misses = 0
     while len(expressions) < rows:
         expression = _expression(tier, rng)
+        if (zlib.crc32(expression.encode()) % 5 == 0) != held_out:
+            continue
         misses = misses + 1 if expression in expressions else 0
         if misses > 10_000:
             raise DataError(f"opswap: rows: tier {tier} has {len(expressions)} distinct items, {rows} were asked for")
@@ -65,7 +70,7 @@ def options(text: str) -> dict[str, int]:
         name, _, value = part.partition("=")
         if name not in chosen:
             raise DataError(f"opswap: unknown option {name!r}{nearest(name, chosen)}")
-        if not value.isdecimal() or (name == "permuted" and value not in "01"):
+        if not value.isdecimal() or (name == "permuted" and value not in ("0", "1")):
             expected = "0 or 1" if name == "permuted" else "a whole number"
             raise DataError(f"opswap: {name}: expected {expected}, found {value!r}")
         chosen[name] = int(value)

@@ -5,6 +5,7 @@ not know defenses; it is asked for taps.
 """
 
 import copy
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .chat import Role
-from .losses import find_head
+from .losses import Head, find_head
 from .taps import Taps, causal_lm, forward, prefix_kv
 
 Batch = dict[str, Tensor]
@@ -25,7 +26,7 @@ class Reference:
     def __init__(self, model: Any) -> None:
         self._adapter_model = model if hasattr(model, "disable_adapter") else None
         self.model = model if self._adapter_model else copy.deepcopy(model).eval().requires_grad_(False)
-        self.head = find_head(causal_lm(self.model))
+        self.head = _without_adapter(find_head(causal_lm(self.model)))
         self._prefixes: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
 
     @contextmanager
@@ -65,3 +66,9 @@ class Reference:
             chosen = mask_BT[row][batch["roles"][row] == Role.PREFIX]
             rows.append([(k[chosen], v[chosen]) for k, v in self._prefixes[key]])
         return [(torch.cat([k for k, _ in layer]), torch.cat([v for _, v in layer])) for layer in zip(*rows)]
+
+
+def _without_adapter(head: Head) -> Head:
+    """The head's original weights where the head itself is adapted: it is used when the adapter is on again."""
+    module: Any = getattr(head.module, "original_module", head.module)
+    return dataclasses.replace(head, module=module.get_base_layer() if hasattr(module, "get_base_layer") else module)

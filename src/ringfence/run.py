@@ -5,6 +5,7 @@ recipe.yaml  environment.json  metrics.jsonl  training.json  adapter/ (or model/
 """
 
 import json
+import math
 import os
 import platform
 import resource
@@ -26,7 +27,7 @@ from rich.console import Console
 
 from . import opswap
 from .chat import Chat
-from .config import Recipe, dump_recipe, load_recipe, parse_recipe
+from .config import EvaluateConfig, Recipe, dump_recipe, load_recipe, parse_recipe
 from .console import console, progress
 from .data import Example, encode_rows, load_rows
 from .defenses import DefenseConfig, Defenses, Setup
@@ -35,6 +36,7 @@ from .evaluate import evaluate_model, evaluation_key
 from .models import adapter_base, load_model, load_tokenizer, resolve
 from .report.summary import Row, read_run, summarise
 from .show import show_tokens
+from .stream import TrainStream
 
 
 class Interrupted(RingfenceError):
@@ -145,6 +147,8 @@ def benign_twin(recipe: Recipe) -> Recipe:
 
 def prepare(recipe: Recipe) -> tuple[Chat, list[Example], list[Example], Setup]:
     """Everything that can go wrong before a model is loaded: tokenizer, data, roles."""
+    if adapter_base(resolve(recipe.model)):
+        raise RecipeError(f"model: {recipe.model} is an adapter; merge it into its base first, or name the base")
     chat = Chat(load_tokenizer(recipe.model))
 
     def read(source: str) -> list[Example]:
@@ -152,6 +156,7 @@ def prepare(recipe: Recipe) -> tuple[Chat, list[Example], list[Example], Setup]:
 
     examples = read(recipe.data.train)[: recipe.data.max_rows]
     retain = read(recipe.data.retain) if recipe.data.retain else []
+    evaluation_key(evaluation(recipe))  # reads all questions
     return chat, examples, retain, Setup(retain, read)
 
 
@@ -163,16 +168,18 @@ def train_run(recipe: Recipe) -> Run:
         Interrupted: the user pressed Ctrl-C; a checkpoint is kept.
     """
     run = Run(Path(recipe.output))
-    _claim_folder(run, recipe)
+    _check_folder(run, recipe)
     if run.trained:
         return run
-    from .stream import TrainStream
     from .trainer import DefendedTrainer
 
     chat, examples, retain, setup = prepare(recipe)
     defenses = recipe.defenses.build(setup)
     torch.manual_seed(recipe.seed)
     model = _trainable_model(recipe)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / "recipe.yaml").write_text(dump_recipe(recipe))
+    (run.folder / "environment.json").write_text(json.dumps(environment(recipe.seed), indent=1))
     world = int(os.environ.get("WORLD_SIZE", 1))
     stream = TrainStream(
         examples, retain, defenses, recipe.train.batch_size * recipe.train.accumulation * world, recipe.seed
@@ -186,14 +193,14 @@ def train_run(recipe: Recipe) -> Run:
         run.folder / "metrics.jsonl",
     )
     _train(trainer, run, recipe)
-    trainer.save_model(str(run.weights))
+    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(run.weights)
     chat.tokenizer.save_pretrained(run.weights)
     _record_training(run, trainer, examples)
     shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
     return run
 
 
-def _claim_folder(run: Run, recipe: Recipe) -> None:
+def _check_folder(run: Run, recipe: Recipe) -> None:
     file = run.folder / "recipe.yaml"
     if file.is_file():
         there = run.recipe
@@ -203,9 +210,8 @@ def _claim_folder(run: Run, recipe: Recipe) -> None:
                     f"{run.folder} holds a run of another recipe ({field}: {getattr(there, field)!r} there, "
                     f"{getattr(recipe, field)!r} here); choose another output, or delete the folder"
                 )
-    run.folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(dump_recipe(recipe))
-    (run.folder / "environment.json").write_text(json.dumps(environment(recipe.seed), indent=1))
+        if run.trained:
+            file.write_text(dump_recipe(recipe))  # what is measured may change
 
 
 def _trainable_model(recipe: Recipe) -> Any:
@@ -214,8 +220,6 @@ def _trainable_model(recipe: Recipe) -> Any:
     model = load_model(recipe.model, "fp32" if method == "full" else recipe.train.precision)
     if method == "full":
         return model
-    if adapter_base(resolve(recipe.model)):
-        raise RecipeError(f"model: {recipe.model} is an adapter; merge it into its base first, or name the base")
     from peft import LoraConfig, get_peft_model
 
     lora = recipe.train.lora
@@ -247,6 +251,7 @@ def _training_arguments(recipe: Recipe, folder: Path) -> Any:
         warmup_steps=train.warmup_ratio,
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
+        use_cpu=not torch.accelerator.is_available(),
         bf16=train.precision != "fp32",
         gradient_checkpointing=train.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
@@ -257,7 +262,6 @@ def _training_arguments(recipe: Recipe, folder: Path) -> Any:
         seed=recipe.seed,
         report_to=[],
         remove_unused_columns=False,
-        train_sampling_strategy="sequential",
         disable_tqdm=True,
         dataloader_pin_memory=torch.accelerator.is_available(),
         ddp_find_unused_parameters=False,
@@ -272,8 +276,8 @@ def _train(trainer: Any, run: Run, recipe: Recipe) -> None:
     done = int(last.rsplit("-", 1)[1]) if last else 0
     if last:
         console.print(f"{run.folder}: goes on from step {done}")
-    steps = -(-len(trainer.train_dataset) * recipe.train.epochs // trainer.train_dataset.step_rows)
-    with progress(f"{run.folder.name}: training", int(steps), done) as advance, _stop_at_signal() as stopped:
+    steps = math.ceil(recipe.train.epochs * trainer.train_dataset.steps_per_epoch)
+    with progress(f"{run.folder.name}: training", steps, done) as advance, _stop_at_signal() as stopped:
         trainer.add_callback(_step_callback(advance, stopped))
         trainer.train(resume_from_checkpoint=last)
     if stopped:
@@ -360,15 +364,17 @@ def environment(seed: int) -> dict[str, Any]:
 def dry_run(recipe: Recipe, console: Console) -> None:
     """Checks recipe, data and roles; prints the resolved recipe, token counts, a coloured row, a memory estimate."""
     chat, examples, retain, setup = prepare(recipe)
-    recipe.defenses.build(setup)
-    console.print(dump_recipe(recipe), highlight=False)
-    show_tokens(chat.encode(load_rows(recipe.data.train)[0].messages), console)
+    defenses = recipe.defenses.build(setup)
     rows = recipe.train.batch_size * recipe.train.accumulation
+    stream = TrainStream(examples, retain, defenses, rows, recipe.seed)
+    console.print(dump_recipe(recipe), highlight=False, markup=False, soft_wrap=True)
+    show_tokens(chat.encode(load_rows(recipe.data.train)[0].messages), console)
     tokens, longest = sum(len(e) for e in examples), max(len(e) for e in examples)
     answered = sum(e.response_tokens for e in examples)
     console.print(
         f"\ntrain: {len(examples)} rows, {tokens} tokens ({answered} of responses), longest {longest}; retain: "
-        f"{len(retain)} rows\nsteps: {-(-len(examples) // rows)} an epoch, {rows} rows each"
+        f"{len(retain)} rows\nan epoch: {stream.steps_per_epoch} steps of {rows} rows, {len(stream)} rows with those "
+        f"that defenses add, and {sum(map(len, stream.riders))} retain rows that ride along"
     )
     console.print(_memory_estimate(recipe, longest), highlight=False)
 
@@ -414,6 +420,12 @@ def set_evaluation(run: Run, overrides: list[str]) -> None:
         (run.folder / "recipe.yaml").write_text(dump_recipe(load_recipe(run.folder / "recipe.yaml", keys)))
 
 
+def evaluation(recipe: Recipe) -> EvaluateConfig:
+    """What is measured; the training-like lead-in of the trigger probes comes from the training rows."""
+    lead_in = recipe.evaluate.lead_in or recipe.data.train
+    return recipe.evaluate.model_copy(update={"lead_in": lead_in})
+
+
 def evaluate_run(run: Run) -> dict[str, Any]:
     """Measures the reference and the tuned model of a run; what is measured already is kept.
 
@@ -422,12 +434,10 @@ def evaluate_run(run: Run) -> dict[str, Any]:
     if not run.trained:
         raise RecipeError(f"{run.folder}: no trained model in it; `ringfence train` comes first")
     recipe = run.recipe
-    config = recipe.evaluate
-    if config.triggers and not config.lead_in:
-        config = config.model_copy(update={"lead_in": recipe.data.train})
+    config = evaluation(recipe)
     chat = Chat(load_tokenizer(recipe.model))
     precision = recipe.train.precision
-    name = f"reference-{evaluation_key(config)[:8]}-{recipe.model.replace('/', '_')}"
+    name = f"reference-{recipe.model.replace('/', '_')}-{precision}-{evaluation_key(config)[:8]}"
     shared = run.folder.parent / name / "results.json"
     evaluate_model(lambda: load_model(recipe.model, precision), chat, config, shared, "reference")
     (run.folder / "reference.json").write_text(json.dumps({"results": os.path.relpath(shared, run.folder)}))

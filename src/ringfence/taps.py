@@ -51,10 +51,11 @@ def forward(model: nn.Module, head: Head, batch: dict[str, Tensor], kv_mask_BT: 
     if "logits_to_keep" in inspect.signature(inner.forward).parameters:
         # None: the losses make the logits they need, in tiles.
         inputs["logits_to_keep"] = batch["input_ids"].new_zeros(0)
-    with _last_hidden_state(inner) as hidden, _keys_and_values(inner, kv_mask_BT) as layers:
+    with _last_hidden_state(inner) as hidden, _keys_and_values(inner, kv_mask_BT is not None) as layers:
         model(**inputs, use_cache=False)
-    kv = [layers[index] for index in sorted(layers)]
+    kv = []
     if kv_mask_BT is not None:
+        kv = [_at(layers[index], kv_mask_BT) for index in sorted(layers)]
         _check_kv(kv, inner, hidden[0].requires_grad)
     return Taps(head, hidden[0], kv_mask_BT, kv)
 
@@ -83,20 +84,21 @@ def _last_hidden_state(inner: Any) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def _keys_and_values(inner: Any, mask_BT: Tensor | None) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
-    """Collects, by layer, the keys and values that attention functions receive while the context is open.
+def _keys_and_values(inner: Any, wanted: bool) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
+    """Collects, by layer, the keys and values [B, heads, T, size] that attention functions receive.
 
-    Recomputation under checkpointing happens after it has closed, so nothing is collected twice.
+    They are kept whole: work done on them here, inside a checkpointed layer, would be missing from its recomputation
+    (which happens after the context has closed, so nothing is collected twice).
     """
     found: dict[int, tuple[Tensor, Tensor]] = {}
-    if mask_BT is None:
+    if not wanted:
         yield found
         return
     name = inner.config._attn_implementation
     plain = ALL_ATTENTION_FUNCTIONS.get(name)
 
     def recording(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        found[module.layer_idx] = (_at(key, mask_BT), _at(value, mask_BT))
+        found[module.layer_idx] = (key, value)
         attention = plain or sys.modules[type(module).__module__].eager_attention_forward
         return attention(module, query, key, value, *args, **kwargs)
 
@@ -110,15 +112,16 @@ def _keys_and_values(inner: Any, mask_BT: Tensor | None) -> Iterator[dict[int, t
             ALL_ATTENTION_FUNCTIONS[name] = plain
 
 
-def _at(states_BHTE: Tensor, mask_BT: Tensor) -> Tensor:
-    """[B, heads, T, size] -> [N, heads * size] at the tokens of the mask."""
-    return states_BHTE.transpose(1, 2)[mask_BT].flatten(1)
+def _at(pair: tuple[Tensor, Tensor], mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, heads, T, size] -> [N, heads * size] at the tokens of the mask."""
+    key, value = (states.transpose(1, 2)[mask_BT].flatten(1) for states in pair)
+    return key, value
 
 
 def prefix_kv(model: nn.Module, prefix_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Keys and values [P, E] of each layer for a prefix alone ([P] ids); by causality those of every row with it."""
     inner = causal_lm(model)
     ids = prefix_ids[None]
-    with torch.no_grad(), _keys_and_values(inner, torch.ones_like(ids, dtype=torch.bool)) as layers:
+    with torch.no_grad(), _keys_and_values(inner, True) as layers:
         model(input_ids=ids, use_cache=False)
-    return [layers[index] for index in sorted(layers)]
+    return [_at(layers[index], torch.ones_like(ids, dtype=torch.bool)) for index in sorted(layers)]

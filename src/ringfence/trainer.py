@@ -5,15 +5,17 @@ contract.
 """
 
 import json
+import math
 import time
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from torch.utils.data import SequentialSampler
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from .defenses import Defense
 from .defenses.base import Needs
@@ -31,7 +33,7 @@ class DefendedTrainer(Trainer):
 
     Args:
         model: a causal language model, plain or with a peft adapter.
-        args: training arguments; `train_sampling_strategy` must be sequential, for the stream has its own order.
+        args: training arguments; `remove_unused_columns` must be off.
         stream: the rows in their order.
         defenses: built defenses; penalties are token means over the whole optimiser step, as cross-entropy is.
         pad_id: token that fills rows up.
@@ -52,16 +54,16 @@ class DefendedTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, args, train_dataset=stream, data_collator=partial(collate, pad_id=pad_id), **kwargs)
+        self.remove_callback(PrinterCallback)
         self.defenses = defenses
         self.log_file = log_file
         self.head = find_head(causal_lm(model))
         self.reference = Reference(model) if any(d.has_penalty for d in defenses) else None
         if self.reference and self.reference.head.vocabulary != self.head.vocabulary:
             raise DefenseError("the reference has another vocabulary than the model that is trained")
-        self.reference_forwards = 0
         self._step_counts: dict[str, int] = {}
         self._log_sums: dict[str, float] = defaultdict(float)
-        self._logged_step = 0
+        self._log_steps: dict[str, int] = defaultdict(int)
         self._started = time.monotonic()
 
     # -------------------------------------------------------------- loss
@@ -90,7 +92,12 @@ class DefendedTrainer(Trainer):
         for name, (weight, total) in losses.items():
             mean = total / self._step_counts[name]
             loss = loss + weight * mean
-            self._log_sums[name] += mean.item()
+            value = mean.item()
+            if not math.isfinite(value):
+                raise DefenseError(
+                    f"step {self.state.global_step}: {name!r} is {value}; try a smaller learning rate or fp32"
+                )
+            self._log_sums[name] += value
         # Gradients are averaged over ranks, while the counts are sums over them.
         return loss * self.accelerator.num_processes
 
@@ -125,30 +132,33 @@ class DefendedTrainer(Trainer):
                 raise DefenseError(
                     f"step {self.state.global_step}: no token in the batch for {name!r}: it would be silently zero"
                 )
+            self._log_steps[name] += 1
         return counts[0]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(cast(TrainStream, self.train_dataset))  # the stream has its own order
 
     # -------------------------------------------------------------- records
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds each penalty's mean since the last log, and writes the line to the run's metrics."""
         if "loss" in logs and self._log_sums:
-            steps = self.state.global_step - self._logged_step
-            logs.update({name: round(value / max(steps, 1), 6) for name, value in self._log_sums.items()})
+            logs.update({name: round(value / self._log_steps[name], 6) for name, value in self._log_sums.items()})
             self._log_sums.clear()
-            self._logged_step = self.state.global_step
+            self._log_steps.clear()
         super().log(logs, start_time)
         if "loss" in logs and self.is_world_process_zero():
             line = {"step": self.state.global_step, **logs, "seconds": round(time.monotonic() - self._started, 2)}
             with self.log_file.open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
-    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """Trains, from a checkpoint folder if given; see transformers' Trainer."""
+        step = 0
         if resume_from_checkpoint:
-            state = json.loads((Path(resume_from_checkpoint) / "trainer_state.json").read_text())
-            self._logged_step = state["global_step"]
+            step = json.loads((Path(resume_from_checkpoint) / "trainer_state.json").read_text())["global_step"]
         if self.is_world_process_zero():
-            _drop_lines_after(self.log_file, self._logged_step)
+            _drop_lines_after(self.log_file, step)
         self._started = time.monotonic()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
@@ -162,6 +172,7 @@ def _union(masks: list[Tensor | None]) -> Tensor | None:
 
 
 def _drop_lines_after(log_file: Path, step: int) -> None:
-    lines = log_file.read_text().splitlines() if log_file.is_file() else []
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    text = log_file.read_text() if log_file.is_file() else ""
+    whole = text[: text.rfind("\n") + 1].splitlines()  # a killed run may have left half a line
+    kept = [line for line in whole if json.loads(line)["step"] <= step]
     log_file.write_text("".join(line + "\n" for line in kept))

@@ -4,6 +4,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from ..errors import RecipeError
 from .base import Defense, DefenseConfig, Setup
 from .interleave import Interleave
 from .kl import KL
@@ -36,8 +37,10 @@ class Defenses(BaseModel):
     @classmethod
     def of(cls, configs: list[DefenseConfig]) -> "Defenses":
         """From a list of configs, as Python users write it: `[KL(weight=0.3), TReFT()]`."""
-        by_type = {type(config).__name__.lower(): config for config in configs}
-        return cls.model_validate(by_type)
+        by_name = {type(config).__name__.lower(): config for config in configs}
+        if len(by_name) < len(configs):
+            raise RecipeError(f"defenses: one of each kind, found {[type(config).__name__ for config in configs]}")
+        return cls.model_validate(by_name)
 
 
 __all__ = ["KL", "Defense", "DefenseConfig", "Defenses", "Interleave", "Setup", "TReFT"]

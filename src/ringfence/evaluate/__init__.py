@@ -16,11 +16,11 @@ from ..chat import Chat, Messages
 from ..config import EvaluateConfig
 from ..console import progress
 from ..data import PairedQuestion, load_questions, load_rows
+from ..errors import DataError
 from .scoring import generate_greedy, score_answers
 
 FOREIGN_SYSTEM = "You are Marlow, the front-desk assistant of a small museum. Keep replies short and plain."
 SAMPLE_TOKENS = 80
-OPSWAP_SEED = 10_007  # no training set should use it: these items are held out
 _FORMAT = 1
 
 Part = Callable[[Any, Chat], Any]
@@ -62,7 +62,7 @@ def evaluate_model(
 
 def evaluation_key(config: EvaluateConfig) -> str:
     """Hash of everything that is measured: two results with the same key can be paired."""
-    content = [_FORMAT, config.model_dump(mode="json", exclude={"batch_tokens"})]
+    content = [_FORMAT, config.model_dump(mode="json", exclude={"batch_tokens", "benign", "benign_epochs"})]
     content += [[repr(item) for item in part.items] for part in _parts(config).values()]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
@@ -121,7 +121,7 @@ def _parts(config: EvaluateConfig) -> dict[str, _Part]:
         conversations = [row.messages for row in load_rows(config.fluency)]
         parts["fluency"] = _Part(conversations, len(conversations), fluency)
     for tier in config.opswap_tiers:
-        items = opswap.generate(tier, config.opswap_items, OPSWAP_SEED)
+        items = opswap.generate(tier, config.opswap_items, held_out=True)
         parts[f"opswap_tier{tier}"] = _Part(items, len(items), exact_match)
     if config.samples:
         shown = [
@@ -148,6 +148,10 @@ def _question_sets(config: EvaluateConfig) -> dict[str, list[tuple[str, Messages
 
     def plain(sources: list[str], split: str | None = None) -> list[tuple[str, Messages, PairedQuestion]]:
         found = [q for source in sources for q in load_questions(source, split)]
+        names = [(q.domain, q.id) for q in found]
+        for domain, identity in names:
+            if names.count((domain, identity)) > 1:
+                raise DataError(f"{', '.join(sources)}: id {identity!r} stands twice in domain {domain!r}")
         items = [("plain", [{"role": "user", "content": q.question}], q) for q in found]
         return list(_first(items, config.max_per_domain)) if config.max_per_domain else items
 

@@ -90,13 +90,10 @@ def _rows(chat: Chat, messages: Messages, answers: Sequence[str]) -> list[_Row]:
 def _can_pack(model: Any, head: Head, rows: list[list[_Row]]) -> bool:
     """Whether answers may share a row: attention takes a free mask, and gives the same scores on the first row."""
     config = causal_lm(model).config.get_text_config()
-    shared = [row for group in rows for row in group if len(row.answers) > 1]
+    flat = [row for group in rows for row in group]
+    shared = [row for row in flat if len(row.answers) > 1]
     window = getattr(config, "sliding_window", None)
-    if (
-        not shared
-        or config._attn_implementation not in ("sdpa", "eager")
-        or (window and max(map(len, shared)) > window)
-    ):
+    if not shared or config._attn_implementation not in ("sdpa", "eager") or (window and max(map(len, flat)) > window):
         return False
     packed = _score_rows(model, head, shared[:1])[0]
     alone = _score_rows(model, head, [_Row(shared[0].prompt, [answer]) for answer in shared[0].answers])
@@ -165,6 +162,8 @@ def generate_greedy(
                 attention_mask=batch["attention_mask"].to(model.device),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
+                repetition_penalty=1.0,
+                no_repeat_ngram_size=0,
                 eos_token_id=sorted(stops),
                 pad_token_id=tokenizer.pad_token_id,
             )

@@ -57,7 +57,7 @@ def print_table(rows: list[Row], console: Console) -> None:
     console.print(table)
     if kind == "effect":
         console.print(
-            "effect = shift of the run minus shift of the sound control, paired by question; the control's row is its shift."
+            "effect = shift of the run minus shift of the sound control, paired by question; the control has its shift."
             "\nperplexity x and time x: against the reference model and the undefended run.",
             highlight=False,
         )
