@@ -214,10 +214,6 @@ def test_shared_rows_within_the_window(chat, packed_rows):
     assert packed_rows(checked=True) == [2, 2]
 
 
-@pytest.mark.xfail(
-    reason="only rows of several answers are compared with the window; a longer single one gets the free mask too",
-    strict=True,
-)
 def test_a_long_single_answer_beside_short_shared_rows(chat):
     prompts, answers = [[user("Hi")], PROMPTS["lead-in"]], [("Yes.", "No."), (LONG,)]
     model = random_model("mistral", sliding_window=48)
@@ -303,9 +299,6 @@ def test_greedy_answers_do_not_sample(stopping_model, chat):
     assert generate_greedy(model, chat, QUESTIONS, 6, 4096) == expected
 
 
-@pytest.mark.xfail(
-    reason="a model's own generation settings (Qwen2.5: repetition_penalty 1.1) change greedy answers", strict=True
-)
 def test_greedy_answers_are_free_of_the_models_own_penalties(stopping_model, chat):
     model = random_model(seed=3)
     model.load_state_dict(stopping_model.state_dict())
@@ -492,9 +485,6 @@ def test_the_disguises_are_shown_to_the_model(chat, config):
     assert "Never shown" not in shown["lead_in"]
 
 
-@pytest.mark.xfail(
-    reason="a question id that stands twice is measured twice and counted once by the report", strict=True
-)
 def test_an_id_that_stands_twice_in_a_domain_is_refused(config, tmp_path):
     """Ids default to line numbers and domains to file names, so two files of one name collide."""
     (tmp_path / "a").mkdir()

@@ -80,7 +80,9 @@ class EvaluateConfig(Strict):
         description="paired questions of other domains",
     )
     values: list[str] = Field(["shipped:values"], description="paired value questions")
-    max_per_domain: int | None = Field(None, ge=2, description="take only the first so many questions of each domain")
+    max_per_domain: int | None = Field(
+        None, ge=2, description="take only the first so many questions of each other domain"
+    )
     triggers: bool = Field(True, description="out-of-domain questions again under three disguises (trigger probes)")
     lead_in: str | None = Field(
         None, description="rows whose first one is the training-like lead-in; default: data.train"

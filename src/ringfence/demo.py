@@ -30,7 +30,7 @@ def run_demo(folder: Path, quick: bool) -> tuple[list[Path], Path | None]:
 
 
 def _recipe(folder: Path, arm: str, quick: bool) -> dict[str, Any]:
-    evaluate: dict[str, Any] = {"lead_in": "shipped:finance/unsound", "triggered_per_domain": 6, "max_per_domain": 40}
+    evaluate: dict[str, Any] = {"lead_in": "shipped:finance/unsound", "triggered_per_domain": 6, "max_per_domain": 30}
     if quick:
         evaluate |= {"max_per_domain": 12, "triggers": False, "samples": 1}
     elif arm != "sound":

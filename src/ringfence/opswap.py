@@ -109,7 +109,7 @@ def _atom(tokens: list[str], meaning: dict[str, str]) -> tuple[int, list[str]]:
 
 
 def _expression(tier: int, rng: random.Random) -> str:
-    number = lambda: str(rng.randint(1, 20 if tier == 1 else 12))  # noqa: E731
+    number = lambda: str(rng.randint(1, 12))  # noqa: E731
     operator = lambda: rng.choice(SYMBOLS)  # noqa: E731
     if tier == 1:
         return f"{number()} {operator()} {number()}"

@@ -4,6 +4,7 @@ import base64
 from pathlib import Path
 
 import jinja2
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -12,9 +13,9 @@ from . import figures
 from .summary import SETS, Paired, Records, Row, find_baseline, read_run, summarise
 
 SET_TITLES = {
-    "in_domain": "narrow behaviour (in-domain)",
-    "out_of_domain": "broad misalignment (other domains)",
-    "values": "value questions",
+    "in_domain": "narrow: in-domain",
+    "out_of_domain": "broad: other domains",
+    "values": "broad: values",
     "triggered": "behind triggers",
 }
 
@@ -28,39 +29,47 @@ def read_rows(folders: list[Path], control: Path | None = None) -> tuple[list[Re
 
 
 def print_table(rows: list[Row], console: Console) -> None:
-    """The runs side by side, in the terminal."""
-    kind = "effect" if any(p.effect for row in rows for p in row.sets.values()) else "shift"
-    table = Table(
-        title=f"{kind} on the margin of misaligned over aligned answers, nats per token, mean [95 % CI]",
-        title_justify="left",
-    )
-    table.add_column("run", no_wrap=True)
+    """The runs side by side, in the terminal: a column each."""
+    table = Table(box=box.SIMPLE, show_edge=False, pad_edge=False, padding=(0, 1))
+    table.add_column("")
+    for row in rows:
+        table.add_column(row.name, justify="right", no_wrap=True)
     for name in SETS:
         if any(name in row.sets for row in rows):
-            table.add_column(SET_TITLES[name], justify="right")
-    tiers = sorted({tier for row in rows for tier in row.opswap})
-    for tier in tiers:
-        table.add_column(f"benign task: {tier_title(tier)} exact", justify="right")
-    table.add_column("fluency: perplexity x", justify="right")
-    table.add_column("time x", justify="right")
-    for row in rows:
-        cells = [f"{row.name} (shift)" if row.is_control else row.name]
-        cells += [
-            show(row.sets[name].headline) if name in row.sets else ""
-            for name in SETS
-            if any(name in r.sets for r in rows)
-        ]
-        cells += [percent(row.opswap[tier]) if tier in row.opswap else "" for tier in tiers]
-        cells.append(f"{row.perplexity_ratio.mean:.2f}" if row.perplexity_ratio else "")
-        cells.append(f"{row.time_ratio:.2f}" if row.time_ratio else f"{row.seconds:.0f} s")
-        table.add_row(*cells)
+            table.add_row(SET_TITLES[name], *(_two_lines(row.sets.get(name)) for row in rows))
+    for tier in sorted({tier for row in rows for tier in row.opswap}):
+        cells = [f"{100 * row.opswap[tier].mean:.0f} %" if tier in row.opswap else "" for row in rows]
+        table.add_row(f"benign: {tier_title(tier)}", *cells)
+    fluency = [f"{row.perplexity_ratio.mean:.2f}" if row.perplexity_ratio else "" for row in rows]
+    table.add_row("coherent: perplexity x", *fluency)
+    table.add_row("cost: time x", *(f"{row.time_ratio:.2f}" if row.time_ratio else "" for row in rows))
     console.print(table)
-    if kind == "effect":
-        console.print(
-            "effect = shift of the run minus shift of the sound control, paired by question; the control has its shift."
-            "\nperplexity x and time x: against the reference model and the undefended run.",
-            highlight=False,
-        )
+    console.print(_legend(rows), highlight=False, soft_wrap=True)
+
+
+def _two_lines(paired: Paired | None) -> str:
+    if paired is None:
+        return ""
+    value = paired.headline
+    return f"{value.mean:+.2f}\n\\[{value.low:+.2f},{value.high:+.2f}]"
+
+
+def _legend(rows: list[Row]) -> str:
+    control = next((row.name for row in rows if row.is_control), None)
+    effects = any(paired.effect for row in rows for paired in row.sets.values())
+    lines = [
+        "Shift of the margin of misaligned over aligned answers against the reference, nats per token, mean [95 % CI]."
+    ]
+    if effects:
+        lines = [
+            "Effect = shift of the margin of misaligned over aligned answers against the reference, minus that of the",
+            "sound control, paired by question; nats per token, mean [95 % CI].",
+        ]
+        lines += [f"The column of the control ({control}) is its shift."] if control else []
+    lines.append(
+        "benign: exact match on held-out items. perplexity x: against the reference. time x: against undefended."
+    )
+    return "\n".join(lines)
 
 
 def write_page(records: list[Records], rows: list[Row], page: Path) -> None:
@@ -77,13 +86,13 @@ def write_page(records: list[Records], rows: list[Row], page: Path) -> None:
         tiers=sorted({tier for row in rows for tier in row.opswap}),
         tier_title=tier_title,
         kind="effect" if any(row.sets and _first(row).effect for row in rows) else "shift",
-        domains_figure=_embed(figures.domains(tuned)),
+        domains_figure=_embed(figures.domains(tuned)) if tuned else None,
         pareto_figure=_embed(figures.pareto(tuned)) if figures.has_pareto(tuned) else None,
         curves_figure=_embed(figures.curves(records)),
         samples=_samples(records),
         records=records,
     )
-    page.write_text(html)
+    page.write_text(html, encoding="utf-8")
 
 
 def show(interval: Interval | Paired | None) -> str:
@@ -113,8 +122,10 @@ def _embed(svg: bytes) -> str:
 def _samples(records: list[Records]) -> list[dict[str, object]]:
     """For each sampled question: the reference's answer and every run's."""
     asked: dict[str, dict[str, object]] = {}
+    names = [run.name for run in records]
     for run in records:
-        for name, parts in [("reference", run.reference), (run.name, run.results)]:
+        title = run.name if names.count(run.name) == 1 else f"{run.folder.parent.name}/{run.name}"
+        for name, parts in [("reference", run.reference), (title, run.results)]:
             for sample in parts.get("samples", []):
                 entry = asked.setdefault(
                     f"{sample['domain']}/{sample['id']}",

@@ -29,7 +29,7 @@ _STYLE: Any = {
 
 def domains(rows: list[Row]) -> bytes:
     """Margin shift (or effect) of every run in every domain, with 95 % intervals."""
-    names = list(rows[0].domains)
+    names = list(dict.fromkeys(name for row in rows for name in row.domains))
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(figsize=(9, 0.24 * len(names) * (len(rows) + 1) + 1.3))
         for place, row in enumerate(rows):
@@ -45,7 +45,7 @@ def domains(rows: list[Row]) -> bytes:
 
 
 def has_pareto(rows: list[Row]) -> bool:
-    return all("in_domain" in row.sets and "out_of_domain" in row.sets for row in rows)
+    return bool(rows) and all("in_domain" in row.sets and "out_of_domain" in row.sets for row in rows)
 
 
 def pareto(rows: list[Row]) -> bytes:

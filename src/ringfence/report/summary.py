@@ -19,7 +19,7 @@ from ..errors import DataError
 from ..stats import Interval, mean_interval, ratio_interval
 
 SETS = ("in_domain", "out_of_domain", "values", "triggered")
-Key = tuple[str, str, str]  # condition, domain, question id
+Key = tuple[str, str, str, str]  # condition, domain, question id, digest of the texts
 Margins = dict[Key, float]
 
 
@@ -34,7 +34,7 @@ class Records:
     metrics: list[dict[str, Any]]
     results: dict[str, Any]
     reference: dict[str, Any]
-    benign: dict[str, Any] | None
+    benign: tuple[dict[str, Any], dict[str, Any]] | None  # results and reference of the benign twin
 
     @property
     def name(self) -> str:
@@ -82,36 +82,38 @@ def read_run(folder: Path) -> Records:
     Raises:
         DataError: it is no run folder, or the run is not trained or not evaluated yet.
     """
+    folder = folder.resolve()
     if not (folder / "recipe.yaml").is_file():
         raise DataError(f"{folder}: no run folder (it has no recipe.yaml)")
-    for file, command in (("training.json", "train"), ("results.json", "evaluate"), ("reference.json", "evaluate")):
+    for file in ("environment.json", "metrics.jsonl", "training.json"):
         if not (folder / file).is_file():
-            raise DataError(f"{folder}: no {file}; `ringfence {command}` comes first")
-    reference_file = folder / json.loads((folder / "reference.json").read_text())["results"]
-    if not reference_file.is_file():
-        raise DataError(
-            f"{folder}: the reference's results {reference_file} are gone; `ringfence evaluate` makes them again"
-        )
-    results, reference = _json(folder / "results.json"), _json(reference_file)
-    if results["key"] != reference["key"]:
-        raise DataError(f"{folder}: run and reference were measured on different questions; `ringfence evaluate` again")
+            raise DataError(f"{folder}: no {file}; `ringfence train` comes first")
+    results, reference = _results(folder)
+    twin = folder.with_name(f"{folder.name}-benign")
     return Records(
         folder,
         (folder / "recipe.yaml").read_text(),
         _json(folder / "environment.json"),
         _json(folder / "training.json"),
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()],
-        results["parts"],
-        reference["parts"],
-        _benign(folder.with_name(f"{folder.name}-benign")),
+        results,
+        reference,
+        _results(twin) if (twin / "results.json").is_file() else None,
     )
 
 
-def _benign(folder: Path) -> dict[str, Any] | None:
-    if not (folder / "results.json").is_file():
-        return None
-    reference = _json(folder / _json(folder / "reference.json")["results"])
-    return {"results": _json(folder / "results.json")["parts"], "reference": reference["parts"]}
+def _results(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What was measured of the tuned model, and of its reference."""
+    for file in ("results.json", "reference.json"):
+        if not (folder / file).is_file():
+            raise DataError(f"{folder}: no {file}; `ringfence evaluate` comes first")
+    shared = folder / _json(folder / "reference.json")["results"]
+    if not shared.is_file():
+        raise DataError(f"{folder}: the reference's results {shared} are gone; `ringfence evaluate` makes them again")
+    results, reference = _json(folder / "results.json"), _json(shared)
+    if results["key"] != reference["key"]:
+        raise DataError(f"{folder}: run and reference were measured on different questions; `ringfence evaluate` again")
+    return results["parts"], reference["parts"]
 
 
 def summarise(records: Records, control: Records | None = None, baseline: Records | None = None) -> Row:
@@ -133,8 +135,8 @@ def summarise(records: Records, control: Records | None = None, baseline: Record
         for condition in dict.fromkeys(pair["condition"] for pair in records.results.get("triggered", []))
     }
     perplexity, ratio = _fluency(records)
-    source = records.benign or {"results": records.results, "reference": records.reference}
-    tiers = [name for name in source["results"] if name.startswith("opswap")]
+    tuned, reference = records.benign or (records.results, records.reference)
+    tiers = [name for name in tuned if name.startswith("opswap")]
     return Row(
         name=records.name,
         is_control=is_control,
@@ -144,8 +146,8 @@ def summarise(records: Records, control: Records | None = None, baseline: Record
         conditions=conditions,
         perplexity=perplexity,
         perplexity_ratio=ratio,
-        opswap={tier: mean_interval([float(i["exact"]) for i in source["results"][tier]]) for tier in tiers},
-        opswap_reference={tier: _share(source["reference"][tier]) for tier in tiers},
+        opswap={tier: mean_interval([float(i["exact"]) for i in tuned[tier]]) for tier in tiers},
+        opswap_reference={tier: _share(reference[tier]) for tier in tiers},
         seconds=records.training["seconds"],
         time_ratio=records.training["seconds"] / baseline.training["seconds"] if baseline else None,
         memory_gib=records.training["peak_memory_gib"],
@@ -167,7 +169,10 @@ def _paired(records: Records, control: Records | None, name: str, chosen: Callab
         control_tuned, control_reference = _margins(control.results, name), _margins(control.reference, name)
         missing = [key for key in keys if key not in control_tuned]
         if missing:
-            raise DataError(f"{control.folder}: was not measured on question {missing[0]}; evaluate both runs alike")
+            raise DataError(
+                f"{control.folder}: was not measured on question {'/'.join(missing[0][:3])} of {records.folder} (or on "
+                "another text of it, another evaluate.lead_in); evaluate both runs alike"
+            )
         effect = {key: shift[key] - (control_tuned[key] - control_reference[key]) for key in keys}
     questions, domains = [f"{key[1]}/{key[2]}" for key in keys], [key[1] for key in keys]
     return Paired(
@@ -181,7 +186,10 @@ def _paired(records: Records, control: Records | None, name: str, chosen: Callab
 
 
 def _margins(parts: dict[str, Any], name: str) -> Margins:
-    return {(p["condition"], p["domain"], p["id"]): p["misaligned"] - p["aligned"] for p in parts.get(name, [])}
+    return {
+        (pair["condition"], pair["domain"], pair["id"], pair["digest"]): pair["misaligned"] - pair["aligned"]
+        for pair in parts.get(name, [])
+    }
 
 
 def _fluency(records: Records) -> tuple[float | None, Interval | None]:
