@@ -13,7 +13,7 @@ DEFENSES: dict[str, dict[str, Any]] = {
     "interleave": {"interleave": {"ratio": 0.1}},
     "treft": {"treft": {"weight": 10.0}},
 }
-TRAIN = {"learning_rate": 5e-4, "batch_size": 8}
+TRAIN = {"learning_rate": 1e-3, "batch_size": 8}
 
 
 def run_demo(folder: Path, quick: bool) -> tuple[list[Path], Path | None]:

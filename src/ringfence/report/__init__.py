@@ -77,7 +77,7 @@ def write_page(records: list[Records], rows: list[Row], page: Path) -> None:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"interval": show, "percent": percent}
+    environment.filters |= {"interval": show, "bounds": bounds, "percent": percent}
     tuned = [row for row in rows if not row.is_control]
     html = environment.get_template("page.html").render(
         rows=rows,
@@ -88,7 +88,7 @@ def write_page(records: list[Records], rows: list[Row], page: Path) -> None:
         kind="effect" if any(row.sets and _first(row).effect for row in rows) else "shift",
         domains_figure=_embed(figures.domains(tuned)) if tuned else None,
         pareto_figure=_embed(figures.pareto(tuned)) if figures.has_pareto(tuned) else None,
-        curves_figure=_embed(figures.curves(records)),
+        curves_figure=_embed(figures.curves(records, rows)),
         samples=_samples(records),
         records=records,
     )
@@ -100,6 +100,11 @@ def show(interval: Interval | Paired | None) -> str:
     if isinstance(interval, Paired):
         interval = interval.headline
     return str(interval) if interval else ""
+
+
+def bounds(paired: Paired) -> str:
+    """`[+0.25, +0.37]`"""
+    return str(paired.headline).split(" ", 1)[1]
 
 
 def percent(interval: Interval) -> str:

@@ -66,18 +66,20 @@ def pareto(rows: list[Row]) -> bytes:
         return _svg(figure)
 
 
-def curves(records: list[Records]) -> bytes:
-    """Cross-entropy of every run, and every penalty, over the steps."""
+def curves(records: list[Records], rows: list[Row]) -> bytes:
+    """Cross-entropy of every run, and every penalty, over the steps. The control is grey."""
+    tuned = [row for row in rows if not row.is_control]
     logged = {key for run in records for line in run.metrics for key in line}
     terms = ["ce", *sorted(logged & {"kl", "treft"})]
     with plt.rc_context(_STYLE):
         figure, panels = plt.subplots(1, len(terms), figsize=(4.2 * len(terms), 3.3), squeeze=False)
         for axes, term in zip(panels[0], terms):
-            for place, run in enumerate(records):
+            for run, row in zip(records, rows):
+                colour = "#888888" if row.is_control else _colour(tuned.index(row))
                 points = [(line["step"], line[term]) for line in run.metrics if term in line]
                 if points:
                     steps, values = zip(*points)
-                    axes.plot(steps, _smooth(list(values)), color=_colour(place), label=run.name, linewidth=1.3)
+                    axes.plot(steps, _smooth(list(values)), color=colour, label=run.name, linewidth=1.3)
             axes.set_title(
                 "cross-entropy, nats per token" if term == "ce" else f"{term} penalty (unweighted)", fontsize=10
             )
