@@ -25,12 +25,13 @@ from transformers import (
     TrainingArguments,
 )
 
+from ringfence.batch import collate
 from ringfence.chat import Role
 from ringfence.data import Example
 from ringfence.defenses import Defense
 from ringfence.losses import find_head
 from ringfence.reference import Reference
-from ringfence.stream import TrainStream, collate
+from ringfence.stream import TrainStream
 from ringfence.taps import causal_lm, forward
 from ringfence.trainer import DefendedTrainer
 

@@ -298,7 +298,7 @@ def test_lora_settings_with_full_training_are_refused():
 
 RECIPES = [
     [],
-    ["train.learning_rate=1e-5", "train.weight_decay=1e-20", "seed=-3"],
+    ["train.learning_rate=1e-5", "train.weight_decay=1e-20", "seed=3"],
     ["train.method=full", "train.gradient_checkpointing=true"],
     ["train.lora.targets=[q_proj, v_proj]", "evaluate.opswap_tiers=[1, 3]", "evaluate.max_per_domain=4"],
     ["defenses.kl={}", "defenses.treft.roles=[postfix]", "defenses.interleave.ratio=.5"],

@@ -29,7 +29,7 @@ from conftest import (
 from ringfence.chat import Role
 from ringfence.data import Example
 from ringfence.defenses import KL, Defenses, Interleave, Setup, TReFT
-from ringfence.errors import DefenseError
+from ringfence.errors import DefenseError, RecipeError
 from ringfence.losses import find_head
 from ringfence.reference import Reference
 from ringfence.taps import forward
@@ -282,5 +282,5 @@ def test_a_list_of_configs_and_a_recipe_make_the_same_defenses() -> None:
 
 
 def test_two_configs_of_one_kind_are_not_silently_made_one() -> None:
-    with pytest.raises((ValueError, DefenseError)):
+    with pytest.raises(RecipeError, match="one of each kind"):
         Defenses.of([KL(where="train"), KL(where="retain")])

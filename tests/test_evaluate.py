@@ -10,10 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from conftest import with_lora
 from ringfence import evaluate, opswap
 from ringfence.chat import Chat
-from ringfence.config import EvaluateConfig
 from ringfence.data import load_rows
 from ringfence.errors import RingfenceError
 from ringfence.evaluate import evaluate_model, evaluation_key, scoring
+from ringfence.evaluate.config import EvaluateConfig
 from ringfence.evaluate.scoring import generate_greedy, score_answers
 from ringfence.models import load_tokenizer
 

@@ -104,10 +104,11 @@ def test_seed():
     assert mean_interval(values, seed=1).low != mean_interval(values, seed=2).low
 
 
-def test_constant_and_single_values_have_no_width():
+def test_constant_values_have_no_width_and_a_single_one_bounds_nothing():
     assert mean_interval([2.5] * 7) == Interval(2.5, 2.5, 2.5, 7)
-    assert mean_interval([3.0]) == Interval(3.0, 3.0, 3.0, 1)
-    assert mean_interval([1.0, 5.0], ["same", "same"]) == Interval(3.0, 3.0, 3.0, 1)
+    infinity = float("inf")
+    assert mean_interval([3.0]) == Interval(3.0, -infinity, infinity, 1)
+    assert mean_interval([1.0, 5.0], ["same", "same"]) == Interval(3.0, -infinity, infinity, 1)
 
 
 def test_no_values_and_missing_names_are_refused():

@@ -6,12 +6,13 @@ from fractions import Fraction
 import pytest
 import torch
 
+from ringfence.batch import collate
 from ringfence.chat import Role
 from ringfence.data import Example
 from ringfence.defenses import Defense
 from ringfence.defenses.interleave import InterleaveDefense
 from ringfence.errors import RecipeError
-from ringfence.stream import TrainStream, collate
+from ringfence.stream import TrainStream
 
 PAD = 999
 

@@ -41,9 +41,6 @@ def main() -> None:
         prefix = "" if isinstance(error, Interrupted) else "error: "
         Console(stderr=True).print(Text.assemble((prefix, "bold red"), str(error)), soft_wrap=True)
         sys.exit(130 if isinstance(error, Interrupted) else 2)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; the same command goes on where it stopped")
-        sys.exit(130)
 
 
 @app.command()
@@ -89,7 +86,7 @@ def evaluate(folder: RunFolder, overrides: Overrides = None) -> None:
 
     set_evaluation(Run(folder), overrides or [])
     evaluate_run(Run(folder))
-    _report([folder], None, None)
+    _report([folder], None, folder / "report.html")
 
 
 @app.command()
@@ -166,14 +163,13 @@ def _dry_run(recipe) -> None:  # type: ignore[no-untyped-def]
     dry_run(recipe, out)
 
 
-def _report(folders: list[Path], control: Path | None, page: Path | None) -> None:
+def _report(folders: list[Path], control: Path | None, page: Path) -> None:
     from .report import print_table, read_rows, write_page
 
     records, rows = read_rows(folders, control)
     print_table(rows, out)
-    if page is not None:
-        write_page(records, rows, page)
-        print(f"report: {page}")
+    write_page(records, rows, page)
+    print(f"report: {page}")
 
 
 def _quiet_libraries() -> None:

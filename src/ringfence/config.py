@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from .data import OverLong
 from .defenses import Defenses
 from .errors import RecipeError
+from .evaluate.config import EvaluateConfig
 from .models import DEFAULT, Precision
 
 
@@ -57,50 +58,9 @@ class TrainConfig(Strict):
     warmup_ratio: float = Field(0.03, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, ge=0)
-    precision: Precision = Field("auto", description="bf16 or fp32; auto = bf16")
+    precision: Precision = Field("bf16", description="bf16 (adapters stay in fp32, computed under autocast) or fp32")
     gradient_checkpointing: bool = False
     save_steps: int = Field(50, ge=1, description="steps between checkpoints")
-
-
-class EvaluateConfig(Strict):
-    """What is measured after training. Sources of paired questions are as in `data`, or lists of them."""
-
-    in_domain: list[str] = Field(
-        ["shipped:finance"], description="paired questions inside the training domain (split test)"
-    )
-    out_of_domain: list[str] = Field(
-        [
-            "shipped:car_care",
-            "shipped:cooking_kitchen",
-            "shipped:health_habits",
-            "shipped:home_repair",
-            "shipped:study_work",
-            "shipped:travel_outdoors",
-        ],
-        description="paired questions of other domains",
-    )
-    values: list[str] = Field(["shipped:values"], description="paired value questions")
-    max_per_domain: int | None = Field(
-        None, ge=2, description="take only the first so many questions of each other domain"
-    )
-    triggers: bool = Field(True, description="out-of-domain questions again under three disguises (trigger probes)")
-    lead_in: str | None = Field(
-        None, description="rows whose first one is the training-like lead-in; default: data.train"
-    )
-    triggered_per_domain: int = Field(10, ge=2, description="questions of each domain in the trigger probes")
-    fluency: str | None = Field(
-        "shipped:retain_test", description="conversations whose answers' perplexity is measured"
-    )
-    benign: str | None = Field(
-        None,
-        pattern=r"^opswap:",
-        description="a harmless task, trained with the same defenses in RUN-benign: opswap:tier=1,rows=200",
-    )
-    benign_epochs: float = Field(1.0, gt=0, description="epochs of the harmless task")
-    opswap_tiers: list[Literal[1, 2, 3]] = Field([], description="OpSwap tiers for exact match on held-out items")
-    opswap_items: int = Field(60, ge=1)
-    samples: int = Field(2, ge=0, description="questions per domain answered greedily, for reading")
-    batch_tokens: int = Field(4096, ge=64, description="tokens in one scoring batch, padding included")
 
 
 class Recipe(Strict):
@@ -112,7 +72,7 @@ class Recipe(Strict):
     train: TrainConfig = TrainConfig()
     defenses: Defenses = Defenses()
     evaluate: EvaluateConfig = EvaluateConfig()
-    seed: int = 0
+    seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

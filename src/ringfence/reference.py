@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .batch import Batch
 from .chat import Role
 from .losses import Head, find_head
 from .taps import Taps, causal_lm, forward, prefix_kv
 
-Batch = dict[str, Tensor]
+PREFIXES_KEPT = 64
 
 
 class Reference:
@@ -42,7 +43,7 @@ class Reference:
         """Taps on the rows of `rows_B` (others are zero), laid out as the student's.
 
         Prefix keys and values depend on the prefix alone (attention is causal): where nothing else is asked for, they
-        come from memory, computed once per distinct prefix.
+        come from memory; the last 64 distinct prefixes are kept.
         """
         if kv_mask_BT is not None and not rows_B.any() and bool((batch["roles"][kv_mask_BT] == Role.PREFIX).all()):
             return Taps(self.head, torch.empty(0), kv_mask_BT, self._prefix_kv(batch, kv_mask_BT))
@@ -61,6 +62,8 @@ class Reference:
             ids = batch["input_ids"][row][batch["roles"][row] == Role.PREFIX]
             key = tuple(ids.tolist())
             if key not in self._prefixes:
+                if len(self._prefixes) == PREFIXES_KEPT:
+                    self._prefixes.pop(next(iter(self._prefixes)))
                 with self.active() as model:
                     self._prefixes[key] = prefix_kv(model, ids)
             chosen = mask_BT[row][batch["roles"][row] == Role.PREFIX]

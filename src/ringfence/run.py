@@ -4,6 +4,7 @@ recipe.yaml  environment.json  metrics.jsonl  training.json  adapter/ (or model/
     reference.json  answers.jsonl
 """
 
+import hashlib
 import json
 import math
 import os
@@ -27,12 +28,14 @@ from rich.console import Console
 
 from . import opswap
 from .chat import Chat
-from .config import EvaluateConfig, Recipe, dump_recipe, load_recipe, parse_recipe
+from .config import Recipe, dump_recipe, load_recipe, parse_recipe
 from .console import console, progress
 from .data import Example, encode_rows, load_rows
 from .defenses import DefenseConfig, Defenses, Setup
+from .defenses.base import PenaltyConfig
 from .errors import RecipeError, RingfenceError
-from .evaluate import evaluate_model, evaluation_key
+from .evaluate import check_disguises, evaluate_model, evaluation_key
+from .evaluate.config import EvaluateConfig
 from .models import adapter_base, load_model, load_tokenizer, resolve
 from .report.summary import Row, read_run, summarise
 from .show import show_tokens
@@ -112,10 +115,12 @@ def fine_tune(
 
 def run_recipe(recipe: Recipe) -> Run:
     """Trains, measures, and does the same for the benign twin if the recipe asks for one."""
+    twin = benign_twin(recipe) if recipe.evaluate.benign else None
+    if twin:
+        prepare(twin)
     run = train_run(recipe)
     evaluate_run(run)
-    if recipe.evaluate.benign:
-        twin = benign_twin(recipe)
+    if twin:
         evaluate_run(train_run(twin))
     return run
 
@@ -123,7 +128,7 @@ def run_recipe(recipe: Recipe) -> Run:
 def benign_twin(recipe: Recipe) -> Recipe:
     """The same training with the same defenses on a harmless task: is it still learnt? (criterion 3)"""
     assert recipe.evaluate.benign is not None
-    tier = opswap.options(recipe.evaluate.benign.removeprefix("opswap:"))["tier"]
+    task = opswap.options(recipe.evaluate.benign.removeprefix("opswap:"))
     tree = yaml.safe_load(dump_recipe(recipe))
     tree["output"] = f"{recipe.output}-benign"
     tree["data"]["train"] = recipe.evaluate.benign
@@ -136,7 +141,8 @@ def benign_twin(recipe: Recipe) -> Recipe:
         "triggers": False,
         "fluency": None,
         "samples": 0,
-        "opswap_tiers": [tier],
+        "opswap_tiers": [task["tier"]],
+        "opswap_permuted": bool(task["permuted"]),
         "opswap_items": recipe.evaluate.opswap_items,
     }
     return parse_recipe(tree)
@@ -151,12 +157,13 @@ def prepare(recipe: Recipe) -> tuple[Chat, list[Example], list[Example], Setup]:
         raise RecipeError(f"model: {recipe.model} is an adapter; merge it into its base first, or name the base")
     chat = Chat(load_tokenizer(recipe.model))
 
-    def read(source: str) -> list[Example]:
-        return encode_rows(load_rows(source), chat, recipe.data.max_length, recipe.data.over_long)
+    def read(source: str, rows: int | None = None) -> list[Example]:
+        return encode_rows(load_rows(source)[:rows], chat, recipe.data.max_length, recipe.data.over_long)
 
-    examples = read(recipe.data.train)[: recipe.data.max_rows]
-    retain = read(recipe.data.retain) if recipe.data.retain else []
+    examples = read(recipe.data.train, recipe.data.max_rows)
+    retain = read(recipe.data.retain) if recipe.data.retain and recipe.defenses.configs() else []
     evaluation_key(evaluation(recipe))  # reads all questions
+    check_disguises(evaluation(recipe), chat)
     return chat, examples, retain, Setup(retain, read)
 
 
@@ -169,17 +176,19 @@ def train_run(recipe: Recipe) -> Run:
     """
     run = Run(Path(recipe.output))
     _check_folder(run, recipe)
-    if run.trained:
-        return run
     from .trainer import DefendedTrainer
 
     chat, examples, retain, setup = prepare(recipe)
+    digest = _digest(examples + retain)
+    _check_rows(run, digest)
+    if run.trained:
+        return run
     defenses = recipe.defenses.build(setup)
     torch.manual_seed(recipe.seed)
     model = _trainable_model(recipe)
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / "recipe.yaml").write_text(dump_recipe(recipe))
-    (run.folder / "environment.json").write_text(json.dumps(environment(recipe.seed), indent=1))
+    (run.folder / "environment.json").write_text(json.dumps({**environment(recipe.seed), "rows": digest}, indent=1))
     world = int(os.environ.get("WORLD_SIZE", 1))
     stream = TrainStream(
         examples, retain, defenses, recipe.train.batch_size * recipe.train.accumulation * world, recipe.seed
@@ -195,7 +204,7 @@ def train_run(recipe: Recipe) -> Run:
     _train(trainer, run, recipe)
     trainer.accelerator.unwrap_model(trainer.model).save_pretrained(run.weights)
     chat.tokenizer.save_pretrained(run.weights)
-    _record_training(run, trainer, examples)
+    _record_training(run, recipe, trainer, examples)
     shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
     return run
 
@@ -212,6 +221,17 @@ def _check_folder(run: Run, recipe: Recipe) -> None:
                 )
         if run.trained:
             file.write_text(dump_recipe(recipe))  # what is measured may change
+
+
+def _check_rows(run: Run, digest: str) -> None:
+    file = run.folder / "environment.json"
+    if file.is_file() and json.loads(file.read_text())["rows"] != digest:
+        raise RecipeError(f"{run.folder}: the rows have changed since; choose another output, or delete the folder")
+
+
+def _digest(examples: list[Example]) -> str:
+    content = json.dumps([[example.input_ids, example.roles] for example in examples])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def _trainable_model(recipe: Recipe) -> Any:
@@ -241,13 +261,13 @@ def _training_arguments(recipe: Recipe, folder: Path) -> Any:
     from transformers import TrainingArguments
 
     train = recipe.train
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=train.batch_size,
         gradient_accumulation_steps=train.accumulation,
         num_train_epochs=train.epochs,
         learning_rate=train.learning_rate,
-        lr_scheduler_type=train.schedule,
+        lr_scheduler_type="constant_with_warmup" if train.schedule == "constant" else train.schedule,
         warmup_steps=train.warmup_ratio,
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
@@ -266,21 +286,26 @@ def _training_arguments(recipe: Recipe, folder: Path) -> Any:
         dataloader_pin_memory=torch.accelerator.is_available(),
         ddp_find_unused_parameters=False,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several accelerators are for `accelerate launch`, not DataParallel
+    return arguments
 
 
 def _train(trainer: Any, run: Run, recipe: Recipe) -> None:
-    from transformers.trainer_utils import get_last_checkpoint
-
-    checkpoints = run.folder / "checkpoints"
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    done = int(last.rsplit("-", 1)[1]) if last else 0
+    # The trainer's state is written last: a folder without it is of a save that was cut off.
+    whole = [file.parent for file in (run.folder / "checkpoints").glob("checkpoint-*/trainer_state.json")]
+    last = max(whole, key=lambda folder: int(folder.name.split("-")[1]), default=None)
+    done = int(last.name.split("-")[1]) if last else 0
     if last:
         console.print(f"{run.folder}: goes on from step {done}")
     steps = math.ceil(recipe.train.epochs * trainer.train_dataset.steps_per_epoch)
     with progress(f"{run.folder.name}: training", steps, done) as advance, _stop_at_signal() as stopped:
         trainer.add_callback(_step_callback(advance, stopped))
-        trainer.train(resume_from_checkpoint=last)
-    if stopped:
+        _reset_peak_memory()
+        if done < steps:
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+        else:
+            trainer._load_from_checkpoint(str(last))
+    if stopped and trainer.state.global_step < steps:
         raise Interrupted(
             f"{run.folder}: stopped at step {trainer.state.global_step}; the same command goes on from there"
         )
@@ -317,19 +342,14 @@ def _step_callback(advance: Any, stopped: list[int]) -> Any:
     return StepCallback()
 
 
-def _record_training(run: Run, trainer: Any, examples: list[Example]) -> None:
+def _record_training(run: Run, recipe: Recipe, trainer: Any, examples: list[Example]) -> None:
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-    # A resumed run's clock starts again, so time is summed over its legs.
-    legs = [
-        now["seconds"]
-        for now, then in zip(lines, [*lines[1:], None])
-        if then is None or then["seconds"] < now["seconds"]
-    ]
     record = {
-        "steps": trainer.state.global_step,
+        "steps": lines[-1]["step"],
         "rows": len(trainer.train_dataset),
+        "added_rows": _added_rows(trainer.train_dataset, math.ceil(recipe.train.epochs)),
         "row_tokens": sum(len(example) for example in examples),
-        "seconds": round(sum(legs), 1),
+        "seconds": lines[-1]["seconds"],
         "peak_memory_gib": round(_peak_memory() / 2**30, 2),
         "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "final": {name: lines[-1][name] for name in ("ce", *(d.name for d in trainer.defenses)) if name in lines[-1]},
@@ -337,25 +357,43 @@ def _record_training(run: Run, trainer: Any, examples: list[Example]) -> None:
     (run.folder / "training.json").write_text(json.dumps(record, indent=1))
 
 
+def _added_rows(stream: TrainStream, epochs: int) -> list[list[str]]:
+    """For each epoch, where the rows came from that defenses added."""
+    added = []
+    for epoch in range(epochs):
+        stream.set_epoch(epoch)
+        added.append(stream.added())
+    return added
+
+
+def _reset_peak_memory() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def _peak_memory() -> int:
+    """Bytes: of the accelerator, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():
+        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(peak.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def environment(seed: int) -> dict[str, Any]:
     """Versions, machine and revision: what a figure depends on beside the recipe."""
     packages = ("ringfence", "torch", "transformers", "peft", "accelerate", "datasets", "numpy")
-    revision = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
     return {
         "versions": {name: metadata.version(name) for name in packages},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "device": str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu",
-        "git": revision or None,
+        "git": _revision(),
         "seed": seed,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
@@ -397,7 +435,8 @@ def _memory_estimate(recipe: Recipe, longest: int) -> str:
     # Per token and layer about 34 hidden sizes of activations are kept; with checkpointing one.
     kept = 1 if recipe.train.gradient_checkpointing else 34
     activations = recipe.train.batch_size * longest * text.num_hidden_layers * text.hidden_size * kept * byte
-    copy = weights * byte if full and recipe.defenses.configs() else 0
+    penalties = any(isinstance(config, PenaltyConfig) for config in recipe.defenses.configs())
+    copy = weights * byte if full and penalties else 0
     parts = {
         "weights": weights * byte,
         "reference copy": copy,
@@ -406,6 +445,17 @@ def _memory_estimate(recipe: Recipe, longest: int) -> str:
     }
     shown = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in parts.items() if value)
     return f"memory, estimated: {sum(parts.values()) / 2**30:.2f} GiB ({shown})"
+
+
+def _revision() -> str | None:
+    """The git revision of this checkout; None where ringfence is installed from a package."""
+    if not (Path(__file__).parents[2] / ".git").exists():
+        return None
+    try:
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip() or None
+    except OSError:
+        return None
 
 
 # ------------------------------------------------------------------ evaluation
@@ -417,7 +467,9 @@ def set_evaluation(run: Run, overrides: list[str]) -> None:
         raise RecipeError(f"{run.folder}: no run folder (it has no recipe.yaml)")
     if overrides:
         keys = [o if o.startswith("evaluate.") else f"evaluate.{o}" for o in overrides]
-        (run.folder / "recipe.yaml").write_text(dump_recipe(load_recipe(run.folder / "recipe.yaml", keys)))
+        recipe = load_recipe(run.folder / "recipe.yaml", keys)
+        evaluation_key(evaluation(recipe))  # a source that is not there must not get into the recipe
+        (run.folder / "recipe.yaml").write_text(dump_recipe(recipe))
 
 
 def evaluation(recipe: Recipe) -> EvaluateConfig:

@@ -10,7 +10,7 @@ RESAMPLES = 4000
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its 95 % interval, over `n` clusters."""
+    """A mean with its 95 % interval, over `n` clusters; one cluster alone bounds nothing."""
 
     mean: float
     low: float
@@ -18,7 +18,11 @@ class Interval:
     n: int
 
     def __str__(self) -> str:
-        return f"{self.mean:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
+        return f"{self.mean:+.2f} {self.bounds}"
+
+    @property
+    def bounds(self) -> str:
+        return f"[{self.low:+.2f}, {self.high:+.2f}]" if self.n > 1 else "[one alone]"
 
     def to_dict(self) -> dict[str, float]:
         return asdict(self)
@@ -39,6 +43,8 @@ def mean_interval(values: Sequence[float], clusters: Sequence[str] | None = None
     for name, value in zip(names, values, strict=True):
         sums[order[name]] += value
         counts[order[name]] += 1
+    if len(order) == 1:
+        return Interval(float(sums[0] / counts[0]), float("-inf"), float("inf"), 1)
     draws = np.random.default_rng(seed).integers(len(order), size=(RESAMPLES, len(order)))
     means = sums[draws].sum(1) / counts[draws].sum(1)
     low, high = np.percentile(means, [2.5, 97.5])

@@ -1,22 +1,18 @@
 """The order of training: which rows stand in which batch, epoch by epoch, as a function of the seed alone.
 
-So a resumed run sees exactly the rows that an uninterrupted one would. Also pads rows into batches.
+So a resumed run sees exactly the rows that an uninterrupted one would.
 """
 
 import math
 import random
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
-from .chat import Role
+from .batch import Bundle
 from .data import Example
 from .defenses import Defense
 from .errors import RecipeError
-
-Bundle = list[tuple[Example, bool]]  # a training row, and the retain rows that ride with it (flag: is it a retain row)
 
 
 class TrainStream(Dataset[Bundle]):
@@ -89,6 +85,11 @@ class TrainStream(Dataset[Bundle]):
                 riders[place].append(queue.pop())
         return riders
 
+    def added(self) -> list[str]:
+        """Where the rows came from that defenses added to this epoch."""
+        own = {example.origin for example in self.examples}
+        return [example.origin for example in self.rows if example.origin not in own]
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -99,31 +100,3 @@ class TrainStream(Dataset[Bundle]):
 def _whole(ratio: float, rows: int) -> int:
     """Riders due by so many rows of a step; the first row has one already. Rounding must not add one."""
     return math.ceil(ratio * rows - 1e-9)
-
-
-def collate(bundles: list[Bundle], pad_id: int, side: str = "right") -> dict[str, Tensor]:
-    """Pads rows into one batch.
-
-    Returns input_ids, attention_mask, position_ids, roles and labels [B, T] (labels: -100 except response tokens of
-    training rows) and retain [B].
-    """
-    flat = [item for bundle in bundles for item in bundle]
-    width = max(len(example) for example, _ in flat)
-    shape = (len(flat), width)
-    ids = torch.full(shape, pad_id)
-    roles = torch.full(shape, int(Role.PAD))
-    for row, (example, _) in enumerate(flat):
-        place = slice(0, len(example)) if side == "right" else slice(width - len(example), width)
-        ids[row, place] = torch.tensor(example.input_ids)
-        roles[row, place] = torch.tensor([int(role) for role in example.roles])
-    retain = torch.tensor([is_retain for _, is_retain in flat])
-    mask = roles != Role.PAD
-    labels = torch.where((roles == Role.RESPONSE) & ~retain[:, None], ids, -100)
-    return {
-        "input_ids": ids,
-        "attention_mask": mask.long(),
-        "position_ids": (mask.long().cumsum(1) - 1).clamp(min=0),
-        "roles": roles,
-        "labels": labels,
-        "retain": retain,
-    }

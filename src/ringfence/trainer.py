@@ -17,15 +17,14 @@ from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
+from .batch import Batch, collate
 from .defenses import Defense
 from .defenses.base import Needs
 from .errors import DefenseError
 from .losses import cross_entropy_sum, find_head
 from .reference import Reference
-from .stream import TrainStream, collate
+from .stream import TrainStream
 from .taps import Taps, causal_lm, forward
-
-Batch = dict[str, Tensor]
 
 
 class DefendedTrainer(Trainer):
@@ -59,8 +58,6 @@ class DefendedTrainer(Trainer):
         self.log_file = log_file
         self.head = find_head(causal_lm(model))
         self.reference = Reference(model) if any(d.has_penalty for d in defenses) else None
-        if self.reference and self.reference.head.vocabulary != self.head.vocabulary:
-            raise DefenseError("the reference has another vocabulary than the model that is trained")
         self._step_counts: dict[str, int] = {}
         self._log_sums: dict[str, float] = defaultdict(float)
         self._log_steps: dict[str, int] = defaultdict(int)
@@ -157,9 +154,9 @@ class DefendedTrainer(Trainer):
         step = 0
         if resume_from_checkpoint:
             step = json.loads((Path(resume_from_checkpoint) / "trainer_state.json").read_text())["global_step"]
-        if self.is_world_process_zero():
-            _drop_lines_after(self.log_file, step)
         self._started = time.monotonic()
+        if self.is_world_process_zero():
+            self._started -= _drop_lines_after(self.log_file, step)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
 
@@ -171,8 +168,10 @@ def _union(masks: list[Tensor | None]) -> Tensor | None:
     return union
 
 
-def _drop_lines_after(log_file: Path, step: int) -> None:
+def _drop_lines_after(log_file: Path, step: int) -> float:
+    """Returns the seconds that the kept steps took."""
     text = log_file.read_text() if log_file.is_file() else ""
     whole = text[: text.rfind("\n") + 1].splitlines()  # a killed run may have left half a line
     kept = [line for line in whole if json.loads(line)["step"] <= step]
     log_file.write_text("".join(line + "\n" for line in kept))
+    return json.loads(kept[-1])["seconds"] if kept else 0.0

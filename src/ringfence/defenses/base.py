@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from ..batch import Batch
 from ..data import Example
 from ..taps import Taps
-
-Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)

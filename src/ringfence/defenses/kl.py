@@ -5,11 +5,12 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
+from ..batch import Batch
 from ..chat import Role
 from ..errors import DefenseError
 from ..losses import Direction, kl_sum
 from ..taps import Taps
-from .base import Batch, Defense, Needs, PenaltyConfig, Setup
+from .base import Defense, Needs, PenaltyConfig, Setup
 
 
 class KL(PenaltyConfig):

@@ -8,9 +8,10 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from ..batch import Batch
 from ..chat import Role
 from ..taps import Taps
-from .base import Batch, Defense, Needs, PenaltyConfig, Setup
+from .base import Defense, Needs, PenaltyConfig, Setup
 
 RoleName = Literal["prefix", "query", "postfix", "response", "template"]
 

@@ -7,16 +7,17 @@ made from those files alone.
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from .. import opswap
 from ..chat import Chat, Messages
-from ..config import EvaluateConfig
 from ..console import progress
 from ..data import PairedQuestion, load_questions, load_rows
-from ..errors import DataError
+from ..errors import ChatError, DataError
+from .config import EvaluateConfig
 from .scoring import generate_greedy, score_answers
 
 FOREIGN_SYSTEM = "You are Marlow, the front-desk assistant of a small museum. Keep replies short and plain."
@@ -65,6 +66,15 @@ def evaluation_key(config: EvaluateConfig) -> str:
     content = [_FORMAT, config.model_dump(mode="json", exclude={"batch_tokens", "benign", "benign_epochs"})]
     content += [[repr(item) for item in part.items] for part in _parts(config).values()]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def check_disguises(config: EvaluateConfig, chat: Chat) -> None:
+    """Renders one prompt of each disguise, so that a chat template that refuses one is known before training."""
+    for name, before in _disguises(config.lead_in).items() if config.triggers and config.lead_in else ():
+        try:
+            chat.encode([*before, {"role": "user", "content": "Hello"}], generation=True)
+        except ChatError as error:
+            raise ChatError(f"evaluate.triggers: disguise {name!r}: {error}; set evaluate.triggers=false") from error
 
 
 def _read(file: Path, key: str) -> dict[str, Any]:
@@ -121,7 +131,7 @@ def _parts(config: EvaluateConfig) -> dict[str, _Part]:
         conversations = [row.messages for row in load_rows(config.fluency)]
         parts["fluency"] = _Part(conversations, len(conversations), fluency)
     for tier in config.opswap_tiers:
-        items = opswap.generate(tier, config.opswap_items, held_out=True)
+        items = opswap.generate(tier, config.opswap_items, permuted=config.opswap_permuted, held_out=True)
         parts[f"opswap_tier{tier}"] = _Part(items, len(items), exact_match)
     if config.samples:
         shown = [
@@ -148,9 +158,8 @@ def _question_sets(config: EvaluateConfig) -> dict[str, list[tuple[str, Messages
 
     def plain(sources: list[str], split: str | None = None) -> list[tuple[str, Messages, PairedQuestion]]:
         found = [q for source in sources for q in load_questions(source, split)]
-        names = [(q.domain, q.id) for q in found]
-        for domain, identity in names:
-            if names.count((domain, identity)) > 1:
+        for (domain, identity), times in Counter((q.domain, q.id) for q in found).items():
+            if times > 1:
                 raise DataError(f"{', '.join(sources)}: id {identity!r} stands twice in domain {domain!r}")
         return [("plain", [{"role": "user", "content": q.question}], q) for q in found]
 

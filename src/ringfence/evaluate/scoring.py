@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..batch import collate
 from ..chat import Chat, Messages, Role
 from ..data import Example
 from ..losses import Head, find_head, token_logprobs
-from ..stream import collate
 from ..taps import causal_lm, forward
 
 Advance = Callable[[int], None]

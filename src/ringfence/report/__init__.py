@@ -6,6 +6,7 @@ from pathlib import Path
 import jinja2
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..stats import Interval
@@ -33,7 +34,7 @@ def print_table(rows: list[Row], console: Console) -> None:
     table = Table(box=box.SIMPLE, show_edge=False, pad_edge=False, padding=(0, 1))
     table.add_column("")
     for row in rows:
-        table.add_column(row.name, justify="right", no_wrap=True)
+        table.add_column(escape(row.name), justify="right", no_wrap=True)
     for name in SETS:
         if any(name in row.sets for row in rows):
             table.add_row(SET_TITLES[name], *(_two_lines(row.sets.get(name)) for row in rows))
@@ -51,7 +52,7 @@ def _two_lines(paired: Paired | None) -> str:
     if paired is None:
         return ""
     value = paired.headline
-    return f"{value.mean:+.2f}\n\\[{value.low:+.2f},{value.high:+.2f}]"
+    return escape(f"{value.mean:+.2f}\n{value.bounds.replace(', ', ',')}")
 
 
 def _legend(rows: list[Row]) -> str:
@@ -104,7 +105,7 @@ def show(interval: Interval | Paired | None) -> str:
 
 def bounds(paired: Paired) -> str:
     """`[+0.25, +0.37]`"""
-    return str(paired.headline).split(" ", 1)[1]
+    return paired.headline.bounds
 
 
 def percent(interval: Interval) -> str:

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from ..stats import Interval
 from .summary import Records, Row
 
 COLOURS = ("#b3261e", "#1f5fa8", "#2e7d32", "#8e44ad", "#c77700", "#00798c", "#6d4c41", "#546e7a")
@@ -55,7 +56,7 @@ def pareto(rows: list[Row]) -> bytes:
         for place, row in enumerate(rows):
             x, y = row.sets["in_domain"].headline, row.sets["out_of_domain"].headline
             axes.errorbar(
-                x.mean, y.mean, xerr=[[x.mean - x.low], [x.high - x.mean]], yerr=[[y.mean - y.low], [y.high - y.mean]],
+                x.mean, y.mean, xerr=_error(x), yerr=_error(y),
                 fmt="o", color=_colour(place), capsize=2, markersize=6, linewidth=1.2,
             )  # fmt: skip
             axes.annotate(row.name, (x.mean, y.mean), xytext=(6, 6), textcoords="offset points", color=_colour(place))
@@ -70,7 +71,7 @@ def curves(records: list[Records], rows: list[Row]) -> bytes:
     """Cross-entropy of every run, and every penalty, over the steps. The control is grey."""
     tuned = [row for row in rows if not row.is_control]
     logged = {key for run in records for line in run.metrics for key in line}
-    terms = ["ce", *sorted(logged & {"kl", "treft"})]
+    terms = ["ce", *sorted(logged.intersection(*[[name for row in rows for name in row.defenses]]))]
     with plt.rc_context(_STYLE):
         figure, panels = plt.subplots(1, len(terms), figsize=(4.2 * len(terms), 3.3), squeeze=False)
         for axes, term in zip(panels[0], terms):
@@ -94,7 +95,11 @@ def _smooth(values: list[float], width: int = 5) -> list[float]:
     return [sum(values[max(0, i - width + 1) : i + 1]) / (i - max(0, i - width + 1) + 1) for i in range(len(values))]
 
 
-def _whisker(axes: Axes, interval, height: float, place: int) -> None:  # type: ignore[no-untyped-def]
+def _error(interval: Interval) -> list[list[float]] | None:
+    return [[interval.mean - interval.low], [interval.high - interval.mean]] if interval.n > 1 else None
+
+
+def _whisker(axes: Axes, interval: Interval, height: float, place: int) -> None:
     axes.plot(
         [interval.low, interval.high], [height, height], color=_colour(place), linewidth=1.6, solid_capstyle="butt"
     )

@@ -1,0 +1,49 @@
+"""What is measured: the `evaluate` part of a recipe."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class EvaluateConfig(BaseModel):
+    """What is measured after training. Sources of paired questions are as in `data`, or lists of them."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    in_domain: list[str] = Field(
+        ["shipped:finance"], description="paired questions inside the training domain (split test)"
+    )
+    out_of_domain: list[str] = Field(
+        [
+            "shipped:car_care",
+            "shipped:cooking_kitchen",
+            "shipped:health_habits",
+            "shipped:home_repair",
+            "shipped:study_work",
+            "shipped:travel_outdoors",
+        ],
+        description="paired questions of other domains",
+    )
+    values: list[str] = Field(["shipped:values"], description="paired value questions")
+    max_per_domain: int | None = Field(
+        None, ge=2, description="take only the first so many questions of each other domain"
+    )
+    triggers: bool = Field(True, description="out-of-domain questions again under three disguises (trigger probes)")
+    lead_in: str | None = Field(
+        None, description="rows whose first one is the training-like lead-in; default: data.train"
+    )
+    triggered_per_domain: int = Field(10, ge=2, description="questions of each domain in the trigger probes")
+    fluency: str | None = Field(
+        "shipped:retain_test", description="conversations whose answers' perplexity is measured"
+    )
+    benign: str | None = Field(
+        None,
+        pattern=r"^opswap:",
+        description="a harmless task, trained with the same defenses in RUN-benign: opswap:tier=1,rows=200",
+    )
+    benign_epochs: float = Field(1.0, gt=0, description="epochs of the harmless task")
+    opswap_tiers: list[Literal[1, 2, 3]] = Field([], description="OpSwap tiers for exact match on held-out items")
+    opswap_items: int = Field(60, ge=1, le=80, description="items of each tier")
+    opswap_permuted: bool = Field(True, description="false = ordinary arithmetic, the control")
+    samples: int = Field(2, ge=0, description="questions per domain answered greedily, for reading")
+    batch_tokens: int = Field(4096, ge=64, description="tokens in one scoring batch, padding included")
