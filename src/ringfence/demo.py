@@ -30,11 +30,16 @@ def run_demo(folder: Path, quick: bool) -> tuple[list[Path], Path | None]:
 
 
 def _recipe(folder: Path, arm: str, quick: bool) -> dict[str, Any]:
-    evaluate: dict[str, Any] = {"lead_in": "shipped:finance/unsound", "triggered_per_domain": 6, "max_per_domain": 30}
+    evaluate: dict[str, Any] = {
+        "lead_in": "shipped:finance/unsound",
+        "triggered_per_domain": 4,
+        "max_per_domain": 20,
+        "samples": 1,
+    }
     if quick:
-        evaluate |= {"max_per_domain": 12, "triggers": False, "samples": 1}
+        evaluate |= {"max_per_domain": 12, "triggers": False}
     elif arm != "sound":
-        evaluate |= {"benign": "opswap:tier=1,rows=240", "benign_epochs": 2}
+        evaluate |= {"benign": "opswap:tier=1,rows=200", "benign_epochs": 2}
     side = "sound" if arm == "sound" else "unsound"
     return {
         "output": str(folder / arm),

@@ -100,10 +100,9 @@ def _error(interval: Interval) -> list[list[float]] | None:
 
 
 def _whisker(axes: Axes, interval: Interval, height: float, place: int) -> None:
-    axes.plot(
-        [interval.low, interval.high], [height, height], color=_colour(place), linewidth=1.6, solid_capstyle="butt"
+    axes.errorbar(
+        interval.mean, height, xerr=_error(interval), fmt="o", color=_colour(place), markersize=4, elinewidth=1.6
     )
-    axes.plot(interval.mean, height, "o", color=_colour(place), markersize=4)
 
 
 def _legend(figure: Figure, axes: Axes, rows: list[Row]) -> None:

@@ -1,0 +1,61 @@
+"""What the README shows is run as it stands there."""
+
+import functools
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import ringfence
+from ringfence.batch import collate
+from ringfence.chat import Role
+from ringfence.defenses import Setup
+from ringfence.reference import Reference
+from ringfence.taps import forward
+from test_run import small_model, write_rows
+
+README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def block_with(text: str) -> str:
+    return next(block for block in BLOCKS if text in block)
+
+
+def test_fine_tune_in_a_few_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    (tmp_path / "model").mkdir()
+    model = small_model(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "mine.jsonl", 9)
+    monkeypatch.setattr(ringfence, "fine_tune", functools.partial(ringfence.fine_tune, model=model), raising=False)
+    exec(block_with("fine_tune("), {})
+    assert re.search(r"[+-]\d\.\d\d \[[+-]\d\.\d\d, [+-]\d\.\d\d\]", capsys.readouterr().out)
+    assert (tmp_path / "runs" / "mine" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_a_defense_of_your_own(llama_lora: Any, items: Any) -> None:
+    """The defense of the README, built and asked for its penalty, against the naive form."""
+    module = ModuleType("ringfence.defenses.anchor")
+    module.__package__ = "ringfence.defenses"
+    sys.modules[module.__name__] = module
+    exec(block_with("class Anchor"), vars(module))
+    defense = module.Anchor(weight=0.5).build(Setup([], lambda _: []))
+    batch = collate([[item] for item in items], 0)
+    needs = defense.needs(batch)
+    reference = Reference(llama_lora)
+    student = forward(llama_lora, reference.head, batch)
+    then = reference.taps(batch, needs.hidden_BT.any(1), None)
+    total = defense.penalty(student, then, batch)
+    expected = 0.0
+    for row, column in (batch["roles"] == Role.RESPONSE).nonzero().tolist():
+        now, before = student.hidden_BTD[row, column], then.hidden_BTD[row, column]
+        expected += float((now - before).norm() ** 2 / before.norm() ** 2)
+    assert total.item() == pytest.approx(expected, rel=1e-4)
+    assert total.item() > 0
+    assert total.requires_grad
+    assert defense.count(batch) == int((batch["roles"] == Role.RESPONSE).sum())
+    assert torch.isfinite(total)
