@@ -1,24 +1,18 @@
-"""A run, from recipe to results, in one folder. Each stage reads the folder, does what is missing, and writes there.
-
-recipe.yaml  environment.json  metrics.jsonl  training.json  adapter/ (or model/)  results.json
-    reference.json  answers.jsonl
+"""A run, from recipe to results, in one folder. Each stage reads the folder, does what is missing, and writes there:
+recipe.yaml, environment.json, metrics.jsonl, training.json, adapter/ (or model/), results.json, reference.json (where
+the reference's results are) and answers.jsonl.
 """
 
 import hashlib
 import json
 import math
 import os
-import platform
-import resource
 import shutil
 import signal
-import subprocess
-import sys
-import time
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +26,10 @@ from .config import Recipe, dump_recipe, load_recipe, parse_recipe
 from .console import console, progress
 from .data import Example, encode_rows, load_rows
 from .defenses import DefenseConfig, Defenses, Setup
-from .defenses.base import PenaltyConfig
 from .errors import RecipeError, RingfenceError
 from .evaluate import check_disguises, evaluate_model, evaluation_key
 from .evaluate.config import EvaluateConfig
+from .machine import environment, memory_estimate, peak_memory, reset_peak_memory
 from .models import adapter_base, load_model, load_tokenizer, resolve
 from .report.summary import Row, read_run, summarise
 from .show import show_tokens
@@ -300,7 +294,7 @@ def _train(trainer: Any, run: Run, recipe: Recipe) -> None:
     steps = math.ceil(recipe.train.epochs * trainer.train_dataset.steps_per_epoch)
     with progress(f"{run.folder.name}: training", steps, done) as advance, _stop_at_signal() as stopped:
         trainer.add_callback(_step_callback(advance, stopped))
-        _reset_peak_memory()
+        reset_peak_memory()
         if done < steps:
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         else:
@@ -315,6 +309,9 @@ def _train(trainer: Any, run: Run, recipe: Recipe) -> None:
 def _stop_at_signal() -> Iterator[list[int]]:
     """Ctrl-C (or a polite kill) once: the step is finished and saved. A second time: at once."""
     caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread alone
+        yield caught
+        return
 
     def handler(number: int, _frame: Any) -> None:
         if caught:
@@ -350,7 +347,7 @@ def _record_training(run: Run, recipe: Recipe, trainer: Any, examples: list[Exam
         "added_rows": _added_rows(trainer.train_dataset, math.ceil(recipe.train.epochs)),
         "row_tokens": sum(len(example) for example in examples),
         "seconds": lines[-1]["seconds"],
-        "peak_memory_gib": round(_peak_memory() / 2**30, 2),
+        "peak_memory_gib": round(peak_memory() / 2**30, 2),
         "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "final": {name: lines[-1][name] for name in ("ce", *(d.name for d in trainer.defenses)) if name in lines[-1]},
     }
@@ -364,39 +361,6 @@ def _added_rows(stream: TrainStream, epochs: int) -> list[list[str]]:
         stream.set_epoch(epoch)
         added.append(stream.added())
     return added
-
-
-def _reset_peak_memory() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    elif Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_memory() -> int:
-    """Bytes: of the accelerator, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():
-        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(peak.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def environment(seed: int) -> dict[str, Any]:
-    """Versions, machine and revision: what a figure depends on beside the recipe."""
-    packages = ("ringfence", "torch", "transformers", "peft", "accelerate", "datasets", "numpy")
-    return {
-        "versions": {name: metadata.version(name) for name in packages},
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-        "device": str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu",
-        "git": _revision(),
-        "seed": seed,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
 
 
 def dry_run(recipe: Recipe, console: Console) -> None:
@@ -414,48 +378,7 @@ def dry_run(recipe: Recipe, console: Console) -> None:
         f"{len(retain)} rows\nan epoch: {stream.steps_per_epoch} steps of {rows} rows, {len(stream)} rows with those "
         f"that defenses add, and {sum(map(len, stream.riders))} retain rows that ride along"
     )
-    console.print(_memory_estimate(recipe, longest), highlight=False)
-
-
-def _memory_estimate(recipe: Recipe, longest: int) -> str:
-    """Weights, gradients, optimiser and the largest batch's activations, in GiB, from the model's shape alone."""
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(resolve(recipe.model))
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config)
-    text = config.get_text_config()
-    weights = sum(p.numel() for p in model.parameters())
-    full = recipe.train.method == "full"
-    byte = 4 if full or recipe.train.precision == "fp32" else 2
-    rank = recipe.train.lora.rank
-    linear = [m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in name]
-    trained = weights if full else sum(rank * (m.in_features + m.out_features) for m in linear)
-    # Per token and layer about 34 hidden sizes of activations are kept; with checkpointing one.
-    kept = 1 if recipe.train.gradient_checkpointing else 34
-    activations = recipe.train.batch_size * longest * text.num_hidden_layers * text.hidden_size * kept * byte
-    penalties = any(isinstance(config, PenaltyConfig) for config in recipe.defenses.configs())
-    copy = weights * byte if full and penalties else 0
-    parts = {
-        "weights": weights * byte,
-        "reference copy": copy,
-        "gradients and optimiser": trained * 12,
-        "activations": activations,
-    }
-    shown = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in parts.items() if value)
-    return f"memory, estimated: {sum(parts.values()) / 2**30:.2f} GiB ({shown})"
-
-
-def _revision() -> str | None:
-    """The git revision of this checkout; None where ringfence is installed from a package."""
-    if not (Path(__file__).parents[2] / ".git").exists():
-        return None
-    try:
-        command = ["git", "rev-parse", "--short", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip() or None
-    except OSError:
-        return None
+    console.print(memory_estimate(recipe, longest), highlight=False)
 
 
 # ------------------------------------------------------------------ evaluation
