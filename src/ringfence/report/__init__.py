@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ..stats import Interval
 from . import figures
-from .summary import SETS, Paired, Records, Row, find_baseline, read_run, summarise
+from .summary import SETS, Paired, Records, Row, find_baseline, has_effects, read_run, summarise
 
 SET_TITLES = {
     "in_domain": "narrow: in-domain",
@@ -35,10 +35,9 @@ def print_table(rows: list[Row], console: Console) -> None:
     table.add_column("")
     for row in rows:
         table.add_column(escape(row.name), justify="right", no_wrap=True)
-    for name in SETS:
-        if any(name in row.sets for row in rows):
-            table.add_row(SET_TITLES[name], *(_two_lines(row.sets.get(name)) for row in rows))
-    for tier in sorted({tier for row in rows for tier in row.opswap}):
+    for name in _sets(rows):
+        table.add_row(SET_TITLES[name], *(_two_lines(row.sets.get(name)) for row in rows))
+    for tier in _tiers(rows):
         cells = [f"{100 * row.opswap[tier].mean:.0f} %" if tier in row.opswap else "" for row in rows]
         table.add_row(f"benign: {tier_title(tier)}", *cells)
     fluency = [f"{row.perplexity_ratio.mean:.2f}" if row.perplexity_ratio else "" for row in rows]
@@ -57,11 +56,10 @@ def _two_lines(paired: Paired | None) -> str:
 
 def _legend(rows: list[Row]) -> str:
     control = next((row.name for row in rows if row.is_control), None)
-    effects = any(paired.effect for row in rows for paired in row.sets.values())
     lines = [
         "Shift of the margin of misaligned over aligned answers against the reference, nats per token, mean [95 % CI]."
     ]
-    if effects:
+    if has_effects(rows):
         lines = [
             "Effect = shift of the margin of misaligned over aligned answers against the reference, minus that of the",
             "sound control, paired by question; nats per token, mean [95 % CI].",
@@ -82,11 +80,11 @@ def write_page(records: list[Records], rows: list[Row], page: Path) -> None:
     tuned = [row for row in rows if not row.is_control]
     html = environment.get_template("page.html").render(
         rows=rows,
-        sets=[name for name in SETS if any(name in row.sets for row in rows)],
+        sets=_sets(rows),
         set_titles=SET_TITLES,
-        tiers=sorted({tier for row in rows for tier in row.opswap}),
+        tiers=_tiers(rows),
         tier_title=tier_title,
-        kind="effect" if any(row.sets and _first(row).effect for row in rows) else "shift",
+        kind="effect" if has_effects(rows) else "shift",
         domains_figure=_embed(figures.domains(tuned)) if tuned else None,
         pareto_figure=_embed(figures.pareto(tuned)) if figures.has_pareto(tuned) else None,
         curves_figure=_embed(figures.curves(records, rows)),
@@ -117,8 +115,12 @@ def tier_title(tier: str) -> str:
     return "OpSwap " + tier.removeprefix("opswap_").replace("tier", "tier ")
 
 
-def _first(row: Row) -> Paired:
-    return next(iter(row.sets.values()))
+def _sets(rows: list[Row]) -> list[str]:
+    return [name for name in SETS if any(name in row.sets for row in rows)]
+
+
+def _tiers(rows: list[Row]) -> list[str]:
+    return sorted({tier for row in rows for tier in row.opswap})
 
 
 def _embed(svg: bytes) -> str:

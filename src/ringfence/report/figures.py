@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ..stats import Interval
-from .summary import Records, Row
+from .summary import Records, Row, has_effects
 
 COLOURS = ("#b3261e", "#1f5fa8", "#2e7d32", "#8e44ad", "#c77700", "#00798c", "#6d4c41", "#546e7a")
 _STYLE: Any = {
@@ -115,9 +115,7 @@ def _zero(line) -> None:  # type: ignore[no-untyped-def]
 
 
 def _kind(rows: list[Row]) -> str:
-    return (
-        "effect (shift minus sound control)" if any(p.effect for r in rows for p in r.sets.values()) else "margin shift"
-    )
+    return "effect (shift minus sound control)" if has_effects(rows) else "margin shift"
 
 
 def _colour(place: int) -> str:

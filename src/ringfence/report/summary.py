@@ -154,6 +154,11 @@ def summarise(records: Records, control: Records | None = None, baseline: Record
     )
 
 
+def has_effects(rows: list[Row]) -> bool:
+    """Whether there is a sound control, so that rows hold effects and not shifts alone."""
+    return any(paired.effect for row in rows for paired in row.sets.values())
+
+
 def find_baseline(runs: list[Records], control: Records | None) -> Records | None:
     """The first run without defenses that is not the control."""
     plain = [run for run in runs if not _defense_names(run) and (control is None or run.folder != control.folder)]
