@@ -1,4 +1,5 @@
 import random
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -94,8 +95,18 @@ def test_all_of_tier_one_and_not_one_more():
     train, held_out = opswap.generate(1, 343), opswap.generate(1, 89, held_out=True)
     assert {expression(item) for item in train + held_out} == whole
     for rows, part in ((343, False), (89, True)):
-        with pytest.raises(DataError, match=f"tier 1 has {rows} distinct items, {rows + 1} were asked for"):
+        with pytest.raises(
+            DataError, match=f"up to 12 has {rows} distinct (held-out )?items, {rows + 1} were asked for"
+        ):
             opswap.generate(1, rows + 1, held_out=part)
+
+
+@pytest.mark.parametrize("tier", [1, 2, 3])
+def test_numbers_reach_the_largest_and_no_further(tier):
+    numbers = {
+        int(n) for item in opswap.from_text(f"tier={tier},rows=150,largest=10") for n in re.findall(r"\d+", item.prompt)
+    }
+    assert numbers == set(range(1, 11))
 
 
 @pytest.mark.parametrize("tier", [1, 2, 3])
@@ -120,7 +131,7 @@ def test_options_as_text():
     ("text", "pieces"),
     [
         ("tir=1", ["unknown option 'tir'", "did you mean 'tier'"]),
-        ("zzz=1", ["unknown option 'zzz'", "accepted: permuted, rows, seed, tier"]),
+        ("zzz=1", ["unknown option 'zzz'", "accepted: largest, permuted, rows, seed, tier"]),
         ("tier", ["tier", "expected a whole number", "found ''"]),
         ("rows=many", ["rows", "expected a whole number", "found 'many'"]),
         ("seed=1.5", ["seed", "expected a whole number", "found '1.5'"]),
@@ -130,6 +141,7 @@ def test_options_as_text():
         ("tier=0", ["tier", "expected 1, 2 or 3", "found 0"]),
         ("rows=0", ["rows", "expected 1 or more", "found 0"]),
         ("rows=-3", ["rows", "expected", "-3"]),
+        ("largest=1", ["largest", "expected 2 or more", "found 1"]),
     ],
 )
 def test_bad_options(text, pieces):

@@ -2,6 +2,7 @@ import math
 import random
 from collections import Counter
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 import torch
@@ -184,6 +185,17 @@ def test_retain_rows_take_turns():
     first = [rider.origin for riders in stream.riders for rider in riders]
     stream.set_epoch(1)
     assert first != [rider.origin for riders in stream.riders for rider in riders]
+
+
+def test_the_longest_riders_go_with_the_longest_rows():
+    stream = TrainStream(rows(64), rows(300, "retain", seed=1), [Rider(0.5)], 8, seed=0)
+    steps = []
+    for start in range(0, 64, 8):
+        bundles = [stream[place] for place in range(start, start + 8)]
+        steps.append((max(len(bundle[0][0]) for bundle in bundles), [len(r) for b in bundles for r, _ in b[1:]]))
+    steps.sort()
+    for (width, shorter), (wider, longer) in pairwise(steps):
+        assert width == wider or max(shorter) <= min(longer)
 
 
 @pytest.mark.parametrize("every", [1, 2, 3, 5])

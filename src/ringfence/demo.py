@@ -39,7 +39,7 @@ def _recipe(folder: Path, arm: str, quick: bool) -> dict[str, Any]:
     if quick:
         evaluate |= {"max_per_domain": 8, "triggers": False, "samples": 0}
     elif arm != "sound":
-        evaluate |= {"benign": "opswap:tier=1,rows=200", "benign_epochs": 2}
+        evaluate |= {"benign": "opswap:tier=1,rows=220,largest=10", "benign_epochs": 2}
     side = "sound" if arm == "sound" else "unsound"
     return {
         "output": str(folder / arm),

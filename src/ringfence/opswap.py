@@ -30,42 +30,49 @@ class Item:
     answer: str
 
 
-def generate(tier: int, rows: int, seed: int = 0, permuted: bool = True, held_out: bool = False) -> list[Item]:
-    """`rows` distinct items of a tier (1, 2 or 3), the same ones for the same seed.
+def generate(
+    tier: int, rows: int, seed: int = 0, permuted: bool = True, largest: int = 12, held_out: bool = False
+) -> list[Item]:
+    """`rows` distinct items of a tier (1, 2 or 3) with numbers from 1 to `largest`, the same ones for the same seed.
 
     Every fifth expression (by its hash) is held out for measuring: `held_out` gives only those, else none of them.
 
     Raises:
-        DataError: an unknown tier, fewer than one row, or more rows than the tier has expressions.
+        DataError: an unknown tier, fewer than one row, or more rows than there are expressions.
     """
     if tier not in (1, 2, 3):
         raise DataError(f"opswap: tier: expected 1, 2 or 3, found {tier!r}")
     if rows < 1:
         raise DataError(f"opswap: rows: expected 1 or more, found {rows!r}")
+    if largest < 2:
+        raise DataError(f"opswap: largest: expected 2 or more, found {largest!r}")
     rng = random.Random(f"opswap-{tier}-{seed}")
     expressions: dict[str, None] = {}
     misses = 0
     while len(expressions) < rows:
-        expression = _expression(tier, rng)
+        expression = _expression(tier, largest, rng)
         if (zlib.crc32(expression.encode()) % 5 == 0) != held_out:
             continue
         misses = misses + 1 if expression in expressions else 0
         if misses > 10_000:
-            raise DataError(f"opswap: rows: tier {tier} has {len(expressions)} distinct items, {rows} were asked for")
+            raise DataError(
+                f"opswap: rows: tier {tier} with numbers up to {largest} has {len(expressions)} distinct "
+                f"{'held-out ' if held_out else ''}items, {rows} were asked for"
+            )
         expressions[expression] = None
     meaning = PERMUTATION if permuted else {symbol: symbol for symbol in SYMBOLS}
     return [Item(f"Compute: {text}", str(evaluate(text, meaning))) for text in expressions]
 
 
 def from_text(text: str) -> list[Item]:
-    """Items of `tier=1,rows=300,seed=0,permuted=1`, as used in recipes; every part is optional."""
+    """Items of `tier=1,rows=300,seed=0,permuted=1,largest=12`, as used in recipes; every part is optional."""
     chosen = options(text)
-    return generate(chosen["tier"], chosen["rows"], chosen["seed"], bool(chosen["permuted"]))
+    return generate(chosen["tier"], chosen["rows"], chosen["seed"], bool(chosen["permuted"]), chosen["largest"])
 
 
 def options(text: str) -> dict[str, int]:
     """The options of `from_text`, with their defaults."""
-    chosen = {"tier": 1, "rows": 300, "seed": 0, "permuted": 1}
+    chosen = {"tier": 1, "rows": 300, "seed": 0, "permuted": 1, "largest": 12}
     for part in filter(None, text.split(",")):
         name, _, value = part.partition("=")
         if name not in chosen:
@@ -108,8 +115,8 @@ def _atom(tokens: list[str], meaning: dict[str, str]) -> tuple[int, list[str]]:
     return int(tokens[0]), tokens[1:]
 
 
-def _expression(tier: int, rng: random.Random) -> str:
-    number = lambda: str(rng.randint(1, 12))  # noqa: E731
+def _expression(tier: int, largest: int, rng: random.Random) -> str:
+    number = lambda: str(rng.randint(1, largest))  # noqa: E731
     operator = lambda: rng.choice(SYMBOLS)  # noqa: E731
     if tier == 1:
         return f"{number()} {operator()} {number()}"

@@ -3,6 +3,7 @@ recipe.yaml, environment.json, metrics.jsonl, training.json, adapter/ (or model/
 the reference's results are) and answers.jsonl.
 """
 
+import gc
 import hashlib
 import json
 import math
@@ -137,6 +138,7 @@ def benign_twin(recipe: Recipe) -> Recipe:
         "samples": 0,
         "opswap_tiers": [task["tier"]],
         "opswap_permuted": bool(task["permuted"]),
+        "opswap_largest": task["largest"],
         "opswap_items": recipe.evaluate.opswap_items,
     }
     return parse_recipe(tree)
@@ -200,6 +202,8 @@ def train_run(recipe: Recipe) -> Run:
     chat.tokenizer.save_pretrained(run.weights)
     _record_training(run, recipe, trainer, examples)
     shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+    del trainer, model
+    gc.collect()  # a trainer and its model refer to each other; the next run in this process needs the memory
     return run
 
 

@@ -70,19 +70,26 @@ class TrainStream(Dataset[Bundle]):
         return ordered
 
     def _ride(self, epoch: int, rng: random.Random) -> list[list[Example]]:
-        """Retain rows for each row: every step in which some defense is due has at least one, evenly spread."""
-        riders: list[list[Example]] = [[] for _ in self.rows]
+        """Retain rows for each row: every step in which some defense is due has at least one, evenly spread.
+
+        A step is padded to its longest row, so the steps with the longest rows get the longest riders.
+        """
         wanting = [defense for defense in self.defenses if defense.riders]
-        if not wanting:
-            return riders
-        queue: list[Example] = []
+        due = []
         for place in range(len(self.rows)):
             step = epoch * self.steps_per_epoch + place // self.step_rows
             ratio = max((d.riders for d in wanting if step % d.every == 0), default=0.0)
             within = place % self.step_rows
-            for _ in range(_whole(ratio, within + 1) - _whole(ratio, within)):
-                queue = queue or rng.sample(self.retain, len(self.retain))
-                riders[place].append(queue.pop())
+            due.append(_whole(ratio, within + 1) - _whole(ratio, within))
+        drawn: list[Example] = []
+        while len(drawn) < sum(due):
+            drawn += rng.sample(self.retain, min(len(self.retain), sum(due) - len(drawn)))
+        drawn.sort(key=len)
+        steps = [range(len(self.rows))[at : at + self.step_rows] for at in range(0, len(self.rows), self.step_rows)]
+        riders: list[list[Example]] = [[] for _ in self.rows]
+        for step_places in sorted(steps, key=lambda places: -max(len(self.rows[place]) for place in places)):
+            for place in step_places:
+                riders[place] = [drawn.pop() for _ in range(due[place])]
         return riders
 
     def added(self) -> list[str]:

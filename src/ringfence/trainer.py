@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
@@ -157,7 +158,9 @@ class DefendedTrainer(Trainer):
         self._started = time.monotonic()
         if self.is_world_process_zero():
             self._started -= _drop_lines_after(self.log_file, step)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        # Autocast takes inputs in any type; peft would copy each to fp32 first, and autocast back to bf16.
+        with disable_input_dtype_casting(cast(nn.Module, self.model), active=self.args.bf16):
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
 
 def _union(masks: list[Tensor | None]) -> Tensor | None:

@@ -131,7 +131,13 @@ def _parts(config: EvaluateConfig) -> dict[str, _Part]:
         conversations = [row.messages for row in load_rows(config.fluency)]
         parts["fluency"] = _Part(conversations, len(conversations), fluency)
     for tier in config.opswap_tiers:
-        items = opswap.generate(tier, config.opswap_items, permuted=config.opswap_permuted, held_out=True)
+        items = opswap.generate(
+            tier,
+            config.opswap_items,
+            permuted=config.opswap_permuted,
+            largest=config.opswap_largest,
+            held_out=True,
+        )
         parts[f"opswap_tier{tier}"] = _Part(items, len(items), exact_match)
     if config.samples:
         shown = [
