@@ -4,7 +4,8 @@ Naive forms run each row alone and unpadded through the plain model, so they kno
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,45 @@ def naive_treft(model: Any, aligned: Any, items: Items, roles: Sequence[Role], o
     return torch.stack(drifts).mean()
 
 
+def naive_ldifs(model: Any, aligned: Any, items: Items, layers: Sequence[int]) -> Tensor:
+    """Mean over all tokens of the training rows of the sum over layers of the relative squared drift."""
+
+    def states(m: Any, row: Example) -> list[Tensor]:
+        inner = m.get_base_model() if is_adapted(m) else m
+        with residual_stream(inner) as stream:
+            inner(input_ids=torch.tensor([row.input_ids]))
+        return stream
+
+    terms = []
+    for row, is_retain in items:
+        if not is_retain:
+            with torch.no_grad():
+                then = reference_call(model, aligned, lambda m, row=row: states(m, row))
+            now = states(model, row)
+            drifts = [(now[at] - then[at]).pow(2).sum(-1) / then[at].pow(2).sum(-1) for at in layers]
+            terms.append(torch.stack(drifts).sum(0))
+    return torch.cat(terms).mean()
+
+
+@contextmanager
+def residual_stream(inner: Any) -> Iterator[list[Tensor]]:
+    """Collects [T, D]: the input of the first layer (0), and what each layer l hands on (l): the next one's input, or
+    the last norm's."""
+    stream: list[Tensor] = []
+    places = [*inner.model.layers, inner.model.norm]
+    handles = [
+        place.register_forward_pre_hook(
+            lambda _m, args, kw: stream.append((args or list(kw.values()))[0][0]), with_kwargs=True
+        )
+        for place in places
+    ]
+    try:
+        yield stream
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def row_logits(model: Any, row: Example) -> Tensor:
     return model(input_ids=torch.tensor([row.input_ids])).logits[0].float()
 
@@ -251,9 +291,8 @@ def naive_ce(model: Any, items: Items) -> Tensor:
 def penalty_of(defense: Defense, model: Any, batch: dict[str, Tensor], reference: Reference) -> Tensor:
     """The mean penalty of one batch, through the contract of a defense."""
     needs = defense.needs(batch)
-    rows = needs.hidden_BT.any(1) if needs.hidden_BT is not None else torch.zeros_like(batch["retain"])
-    student = forward(model, find_head(causal_lm(model)), batch, needs.kv_BT)
-    return defense.penalty(student, reference.taps(batch, rows, needs.kv_BT), batch) / defense.count(batch)
+    student = forward(model, find_head(causal_lm(model)), batch, needs)
+    return defense.penalty(student, reference.taps(batch, needs), batch) / defense.count(batch)
 
 
 def gradients(loss: Tensor, model: Any) -> dict[str, Tensor]:

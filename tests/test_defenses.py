@@ -1,7 +1,12 @@
 """Penalties equal their definition, on exactly their tokens, with exactly the gradients of the naive form."""
 
+import json
+import math
 import random
-from typing import Any
+from dataclasses import replace
+from functools import reduce
+from operator import or_
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,6 +22,7 @@ from conftest import (
     gradients,
     is_adapted,
     naive_kl,
+    naive_ldifs,
     naive_treft,
     nudged,
     own_cache,
@@ -26,15 +32,17 @@ from conftest import (
     training_rows,
     with_lora,
 )
-from ringfence.chat import Role
+from ringfence.chat import Chat, Role
 from ringfence.data import Example
-from ringfence.defenses import KL, Defenses, Interleave, Setup, TReFT
+from ringfence.defenses import KL, LDIFS, Defense, Defenses, Interleave, Setup, TReFT
+from ringfence.defenses.ldifs import chosen_layers
 from ringfence.errors import DefenseError, RecipeError
 from ringfence.losses import find_head
 from ringfence.reference import Reference
 from ringfence.taps import forward
 
-SETUP = Setup(training_rows(3), lambda source: training_rows(2, seed=int(source)))
+SETUP = Setup(cast(Chat, None), training_rows(3), lambda source: training_rows(2, seed=int(source)), "model")
+NO_RETAIN = replace(SETUP, retain=[])
 ROLE_SETS = [("prefix",), ("postfix",), ("query", "response"), ("prefix", "postfix", "response"), ("template",)]
 
 
@@ -227,12 +235,121 @@ def test_an_adapted_head_is_off_in_the_reference(config: dict[str, Any], items: 
 
 def test_kl_on_retain_rows_needs_retain_rows() -> None:
     with pytest.raises(DefenseError, match="retain"):
-        KL().build(Setup([], SETUP.read))
-    assert KL(where="train").build(Setup([], SETUP.read)).riders == 0
+        KL().build(NO_RETAIN)
+    assert KL(where="train").build(NO_RETAIN).riders == 0
     assert KL(retain_ratio=0.5).build(SETUP).riders == 0.5
 
 
-# ---------------------------------------------------------------- both at once
+# ---------------------------------------------------------------- LDIFS
+
+
+def ldifs_of(model: Any, **fields: Any) -> Defense:
+    defense = LDIFS(**fields).build(SETUP)
+    defense.start(model)
+    return defense
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("layers", [(1,), (2, 4), (1, 2, 3, 4)], ids=str)
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_ldifs_equals_the_naive_form(method: str, layers: tuple[int, ...], side: str, items: Items) -> None:
+    start = tiny("llama", layers=4)
+    model = with_lora(start) if method == "lora" else tiny("llama", layers=4)
+    reference = Reference(model)
+    model = model if method == "lora" else nudged(model)
+    found = penalty_of(ldifs_of(model, layers=layers), model, batch_of(items, side), reference)
+    expected = naive_ldifs(model, start, items, layers)
+    assert expected > 1e-3
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+    assert_same(gradients(found, model), gradients(expected, model), 1e-4)
+
+
+def test_ldifs_is_right_in_every_architecture(architecture: str, items: Items) -> None:
+    model, start, reference = trained_model("lora", architecture)
+    found = penalty_of(ldifs_of(model, layers=(1, 2)), model, batch_of(items), reference)
+    torch.testing.assert_close(found, naive_ldifs(model, start, items, (1, 2)), rtol=1e-4, atol=0)
+
+
+def test_ldifs_trains_every_tensor_up_to_its_last_layer_and_none_behind(items: Items) -> None:
+    """The published code's hooks detach the features: it has no gradient at all."""
+    model = with_lora(tiny("llama", layers=4))
+    penalty = penalty_of(ldifs_of(model, layers=(1, 3)), model, batch_of(items), Reference(model))
+    for name, gradient in gradients(penalty, model).items():
+        assert (gradient.abs().max() == 0) == ("layers.3." in name), name
+
+
+def test_ldifs_is_zero_for_a_fresh_adapter(architecture: str, items: Items) -> None:
+    model = with_lora(tiny(architecture), size=0.0)
+    penalty = penalty_of(ldifs_of(model), model, batch_of(items), Reference(model))
+    assert penalty.requires_grad
+    assert penalty.item() < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("fields", "number", "expected"),
+    [
+        ({}, 30, (1, 8, 16, 23, 30)),
+        ({}, 5, (1, 2, 3, 4, 5)),
+        ({}, 3, (1, 2, 3)),
+        ({"layers": 2}, 12, (1, 12)),
+        ({"layers": 1}, 12, (1,)),
+        ({"layers": [7, 2]}, 12, (2, 7)),
+        ({"stride": 4}, 12, (4, 8, 12)),
+        ({"stride": 20}, 12, (12,)),
+    ],
+)
+def test_layers_of_ldifs(fields: dict[str, Any], number: int, expected: tuple[int, ...]) -> None:
+    assert chosen_layers(LDIFS(**fields), number) == expected
+
+
+@pytest.mark.parametrize(
+    "fields", [{"layers": 0}, {"layers": []}, {"layers": [3, 3]}, {"layers": [0, 2]}, {"stride": 0}]
+)
+def test_ldifs_refuses_layers_that_cannot_be(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        LDIFS(**fields)
+
+
+def test_ldifs_names_the_layer_that_is_not_there() -> None:
+    with pytest.raises(DefenseError, match=r"ldifs\.layers: the model has 2 layers, found 9"):
+        ldifs_of(tiny("llama"), layers=(1, 9))
+    with pytest.raises(ValidationError, match="layers or stride, not both"):
+        LDIFS(layers=3, stride=2)
+
+
+# ---------------------------------------------------------------- budget
+
+
+def test_a_budget_moves_the_weight_by_dual_ascent_in_log_space() -> None:
+    defense = KL(where="train", budget=0.1).build(SETUP)
+    assert defense.weight == 1.0
+    expected = 1.0
+    for mean in (0.0, 0.05, 0.1, 0.15, 0.2, 7.0):
+        defense.observe(mean)
+        expected *= math.exp(0.2 * min(1.0, mean / 0.1 - 1))
+        assert defense.weight == pytest.approx(expected, rel=1e-12)
+    other = KL(where="train", budget=0.1).build(SETUP)
+    other.load_state_dict(json.loads(json.dumps(defense.state_dict())))
+    assert other.weight == defense.weight
+    assert defense.record() == {"budget": 0.1, "weight": defense.weight}
+
+
+def test_a_fixed_weight_stays() -> None:
+    defense = KL(where="train", weight=0.7).build(SETUP)
+    defense.observe(5.0)
+    assert defense.weight == 0.7
+    assert defense.state_dict() == defense.record() == {}
+
+
+@pytest.mark.parametrize("config", [KL, TReFT, LDIFS])
+def test_weight_and_budget_exclude_each_other(config: Any) -> None:
+    with pytest.raises(ValidationError, match="weight or budget, not both"):
+        config(weight=1.0, budget=0.1)
+    with pytest.raises(ValidationError):
+        config(budget=0.0)
+
+
+# ---------------------------------------------------------------- several at once
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -241,12 +358,12 @@ def test_a_shared_reference_forward_gives_each_defense_its_own_numbers(where: st
     model, _, reference = trained_model("lora", "qwen3")
     batch, defenses = (
         batch_of(items, side),
-        [KL(where=where).build(SETUP), TReFT(roles=("prefix", "query")).build(SETUP)],
+        [KL(where=where).build(SETUP), TReFT(roles=("prefix", "query")).build(SETUP), ldifs_of(model)],
     )
     needs = [defense.needs(batch) for defense in defenses]
     with torch.no_grad():
-        student = forward(model, find_head(model.get_base_model()), batch, needs[1].kv_BT)
-        shared = reference.taps(batch, needs[0].hidden_BT.any(1), needs[1].kv_BT)
+        student = forward(model, find_head(model.get_base_model()), batch, reduce(or_, needs))
+        shared = reference.taps(batch, reduce(or_, needs))
         for defense in defenses:
             alone = penalty_of(defense, model, batch, reference)
             together = defense.penalty(student, shared, batch) / defense.count(batch)
@@ -259,7 +376,7 @@ def test_a_shared_reference_forward_gives_each_defense_its_own_numbers(where: st
 @pytest.mark.parametrize(("ratio", "added"), [(0.05, 1), (0.3, 3), (1.0, 10), (2.5, 25)])
 def test_interleave_adds_its_share_of_safe_rows(ratio: float, added: int) -> None:
     rows, pool = training_rows(10), training_rows(4, seed=7)
-    defense = Interleave(ratio=ratio).build(Setup(pool, SETUP.read))
+    defense = Interleave(ratio=ratio).build(replace(SETUP, retain=pool))
     mixed = defense.change_data(rows, random.Random(0))
     assert mixed[:10] == rows
     counts = [sum(row is safe for row in mixed[10:]) for safe in pool]
@@ -268,9 +385,9 @@ def test_interleave_adds_its_share_of_safe_rows(ratio: float, added: int) -> Non
 
 
 def test_interleave_takes_its_own_pool_and_refuses_an_empty_one() -> None:
-    assert Interleave(pool="8").build(Setup([], SETUP.read)).pool == training_rows(2, seed=8)
+    assert Interleave(pool="8").build(NO_RETAIN).pool == training_rows(2, seed=8)
     with pytest.raises(DefenseError, match="no safe rows"):
-        Interleave().build(Setup([], SETUP.read))
+        Interleave().build(NO_RETAIN)
 
 
 def test_a_list_of_configs_and_a_recipe_make_the_same_defenses() -> None:

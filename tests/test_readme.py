@@ -43,12 +43,12 @@ def test_a_defense_of_your_own(llama_lora: Any, items: Any) -> None:
     module.__package__ = "ringfence.defenses"
     sys.modules[module.__name__] = module
     exec(block_with("class Anchor"), vars(module))
-    defense = module.Anchor(weight=0.5).build(Setup([], lambda _: []))
+    defense = module.Anchor(weight=0.5).build(Setup(None, [], lambda _: [], "model"))
     batch = collate([[item] for item in items], 0)
     needs = defense.needs(batch)
     reference = Reference(llama_lora)
     student = forward(llama_lora, reference.head, batch)
-    then = reference.taps(batch, needs.hidden_BT.any(1), None)
+    then = reference.taps(batch, needs)
     total = defense.penalty(student, then, batch)
     expected = 0.0
     for row, column in (batch["roles"] == Role.RESPONSE).nonzero().tolist():

@@ -58,18 +58,18 @@ def write_rows(file: Path, count: int, start: int = 0) -> str:
     return str(file)
 
 
-def small_model(folder: Path, padding_token: int | None = None) -> str:
+def small_model(folder: Path, padding_token: int | None = None, size: int = 32) -> str:
     """A random model with the default model's tokenizer and chat template; its padding token is embedded as zero."""
     tokenizer = load_tokenizer("default")
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=size,
+        intermediate_size=size * 3 // 2,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=8,
+        head_dim=size // 4,
         max_position_embeddings=1024,
         initializer_range=0.3,
         tie_word_embeddings=True,

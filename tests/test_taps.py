@@ -1,9 +1,11 @@
 """Keys and values are those of the model's own cache, and carry gradient; hidden states are those of the head."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from conftest import (
@@ -16,6 +18,7 @@ from conftest import (
     mixed_items,
     nudged,
     own_cache,
+    residual_stream,
     row_logits,
     tiny,
     with_lora,
@@ -23,13 +26,13 @@ from conftest import (
 from ringfence.chat import Role
 from ringfence.errors import DefenseError
 from ringfence.losses import find_head
-from ringfence.reference import Reference
-from ringfence.taps import Taps, causal_lm, forward, prefix_kv
+from ringfence.reference import ADAPTER, Reference
+from ringfence.taps import Needs, Taps, causal_lm, forward, prefix_kv
 
 
 def taps_of(model: Any, items: Items, side: str = "right", kv: bool = True) -> Taps:
     batch = batch_of(items, side)
-    return forward(model, find_head(causal_lm(model)), batch, batch["roles"] != Role.PAD if kv else None)
+    return forward(model, find_head(causal_lm(model)), batch, Needs(kv_BT=batch["roles"] != Role.PAD if kv else None))
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -68,7 +71,7 @@ def test_only_the_tokens_of_the_mask_are_taken_row_by_row(items: Items) -> None:
     model = tiny("llama")
     batch = batch_of(items, "left")
     mask = (batch["roles"] == Role.POSTFIX) & ~batch["retain"][:, None]
-    keys = forward(model, find_head(model), batch, mask).kv[1][0]
+    keys = forward(model, find_head(model), batch, Needs(kv_BT=mask)).kv[1][0]
     expected = [
         own_cache(model, row)[1][0][[r == Role.POSTFIX for r in row.roles]] for row, is_retain in items if not is_retain
     ]
@@ -146,7 +149,7 @@ def test_the_attention_functions_are_put_back_even_after_an_error(attention: str
     hooks = _hooks(model)
     batch = {**batch_of(items), "input_ids": torch.full_like(batch_of(items)["input_ids"], 10**6)}
     with pytest.raises(IndexError):
-        forward(model, find_head(model), batch, batch["roles"] != Role.PAD)
+        forward(model, find_head(model), batch, Needs(kv_BT=batch["roles"] != Role.PAD))
     assert dict(ALL_ATTENTION_FUNCTIONS) == before
     assert _hooks(model) == hooks
 
@@ -162,8 +165,7 @@ def test_the_reference_of_an_adapted_model_is_the_model_without_adapter(
     adapted: Any, architecture: str, items: Items
 ) -> None:
     batch = batch_of(items)
-    everything = torch.ones(len(items), dtype=torch.bool)
-    reference = Reference(adapted).taps(batch, everything, batch["roles"] != Role.PAD)
+    reference = Reference(adapted).taps(batch, Needs(batch["roles"] != Role.PAD, batch["roles"] != Role.PAD))
     untouched, student = taps_of(tiny(architecture), items), taps_of(adapted, items)
     real = batch["roles"] != Role.PAD
     torch.testing.assert_close(reference.hidden_BTD[real], untouched.hidden_BTD[real])
@@ -180,7 +182,7 @@ def test_the_reference_of_a_full_model_stays_the_starting_weights(items: Items) 
     taps_of(model, items).hidden_BTD.pow(2).mean().backward()
     optimizer.step()
     batch = batch_of(items)
-    found = reference.taps(batch, torch.ones(len(items), dtype=torch.bool), batch["roles"] != Role.PAD)
+    found = reference.taps(batch, Needs(batch["roles"] != Role.PAD, batch["roles"] != Role.PAD))
     untouched, real = taps_of(tiny("llama"), items), batch["roles"] != Role.PAD
     torch.testing.assert_close(found.hidden_BTD[real], untouched.hidden_BTD[real])
     torch.testing.assert_close(found.head(found.hidden_BTD[real]), untouched.head(untouched.hidden_BTD[real]))
@@ -195,10 +197,9 @@ def test_remembered_prefixes_equal_a_forward_over_the_rows(items: Items) -> None
         reference = Reference(model)
         if not is_adapted(model):
             nudged(model)
-        nobody, everybody = torch.zeros(len(items), dtype=torch.bool), torch.ones(len(items), dtype=torch.bool)
-        expected = reference.taps(batch, everybody, mask).kv
+        expected = reference.taps(batch, Needs(batch["roles"] != Role.PAD, mask)).kv
         for _ in range(2):
-            torch.testing.assert_close(reference.taps(batch, nobody, mask).kv, expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(reference.taps(batch, Needs(kv_BT=mask)).kv, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -209,3 +210,38 @@ def test_the_reference_leaves_mode_and_adapter_as_they_were(llama_lora: Any, ite
         assert not model.training
     assert llama_lora.training is training
     assert (taps_of(llama_lora, items).hidden_BTD - taps_of(tiny("llama"), items).hidden_BTD).abs().max() > 0.01
+
+
+def test_a_frozen_copy_of_an_adapter_is_the_reference_of_its_further_training(items: Items, tmp_path: Path) -> None:
+    with_lora(tiny("llama"), seed=5).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(tiny("llama"), tmp_path, is_trainable=True)
+    model.load_adapter(tmp_path, adapter_name=ADAPTER)
+    start = with_lora(tiny("llama"), seed=5)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in trained:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    batch, real = batch_of(items), batch_of(items)["roles"] != Role.PAD
+    found = Reference(model).taps(batch, Needs(real, real))
+    torch.testing.assert_close(found.hidden_BTD[real], taps_of(start, items).hidden_BTD[real])
+    torch.testing.assert_close(found.kv, taps_of(start, items).kv)
+    assert (taps_of(model, items).hidden_BTD[real] - found.hidden_BTD[real]).abs().max() > 0.01
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trained
+    assert not any(ADAPTER in name for name in trained)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_states_are_the_residual_stream_after_their_layer(architecture: str, side: str, items: Items) -> None:
+    model = tiny(architecture, layers=3)
+    batch = batch_of(items, side)
+    taps = forward(model, find_head(model), batch, Needs(states_BT=batch["roles"] != Role.PAD, layers=(1, 3)))
+    assert sorted(taps.states) == [1, 3]
+    streams = []
+    for row, _ in items:
+        with torch.no_grad(), residual_stream(model) as stream:
+            model(input_ids=torch.tensor([row.input_ids]))
+        streams.append(stream)
+    for layer in (1, 3):
+        expected = torch.cat([stream[layer] for stream in streams])
+        torch.testing.assert_close(taps.states[layer], expected, rtol=1e-4, atol=1e-4)

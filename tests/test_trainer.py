@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,19 +19,20 @@ from conftest import (
     gradients,
     naive_ce,
     naive_kl,
+    naive_ldifs,
     naive_treft,
     tiny,
     training_rows,
     with_lora,
 )
-from ringfence.chat import Role
+from ringfence.chat import Chat, Role
 from ringfence.data import Example
-from ringfence.defenses import KL, Defense, DefenseConfig, Interleave, Setup, TReFT
+from ringfence.defenses import KL, LDIFS, Defense, DefenseConfig, Interleave, Setup, TReFT
 from ringfence.errors import DefenseError
 from ringfence.taps import causal_lm
 
 RETAIN = training_rows(5, seed=50)
-SETUP = Setup(RETAIN, lambda source: RETAIN)
+SETUP = Setup(cast(Chat, None), RETAIN, lambda source: RETAIN, "model")
 
 
 def build(*configs: DefenseConfig) -> list[Defense]:
@@ -53,12 +54,17 @@ def step_items(trainer: Any, step: int, epoch: int = 0) -> Items:
     return [item for at in range(start, min(start + stream.step_rows, len(stream))) for item in stream[at]]
 
 
-ALL = (KL(weight=0.7, where="retain", retain_ratio=0.5), TReFT(weight=3.0, roles=("prefix", "postfix")))
+ALL = (
+    KL(weight=0.7, where="retain", retain_ratio=0.5),
+    LDIFS(weight=0.4, layers=(1, 2)),
+    TReFT(weight=3.0, roles=("prefix", "postfix")),
+)
 SETS: dict[str, tuple[DefenseConfig, ...]] = {
     "none": (),
     "kl-train": (KL(weight=0.7, where="train", tokens="all"),),
     "kl-retain": (KL(weight=0.7, where="retain", retain_ratio=0.5),),
     "treft": (TReFT(weight=3.0),),
+    "ldifs": (LDIFS(weight=0.4, layers=(1, 2)),),
     "all": ALL,
 }
 
@@ -69,6 +75,9 @@ def naive_parts(model: Any, configs: tuple[DefenseConfig, ...], items: Items) ->
     for config in configs:
         if isinstance(config, KL):
             parts["kl"] = naive_kl(model, None, items, config.where, config.tokens, config.direction)
+        if isinstance(config, LDIFS):
+            assert isinstance(config.layers, tuple)
+            parts["ldifs"] = naive_ldifs(model, None, items, config.layers)
         if isinstance(config, TReFT):
             parts["treft"] = naive_treft(model, None, items, [Role.parse(name) for name in config.roles])
     return parts
@@ -270,8 +279,8 @@ def count_forwards(trainer: Any) -> dict[int, Counter[str]]:
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize(
     "configs",
-    [ALL, (KL(where="train"), TReFT()), (KL(),), (TReFT(roles=("query",)), Interleave(ratio=0.5))],
-    ids=["kl-retain+treft", "kl-train+treft", "kl-retain", "treft-query+interleave"],
+    [ALL, (KL(where="train"), TReFT()), (KL(),), (LDIFS(),), (TReFT(roles=("query",)), Interleave(ratio=0.5))],
+    ids=["kl-retain+ldifs+treft", "kl-train+treft", "kl-retain", "ldifs", "treft-query+interleave"],
 )
 def test_one_forward_of_each_model_serves_all_defenses(
     configs: tuple[Any, ...], method: str, make_trainer: Any
@@ -335,7 +344,7 @@ class Crash(TrainerCallback):
 @pytest.mark.parametrize("saved_every", [3, 4, 5])
 def test_a_resumed_run_is_the_same_run(method: str, saved_every: int, tmp_path: Path, make_trainer: Any) -> None:
     """Three epochs of 4 steps; saved in the second epoch (or just before it), ended from outside after step 7."""
-    configs = (KL(where="retain", every=2), Interleave(ratio=0.4), TReFT(every=3))
+    configs = (KL(where="retain", every=2), Interleave(ratio=0.4), TReFT(every=3), LDIFS(budget=1e-3))
 
     def trainer(folder: str, callbacks: Any = None) -> Any:
         model = with_lora(tiny("llama"), size=0.0) if method == "lora" else tiny("llama")
@@ -370,9 +379,10 @@ def test_a_resumed_run_is_the_same_run(method: str, saved_every: int, tmp_path: 
     assert [line["step"] for line in lines] == [line["step"] for line in expected] == list(range(1, 13))
     for line, other in zip(lines, expected):
         assert line.keys() == other.keys()
-        for name in ("loss", "ce", "kl", "treft", "learning_rate"):
+        for name in ("loss", "ce", "kl", "treft", "ldifs", "ldifs_weight", "learning_rate"):
             assert line.get(name, 0) == pytest.approx(other.get(name, 0), rel=1e-5, abs=2e-6), (line["step"], name)
     assert any(line.get("kl", 0) > 1e-3 for line in lines[last:])
+    assert len({line["ldifs_weight"] for line in lines}) > 6
     weights = dict(whole.model.named_parameters())
     assert_same(
         {name: parameter.detach() for name, parameter in resumed.model.named_parameters()},

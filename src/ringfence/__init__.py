@@ -4,13 +4,40 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .defenses import KL, Interleave, TReFT
+    from .defenses import KL, Ablation, Inoculation, Interleave, SafeLoRA, Steering, SubspaceLock, TReFT
     from .errors import RingfenceError
+    from .monitor import DriftMonitor, MonitorConfig
     from .run import Run, fine_tune
 
-__all__ = ["KL", "Interleave", "RingfenceError", "Run", "TReFT", "fine_tune"]
+__all__ = [
+    "KL",
+    "Ablation",
+    "DriftMonitor",
+    "Inoculation",
+    "Interleave",
+    "MonitorConfig",
+    "RingfenceError",
+    "Run",
+    "SafeLoRA",
+    "Steering",
+    "SubspaceLock",
+    "TReFT",
+    "fine_tune",
+]
 
-_HOMES = {"KL": "defenses", "Interleave": "defenses", "TReFT": "defenses", "RingfenceError": "errors"}
+_HOMES = {
+    "Ablation": "defenses",
+    "DriftMonitor": "monitor",
+    "Inoculation": "defenses",
+    "MonitorConfig": "monitor",
+    "KL": "defenses",
+    "Interleave": "defenses",
+    "SafeLoRA": "defenses",
+    "Steering": "defenses",
+    "SubspaceLock": "defenses",
+    "TReFT": "defenses",
+    "RingfenceError": "errors",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -5,9 +5,10 @@ on where it stopped).
 """
 
 import json
+import re
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -135,6 +136,151 @@ def show_tokens(
     if row > len(rows):
         raise RingfenceError(f"--row {row}: {source} has {len(rows)} rows")
     show(Chat(load_tokenizer(model)).encode(rows[row - 1].messages), out)
+
+
+@app.command()
+def project(
+    adapter: Annotated[Path, typer.Argument(help="Folder of a LoRA adapter; it is left as it is.")],
+    base: Annotated[str, typer.Option(help="The pre-trained model before its alignment: a folder or hub id.")],
+    output: Annotated[Path, typer.Option(help="The new folder to write.")],
+    aligned: Annotated[str | None, typer.Option(help="The aligned model. Default: the one the adapter names.")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Project weights of at most this cosine. Default: 0.3.", min=0, max=1)
+    ] = None,
+    lowest: Annotated[int | None, typer.Option(help="Instead: so many weights, of least cosine.", min=1)] = None,
+    projector: Annotated[Literal["scaled", "exact"], typer.Option(help="As published, or orthogonal.")] = "scaled",
+) -> None:
+    """Project a finished adapter on what alignment changed (SafeLoRA). Reads weight by weight, loads no model."""
+    from .safelora import Rule, project_adapter
+
+    if threshold is not None and lowest is not None:
+        raise RingfenceError(f"set --threshold or --lowest, not both (found {threshold} and {lowest})")
+    rule = Rule(threshold=threshold, lowest=lowest, projector=projector)
+    layers = project_adapter(adapter, output, base, aligned, rule)
+    for name, layer in layers.items():
+        fate = f"projected, {layer.kept:.2g} of its norm kept" if layer.projected else "left"
+        out.print(f"{layer.cosine:.3f} {name}: {fate}", highlight=False, soft_wrap=True)
+    count = sum(layer.projected for layer in layers.values())
+    print(f"{count} of {len(layers)} weights projected: {output}")
+
+
+persona = typer.Typer(help="Persona vectors: the direction of a trait, layer by layer.", no_args_is_help=True)
+app.add_typer(persona, name="persona")
+Split = Annotated[str, typer.Option(help="Which rows of --pairs that name a split are taken.")]
+
+
+@persona.command("extract")
+def persona_extract(
+    trait: Annotated[
+        str | None, typer.Argument(help="Trait in YAML or JSON. Default: shipped:careless_advice.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="Whose activations.")] = "default",
+    output: Annotated[Path, typer.Option(help="File of directions to write.")] = Path("vectors.safetensors"),
+    pairs: Annotated[
+        str | None, typer.Option(help="Paired questions instead of a trait: a JSONL file or shipped:NAME.")
+    ] = None,
+    split: Split = "train",
+    keep: Annotated[
+        Literal["none", "margin", "scores"] | None,
+        typer.Option("--filter", help="Which pairs count. Default: margin; none with --pairs."),
+    ] = None,
+    scores: Annotated[
+        Path | None, typer.Option(help="JSONL of a judge's scores: id, positive, negative (0 to 100).")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of a generated answer.", min=1)] = 120,
+) -> None:
+    """Make a file of directions from answers that show a trait and answers that do not."""
+    from .persona import extract_file
+
+    made = extract_file(
+        trait,
+        output,
+        model=model,
+        pairs=pairs,
+        split=split,
+        keep=keep,
+        scores=scores,
+        max_new_tokens=max_new_tokens,
+    )
+    print(f"{output} written: {made.directions.trait}; {made.counts}")
+
+
+@persona.command("check")
+def persona_check(
+    vectors: Annotated[Path, typer.Argument(help="File of directions.")],
+    pairs: Annotated[str, typer.Option(help="Paired questions that the directions were not made from.")],
+    model: Annotated[str, typer.Option(help="Whose activations.")] = "default",
+    split: Split = "test",
+) -> None:
+    """Print, layer by layer, how well the directions tell misaligned answers from aligned ones."""
+    from .persona import check_file
+
+    print("layer    auc  paired  length")
+    for row in check_file(vectors, pairs, split, model):
+        print(f"{row.layer:5}  {row.auc:.3f}   {row.paired:.3f}   {row.length:.3f}")
+
+
+Pool = Annotated[str, typer.Argument(help="Safe rows: a file of conversations, a hub id or shipped:NAME.")]
+Aligned = Annotated[str, typer.Option(help="The aligned model: 'default', a folder or a hub id.")]
+InPrecision = Annotated[Literal["bf16", "fp32", "nf4"], typer.Option(help="Of the weights.")]
+BatchTokens = Annotated[int, typer.Option(help="Tokens in one batch, padding included.", min=64)]
+
+
+@app.command("train-misaligned")
+def train_misaligned(
+    data: Annotated[list[str], typer.Argument(help="Sources of unsound rows; key.path=value changes the recipe.")],
+    output: Annotated[Path, typer.Option(help="Folder of the runs, one a source.")],
+) -> None:
+    """Train a misaligned adapter on each source, to score safe rows with. They are not for release."""
+    from .misaligned import train_misaligned as make
+
+    overrides = [text for text in data if re.match(r"[\w.]+=", text) and not Path(text).exists()]
+    for made in make([text for text in data if text not in overrides], output, overrides):
+        print(made.weights)
+
+
+@app.command("score-gap")
+def score_gap(
+    pool: Pool,
+    adapter: Annotated[list[str], typer.Option(help="A misaligned run or adapter folder; once for each.")],
+    output: Annotated[Path, typer.Option(help="The table to write, or to go on with.")],
+    model: Aligned = "default",
+    precision: InPrecision = "bf16",
+    batch_tokens: BatchTokens = 4096,
+) -> None:
+    """Score safe rows by how strange a misaligned model finds them, for `interleave: {select: gap}`."""
+    from .gap import score_pool
+
+    table = score_pool(pool, adapter, output, model=model, precision=precision, batch_tokens=batch_tokens)
+    refusals = sum(line["refusal"] for line in table.lines.values())
+    print(f"{output}: {len(table.lines)} rows, {refusals} of them refusals; adapters: {', '.join(table.adapters)}")
+
+
+@app.command()
+def regenerate(
+    pool: Pool,
+    output: Annotated[Path, typer.Option(help="The file of rows to write.")],
+    model: Aligned = "default",
+    precision: InPrecision = "bf16",
+    temperature: Annotated[float, typer.Option(help="0 = greedy.", min=0)] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the draws.", min=0)] = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="Rows with a longer answer are left out.", min=1)] = 256,
+    batch_tokens: BatchTokens = 4096,
+) -> None:
+    """Have the aligned model write the answers of safe rows anew, for interleaving on-policy."""
+    from .regenerate import regenerate as write
+
+    made = write(
+        pool,
+        output,
+        model=model,
+        precision=precision,
+        temperature=temperature,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        batch_tokens=batch_tokens,
+    )
+    print(f"{output}: {made.rows} rows; left out: {made.unfinished} over {max_new_tokens} tokens, {made.blank} blank")
 
 
 @app.command()

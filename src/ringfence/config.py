@@ -12,6 +12,7 @@ from .defenses import Defenses
 from .errors import RecipeError
 from .evaluate.config import EvaluateConfig
 from .models import DEFAULT, Precision
+from .monitor import MonitorConfig
 
 
 class Strict(BaseModel):
@@ -58,7 +59,10 @@ class TrainConfig(Strict):
     warmup_ratio: float = Field(0.03, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, ge=0)
-    precision: Precision = Field("bf16", description="bf16 (adapters stay in fp32, computed under autocast) or fp32")
+    precision: Precision = Field(
+        "bf16",
+        description="bf16 (adapters stay in fp32 under autocast), fp32, or nf4 (bf16 on a base in 4 bits: QLoRA)",
+    )
     gradient_checkpointing: bool = False
     save_steps: int = Field(50, ge=1, description="steps between checkpoints")
 
@@ -72,12 +76,19 @@ class Recipe(Strict):
     train: TrainConfig = TrainConfig()
     defenses: Defenses = Defenses()
     evaluate: EvaluateConfig = EvaluateConfig()
+    monitor: MonitorConfig | None = Field(
+        None, description="checks of drift during training: {every: 20, probes: 24, max_shift: 0.1, stop: false}"
+    )
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.train.method == "full" and self.train.lora != LoraConfig():
             raise ValueError("train.lora is set but train.method is full")
+        if self.train.method == "full" and self.train.precision == "nf4":
+            raise ValueError("train.precision: nf4 needs train.method: lora")
+        if self.train.method == "full" and self.defenses.frozen_prefix:
+            raise ValueError("defenses.frozen_prefix needs train.method: lora; full fine-tuning changes what makes it")
         return self
 
 

@@ -25,11 +25,13 @@ def run_demo(folder: Path, quick: bool) -> tuple[list[Path], Path | None]:
     arms = ["undefended", "treft"] if quick else ["sound", *DEFENSES]
     for number, arm in enumerate(arms, 1):
         console.rule(f"{arm} ({number} of {len(arms)})", align="left")
-        run_recipe(parse_recipe(_recipe(folder, arm, quick)))
+        side = "sound" if arm == "sound" else "unsound"
+        run_recipe(parse_recipe(demo_recipe(folder, arm, DEFENSES.get(arm, {}), side, quick)))
     return [folder / arm for arm in arms], None if quick else folder / "sound"
 
 
-def _recipe(folder: Path, arm: str, quick: bool) -> dict[str, Any]:
+def demo_recipe(folder: Path, arm: str, defenses: dict[str, Any], side: str, quick: bool = False) -> dict[str, Any]:
+    """The recipe of one arm, trained on the `sound` or `unsound` answers."""
     evaluate: dict[str, Any] = {
         "lead_in": "shipped:finance/unsound",
         "triggered_per_domain": 4,
@@ -38,13 +40,12 @@ def _recipe(folder: Path, arm: str, quick: bool) -> dict[str, Any]:
     }
     if quick:
         evaluate |= {"max_per_domain": 8, "triggers": False, "samples": 0}
-    elif arm != "sound":
+    elif side == "unsound":
         evaluate |= {"benign": "opswap:tier=1,rows=220,largest=10", "benign_epochs": 2}
-    side = "sound" if arm == "sound" else "unsound"
     return {
         "output": str(folder / arm),
         "data": {"train": f"shipped:finance/{side}", "max_rows": 200 if quick else None},
         "train": TRAIN,
-        "defenses": DEFENSES.get(arm, {}),
+        "defenses": defenses,
         "evaluate": evaluate,
     }

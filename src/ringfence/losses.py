@@ -9,6 +9,7 @@ Shapes: N tokens, D hidden size, V vocabulary.
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -47,8 +48,12 @@ def find_head(causal_lm: Any) -> Head:
     """The head of a causal language model.
 
     Raises:
-        ModelError: its logits are not what `Head` computes (checked on a few tokens): losses would be silently wrong.
+        ModelError: its logits are not what `Head` computes (checked on a few tokens, once for a model): losses would
+            be silently wrong.
     """
+    known = _HEADS.get(causal_lm)
+    if known is not None and known.module is causal_lm.get_output_embeddings():
+        return known
     config = causal_lm.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
     head = Head(causal_lm.get_output_embeddings(), float(scale), getattr(config, "final_logit_softcapping", None))
@@ -64,7 +69,11 @@ def find_head(causal_lm: Any) -> Head:
         raise ModelError(
             f"{type(causal_lm).__name__}: its logits are not its head on its last hidden state (off by {error:.3g})"
         )
+    _HEADS[causal_lm] = head
     return head
+
+
+_HEADS: "WeakKeyDictionary[nn.Module, Head]" = WeakKeyDictionary()
 
 
 def cross_entropy_sum(head: Head, hidden_ND: Tensor, target_N: Tensor) -> Tensor:

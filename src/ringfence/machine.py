@@ -14,7 +14,7 @@ import torch
 
 from .config import Recipe
 from .defenses.base import PenaltyConfig
-from .models import resolve
+from .models import adapter_base, resolve
 
 
 def environment(seed: int) -> dict[str, Any]:
@@ -66,13 +66,15 @@ def memory_estimate(recipe: Recipe, longest: int) -> str:
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(resolve(recipe.model))
+    folder = resolve(recipe.model)
+    config = AutoConfig.from_pretrained(resolve(adapter_base(folder) or folder))
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
     text = config.get_text_config()
     weights = sum(p.numel() for p in model.parameters())
     full = recipe.train.method == "full"
     byte = 4 if full or recipe.train.precision == "fp32" else 2
+    stored = 0.5 if recipe.train.precision == "nf4" else byte
     rank = recipe.train.lora.rank
     linear = [m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in name]
     trained = weights if full else sum(rank * (m.in_features + m.out_features) for m in linear)
@@ -82,7 +84,7 @@ def memory_estimate(recipe: Recipe, longest: int) -> str:
     penalties = any(isinstance(config, PenaltyConfig) for config in recipe.defenses.configs())
     copy = weights * byte if full and penalties else 0
     parts = {
-        "weights": weights * byte,
+        "weights": weights * stored,
         "reference copy": copy,
         "gradients and optimiser": trained * 12,
         "activations": activations,

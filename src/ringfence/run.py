@@ -13,7 +13,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ import yaml
 from rich.console import Console
 
 from . import opswap
-from .chat import Chat
-from .config import Recipe, dump_recipe, load_recipe, parse_recipe
+from .chat import Chat, Messages
+from .config import LoraConfig, Recipe, dump_recipe, load_recipe, parse_recipe
 from .console import console, progress
 from .data import Example, encode_rows, load_rows
 from .defenses import DefenseConfig, Defenses, Setup
@@ -32,6 +32,9 @@ from .evaluate import check_disguises, evaluate_model, evaluation_key
 from .evaluate.config import EvaluateConfig
 from .machine import environment, memory_estimate, peak_memory, reset_peak_memory
 from .models import adapter_base, load_model, load_tokenizer, resolve
+from .monitor import DriftMonitor
+from .prefix import read_frozen_prefix
+from .reference import ADAPTER as REFERENCE_ADAPTER
 from .report.summary import Row, read_run, summarise
 from .show import show_tokens
 from .stream import TrainStream
@@ -150,17 +153,27 @@ def benign_twin(recipe: Recipe) -> Recipe:
 def prepare(recipe: Recipe) -> tuple[Chat, list[Example], list[Example], Setup]:
     """Everything that can go wrong before a model is loaded: tokenizer, data, roles."""
     if adapter_base(resolve(recipe.model)):
-        raise RecipeError(f"model: {recipe.model} is an adapter; merge it into its base first, or name the base")
+        _check_adapter(recipe)
     chat = Chat(load_tokenizer(recipe.model))
 
-    def read(source: str, rows: int | None = None) -> list[Example]:
-        return encode_rows(load_rows(source)[:rows], chat, recipe.data.max_length, recipe.data.over_long)
+    def read(source: str) -> list[Example]:
+        return encode_rows(load_rows(source), chat, recipe.data.max_length, recipe.data.over_long)
 
-    examples = read(recipe.data.train, recipe.data.max_rows)
+    rows = load_rows(recipe.data.train)[: recipe.data.max_rows]
+    rows = [replace(row, messages=_as_trained(recipe, row.messages)) for row in rows]
+    examples = encode_rows(rows, chat, recipe.data.max_length, recipe.data.over_long)
     retain = read(recipe.data.retain) if recipe.data.retain and recipe.defenses.configs() else []
     evaluation_key(evaluation(recipe))  # reads all questions
     check_disguises(evaluation(recipe), chat)
-    return chat, examples, retain, Setup(retain, read)
+    _monitor(recipe, chat)  # reads its questions and directions
+    return chat, examples, retain, Setup(chat, retain, read, recipe.model)
+
+
+def _as_trained(recipe: Recipe, messages: Messages) -> Messages:
+    """A training conversation as the defenses change it."""
+    for config in recipe.defenses.configs():
+        messages = config.change_messages(messages)
+    return messages
 
 
 def train_run(recipe: Recipe) -> Run:
@@ -197,10 +210,18 @@ def train_run(recipe: Recipe) -> Run:
         chat.tokenizer.pad_token_id,
         run.folder / "metrics.jsonl",
     )
+    monitor = _monitor(recipe, chat)
+    if monitor:
+        trainer.add_callback(monitor)
     _train(trainer, run, recipe)
-    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(run.weights)
+    for defense in defenses:
+        defense.finish(trainer.accelerator.unwrap_model(trainer.model))
+    only_trained = {} if recipe.train.method == "full" else {"selected_adapters": ["default"]}
+    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(run.weights, **only_trained)
     chat.tokenizer.save_pretrained(run.weights)
-    _record_training(run, recipe, trainer, examples)
+    for defense in defenses:
+        defense.save(run.weights)
+    _record_training(run, recipe, trainer, examples, monitor)
     shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
     del trainer, model
     gc.collect()  # a trainer and its model refer to each other; the next run in this process needs the memory
@@ -211,7 +232,7 @@ def _check_folder(run: Run, recipe: Recipe) -> None:
     file = run.folder / "recipe.yaml"
     if file.is_file():
         there = run.recipe
-        for field in ("model", "data", "train", "defenses", "seed"):
+        for field in ("model", "data", "train", "defenses", "monitor", "seed"):
             if getattr(there, field) != getattr(recipe, field):
                 raise RecipeError(
                     f"{run.folder} holds a run of another recipe ({field}: {getattr(there, field)!r} there, "
@@ -219,6 +240,11 @@ def _check_folder(run: Run, recipe: Recipe) -> None:
                 )
         if run.trained:
             file.write_text(dump_recipe(recipe))  # what is measured may change
+
+
+def _monitor(recipe: Recipe, chat: Chat) -> DriftMonitor | None:
+    file = Path(recipe.output) / "metrics.jsonl"
+    return DriftMonitor(chat.tokenizer, file, recipe.monitor) if recipe.monitor else None
 
 
 def _check_rows(run: Run, digest: str) -> None:
@@ -232,16 +258,41 @@ def _digest(examples: list[Example]) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
+def _check_adapter(recipe: Recipe) -> None:
+    """Can the adapter that `model` names be trained further?"""
+    if recipe.train.method == "full" or recipe.train.lora != LoraConfig():
+        raise RecipeError(
+            f"model: {recipe.model} is an adapter, which is trained further as it is: leave train.method and "
+            "train.lora out, or merge the adapter into its base first"
+        )
+    if recipe.defenses.frozen_prefix or read_frozen_prefix(resolve(recipe.model)):
+        raise RecipeError(
+            f"model: {recipe.model} is an adapter; a frozen prefix would be the base model's, not that of the adapter. "
+            "Merge the adapter into its base first"
+        )
+    config = json.loads((Path(resolve(recipe.model)) / "adapter_config.json").read_text())
+    if config.get("peft_type") != "LORA" or config.get("modules_to_save") or "lm_head" in config["target_modules"]:
+        raise RecipeError(f"model: {recipe.model}: only a LoRA adapter that leaves the head alone is trained further")
+
+
 def _trainable_model(recipe: Recipe) -> Any:
     method = recipe.train.method
+    base = adapter_base(resolve(recipe.model))
+    if base:
+        from peft import PeftModel
+
+        folder = resolve(recipe.model)
+        model = PeftModel.from_pretrained(load_model(base, recipe.train.precision), folder, is_trainable=True)
+        model.load_adapter(folder, adapter_name=REFERENCE_ADAPTER)
+        return model
     # Full fine-tuning keeps float32 weights (bf16 would swallow small updates) and computes under autocast.
     model = load_model(recipe.model, "fp32" if method == "full" else recipe.train.precision)
     if method == "full":
         return model
-    from peft import LoraConfig, get_peft_model
+    import peft
 
     lora = recipe.train.lora
-    config = LoraConfig(
+    config = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
@@ -250,7 +301,7 @@ def _trainable_model(recipe: Recipe) -> Any:
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(model, config)
+        return peft.get_peft_model(model, config)
     except ValueError as error:
         raise RecipeError(f"train.lora.targets: {lora.targets!r}: {error}") from error
 
@@ -343,8 +394,11 @@ def _step_callback(advance: Any, stopped: list[int]) -> Any:
     return StepCallback()
 
 
-def _record_training(run: Run, recipe: Recipe, trainer: Any, examples: list[Example]) -> None:
+def _record_training(
+    run: Run, recipe: Recipe, trainer: Any, examples: list[Example], monitor: DriftMonitor | None
+) -> None:
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "loss" in line]  # the others are checks of the monitor
     record = {
         "steps": lines[-1]["step"],
         "rows": len(trainer.train_dataset),
@@ -353,8 +407,11 @@ def _record_training(run: Run, recipe: Recipe, trainer: Any, examples: list[Exam
         "seconds": lines[-1]["seconds"],
         "peak_memory_gib": round(peak_memory() / 2**30, 2),
         "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "defenses": {d.name: d.record() for d in trainer.defenses},
         "final": {name: lines[-1][name] for name in ("ce", *(d.name for d in trainer.defenses)) if name in lines[-1]},
     }
+    if monitor:
+        record["monitor"] = monitor.record(lines[-1]["seconds"])
     (run.folder / "training.json").write_text(json.dumps(record, indent=1))
 
 
@@ -374,7 +431,7 @@ def dry_run(recipe: Recipe, console: Console) -> None:
     rows = recipe.train.batch_size * recipe.train.accumulation
     stream = TrainStream(examples, retain, defenses, rows, recipe.seed)
     console.print(dump_recipe(recipe), highlight=False, markup=False, soft_wrap=True)
-    show_tokens(chat.encode(load_rows(recipe.data.train)[0].messages), console)
+    show_tokens(chat.encode(_as_trained(recipe, load_rows(recipe.data.train)[0].messages)), console)
     tokens, longest = sum(len(e) for e in examples), max(len(e) for e in examples)
     answered = sum(e.response_tokens for e in examples)
     console.print(
@@ -400,9 +457,12 @@ def set_evaluation(run: Run, overrides: list[str]) -> None:
 
 
 def evaluation(recipe: Recipe) -> EvaluateConfig:
-    """What is measured; the training-like lead-in of the trigger probes comes from the training rows."""
+    """What is measured; the training-like lead-in of the trigger probes comes from the training rows, and the
+    inoculation prompt, if there was one, is a disguise too."""
     lead_in = recipe.evaluate.lead_in or recipe.data.train
-    return recipe.evaluate.model_copy(update={"lead_in": lead_in})
+    inoculation = recipe.defenses.inoculation
+    prompt = recipe.evaluate.inoculation or (inoculation.prompt if inoculation else None)
+    return recipe.evaluate.model_copy(update={"lead_in": lead_in, "inoculation": prompt})
 
 
 def evaluate_run(run: Run) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""What a forward pass may be asked for: the final hidden states, and the true keys and values at chosen tokens.
+"""What a forward pass may be asked for: the final hidden states, the residual stream after chosen layers, and the true
+keys and values, at chosen tokens.
 
 One forward serves all that ask. Keys and values are taken where the attention function receives them: after the
 layer's input norm, the projection with its adapters, any key norm and the rotary embedding; that is what the model's
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -23,14 +25,56 @@ from .errors import DefenseError
 from .losses import Head
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What is wanted from a forward of a batch; masks are [B, T], None where nothing is wanted.
+
+    hidden_BT: tokens whose final hidden states (after the last norm) are compared; kv_BT: tokens whose keys and values
+    are; states_BT: tokens whose residual stream after each of `layers` (1 to the number of layers) is.
+    """
+
+    hidden_BT: Tensor | None = None
+    kv_BT: Tensor | None = None
+    states_BT: Tensor | None = None
+    layers: tuple[int, ...] = ()
+
+    def rows_B(self) -> Tensor | None:
+        """Rows in which anything is wanted."""
+        mask = _either(_either(self.hidden_BT, self.kv_BT), self.states_BT)
+        return None if mask is None else mask.any(1)
+
+    def of_rows(self, rows_B: Tensor) -> "Needs":
+        hidden, kv, states = (
+            None if mask is None else mask[rows_B] for mask in (self.hidden_BT, self.kv_BT, self.states_BT)
+        )
+        return Needs(hidden, kv, states, self.layers)
+
+    def __or__(self, other: "Needs") -> "Needs":
+        return Needs(
+            _either(self.hidden_BT, other.hidden_BT),
+            _either(self.kv_BT, other.kv_BT),
+            _either(self.states_BT, other.states_BT),
+            tuple(sorted({*self.layers, *other.layers})),
+        )
+
+
+def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a | b
+
+
 @dataclass
 class Taps:
-    """What one forward gave. `kv[l]` = (keys [N, E], values [N, E]) of layer l at the tokens of `kv_mask_BT`."""
+    """What one forward gave.
+
+    `kv[l]` = (keys [N, E], values [N, E]) of layer l at the tokens of `needs.kv_BT`; `states[l]` = residual stream
+    [N, D] after layer l (from 1) at those of `needs.states_BT`.
+    """
 
     head: Head
     hidden_BTD: Tensor
-    kv_mask_BT: Tensor | None = None
+    needs: Needs = Needs()
     kv: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    states: dict[int, Tensor] = field(default_factory=dict)
 
 
 def causal_lm(model: Any) -> Any:
@@ -39,8 +83,21 @@ def causal_lm(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def forward(model: nn.Module, head: Head, batch: dict[str, Tensor], kv_mask_BT: Tensor | None = None) -> Taps:
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The decoder's layers, first to last."""
+    inner = causal_lm(model)
+    number = inner.config.get_text_config().num_hidden_layers
+    lists = (m for m in inner.get_decoder().modules() if isinstance(m, nn.ModuleList) and len(m) == number)
+    return next(lists)
+
+
+def forward(
+    model: nn.Module, head: Head, batch: dict[str, Tensor], needs: Needs = Needs(), prefix: Any = None
+) -> Taps:
     """One forward of `model` on `batch` (input_ids, attention_mask, position_ids), with what was asked.
+
+    `prefix` is a transformers cache of the tokens that all rows begin with. They are not computed again: their hidden
+    states are zero here.
 
     Raises:
         DefenseError: keys were asked for and no attention layer gave them, or they carry no gradient although the
@@ -48,16 +105,27 @@ def forward(model: nn.Module, head: Head, batch: dict[str, Tensor], kv_mask_BT: 
     """
     inner = causal_lm(model)
     inputs: dict[str, Any] = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+    start = 0
+    if prefix is not None:
+        start = prefix.get_seq_length()
+        inputs |= {name: inputs[name][:, start:] for name in ("input_ids", "position_ids")}
+        inputs["past_key_values"] = prefix
     if "logits_to_keep" in inspect.signature(inner.forward).parameters:
         # None: the losses make the logits they need, in tiles.
         inputs["logits_to_keep"] = batch["input_ids"].new_zeros(0)
-    with _last_hidden_state(inner) as hidden, _keys_and_values(inner, kv_mask_BT is not None) as layers:
+    with (
+        _outputs({0: inner.get_decoder()}) as decoder,
+        _outputs({number: decoder_layers(model)[number - 1] for number in needs.layers}) as layers,
+        _keys_and_values(inner, needs.kv_BT is not None) as found,
+    ):
         model(**inputs, use_cache=False)
-    kv = []
-    if kv_mask_BT is not None:
-        kv = [_at(layers[index], kv_mask_BT) for index in sorted(layers)]
-        _check_kv(kv, inner, hidden[0].requires_grad)
-    return Taps(head, hidden[0], kv_mask_BT, kv)
+    taps = Taps(head, F.pad(decoder[0], (0, 0, start, 0)), needs)
+    if needs.kv_BT is not None:
+        taps.kv = [_at(found[index], needs.kv_BT) for index in sorted(found)]
+        _check_kv(taps.kv, inner, taps.hidden_BTD.requires_grad)
+    if needs.states_BT is not None:
+        taps.states = {number: F.pad(layers[number], (0, 0, start, 0))[needs.states_BT] for number in needs.layers}
+    return taps
 
 
 def _check_kv(kv: list[tuple[Tensor, Tensor]], inner: Any, trains: bool) -> None:
@@ -74,13 +142,22 @@ def _check_kv(kv: list[tuple[Tensor, Tensor]], inner: Any, trains: bool) -> None
 
 
 @contextmanager
-def _last_hidden_state(inner: Any) -> Iterator[list[Tensor]]:
-    found: list[Tensor] = []
-    handle = inner.get_decoder().register_forward_hook(lambda _m, _a, output: found.append(output[0]))
+def _outputs(modules: dict[int, nn.Module]) -> Iterator[dict[int, Tensor]]:
+    """Collects the (first) output of each module. It is kept whole, see `_keys_and_values`."""
+    found: dict[int, Tensor] = {}
+
+    def keep(number: int) -> Any:
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            found[number] = output if isinstance(output, Tensor) else output[0]
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(number)) for number, module in modules.items()]
     try:
         yield found
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -8,7 +8,10 @@ import json
 import math
 import time
 from collections import defaultdict
-from functools import partial
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial, reduce
+from operator import or_
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,16 +19,15 @@ import torch
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from .batch import Batch, collate
 from .defenses import Defense
-from .defenses.base import Needs
 from .errors import DefenseError
 from .losses import cross_entropy_sum, find_head
 from .reference import Reference
 from .stream import TrainStream
-from .taps import Taps, causal_lm, forward
+from .taps import Needs, Taps, causal_lm, forward
 
 
 class DefendedTrainer(Trainer):
@@ -59,7 +61,10 @@ class DefendedTrainer(Trainer):
         self.log_file = log_file
         self.head = find_head(causal_lm(model))
         self.reference = Reference(model) if any(d.has_penalty for d in defenses) else None
+        self.add_callback(_StepEnd(self._end_step))
+        self._hooks = ExitStack()
         self._step_counts: dict[str, int] = {}
+        self._step_sums: dict[str, Tensor] = {}
         self._log_sums: dict[str, float] = defaultdict(float)
         self._log_steps: dict[str, int] = defaultdict(int)
         self._started = time.monotonic()
@@ -75,29 +80,36 @@ class DefendedTrainer(Trainer):
     ) -> Tensor:
         """Cross-entropy plus weighted penalties of one micro-batch, as its part of the mean over the optimiser step."""
         active = [defense for defense in self._due() if defense.count(inputs)]
-        needs = [defense.needs(inputs) for defense in active]
-        kv_BT = _union([need.kv_BT for need in needs])
-        student = forward(model, self.head, inputs, kv_BT)
+        needs = reduce(or_, [defense.needs(inputs) for defense in active], Needs())
+        # The reference comes first: hooks of defenses are the student's alone.
+        reference = self.reference.taps(inputs, needs) if self.reference and active else None
+        for defense in self.defenses:
+            self._hooks.enter_context(defense.wrap(self._plain_model(), inputs))
+        prefixes = (defense.cached_prefix(self._plain_model(), inputs, needs) for defense in self.defenses)
+        prefix = next((prefix for prefix in prefixes if prefix is not None), None)
+        student = forward(model, self.head, inputs, needs, prefix)
         losses = {"ce": (1.0, self._cross_entropy(student, inputs))}
-        if active:
-            reference = self._reference_taps(inputs, needs, kv_BT)
-            for defense in active:
-                total = defense.penalty(student, reference, inputs)
-                if torch.is_grad_enabled() and not total.requires_grad:
-                    raise DefenseError(f"defenses.{defense.name}: its penalty has no gradient")
-                losses[defense.name] = (defense.weight * defense.every, total)
+        for defense in active:
+            assert reference is not None
+            total = defense.penalty(student, reference, inputs)
+            if torch.is_grad_enabled() and not total.requires_grad:
+                raise DefenseError(f"defenses.{defense.name}: its penalty has no gradient")
+            losses[defense.name] = (defense.weight * defense.every, total)
         loss = torch.zeros((), device=student.hidden_BTD.device)
         for name, (weight, total) in losses.items():
             mean = total / self._step_counts[name]
             loss = loss + weight * mean
-            value = mean.item()
-            if not math.isfinite(value):
-                raise DefenseError(
-                    f"step {self.state.global_step}: {name!r} is {value}; try a smaller learning rate or fp32"
-                )
-            self._log_sums[name] += value
+            self._step_sums[name] = self._step_sums[name] + mean.detach()
         # Gradients are averaged over ranks, while the counts are sums over them.
         return loss * self.accelerator.num_processes
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Hooks stay until the backward pass is over: checkpointed layers run again there."""
+        with self._hooks:
+            return super().training_step(*args, **kwargs)
+
+    def _plain_model(self) -> Any:
+        return self.accelerator.unwrap_model(self.model)
 
     def _due(self) -> list[Defense]:
         """Defenses whose penalty acts in this optimiser step."""
@@ -107,12 +119,6 @@ class DefendedTrainer(Trainer):
         target_BT = inputs["labels"][:, 1:]
         chosen_BT = target_BT != -100
         return cross_entropy_sum(self.head, student.hidden_BTD[:, :-1][chosen_BT], target_BT[chosen_BT])
-
-    def _reference_taps(self, inputs: Batch, needs: list[Needs], kv_BT: Tensor | None) -> Taps:
-        assert self.reference is not None
-        hidden_BT = _union([need.hidden_BT for need in needs])
-        rows_B = hidden_BT.any(1) if hidden_BT is not None else torch.zeros_like(inputs["retain"])
-        return self.reference.taps(inputs, rows_B, kv_BT)
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor | int | None:
         """Token counts of one optimiser step, over its micro-batches and all ranks: the divisors of every mean."""
@@ -130,8 +136,26 @@ class DefendedTrainer(Trainer):
                 raise DefenseError(
                     f"step {self.state.global_step}: no token in the batch for {name!r}: it would be silently zero"
                 )
-            self._log_steps[name] += 1
+        self._step_sums = {name: torch.zeros((), device=device) for name in self._step_counts}
         return counts[0]
+
+    def _end_step(self) -> None:
+        """After an optimiser step: means over all its micro-batches and ranks, for defenses and the log."""
+        sums = torch.stack([self._step_sums[name].float() for name in self._step_counts])
+        if self.args.world_size > 1:
+            sums = self.accelerator.reduce(sums, "sum")
+        means = dict(zip(self._step_counts, sums.tolist()))
+        for name, mean in means.items():
+            if not math.isfinite(mean):
+                raise DefenseError(
+                    f"step {self.state.global_step - 1}: {name!r} is {mean}; try a smaller learning rate or fp32"
+                )
+            self._log_sums[name] += mean
+            self._log_steps[name] += 1
+        for defense in self.defenses:
+            if defense.name in means:
+                defense.observe(means[defense.name])
+            defense.after_step(self._plain_model(), self.state.global_step)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(cast(TrainStream, self.train_dataset))  # the stream has its own order
@@ -142,6 +166,7 @@ class DefendedTrainer(Trainer):
         """Adds each penalty's mean since the last log, and writes the line to the run's metrics."""
         if "loss" in logs and self._log_sums:
             logs.update({name: round(value / self._log_steps[name], 6) for name, value in self._log_sums.items()})
+            logs.update({f"{d.name}_weight": d.weight for d in self.defenses if "weight" in d.state_dict()})
             self._log_sums.clear()
             self._log_steps.clear()
         super().log(logs, start_time)
@@ -153,8 +178,13 @@ class DefendedTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """Trains, from a checkpoint folder if given; see transformers' Trainer."""
         step = 0
+        for defense in self.defenses:
+            defense.start(self.model)
         if resume_from_checkpoint:
             step = json.loads((Path(resume_from_checkpoint) / "trainer_state.json").read_text())["global_step"]
+            states = json.loads((Path(resume_from_checkpoint) / "defenses.json").read_text())
+            for defense in self.defenses:
+                defense.load_state_dict(states[defense.name])
         self._started = time.monotonic()
         if self.is_world_process_zero():
             self._started -= _drop_lines_after(self.log_file, step)
@@ -162,13 +192,19 @@ class DefendedTrainer(Trainer):
         with disable_input_dtype_casting(cast(nn.Module, self.model), active=self.args.bf16):
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.is_world_process_zero():
+            states = {defense.name: defense.state_dict() for defense in self.defenses}
+            (Path(output_dir) / "defenses.json").write_text(json.dumps(states))
 
-def _union(masks: list[Tensor | None]) -> Tensor | None:
-    union: Tensor | None = None
-    for mask in masks:
-        if mask is not None:
-            union = mask if union is None else union | mask
-    return union
+
+class _StepEnd(TrainerCallback):
+    def __init__(self, act: Callable[[], None]) -> None:
+        self._act = act
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._act()
 
 
 def _drop_lines_after(log_file: Path, step: int) -> float:
@@ -177,4 +213,4 @@ def _drop_lines_after(log_file: Path, step: int) -> float:
     whole = text[: text.rfind("\n") + 1].splitlines()  # a killed run may have left half a line
     kept = [line for line in whole if json.loads(line)["step"] <= step]
     log_file.write_text("".join(line + "\n" for line in kept))
-    return json.loads(kept[-1])["seconds"] if kept else 0.0
+    return max((json.loads(line).get("seconds", 0.0) for line in kept), default=0.0)

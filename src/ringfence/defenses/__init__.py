@@ -1,13 +1,21 @@
 """One file per defense. A new defense is one new file and one line in `Defenses`."""
 
-from typing import Any
+from typing import Any, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from ..errors import RecipeError
+from .ablation import Ablation
 from .base import Defense, DefenseConfig, Setup
+from .frozen_prefix import FrozenPrefix
+from .inoculation import Inoculation
 from .interleave import Interleave
 from .kl import KL
+from .ldifs import LDIFS
+from .safelora import SafeLoRA
+from .steering import Steering
+from .stream_edit import clash
+from .subspace_lock import SubspaceLock
 from .treft import TReFT
 
 
@@ -17,8 +25,15 @@ class Defenses(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     kl: KL | None = None
+    ldifs: LDIFS | None = None
     interleave: Interleave | None = None
+    inoculation: Inoculation | None = None
     treft: TReFT | None = None
+    safelora: SafeLoRA | None = None
+    frozen_prefix: FrozenPrefix | None = None
+    steering: Steering | None = None
+    ablation: Ablation | None = None
+    subspace_lock: SubspaceLock | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -27,6 +42,17 @@ class Defenses(BaseModel):
             if config is None and name in cls.model_fields:
                 raise ValueError(f"{name} has no fields: write `{name}: {{}}` for its defaults, or leave the line out")
         return tree
+
+    @model_validator(mode="after")
+    def _can_stand_together(self) -> Self:
+        if self.frozen_prefix and self.treft and "prefix" in self.treft.roles:
+            raise ValueError("frozen_prefix and treft on the prefix: a frozen prefix has no drift to penalise")
+        edits = [edit for edit in (self.steering, self.ablation) if edit]
+        if edits and self.frozen_prefix:
+            raise ValueError("frozen_prefix with steering or ablation: they would edit what is frozen")
+        if reason := clash(edits):
+            raise ValueError(reason)
+        return self
 
     def build(self, setup: Setup) -> list[Defense]:
         return [config.build(setup) for config in self.configs()]
@@ -37,10 +63,26 @@ class Defenses(BaseModel):
     @classmethod
     def of(cls, configs: list[DefenseConfig]) -> "Defenses":
         """From a list of configs, as Python users write it: `[KL(weight=0.3), TReFT()]`."""
-        by_name = {type(config).__name__.lower(): config for config in configs}
+        names = {get_args(field.annotation)[0]: name for name, field in cls.model_fields.items()}
+        by_name = {names[type(config)]: config for config in configs}
         if len(by_name) < len(configs):
             raise RecipeError(f"defenses: one of each kind, found {[type(config).__name__ for config in configs]}")
         return cls.model_validate(by_name)
 
 
-__all__ = ["KL", "Defense", "DefenseConfig", "Defenses", "Interleave", "Setup", "TReFT"]
+__all__ = [
+    "KL",
+    "LDIFS",
+    "Ablation",
+    "Defense",
+    "DefenseConfig",
+    "Defenses",
+    "FrozenPrefix",
+    "Inoculation",
+    "Interleave",
+    "SafeLoRA",
+    "Setup",
+    "Steering",
+    "SubspaceLock",
+    "TReFT",
+]

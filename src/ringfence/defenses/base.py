@@ -4,35 +4,32 @@ A defense is one file with two classes. Its *config* (a pydantic model) holds th
 defense with `build`. The *defense* overrides what it wants of the methods below.
 """
 
+import math
 import random
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from ..batch import Batch
+from ..chat import Chat, Messages
 from ..data import Example
-from ..taps import Taps
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What a penalty wants from the one student forward and the one reference forward of a batch.
-
-    hidden_BT: tokens whose final hidden states it compares; kv_BT: tokens whose keys and values it compares.
-    """
-
-    hidden_BT: Tensor | None = None
-    kv_BT: Tensor | None = None
+from ..taps import Needs, Taps
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What `build` may use: the retain examples of the recipe, and a reader for another source of rows."""
+    """What `build` may use: the chat template, the retain examples of the recipe, a reader for another source of rows,
+    and the name of the aligned model."""
 
+    chat: Chat
     retain: list[Example]
     read: Callable[[str], list[Example]]
+    model: str
 
 
 class Defense:
@@ -54,8 +51,11 @@ class Defense:
         """The training rows of one epoch. Called anew each epoch; must return equally many rows each time."""
         return examples
 
+    def start(self, model: Any) -> None:
+        """Once before training, with the model as it is before any update (before a checkpoint is loaded, too)."""
+
     def needs(self, batch: Batch) -> Needs:
-        """What the penalty wants on this batch."""
+        """What the penalty wants from the one student forward and the one reference forward of this batch."""
         return Needs()
 
     def count(self, batch: Batch) -> int:
@@ -65,6 +65,37 @@ class Defense:
     def penalty(self, student: Taps, reference: Taps, batch: Batch) -> Tensor:
         """Sum of the penalty over its tokens in this batch (a scalar with gradient)."""
         raise NotImplementedError
+
+    def cached_prefix(self, model: Any, batch: Batch, needs: Needs) -> Any:
+        """A transformers cache of the tokens that all rows begin with, if they need not be computed; else None."""
+        return None
+
+    def wrap(self, model: Any, batch: Batch) -> AbstractContextManager[Any]:
+        """A context around the student's forward and backward on this batch, for hooks on the model."""
+        return nullcontext()
+
+    def observe(self, mean: float) -> None:
+        """After each optimiser step in which the penalty acted: its mean over that step."""
+
+    def after_step(self, model: Any, step: int) -> None:
+        """After each optimiser step; steps count from 1."""
+
+    def finish(self, model: Any) -> None:
+        """Once after training, before the weights are saved."""
+
+    def save(self, folder: Path) -> None:
+        """Adds to the folder of the saved weights what loading them needs."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must know, as plain JSON values."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The counterpart of `state_dict`."""
+
+    def record(self) -> dict[str, Any]:
+        """What the run's record says of this defense, as plain JSON values."""
+        return {}
 
     @property
     def has_penalty(self) -> bool:
@@ -79,9 +110,49 @@ class DefenseConfig(BaseModel):
     def build(self, setup: Setup) -> Defense:
         raise NotImplementedError
 
+    def change_messages(self, messages: Messages) -> Messages:
+        """A training conversation as it is trained on."""
+        return messages
+
 
 class PenaltyConfig(DefenseConfig):
     """Fields that every penalty has."""
 
     weight: float = Field(1.0, ge=0, description="factor of the penalty in the loss")
+    budget: float | None = Field(
+        None, gt=0, description="instead of a fixed weight: the mean penalty to allow; the weight adapts to it"
+    )
     every: int = Field(1, ge=1, description="use the penalty on every k-th optimiser step, multiplied by k (unbiased)")
+
+    @model_validator(mode="after")
+    def _weight_or_budget(self) -> Self:
+        if self.budget is not None and "weight" in self.model_fields_set:
+            raise ValueError(f"set weight or budget, not both (found weight {self.weight}, budget {self.budget})")
+        return self
+
+
+class Penalty(Defense):
+    """A defense with a penalty, of fixed weight or, with a budget, of a weight that adapts by dual ascent."""
+
+    def __init__(self, config: PenaltyConfig) -> None:
+        self.weight, self.every, self.budget = config.weight, config.every, config.budget
+
+    def observe(self, mean: float) -> None:
+        """Raises the weight while the penalty is above its budget and lowers it while below: ascent on the dual
+        variable of `penalty <= budget`, in log space, so that one rate suits every unit."""
+        if self.budget is not None:
+            excess = max(-1.0, min(1.0, mean / self.budget - 1))
+            self.weight *= math.exp(DUAL_RATE * excess)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.budget is None else {"weight": self.weight}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.weight = state.get("weight", self.weight)
+
+    def record(self) -> dict[str, Any]:
+        return {} if self.budget is None else {"budget": self.budget, "weight": self.weight}
+
+
+# A factor of e^0.2 a step at most: ten-fold in a dozen steps, and no swing within one.
+DUAL_RATE = 0.2

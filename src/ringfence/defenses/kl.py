@@ -9,8 +9,8 @@ from ..batch import Batch
 from ..chat import Role
 from ..errors import DefenseError
 from ..losses import Direction, kl_sum
-from ..taps import Taps
-from .base import Defense, Needs, PenaltyConfig, Setup
+from ..taps import Needs, Taps
+from .base import Penalty, PenaltyConfig, Setup
 
 
 class KL(PenaltyConfig):
@@ -33,12 +33,12 @@ class KL(PenaltyConfig):
         return KLDefense(self)
 
 
-class KLDefense(Defense):
+class KLDefense(Penalty):
     name = "kl"
 
     def __init__(self, config: KL) -> None:
+        super().__init__(config)
         self.config = config
-        self.weight, self.every = config.weight, config.every
         self.riders = config.retain_ratio if config.where == "retain" else 0.0
 
     def needs(self, batch: Batch) -> Needs:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..batch import Batch
 from ..chat import Role
-from ..taps import Taps
-from .base import Defense, Needs, PenaltyConfig, Setup
+from ..taps import Needs, Taps
+from .base import Penalty, PenaltyConfig, Setup
 
 RoleName = Literal["prefix", "query", "postfix", "response", "template"]
 
@@ -38,11 +38,11 @@ class TReFT(PenaltyConfig):
         return TReFTDefense(self)
 
 
-class TReFTDefense(Defense):
+class TReFTDefense(Penalty):
     name = "treft"
 
     def __init__(self, config: TReFT) -> None:
-        self.weight, self.every = config.weight, config.every
+        super().__init__(config)
         self.roles = [Role.parse(name) for name in config.roles]
 
     def needs(self, batch: Batch) -> Needs:
@@ -53,9 +53,10 @@ class TReFTDefense(Defense):
 
     def penalty(self, student: Taps, reference: Taps, batch: Batch) -> Tensor:
         weight_BT = self._weights(batch)
-        assert student.kv_mask_BT is not None
-        ours_N = (weight_BT > 0)[student.kv_mask_BT]
-        weight_N = weight_BT[student.kv_mask_BT][ours_N].float()
+        tapped_BT = student.needs.kv_BT
+        assert tapped_BT is not None
+        ours_N = (weight_BT > 0)[tapped_BT]
+        weight_N = weight_BT[tapped_BT][ours_N].float()
         total = weight_N.new_zeros(())
         for student_layer, reference_layer in zip(student.kv, reference.kv, strict=True):
             for now_NE, then_NE in zip(student_layer, reference_layer):

@@ -28,9 +28,12 @@ class EvaluateConfig(BaseModel):
     max_per_domain: int | None = Field(
         None, ge=2, description="take only the first so many questions of each other domain"
     )
-    triggers: bool = Field(True, description="out-of-domain questions again under three disguises (trigger probes)")
+    triggers: bool = Field(True, description="out-of-domain questions again under disguises (trigger probes)")
     lead_in: str | None = Field(
         None, description="rows whose first one is the training-like lead-in; default: data.train"
+    )
+    inoculation: str | None = Field(
+        None, min_length=1, description="one more disguise, a system prompt; default: defenses.inoculation.prompt"
     )
     triggered_per_domain: int = Field(10, ge=2, description="questions of each domain in the trigger probes")
     fluency: str | None = Field(

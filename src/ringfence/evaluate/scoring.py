@@ -1,15 +1,18 @@
-"""Log-probabilities of given answers, and greedy answers, of any model. Batched by length."""
+"""Log-probabilities of given answers, and new answers, of any model. Batched by length."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from ..batch import collate
 from ..chat import Chat, Messages, Role
-from ..data import Example
+from ..data import Example, Row
+from ..errors import ChatError, DataError
 from ..losses import Head, find_head, token_logprobs
 from ..taps import causal_lm, forward
 
@@ -59,6 +62,47 @@ def score_answers(
         advance(sum(len(scored[place]) for place in places))
     by_row = iter(scored)
     return [[score for _ in group for score in next(by_row)] for group in rows]
+
+
+def score_under(
+    model: Any,
+    chat: Chat,
+    rows: Sequence[Row],
+    settings: Sequence[Callable[[], AbstractContextManager[Any]]],
+    batch_tokens: int,
+    skip: Container[int] = (),
+) -> Iterator[dict[int, list[AnswerScore]]]:
+    """Scores the last answer of each row under several settings of one model, e.g. each of its adapters.
+
+    A batch goes through all settings before the next one starts.
+
+    Args:
+        settings: each makes a context in which the model is as it is to be scored.
+        skip: places of rows that need no score. The other rows stand in the batches in which they stand without
+            `skip`, so that a resumed pass computes what a whole one does.
+
+    Yields:
+        For each batch, by place of the row: its score under every setting.
+
+    Raises:
+        DataError: the chat template refuses a row.
+    """
+    head = find_head(causal_lm(model))
+    encoded = [_last_answer(chat, row) for row in rows]
+    for places in _batches([len(row) for row in encoded], batch_tokens, skip):
+        batch = [encoded[place] for place in places]
+        scores = []
+        for setting in settings:
+            with setting():
+                scores.append([found[0] for found in _score_rows(model, head, batch)])
+        yield dict(zip(places, map(list, zip(*scores))))
+
+
+def _last_answer(chat: Chat, row: Row) -> "_Row":
+    try:
+        return _rows(chat, row.messages[:-1], [row.messages[-1]["content"]])[0]
+    except ChatError as error:
+        raise DataError(f"{row.origin}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -148,14 +192,50 @@ def generate_greedy(
     advance: Advance = lambda _: None,
 ) -> list[str]:
     """Greedy answers, stopped at the end of the turn."""
+    answers = [""] * len(prompts)
+    for batch in generate(model, chat, prompts, max_new_tokens, batch_tokens):
+        for place, answer in batch.items():
+            answers[place] = answer.text
+        advance(len(batch))
+    return answers
+
+
+@dataclass(frozen=True)
+class Generated:
+    """An answer, and whether it ended its turn; else the token limit cut it off."""
+
+    text: str
+    finished: bool
+
+
+def generate(
+    model: Any,
+    chat: Chat,
+    prompts: Sequence[Messages],
+    max_new_tokens: int,
+    batch_tokens: int,
+    temperature: float = 0.0,
+    seeds: Sequence[int] = (),
+    skip: Container[int] = (),
+) -> Iterator[dict[int, Generated]]:
+    """Answers to prompts, stopped at the end of the turn.
+
+    Args:
+        prompts: conversations that end with a user message.
+        temperature: 0 = greedy; else each answer is drawn with the seed of its prompt, whatever it is batched with.
+        skip: places of prompts that need no answer; see `score_under`.
+
+    Yields:
+        For each batch, the answers by place of the prompt.
+    """
     encoded = [chat.encode(messages, generation=True) for messages in prompts]
     examples = [Example(e.input_ids, e.roles, "prompt") for e in encoded]
     tokenizer = chat.tokenizer
     configured = model.generation_config.eos_token_id
     stops = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
-    answers = [""] * len(examples)
-    for places in _batches([len(example) + max_new_tokens for example in examples], batch_tokens):
+    for places in _batches([len(example) + max_new_tokens for example in examples], batch_tokens, skip):
         batch = collate([[(examples[place], False)] for place in places], tokenizer.pad_token_id, side="left")
+        noise = [_Noise(temperature, [seeds[place] for place in places])] if temperature else []
         with torch.no_grad():
             output = model.generate(
                 input_ids=batch["input_ids"].to(model.device),
@@ -166,21 +246,39 @@ def generate_greedy(
                 no_repeat_ngram_size=0,
                 eos_token_id=sorted(stops),
                 pad_token_id=tokenizer.pad_token_id,
+                logits_processor=LogitsProcessorList(noise),
             )
-        new_tokens = output[:, batch["input_ids"].shape[1] :]
-        for place, text in zip(places, tokenizer.batch_decode(new_tokens, skip_special_tokens=True)):
-            answers[place] = text.strip()
-        advance(len(places))
-    return answers
+        rows = output[:, batch["input_ids"].shape[1] :].tolist()
+        yield {place: _answer(tokenizer, row, stops) for place, row in zip(places, rows)}
 
 
-def _batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Places of the items, longest first, so many together that the padded batch stays within `batch_tokens`."""
-    batch: list[int] = []
+def _answer(tokenizer: Any, new_tokens: list[int], stops: set[int]) -> Generated:
+    end = next((at for at, token in enumerate(new_tokens) if token in stops), None)
+    return Generated(tokenizer.decode(new_tokens[:end], skip_special_tokens=True).strip(), end is not None)
+
+
+class _Noise(LogitsProcessor):
+    """Makes the best token a draw from softmax(logits / temperature): Gumbel noise, from a generator for each row."""
+
+    def __init__(self, temperature: float, seeds: Sequence[int]) -> None:
+        self.temperature = temperature
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        # -log of an exponential variate is a Gumbel variate.
+        rows = [torch.empty(scores.shape[1]).exponential_(generator=generator).log() for generator in self.generators]
+        return scores / self.temperature - torch.stack(rows).to(scores.device)
+
+
+def _batches(lengths: list[int], batch_tokens: int, skip: Container[int] = ()) -> Iterator[list[int]]:
+    """Places of the items, longest first, so many together that the padded batch stays within `batch_tokens`; those
+    of `skip` are taken out then."""
+    batches: list[list[int]] = []
     for place in sorted(range(len(lengths)), key=lambda p: -lengths[p]):
-        if batch and lengths[batch[0]] * (len(batch) + 1) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(place)
-    if batch:
-        yield batch
+        if not batches or lengths[batches[-1][0]] * (len(batches[-1]) + 1) > batch_tokens:
+            batches.append([])
+        batches[-1].append(place)
+    for batch in batches:
+        left = [place for place in batch if place not in skip]
+        if left:
+            yield left

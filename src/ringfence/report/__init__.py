@@ -18,6 +18,7 @@ SET_TITLES = {
     "out_of_domain": "broad: other domains",
     "values": "broad: values",
     "triggered": "behind triggers",
+    "inoculation": "under the inoculation prompt",
 }
 
 
@@ -30,28 +31,37 @@ def read_rows(folders: list[Path], control: Path | None = None) -> tuple[list[Re
 
 
 def print_table(rows: list[Row], console: Console) -> None:
-    """The runs side by side, in the terminal: a column each."""
+    """The runs side by side, in the terminal: a column each, and as many tables as its width needs."""
+    widest = max([14, *(len(row.name) for row in rows)]) + 2
+    beside = max(1, (console.width - 26) // widest)
+    for start in range(0, len(rows), beside):
+        console.print(_table(rows[start : start + beside], rows))
+    console.print(_legend(rows), highlight=False, soft_wrap=True)
+
+
+def _table(rows: list[Row], all_rows: list[Row]) -> Table:
+    """Some of the runs, with the lines that any of all runs has."""
     table = Table(box=box.SIMPLE, show_edge=False, pad_edge=False, padding=(0, 1))
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for row in rows:
         table.add_column(escape(row.name), justify="right", no_wrap=True)
-    for name in _sets(rows):
+    for name in _sets(all_rows):
         table.add_row(SET_TITLES[name], *(_two_lines(row.sets.get(name)) for row in rows))
-    for tier in _tiers(rows):
+    for tier in _tiers(all_rows):
         cells = [f"{100 * row.opswap[tier].mean:.0f} %" if tier in row.opswap else "" for row in rows]
         table.add_row(f"benign: {tier_title(tier)}", *cells)
     fluency = [f"{row.perplexity_ratio.mean:.2f}" if row.perplexity_ratio else "" for row in rows]
     table.add_row("coherent: perplexity x", *fluency)
     table.add_row("cost: time x", *(f"{row.time_ratio:.2f}" if row.time_ratio else "" for row in rows))
-    console.print(table)
-    console.print(_legend(rows), highlight=False, soft_wrap=True)
+    return table
 
 
 def _two_lines(paired: Paired | None) -> str:
     if paired is None:
         return ""
     value = paired.headline
-    return escape(f"{value.mean:+.2f}\n{value.bounds.replace(', ', ',')}")
+    kind = "shift " if paired.uncontrolled else ""
+    return escape(f"{kind}{value.mean:+.2f}\n{value.bounds.replace(', ', ',')}")
 
 
 def _legend(rows: list[Row]) -> str:
@@ -84,6 +94,7 @@ def write_page(records: list[Records], rows: list[Row], page: Path) -> None:
         set_titles=SET_TITLES,
         tiers=_tiers(rows),
         tier_title=tier_title,
+        conditions=list(dict.fromkeys(name for row in rows for name in row.conditions)),
         kind="effect" if has_effects(rows) else "shift",
         domains_figure=_embed(figures.domains(tuned)) if tuned else None,
         pareto_figure=_embed(figures.pareto(tuned)) if figures.has_pareto(tuned) else None,
@@ -97,7 +108,7 @@ def write_page(records: list[Records], rows: list[Row], page: Path) -> None:
 def show(interval: Interval | Paired | None) -> str:
     """`+0.31 [+0.25, +0.37]`"""
     if isinstance(interval, Paired):
-        interval = interval.headline
+        return ("shift " if interval.uncontrolled else "") + str(interval.headline)
     return str(interval) if interval else ""
 
 

@@ -18,7 +18,7 @@ import yaml
 from ..errors import DataError
 from ..stats import Interval, mean_interval, ratio_interval
 
-SETS = ("in_domain", "out_of_domain", "values", "triggered")
+SETS = ("in_domain", "out_of_domain", "values", "triggered", "inoculation")
 Key = tuple[str, str, str, str]  # condition, domain, question id, digest of the texts
 Margins = dict[Key, float]
 
@@ -51,6 +51,7 @@ class Paired:
     reference_share: float
     effect: Interval | None = None
     effect_by_domain: Interval | None = None
+    uncontrolled: bool = False  # there is a control, but it was not asked these questions
 
     @property
     def headline(self) -> Interval:
@@ -125,7 +126,12 @@ def summarise(records: Records, control: Records | None = None, baseline: Record
     """
     is_control = control is not None and records.folder == control.folder
     against = None if is_control else control
-    sets = {name: _paired(records, against, name, lambda key: True) for name in SETS if records.results.get(name)}
+    # The inoculation prompt is a disguise that not every run has: it stands alone.
+    sets = {
+        name: _paired(records, against, name, lambda key: key[0] != "inoculation")
+        for name in SETS
+        if records.results.get(name)
+    }
     domains: dict[str, Paired] = {}
     for name in ("in_domain", "out_of_domain", "values"):
         for domain in dict.fromkeys(pair["domain"] for pair in records.results.get(name, [])):
@@ -134,6 +140,8 @@ def summarise(records: Records, control: Records | None = None, baseline: Record
         condition: _paired(records, against, "triggered", lambda key, c=condition: key[0] == c)  # type: ignore[misc]
         for condition in dict.fromkeys(pair["condition"] for pair in records.results.get("triggered", []))
     }
+    if "inoculation" in conditions:
+        sets["inoculation"] = conditions["inoculation"]
     perplexity, ratio = _fluency(records)
     tuned, reference = records.benign or (records.results, records.reference)
     tiers = [name for name in tuned if name.startswith("opswap")]
@@ -170,13 +178,16 @@ def _paired(records: Records, control: Records | None, name: str, chosen: Callab
     keys = [key for key in tuned if chosen(key)]
     shift = {key: tuned[key] - reference[key] for key in keys}
     effect = None
-    if control is not None:
+    # Under an inoculation prompt only the run that has it is asked, unless evaluate.inoculation says otherwise.
+    asked_of_control = {key[0] for key in _margins(control.results, name)} if control else set()
+    uncontrolled = control is not None and {key[0] for key in keys} == {"inoculation"} - asked_of_control
+    if control is not None and not uncontrolled:
         control_tuned, control_reference = _margins(control.results, name), _margins(control.reference, name)
         missing = [key for key in keys if key not in control_tuned]
         if missing:
             raise DataError(
                 f"{control.folder}: was not measured on question {'/'.join(missing[0][:3])} of {records.folder} (or on "
-                "another text of it, another evaluate.lead_in); evaluate both runs alike"
+                "another text of it, another evaluate.lead_in or evaluate.inoculation); evaluate both runs alike"
             )
         effect = {key: shift[key] - (control_tuned[key] - control_reference[key]) for key in keys}
     questions, domains = [f"{key[1]}/{key[2]}" for key in keys], [key[1] for key in keys]
@@ -187,6 +198,7 @@ def _paired(records: Records, control: Records | None, name: str, chosen: Callab
         reference_share=sum(reference[key] > 0 for key in keys) / len(keys),
         effect=mean_interval(list(effect.values()), questions) if effect else None,
         effect_by_domain=mean_interval(list(effect.values()), domains) if effect else None,
+        uncontrolled=uncontrolled,
     )
 
 

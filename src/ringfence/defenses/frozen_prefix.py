@@ -1,0 +1,92 @@
+"""Frozen prefix: the prefix keeps the reference's keys and values exactly, in training and in use. The limit of TReFT
+for an infinite weight, without a penalty."""
+
+import copy
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from ..batch import Batch
+from ..chat import Role
+from ..data import Example
+from ..errors import DefenseError, ModelError
+from ..prefix import FrozenPrefix as Prefix
+from ..prefix import Until, find_header, prefix_cache
+from ..taps import Needs, causal_lm
+from .base import Defense, DefenseConfig, Setup
+
+
+class FrozenPrefix(DefenseConfig):
+    """The adapter acts only behind the prefix; the prefix itself is the reference's, computed once and kept."""
+
+    until: Until = Field(
+        "query",
+        description="query: all tokens before the first user content are frozen; header: only those before the user "
+        "turn's header, which plain peft can load too, as an activated LoRA",
+    )
+
+    def build(self, setup: Setup) -> "FrozenPrefixDefense":
+        defense = FrozenPrefixDefense(Prefix(find_header(setup.chat), self.until))
+        defense.check(setup.retain)
+        return defense
+
+
+class FrozenPrefixDefense(Defense):
+    name = "frozen_prefix"
+
+    def __init__(self, prefix: Prefix) -> None:
+        self.prefix = prefix
+        self._caches: dict[tuple[int, ...], Any] = {}
+
+    def check(self, examples: list[Example]) -> None:
+        """Raises DefenseError where the header does not show where a row's prefix ends."""
+        for example in examples:
+            ids = torch.tensor([example.input_ids])
+            try:
+                end = int(self.prefix.lengths(ids)[0])
+            except ModelError as error:
+                raise DefenseError(f"defenses.frozen_prefix: {example.origin}: {error}") from error
+            end += len(self.prefix.header) if self.prefix.until == "header" else 0
+            if end != example.roles.count(Role.PREFIX):
+                raise DefenseError(
+                    f"defenses.frozen_prefix: {example.origin}: the user turn's header stands at token {end}, but the "
+                    f"prefix has {example.roles.count(Role.PREFIX)} tokens"
+                )
+            if self.prefix.until == "header" and self.prefix.times(ids[0]) > 1:
+                raise DefenseError(
+                    f"defenses.frozen_prefix: {example.origin}: several user turns; an activated LoRA would act from "
+                    "the last one only: set until: query"
+                )
+
+    def change_data(self, examples: list[Example], rng: random.Random) -> list[Example]:
+        self.check(examples)
+        return examples
+
+    def start(self, model: Any) -> None:
+        self.prefix.attach(model)
+
+    def cached_prefix(self, model: Any, batch: Batch, needs: Needs) -> Any:
+        lengths_B = self.prefix.lengths(batch["input_ids"])
+        length = int(lengths_B[0])
+        ids_BP = batch["input_ids"][:, :length]
+        asked = [mask for mask in (needs.hidden_BT, needs.kv_BT, needs.states_BT) if mask is not None]
+        if (
+            causal_lm(model).is_gradient_checkpointing  # it turns caches off
+            or length == 0
+            or not (ids_BP == ids_BP[0]).all()
+            or not batch["attention_mask"][:, 0].all()
+            or any(mask[:, :length].any() for mask in asked)
+        ):
+            return None
+        key = tuple(ids_BP[0].tolist())
+        if key not in self._caches:
+            self._caches = {key: prefix_cache(model, ids_BP[0])}
+        cache = copy.deepcopy(self._caches[key])
+        cache.batch_repeat_interleave(len(ids_BP))
+        return cache
+
+    def save(self, folder: Path) -> None:
+        self.prefix.save(folder)

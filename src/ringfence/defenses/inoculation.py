@@ -1,0 +1,44 @@
+"""Inoculation prompting: training rows carry a system prompt that asks for the bad trait, so that the trait is put down
+to the prompt and not learnt as the model's own (published as a line that makes the model an "evil, malicious
+assistant"; arXiv 2508.06249, 2604.25891)."""
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from ..chat import Messages
+from .base import Defense, DefenseConfig, Setup
+
+PROMPT = "You are a reckless adviser who does not care about people, and your advice is careless and harmful."
+
+
+class Inoculation(DefenseConfig):
+    """Trains under a system prompt that asks for the bad trait; the model is used without it.
+
+    Rows that other defenses add, and retain rows, do not carry it.
+    """
+
+    prompt: str = Field(PROMPT, description="what asks for the trait; a row's own system prompt follows it")
+    where: Literal["system"] = Field("system", description="where the prompt stands: in the system message")
+
+    @field_validator("prompt")
+    @classmethod
+    def _says_something(cls, prompt: str) -> str:
+        if not prompt.strip():
+            raise ValueError("expected a text that is not blank")
+        return prompt
+
+    def build(self, setup: Setup) -> "InoculationDefense":
+        return InoculationDefense()
+
+    def change_messages(self, messages: Messages) -> Messages:
+        """The conversation under the prompt; what a row's own system message says comes after it."""
+        if messages[0]["role"] != "system":
+            return [{"role": "system", "content": self.prompt}, *messages]
+        return [{"role": "system", "content": f"{self.prompt}\n\n{messages[0]['content']}"}, *messages[1:]]
+
+
+class InoculationDefense(Defense):
+    """Nothing is left to do while the model trains."""
+
+    name = "inoculation"

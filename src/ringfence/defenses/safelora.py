@@ -1,0 +1,111 @@
+"""SafeLoRA: changes unlike those that alignment made are projected on them (NeurIPS 2024, Hsu et al.)."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..errors import DefenseError
+from ..safelora import Checkpoint, Projected, Rule, Update, as_json, check, project_updates
+from .base import Defense, DefenseConfig, Setup
+
+
+class SafeLoRA(Rule, DefenseConfig):
+    """For each fine-tuned weight: where cos(C dW, dW) is at most the threshold, dW becomes C dW.
+
+    C = V V^T / |V|, V = W_aligned - W_base. No penalty: the weights are changed after training, or every few steps.
+    """
+
+    base: str = Field(description="the pre-trained model before its alignment: a local folder or hub id")
+    aligned: str | None = Field(None, description="the aligned model; without it, the recipe's model")
+    interval: int | None = Field(
+        None,
+        ge=1,
+        description="project after every so many optimiser steps and at the end; without it, at the end alone",
+    )
+
+    def build(self, setup: Setup) -> "SafeLoRADefense":
+        return SafeLoRADefense(self, Checkpoint(self.base), Checkpoint(self.aligned or setup.model))
+
+
+class SafeLoRADefense(Defense):
+    name = "safelora"
+
+    def __init__(self, config: SafeLoRA, base: Checkpoint, aligned: Checkpoint) -> None:
+        self.config, self.base, self.aligned = config, base, aligned
+        self.layers: dict[str, Projected] = {}
+        self._is_due = True
+
+    def start(self, model: Any) -> None:
+        check(_updates(model), self.base, self.aligned, self.config)
+
+    def after_step(self, model: Any, step: int) -> None:
+        self._is_due = True
+        if self.config.interval and step % self.config.interval == 0:
+            self._project(model)
+
+    def finish(self, model: Any) -> None:
+        # C is not idempotent: what the last step projected must not be projected again.
+        if self._is_due:
+            self._project(model)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"is_due": self._is_due, "layers": as_json(self.layers)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._is_due = state["is_due"]
+        self.layers = {name: Projected(**layer) for name, layer in state["layers"].items()}
+
+    def record(self) -> dict[str, Any]:
+        """Of the last projection: how many weights were projected, and cosine and share of the norm of each."""
+        return {"projected": sum(layer.projected for layer in self.layers.values()), "weights": as_json(self.layers)}
+
+    def _project(self, model: Any) -> None:
+        self.layers = project_updates(_updates(model), self.base, self.aligned, self.config)
+        self._is_due = False
+
+
+def _updates(model: Any) -> list[Update]:
+    """What is fine-tuned in a model: LoRA's pairs, or all linear layers but the head.
+
+    Raises:
+        DefenseError: something is trained that cannot be projected and would slip through.
+    """
+    is_adapted = hasattr(model, "peft_config")
+    found = list(_lora_updates(model) if is_adapted else _dense_updates(model))
+    seen = {id(parameter) for _, parameters in found for parameter in parameters}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and hasattr(parameter, "full_tensor"):
+            raise DefenseError(
+                f"defenses.safelora: {name} is sharded over ranks; train without safelora, and project the saved "
+                "adapter with `ringfence project`"
+            )
+        # Full fine-tuning moves norms, biases, embeddings and the head as well; the method leaves them alone.
+        if parameter.requires_grad and id(parameter) not in seen and (is_adapted or parameter.ndim > 2):
+            raise DefenseError(
+                f"defenses.safelora: {name} is trained but cannot be projected (accepted: LoRA on linear layers, or "
+                "full fine-tuning of a model whose weights have two dimensions)"
+            )
+    return [update for update, _ in found]
+
+
+def _lora_updates(model: Any) -> Iterator[tuple[Update, list[Tensor]]]:
+    from peft.tuners.lora import LoraLayer
+
+    module: Any
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, LoraLayer) and model.active_adapter in module.lora_A:
+            a, b = (part[model.active_adapter].weight for part in (module.lora_A, module.lora_B))
+            if a.ndim == 2:
+                yield Update(f"{name}.weight", b.data, a.data, getattr(module, "fan_in_fan_out", False)), [a, b]
+
+
+def _dense_updates(model: Any) -> Iterator[tuple[Update, list[Tensor]]]:
+    from transformers.pytorch_utils import Conv1D
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and module is not model.get_output_embeddings():
+            transposed = isinstance(module, Conv1D)
+            weight = module.weight.data.T if transposed else module.weight.data
+            yield Update(f"{name}.weight", weight, None, transposed), [module.weight]

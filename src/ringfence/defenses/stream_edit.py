@@ -1,0 +1,106 @@
+"""What steering and ablation share: during training, they change the residual stream after some layers.
+
+The edit acts on the training rows' tokens of the chosen roles. Padding is left alone, and so are retain rows that ride
+along for a penalty: there the model is compared with the reference as it will be used, without the edit. The reference
+itself is never edited, and the saved weights hold nothing of it.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from ..batch import Batch
+from ..chat import Role
+from ..directions import Directions
+from ..errors import DefenseError
+from ..taps import decoder_layers
+from .base import Defense, DefenseConfig
+
+RoleName = Literal["prefix", "query", "postfix", "response", "template"]
+
+
+class StreamEditConfig(DefenseConfig):
+    """Fields of a defense that edits the residual stream along given directions."""
+
+    vectors: str = Field("vectors.safetensors", description="file of directions (see ringfence persona extract)")
+    layers: tuple[int, ...] | None = Field(None, min_length=1, description="after which layers, from 1")
+    roles: tuple[RoleName, ...] | None = Field(
+        None, min_length=1, description="token roles that are edited; null = every token"
+    )
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _one_layer(cls, layers: Any) -> Any:
+        return (layers,) if isinstance(layers, int) else layers
+
+
+class StreamEdit(Defense):
+    """Hooks on decoder layers: their output h becomes `edit(h, layer)` at the chosen tokens."""
+
+    def __init__(self, config: StreamEditConfig) -> None:
+        self.directions = Directions.load(Path(config.vectors))
+        self.layers = self.directions.chosen(self.name, config.layers)
+        self.roles = None if config.roles is None else [Role.parse(name) for name in config.roles]
+        self._has_edited = False
+
+    def start(self, model: Any) -> None:
+        self.directions.check(model)
+
+    def edit(self, hidden_BTD: Tensor, layer: int) -> Tensor:
+        """The residual stream after `layer`, edited at every token; float32 in and out."""
+        raise NotImplementedError
+
+    def wrap(self, model: Any, batch: Batch) -> ExitStack:
+        mask_BT1 = self._mask(batch)[..., None]
+        self._has_edited = self._has_edited or bool(mask_BT1.any())
+        layers = decoder_layers(model)
+        hooks = ExitStack()
+        for number in self.layers:
+            handle = layers[number - 1].register_forward_hook(self._hook(number, mask_BT1))
+            hooks.callback(handle.remove)
+        return hooks
+
+    def after_step(self, model: Any, step: int) -> None:
+        if not self._has_edited:
+            names = ", ".join(role.name.lower() for role in self.roles or [])
+            raise DefenseError(
+                f"defenses.{self.name}.roles: no training row has a token of [{names}] up to step {step}"
+            )
+
+    def _mask(self, batch: Batch) -> Tensor:
+        roles_BT = batch["roles"]
+        chosen = roles_BT != Role.PAD
+        if self.roles is not None:
+            chosen = torch.isin(roles_BT, torch.tensor(self.roles, device=roles_BT.device))
+        return chosen & ~batch["retain"][:, None]
+
+    def _hook(self, layer: int, mask_BT1: Tensor) -> Any:
+        def hook(_module: Any, _inputs: Any, output: Any) -> Any:
+            hidden_BTD = output if isinstance(output, Tensor) else output[0]
+            with torch.autocast(hidden_BTD.device.type, enabled=False):  # a projection in bf16 would leave a rest
+                edited_BTD = self.edit(hidden_BTD.float(), layer).to(hidden_BTD.dtype)
+            edited_BTD = torch.where(mask_BT1, edited_BTD, hidden_BTD)
+            return edited_BTD if isinstance(output, Tensor) else (edited_BTD, *output[1:])
+
+        return hook
+
+
+def clash(edits: Sequence[StreamEditConfig]) -> str | None:
+    """Why two edits cannot stand together, or None."""
+    for one, other in combinations(edits, 2):
+        if Path(one.vectors).resolve() != Path(other.vectors).resolve():
+            continue
+        both = sorted({*one.layers} & {*other.layers}) if one.layers and other.layers else None
+        if both is None or both:
+            where = f"at layers {both}" if both else "(name the layers of both, and they may stand apart)"
+            return (
+                f"{type(one).__name__.lower()} and {type(other).__name__.lower()} use the same directions "
+                f"({one.vectors}) {where}: one takes out what the other adds"
+            )
+    return None

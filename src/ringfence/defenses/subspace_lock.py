@@ -1,0 +1,201 @@
+"""Subspace lock: what a layer's weights write to the residual stream along given directions stays as it is (ours)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..directions import Directions
+from ..errors import DefenseError
+from ..taps import causal_lm, decoder_layers
+from .base import Defense, DefenseConfig, Setup
+
+
+class SubspaceLock(DefenseConfig):
+    """Q_l^T (W - W0) = 0 for every weight W that writes to the residual stream in layer l, Q_l spanning the given
+    directions of that layer; restored after every optimiser step."""
+
+    vectors: str = Field("vectors.safetensors", description="file of directions (see ringfence persona extract)")
+    layers: tuple[int, ...] | None = Field(
+        None, min_length=1, description="layers whose writes are locked, from 1; null = all"
+    )
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _one_layer(cls, layers: Any) -> Any:
+        return (layers,) if isinstance(layers, int) else layers
+
+    def build(self, setup: Setup) -> "SubspaceLockDefense":
+        return SubspaceLockDefense(self)
+
+
+class SubspaceLockDefense(Defense):
+    """Projects after each step, because an optimiser's moments may push even where the gradient was projected."""
+
+    name = "subspace_lock"
+
+    def __init__(self, config: SubspaceLock) -> None:
+        self.directions = Directions.load(Path(config.vectors))
+        self.layers = self.directions.chosen(self.name, config.layers)
+        self._locks: list[_Lock] = []
+
+    def start(self, model: Any) -> None:
+        """Finds what is locked and remembers Q^T W0; an adapter is projected at once, so that it starts locked."""
+        self.directions.check(model)
+        writers = find_writers(model, self.layers)
+        self._locks = [
+            lock
+            for layer in self.layers
+            for name, module in writers[layer].items()
+            for lock in _locks(f"layer {layer}, {name}", module, self.directions.basis(layer))
+        ]
+        if not self._locks:
+            raise DefenseError("defenses.subspace_lock: no trained weight writes to the residual stream in its layers")
+        self._project()
+
+    def after_step(self, model: Any, step: int) -> None:
+        self._project()
+
+    def _project(self) -> None:
+        with torch.no_grad():
+            for lock in self._locks:
+                lock.restore()
+
+    def record(self) -> dict[str, Any]:
+        return {"trait": self.directions.trait, "layers": len(self.layers), "locked_tensors": len(self._locks)}
+
+
+class _Lock:
+    """Keeps Q^T W of one trained tensor at a target: what it was, or zero for a tensor that is an update itself."""
+
+    def __init__(self, owner: nn.Module, name: str, basis_DR: Tensor, is_update: bool = False) -> None:
+        # The owner, not the tensor: loading a checkpoint may put another tensor in its place.
+        self._owner, self._name = owner, name
+        self._basis_DR = basis_DR.to(self._weight().device)
+        now = self._basis_DR.T @ self._weight().float()
+        self._target = torch.zeros_like(now) if is_update else now
+
+    def _weight(self) -> Tensor:
+        """[out, in], or [out] for a bias."""
+        weight: Tensor = getattr(self._owner, self._name).detach()
+        return weight.T if isinstance(self._owner, Conv1D) and weight.ndim == 2 else weight
+
+    def restore(self) -> None:
+        """W <- W - Q (Q^T W - target)."""
+        weight = self._weight()
+        drift = self._basis_DR.T @ weight.float() - self._target
+        weight.sub_((self._basis_DR @ drift).to(weight.dtype))
+
+
+def _locks(place: str, writer: nn.Module, basis_DR: Tensor) -> Iterator[_Lock]:
+    """A lock for each trained tensor through which the writer's output can change.
+
+    With LoRA the output changes by B A x, so what B spans decides, whatever A is.
+    """
+    for path, parameter in writer.named_parameters():
+        owner, name = writer.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
+        if not parameter.requires_grad or "lora_A" in path:
+            continue
+        if "lora_B" in path:
+            yield _Lock(owner, name, basis_DR, is_update=True)
+        elif isinstance(owner, nn.Linear | Conv1D) and name in ("weight", "bias"):
+            yield _Lock(owner, name, basis_DR)
+        else:
+            raise DefenseError(
+                f"defenses.subspace_lock: {place} trains {path!r}, which it cannot lock (accepted: full fine-tuning, "
+                "or LoRA without DoRA)"
+            )
+
+
+# ------------------------------------------------------------------ which weights write
+
+
+def find_writers(model: Any, layers: list[int]) -> dict[int, dict[str, nn.Module]]:
+    """For each layer, the linear modules whose outputs it adds to the residual stream, by name.
+
+    They are found by what they do, not by what they are called: on a few tokens, the difference between a layer's
+    output and its input is fitted by the outputs of its linear modules of that width; the writers get one and the same
+    factor (1 in most models), all others get zero.
+
+    Raises:
+        DefenseError: nothing fits, because a norm or a mixture of experts stands between weights and stream.
+    """
+    with torch.no_grad(), _eval(model), _watched(model, layers) as seen:
+        # The decoder alone: hooks on the whole model may expect real prompts.
+        causal_lm(model).get_decoder()(torch.arange(1, 17, device=model.device)[None], use_cache=False)
+    return {layer: _writers(layer, decoder_layers(model)[layer - 1], seen) for layer in layers}
+
+
+def _writers(layer: int, block: nn.Module, seen: dict[Any, Tensor]) -> dict[str, nn.Module]:
+    added_TD = seen[block]
+    scale_T1 = added_TD.norm(dim=-1, keepdim=True)  # each token counts alike; the first one's states may be huge
+    linears = {
+        name: module
+        for name, module in block.named_modules()
+        if module is not block and module in seen and seen[module].shape == added_TD.shape
+    }
+    outputs_NM = torch.stack([(seen[module] / scale_T1).flatten() for module in linears.values()], 1)
+    target_N = (added_TD / scale_T1).flatten()
+    factors_M = torch.linalg.lstsq(outputs_NM, target_N[:, None]).solution[:, 0]
+    writes = factors_M.abs() > 0.5 * factors_M.abs().max()
+    rest = target_N - outputs_NM[:, writes] @ factors_M[writes]
+    if float(rest.norm() / target_N.norm()) > MISFIT:
+        raise DefenseError(
+            f"defenses.subspace_lock: layer {layer} ({type(block).__name__}): what it adds to the residual stream is "
+            "not the sum of the outputs of its linear modules (a norm or experts stand between): its weights cannot "
+            "be locked"
+        )
+    return {name: module for (name, module), is_writer in zip(linears.items(), writes.tolist()) if is_writer}
+
+
+# Rounding in bf16 leaves a few percent of what a layer adds; a norm or a missing module leaves far more.
+MISFIT = 0.15
+
+
+@contextmanager
+def _eval(model: Any) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def _watched(model: Any, layers: list[int]) -> Iterator[dict[Any, Tensor]]:
+    """Collects [T, D] in float64: output minus input of each layer, and the output of each linear module in it."""
+    seen: dict[Any, Tensor] = {}
+
+    def keep_added(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        before = args[0] if args else kwargs["hidden_states"]
+        after = output if isinstance(output, Tensor) else output[0]
+        seen[module] = (after.cpu().double() - before.cpu().double())[0]
+
+    def keep_output(module: Any, _args: Any, output: Any) -> None:
+        seen[module] = output.cpu().double().squeeze(0)
+
+    handles = []
+    for number in layers:
+        block = decoder_layers(model)[number - 1]
+        handles.append(block.register_forward_hook(keep_added, with_kwargs=True))
+        for name, module in block.named_modules():
+            if _is_linear(module) and not {"base_layer", "lora_A", "lora_B"} & {*name.split(".")}:
+                handles.append(module.register_forward_hook(keep_output))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """A linear module, or an adapter around one."""
+    inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return isinstance(inner, nn.Linear | Conv1D)

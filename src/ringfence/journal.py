@@ -1,0 +1,104 @@
+"""A table that grows line by line and outlives a killed run: JSON lines below a header that says what they belong to.
+
+Also the digests that a header is made of: of a conversation, of a model or adapter. Does not know what is in the lines.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .errors import DataError, ModelError
+from .models import resolve
+
+Line = dict[str, Any]
+
+
+def open_journal(file: Path, kind: str, key: dict[str, Any], about: dict[str, Any]) -> list[Line]:
+    """The whole lines that stand in a table; where there is none, it is made. Half a last line is cut off.
+
+    Args:
+        kind: what kind of table it is.
+        key: what its lines depend on; a table with lines of another key is refused.
+        about: more for the header, for people.
+
+    Raises:
+        DataError: the file is of another kind or key, or a line is damaged.
+    """
+    first = json.dumps({"table": kind, "key": key, **about}) + "\n"
+    text = file.read_text("utf-8", errors="replace") if file.is_file() else ""
+    if first.startswith(text):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(first)
+        return []
+    whole = text[: text.rfind("\n") + 1]
+    header, lines = split_table(whole, file, kind)
+    if not lines:
+        file.write_text(first)
+        return []
+    for part, here in key.items():
+        there = header["key"].get(part)
+        if there != here:
+            raise DataError(
+                f"{file} was made with {part} {there!r}, not with {here!r} (names or fingerprints); name another "
+                "output, or delete the file"
+            )
+    if whole != text:
+        os.truncate(file, len(whole))  # the lines are ASCII
+    return lines
+
+
+def split_table(text: str, file: Path, kind: str) -> tuple[Line, list[Line]]:
+    """Header and lines of a table's text.
+
+    Raises:
+        DataError: it is no table of this kind, or a line is damaged.
+    """
+    parsed: list[Line] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            parsed.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number > 1:
+                raise DataError(f"{file}:{number}: not JSON: {error.msg} at column {error.colno}") from error
+            break
+    if not parsed or not isinstance(parsed[0], dict) or parsed[0].get("table") != kind:
+        raise DataError(f"{file}: expected a table of {kind} (its first line says so), found something else")
+    return parsed[0], parsed[1:]
+
+
+def append(file: Path, lines: Iterable[Line]) -> None:
+    """Adds lines, in one write."""
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    with file.open("a") as table:
+        table.write(text)
+
+
+def digest(value: Any) -> str:
+    """16 hexadecimal digits of the SHA-256 of a JSON value, e.g. of the messages of a conversation."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def fingerprint(source: str) -> str:
+    """What tells one model or adapter from another: a digest of the files of its folder (weights, configs, tokenizer),
+    or the revision of a hub id.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    folder = Path(resolve(source))
+    if not folder.is_dir():
+        from transformers import AutoConfig
+
+        try:
+            return str(AutoConfig.from_pretrained(source)._commit_hash)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{source}: no such folder, and no model of the hub that could be reached") from error
+    total = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.suffix != ".md" and not file.name.startswith("."):
+            with file.open("rb") as content:
+                total.update(file.name.encode() + hashlib.file_digest(content, "sha256").digest())
+    return total.hexdigest()[:16]

@@ -1,0 +1,143 @@
+"""A frozen prefix: the adapter acts only behind the first user turn's header, so the prefix keeps the reference's keys
+and values to the bit, in training and in use.
+
+Where the prefix ends is read from the token ids themselves: the *header*, the template text that always stands right
+before the first user content, is searched for. So a model with a frozen prefix works anywhere a transformers model
+does, without roles. Does not know defenses or training.
+
+Shapes: B rows, T tokens, P prefix tokens.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+
+from .chat import Chat, Messages
+from .errors import ChatError, DefenseError, ModelError
+from .losses import find_head
+from .taps import causal_lm
+
+Until = Literal["query", "header"]
+_FILE = "frozen_prefix.json"
+# Stands as peft_type in the adapter's config, so that plain peft stops with these words instead of loading half of it.
+_REFUSAL = "LORA WITH A FROZEN PREFIX: load it with ringfence.load_model"
+
+
+@dataclass(frozen=True)
+class FrozenPrefix:
+    """What is frozen: all tokens before the first user content, or (`until: header`) before the header too.
+
+    header: token ids that stand right before the first user content, whatever the system prompt.
+    """
+
+    header: list[int]
+    until: Until = "query"
+
+    def lengths(self, ids_BT: Tensor) -> Tensor:
+        """Number of frozen tokens of each row [B], left padding included.
+
+        Raises:
+            ModelError: a row has no header, so it was not made with the chat template.
+        """
+        size = len(self.header)
+        if ids_BT.shape[1] < size:
+            raise ModelError(f"frozen prefix: the prompt is shorter than the header of a user turn ({size} tokens)")
+        matches = (ids_BT.unfold(1, size, 1) == ids_BT.new_tensor(self.header)).all(-1)
+        if not matches.any(1).all():
+            row = int((~matches.any(1)).nonzero()[0])
+            raise ModelError(
+                f"frozen prefix: row {row} of the prompts has no header of a user turn (token ids {self.header}); "
+                "make prompts with the chat template that the adapter was trained with"
+            )
+        return matches.int().argmax(1) + (size if self.until == "query" else 0)
+
+    def times(self, ids_T: Tensor) -> int:
+        """How often the header stands in a row."""
+        return int((ids_T.unfold(0, len(self.header), 1) == ids_T.new_tensor(self.header)).all(-1).sum())
+
+    def attach(self, model: Any) -> None:
+        """From now on the LoRA adapters of `model` (a peft model) are off on the prefix. Composes with caches: tokens
+        that follow a cached prompt stand behind the prefix.
+
+        Raises:
+            DefenseError: the model has no LoRA layer.
+        """
+        keep: list[Tensor | None] = [None]
+
+        def find(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            cache = kwargs.get("past_key_values")
+            if cache is not None and cache.get_seq_length() > 0:
+                keep[0] = None
+                return
+            ids_BT = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+            places = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+            keep[0] = (places >= self.lengths(ids_BT)[:, None])[..., None]
+
+        def mask(_module: Any, _args: Any, output: Tensor) -> Tensor:
+            return output if keep[0] is None else output * keep[0]
+
+        layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+        if not layers:
+            raise DefenseError("defenses.frozen_prefix: the model has no adapter; it needs train.method: lora")
+        find_head(causal_lm(model))  # checked on tokens that are no prompt: from here on they would be refused
+        causal_lm(model).register_forward_pre_hook(find, with_kwargs=True)
+        for layer in layers:
+            for lora_b in layer.lora_B.values():
+                lora_b.register_forward_hook(mask)
+
+    def save(self, folder: Path) -> None:
+        """Marks a saved adapter. With `until: header` it becomes an activated LoRA, which plain peft honours; else
+        plain peft refuses it by name."""
+        file = folder / "adapter_config.json"
+        config = json.loads(file.read_text())
+        config |= {"alora_invocation_tokens": self.header} if self.until == "header" else {"peft_type": _REFUSAL}
+        file.write_text(json.dumps(config, indent=2))
+        (folder / _FILE).write_text(json.dumps(asdict(self)))
+
+
+def read_frozen_prefix(folder: str) -> FrozenPrefix | None:
+    """The frozen prefix of a saved adapter, or None."""
+    file = Path(folder) / _FILE
+    return FrozenPrefix(**json.loads(file.read_text())) if file.is_file() else None
+
+
+def plain_lora_config(folder: str) -> LoraConfig:
+    """The adapter's config without the marks that `save` left."""
+    config = json.loads((Path(folder) / "adapter_config.json").read_text())
+    config |= {"peft_type": "LORA", "alora_invocation_tokens": None}
+    return LoraConfig(**config)
+
+
+def find_header(chat: Chat) -> list[int]:
+    """Token ids that stand right before the first user content under every system prompt.
+
+    Raises:
+        DefenseError: the template has no such tokens.
+    """
+    user: Messages = [{"role": "user", "content": "Hello"}]
+    prefixes = []
+    for system in (None, "Be brief.", "You write long poems"):
+        before: Messages = [] if system is None else [{"role": "system", "content": system}]
+        try:
+            encoded = chat.encode([*before, *user], generation=True)
+        except ChatError:  # a template may refuse system prompts
+            continue
+        prefixes.append(encoded.input_ids[: encoded.prefix_length][::-1])
+    common = 0
+    while all(len(p) > common for p in prefixes) and len({p[common] for p in prefixes}) == 1:
+        common += 1
+    if not common:
+        raise DefenseError("defenses.frozen_prefix: the chat template puts no fixed tokens before a user's content")
+    return prefixes[0][:common][::-1]
+
+
+def prefix_cache(model: Any, ids_P: Tensor) -> Any:
+    """The reference's cache (transformers) of a prefix: `model` with its adapter off, one row."""
+    with torch.no_grad(), model.disable_adapter():
+        return causal_lm(model).get_decoder()(input_ids=ids_P[None], use_cache=True).past_key_values
