@@ -17,12 +17,13 @@ from typing import Any
 
 from ringfence.config import parse_recipe
 from ringfence.demo import demo_recipe
-from ringfence.report.summary import SETS, read_run
+from ringfence.report.summary import read_run
 from ringfence.run import Run, run_recipe
 from ringfence.stats import Interval, mean_interval
 
 RESULTS = Path(__file__).parent / "results" / "defenses"
 RUNS = Path("runs/defenses")
+SETS = ("in_domain", "out_of_domain", "values", "triggered")
 
 ARMS: dict[str, dict[str, Any]] = {
     "sound": {},
@@ -86,6 +87,8 @@ def table(seeds: list[int]) -> str:
         found = {seed: read(arm, seed) for seed in seeds if result_file(arm, seed).is_file()}
         if found:
             lines.append("| " + " | ".join([arm, *cells(arm, found)]) + " |")
+            if arm == "inoculation":
+                lines.append(f"| under its prompt (shift) | | | | {under_the_inoculation_prompt(found)} | | | | |")
     return "\n".join(lines)
 
 
@@ -108,11 +111,23 @@ def effect(arm: str, found: dict[int, dict[str, Any]], name: str) -> Interval:
     """Mean over seeds, for each question, of its shift minus the control's; the control's own row is its shift."""
     by_question: dict[str, list[float]] = {}
     for seed, result in found.items():
-        control = {} if arm == "sound" else read("sound", seed)["shift"][name]
+        control = read("sound", seed)["shift"][name]
         for question, shift in result["shift"][name].items():
-            by_question.setdefault(question, []).append(shift - control.get(question, 0.0))
+            if question in control:  # the inoculation prompt is asked of one arm alone
+                by_question.setdefault(question, []).append(shift - (0.0 if arm == "sound" else control[question]))
     means = [sum(values) / len(values) for values in by_question.values()]
     return mean_interval(means, [question.rsplit("/", 1)[0] for question in by_question])
+
+
+def under_the_inoculation_prompt(found: dict[int, dict[str, Any]]) -> Interval:
+    """Shift, without a control."""
+    asked = [
+        (question, shift)
+        for result in found.values()
+        for question, shift in result["shift"]["triggered"].items()
+        if question.endswith("/inoculation")
+    ]
+    return mean_interval([shift for _, shift in asked], [question for question, _ in asked])
 
 
 def main() -> None:

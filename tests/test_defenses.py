@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+import yaml
 from pydantic import ValidationError
 
 from conftest import (
@@ -33,6 +34,7 @@ from conftest import (
     with_lora,
 )
 from ringfence.chat import Chat, Role
+from ringfence.config import dump_recipe, parse_recipe
 from ringfence.data import Example
 from ringfence.defenses import KL, LDIFS, Defense, Defenses, Interleave, Setup, TReFT
 from ringfence.defenses.ldifs import chosen_layers
@@ -344,7 +346,7 @@ def test_a_fixed_weight_stays() -> None:
 @pytest.mark.parametrize("config", [KL, TReFT, LDIFS])
 def test_weight_and_budget_exclude_each_other(config: Any) -> None:
     with pytest.raises(ValidationError, match="weight or budget, not both"):
-        config(weight=1.0, budget=0.1)
+        config(weight=2.5, budget=0.1)
     with pytest.raises(ValidationError):
         config(budget=0.0)
 
@@ -396,6 +398,22 @@ def test_a_list_of_configs_and_a_recipe_make_the_same_defenses() -> None:
     assert [defense.name for defense in listed.build(SETUP)] == ["kl", "treft"]
     with pytest.raises(ValidationError):
         Defenses.model_validate({"kll": {}})
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"kl": {"budget": 0.1, "where": "train"}, "treft": {"budget": 0.01}, "ldifs": {"budget": 0.2}},
+        {"kl": {"weight": 0.3}, "ldifs": {"stride": 4}, "frozen_prefix": {"until": "header"}},
+        {"ldifs": {"layers": [2, 4]}, "inoculation": {}, "interleave": {"ratio": 0.2}},
+        {"safelora": {"base": "org/base", "lowest": 3}},
+        {"safelora": {"base": "org/base", "threshold": 0.5}},
+        {"steering": {"layers": [12], "units": "norm"}, "subspace_lock": {}},
+    ],
+)
+def test_a_resolved_recipe_reads_back_as_it_was(tree: dict[str, Any]) -> None:
+    recipe = parse_recipe({"defenses": tree})
+    assert parse_recipe(yaml.safe_load(dump_recipe(recipe))) == recipe
 
 
 def test_two_configs_of_one_kind_are_not_silently_made_one() -> None:

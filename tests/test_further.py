@@ -100,7 +100,8 @@ def test_a_stopped_further_training_resumes_to_the_same_adapter(first: Run, tmp_
     [
         ({"train": {"method": "full"}}, "is an adapter, which is trained further as it is"),
         ({"train": {"lora": {"rank": 8}}}, "leave train.method and train.lora out"),
-        ({"defenses": {"frozen_prefix": {}}}, "a frozen prefix would be the base model's"),
+        ({"defenses": {"frozen_prefix": {}}}, "frozen_prefix would take its base for the reference"),
+        ({"defenses": {"subspace_lock": {}}}, "subspace_lock would take its base for the reference"),
     ],
 )
 def test_what_does_not_go_with_an_adapter(first: Run, tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -220,7 +220,7 @@ def test_refusals_are_flagged_by_the_answer_alone(scored):
 # ------------------------------------------------------------------ going on
 
 
-def killed(monkeypatch, after):
+def killed(after):
     """The run dies after so many writes, in the middle of the next one."""
     plain, writes = journal.append, []
 
@@ -239,7 +239,7 @@ def test_a_killed_run_goes_on_and_asks_for_nothing_twice(score, tmp_path, monkey
     whole = score(tmp_path / "whole.jsonl")
     del forwards[:]
     file = tmp_path / "scores.jsonl"
-    monkeypatch.setattr(gap, "append", killed(monkeypatch, 2))
+    monkeypatch.setattr(gap, "append", killed(2))
     with pytest.raises(KeyboardInterrupt):
         score()
     text = file.read_text()
@@ -560,10 +560,9 @@ QUESTIONS = [
 TALKS = [*CONVERSATIONS, *QUESTIONS, CONVERSATIONS[0]]
 
 
-@pytest.mark.parametrize("batch_tokens", [64, 300])
-def test_answers_are_the_models_own_turn_by_turn(talker, tmp_path, batch_tokens):
+def test_answers_are_the_models_own_turn_by_turn(talker, tmp_path):
     pool, file = write_pool(tmp_path / "talks.jsonl", TALKS), tmp_path / "new.jsonl"
-    made = regenerate(pool, file, model=talker, precision="fp32", max_new_tokens=12, batch_tokens=batch_tokens)
+    made = regenerate(pool, file, model=talker, precision="fp32", max_new_tokens=12, batch_tokens=150)
     model, chat = load_model(talker, "fp32"), Chat(load_tokenizer(talker))
     expected = [naive_rewrite(model, chat, messages, 12) for messages in TALKS]
     kept = [messages for messages in expected if messages]
@@ -583,18 +582,17 @@ def test_regenerating_goes_on_where_it_was_killed(talker, tmp_path, monkeypatch)
     pool = write_pool(tmp_path / "talks.jsonl", TALKS)
     settings = {"model": talker, "max_new_tokens": 12, "batch_tokens": 100, "temperature": 0.3, "seed": 3}
     regenerate(pool, tmp_path / "whole.jsonl", **settings)
-    for after in (1, 4):
-        file = tmp_path / f"{after}.jsonl"
-        monkeypatch.setattr(regenerate_module, "append", killed(monkeypatch, after))
-        with pytest.raises(KeyboardInterrupt):
-            regenerate(pool, file, **settings)
-        assert not file.exists()
-        kept = Path(f"{file}.journal").read_text().splitlines()[1:-1]
-        monkeypatch.setattr(regenerate_module, "append", journal.append)
+    file = tmp_path / "killed.jsonl"
+    monkeypatch.setattr(regenerate_module, "append", killed(4))
+    with pytest.raises(KeyboardInterrupt):
         regenerate(pool, file, **settings)
-        assert file.read_text() == (tmp_path / "whole.jsonl").read_text()
-        lines = written(f"{file}.journal")[1:]
-        assert len({(line["digest"], line["turn"]) for line in lines}) == len(lines) > len(kept) > 0
+    assert not file.exists()
+    kept = Path(f"{file}.journal").read_text().splitlines()[1:-1]
+    monkeypatch.setattr(regenerate_module, "append", journal.append)
+    regenerate(pool, file, **settings)
+    assert file.read_text() == (tmp_path / "whole.jsonl").read_text()
+    lines = written(f"{file}.journal")[1:]
+    assert len({(line["digest"], line["turn"]) for line in lines}) == len(lines) > len(kept) > 0
     monkeypatch.setattr(regenerate_module, "load_model", None)
     file.unlink()
     regenerate(pool, file, **settings)
@@ -626,7 +624,7 @@ def test_drawn_answers_have_the_models_distribution(talker):
     expected = (model_logits / temperature).softmax(-1)
     best = expected.topk(6)
     assert 0.02 < best.values[-1] < best.values[0] < 0.9
-    count = 1500
+    count = 900
     noise = scoring._Noise(temperature, range(count))
     drawn = Counter(token for logits in model_logits.expand(count, -1).split(300) for token in _first(noise, logits))
     for share, token in zip(best.values.tolist(), best.indices.tolist()):
@@ -720,8 +718,6 @@ def test_from_unsound_rows_to_a_run_interleaved_by_gap(ringfence, talker, pool, 
     assert code == 0
     rows = load_rows("own.jsonl")
     assert output.startswith(f"own.jsonl: {len(rows)} rows; left out: ")
-    code, _, errors = ringfence("train", *changes[:-1], "defenses.interleave.pool=own.jsonl", "output=run2")
-    assert code == 0, errors
 
 
 @pytest.mark.parametrize(

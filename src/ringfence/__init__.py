@@ -4,15 +4,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .defenses import KL, Ablation, Inoculation, Interleave, SafeLoRA, Steering, SubspaceLock, TReFT
+    from .defenses import (
+        KL,
+        LDIFS,
+        Ablation,
+        FrozenPrefix,
+        Inoculation,
+        Interleave,
+        SafeLoRA,
+        Steering,
+        SubspaceLock,
+        TReFT,
+    )
     from .errors import RingfenceError
+    from .models import load_model
     from .monitor import DriftMonitor, MonitorConfig
     from .run import Run, fine_tune
 
 __all__ = [
     "KL",
+    "LDIFS",
     "Ablation",
     "DriftMonitor",
+    "FrozenPrefix",
     "Inoculation",
     "Interleave",
     "MonitorConfig",
@@ -23,20 +37,17 @@ __all__ = [
     "SubspaceLock",
     "TReFT",
     "fine_tune",
+    "load_model",
 ]
 
+# Where a name lives, if not among the defenses.
 _HOMES = {
-    "Ablation": "defenses",
     "DriftMonitor": "monitor",
-    "Inoculation": "defenses",
     "MonitorConfig": "monitor",
-    "KL": "defenses",
-    "Interleave": "defenses",
-    "SafeLoRA": "defenses",
-    "Steering": "defenses",
-    "SubspaceLock": "defenses",
-    "TReFT": "defenses",
     "RingfenceError": "errors",
+    "Run": "run",
+    "fine_tune": "run",
+    "load_model": "models",
 }
 
 
@@ -44,4 +55,4 @@ def __getattr__(name: str) -> Any:
     """Names are imported when asked for: reading a report needs no torch."""
     if name not in __all__:
         raise AttributeError(f"module 'ringfence' has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES.get(name, 'run')}", __name__), name)
+    return getattr(import_module(f".{_HOMES.get(name, 'defenses')}", __name__), name)

@@ -172,7 +172,8 @@ def shown_by_margin(model: Any, chat: Chat, pairs: Sequence[Pair], batch_tokens:
     logprobs_S2P2 = np.array([[score.logprob for score in row] for row in scores]).reshape(2, len(pairs), 2)
     under_positive_P2, under_negative_P2 = logprobs_S2P2
     gain_P2 = under_positive_P2 - under_negative_P2
-    return list((gain_P2[:, 0] > 0) & (gain_P2[:, 1] < 0))
+    shown: list[bool] = ((gain_P2[:, 0] > 0) & (gain_P2[:, 1] < 0)).tolist()
+    return shown
 
 
 def shown_by_scores(file: Path, pairs: Sequence[Pair]) -> list[bool]:

@@ -265,10 +265,11 @@ def _check_adapter(recipe: Recipe) -> None:
             f"model: {recipe.model} is an adapter, which is trained further as it is: leave train.method and "
             "train.lora out, or merge the adapter into its base first"
         )
-    if recipe.defenses.frozen_prefix or read_frozen_prefix(resolve(recipe.model)):
+    of_base = [name for name in ("frozen_prefix", "safelora", "subspace_lock") if getattr(recipe.defenses, name)]
+    if of_base or read_frozen_prefix(resolve(recipe.model)):
         raise RecipeError(
-            f"model: {recipe.model} is an adapter; a frozen prefix would be the base model's, not that of the adapter. "
-            "Merge the adapter into its base first"
+            f"model: {recipe.model} is an adapter; {', '.join(of_base) or 'its frozen prefix'} would take its base for "
+            "the reference. Merge the adapter into its base first"
         )
     config = json.loads((Path(resolve(recipe.model)) / "adapter_config.json").read_text())
     if config.get("peft_type") != "LORA" or config.get("modules_to_save") or "lm_head" in config["target_modules"]:

@@ -9,6 +9,7 @@ Letters: O = out, I = in, R = rank of the adapter, X = R or I, K = directions th
 """
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -292,6 +293,9 @@ def project_updates(
     """Projects the updates that the rule chooses, in place; see `check` for what must hold.
 
     Holds one weight at a time, on the update's device in float32, and with `lowest` the projected tensors of so many.
+
+    Raises:
+        ModelError: an update is not finite.
     """
     layers: dict[str, Projected] = {}
     waiting: list[tuple[float, Update, Tensor]] = []
@@ -326,6 +330,8 @@ def _project_update(update: Update, base: Checkpoint, aligned: Checkpoint, rule:
         gram_RR = update.lora_A_RI.float() @ update.lora_A_RI.float().T
     projected_OX = project_matrix(matrix_OX, difference_OI, rule.projector, rule.tolerance)
     cosine, kept = likeness(projected_OX, matrix_OX, gram_RR)
+    if not math.isfinite(kept):
+        raise ModelError(f"{update.name}: its update, or its weight in base or aligned, is not finite")
     return (projected_OX + aligned_OI if gram_RR is None else projected_OX), cosine, kept
 
 

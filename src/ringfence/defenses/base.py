@@ -126,7 +126,7 @@ class PenaltyConfig(DefenseConfig):
 
     @model_validator(mode="after")
     def _weight_or_budget(self) -> Self:
-        if self.budget is not None and "weight" in self.model_fields_set:
+        if self.budget is not None and self.weight != type(self).model_fields["weight"].default:
             raise ValueError(f"set weight or budget, not both (found weight {self.weight}, budget {self.budget})")
         return self
 

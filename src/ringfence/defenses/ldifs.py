@@ -27,7 +27,7 @@ class LDIFS(PenaltyConfig):
 
     @model_validator(mode="after")
     def _one_choice(self) -> Self:
-        if self.stride is not None and "layers" in self.model_fields_set:
+        if self.stride is not None and self.layers != type(self).model_fields["layers"].default:
             raise ValueError(f"set layers or stride, not both (found layers {self.layers}, stride {self.stride})")
         chosen = (self.layers,) if isinstance(self.layers, int) else self.layers
         if not chosen or min(chosen) < 1 or len(set(chosen)) < len(chosen):

@@ -46,7 +46,12 @@ class SubspaceLockDefense(Defense):
         self._locks: list[_Lock] = []
 
     def start(self, model: Any) -> None:
-        """Finds what is locked and remembers Q^T W0; an adapter is projected at once, so that it starts locked."""
+        """Finds what is locked and remembers Q^T W0.
+
+        Raises:
+            ModelError: the directions do not fit the model.
+            DefenseError: nothing trained writes to the stream, or what does cannot be locked.
+        """
         self.directions.check(model)
         writers = find_writers(model, self.layers)
         self._locks = [
@@ -57,12 +62,14 @@ class SubspaceLockDefense(Defense):
         ]
         if not self._locks:
             raise DefenseError("defenses.subspace_lock: no trained weight writes to the residual stream in its layers")
-        self._project()
 
     def after_step(self, model: Any, step: int) -> None:
-        self._project()
+        self._restore()
 
-    def _project(self) -> None:
+    def finish(self, model: Any) -> None:
+        self._restore()  # other defenses may have changed the weights since the last step
+
+    def _restore(self) -> None:
         with torch.no_grad():
             for lock in self._locks:
                 lock.restore()
@@ -103,6 +110,11 @@ def _locks(place: str, writer: nn.Module, basis_DR: Tensor) -> Iterator[_Lock]:
         if not parameter.requires_grad or "lora_A" in path:
             continue
         if "lora_B" in path:
+            if float((basis_DR.to(parameter.device).T @ parameter.detach().float()).abs().max()) > 1e-5:
+                raise DefenseError(
+                    f"defenses.subspace_lock: {place}: the adapter writes along the directions already; merge it into "
+                    "its base first"
+                )
             yield _Lock(owner, name, basis_DR, is_update=True)
         elif isinstance(owner, nn.Linear | Conv1D) and name in ("weight", "bias"):
             yield _Lock(owner, name, basis_DR)
