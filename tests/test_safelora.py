@@ -546,7 +546,6 @@ def test_what_cannot_be_projected_does_not_slip_through(config: dict[str, Any], 
     ("fields", "message"),
     [
         ({"base": "b", "threshold": 0.2, "lowest": 3}, "not both .found threshold 0.2, lowest 3"),
-        ({}, "base"),
         ({"base": "b", "threshold": 1.5}, "less than or equal to 1"),
         ({"base": "b", "lowest": 0}, "greater than or equal to 1"),
         ({"base": "b", "interval": 0}, "greater than or equal to 1"),
@@ -560,6 +559,11 @@ def test_wrong_fields(fields: dict[str, Any], message: str) -> None:
         SafeLoRA(**fields)
     with pytest.raises(RecipeError, match=r"defenses\.safelora"):
         parse_recipe({"defenses": {"safelora": fields}})
+
+
+def test_a_base_must_be_named() -> None:
+    with pytest.raises(DefenseError, match=r"defenses\.safelora: base is missing"):
+        SafeLoRA().build(Setup(cast(Chat, None), [], lambda _: [], "model"))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from transformers import (
     GPTNeoXForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
 )
 
 from conftest import PAD, VOCABULARY, is_adapted, tiny, training_rows, with_lora
@@ -190,6 +192,21 @@ def granite() -> Any:
     return GraniteForCausalLM(GraniteConfig(residual_multiplier=0.22, initializer_range=0.3, **sizes, **SMALL)).eval()
 
 
+def huge_entries() -> Any:
+    """In bf16, with entries a thousand times the others in the stream, as trained models have them."""
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, [3, 17]] *= 1000
+    return model.to(torch.bfloat16)
+
+
+def mixtral() -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MixtralConfig(num_key_value_heads=2, num_local_experts=4, initializer_range=0.3, **sizes, **SMALL)
+    return MixtralForCausalLM(config).eval()
+
+
 USUAL = {"self_attn.o_proj", "mlp.down_proj"}
 MODELS: dict[str, tuple[Any, set[str]]] = {
     "llama": (lambda: tiny("llama"), USUAL),
@@ -197,6 +214,7 @@ MODELS: dict[str, tuple[Any, set[str]]] = {
     "parallel blocks": (lambda: tiny("cohere"), USUAL),
     "residual multiplier": (granite, USUAL),
     "bf16": (lambda: tiny("llama").to(torch.bfloat16), USUAL),
+    "bf16 with huge entries": (huge_entries, USUAL),
     "adapted": (lambda: with_lora(tiny("llama")), USUAL),
     "conv1d": (gpt2, {"attn.c_proj", "mlp.c_proj"}),
     "neox": (neox, {"attention.dense", "mlp.dense_4h_to_h"}),
@@ -217,9 +235,18 @@ def test_writers_are_found_by_what_they_do(name: str, training: bool) -> None:
     assert not any(module._forward_hooks for module in causal_lm(model).modules())
 
 
-def test_a_norm_between_weights_and_stream_is_refused() -> None:
-    with pytest.raises(DefenseError, match=r"layer 1 \(Gemma2DecoderLayer\): what it adds .* cannot be locked"):
-        find_writers(tiny("gemma2"), [1, 2])
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda: tiny("gemma2"), "Gemma2DecoderLayer"),
+        (lambda: tiny("gemma2").to(torch.bfloat16), "Gemma2DecoderLayer"),
+        (mixtral, "MixtralDecoderLayer"),
+    ],
+    ids=["norm", "norm in bf16", "experts"],
+)
+def test_what_stands_between_weights_and_stream_is_refused(make: Any, kind: str) -> None:
+    with pytest.raises(DefenseError, match=rf"layer 1 \({kind}\): what it adds .* cannot be locked"):
+        find_writers(make(), [1, 2])
 
 
 def test_weights_and_biases_of_conv1d_are_locked_along_their_output(tmp_path: Path) -> None:

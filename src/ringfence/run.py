@@ -354,6 +354,7 @@ def _train(trainer: Any, run: Run, recipe: Recipe) -> None:
         if done < steps:
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         else:
+            trainer.start_defenses(str(last))
             trainer._load_from_checkpoint(str(last))
     if stopped and trainer.state.global_step < steps:
         raise Interrupted(

@@ -178,19 +178,24 @@ class DefendedTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """Trains, from a checkpoint folder if given; see transformers' Trainer."""
         step = 0
-        for defense in self.defenses:
-            defense.start(self.model)
+        self.start_defenses(resume_from_checkpoint)
         if resume_from_checkpoint:
             step = json.loads((Path(resume_from_checkpoint) / "trainer_state.json").read_text())["global_step"]
-            states = json.loads((Path(resume_from_checkpoint) / "defenses.json").read_text())
-            for defense in self.defenses:
-                defense.load_state_dict(states[defense.name])
         self._started = time.monotonic()
         if self.is_world_process_zero():
             self._started -= _drop_lines_after(self.log_file, step)
         # Autocast takes inputs in any type; peft would copy each to fp32 first, and autocast back to bf16.
         with disable_input_dtype_casting(cast(nn.Module, self.model), active=self.args.bf16):
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def start_defenses(self, checkpoint: str | None) -> None:
+        """Before any weight is trained or loaded."""
+        for defense in self.defenses:
+            defense.start(self.model)
+        if checkpoint:
+            states = json.loads((Path(checkpoint) / "defenses.json").read_text())
+            for defense in self.defenses:
+                defense.load_state_dict(states[defense.name])
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -17,7 +17,9 @@ class SafeLoRA(Rule, DefenseConfig):
     C = V V^T / |V|, V = W_aligned - W_base. No penalty: the weights are changed after training, or every few steps.
     """
 
-    base: str = Field(description="the pre-trained model before its alignment: a local folder or hub id")
+    base: str | None = Field(
+        None, description="required: the pre-trained model before its alignment, a local folder or hub id"
+    )
     aligned: str | None = Field(None, description="the aligned model; without it, the recipe's model")
     interval: int | None = Field(
         None,
@@ -26,6 +28,11 @@ class SafeLoRA(Rule, DefenseConfig):
     )
 
     def build(self, setup: Setup) -> "SafeLoRADefense":
+        if not self.base:
+            raise DefenseError(
+                "defenses.safelora: base is missing; name the pre-trained model before its alignment (a local folder "
+                "or hub id)"
+            )
         return SafeLoRADefense(self, Checkpoint(self.base), Checkpoint(self.aligned or setup.model))
 
 
@@ -93,10 +100,11 @@ def _updates(model: Any) -> list[Update]:
 def _lora_updates(model: Any) -> Iterator[tuple[Update, list[Tensor]]]:
     from peft.tuners.lora import LoraLayer
 
-    module: Any
+    adapter = model.active_adapter
     for name, module in model.get_base_model().named_modules():
-        if isinstance(module, LoraLayer) and model.active_adapter in module.lora_A:
-            a, b = (part[model.active_adapter].weight for part in (module.lora_A, module.lora_B))
+        if isinstance(module, LoraLayer) and adapter in module.lora_A:
+            parts: list[Any] = [module.lora_A[adapter], module.lora_B[adapter]]
+            a, b = (part.weight for part in parts)
             if a.ndim == 2:
                 yield Update(f"{name}.weight", b.data, a.data, getattr(module, "fan_in_fan_out", False)), [a, b]
 
