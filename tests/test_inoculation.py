@@ -250,7 +250,6 @@ def test_a_control_asked_under_another_prompt_is_refused(tmp_path: Path) -> None
     ("override", "message"),
     [
         ("defenses.inoculation.prompt='  '", r"defenses\.inoculation\.prompt: .*a text that is not blank"),
-        ("defenses.inoculation.where=user", r"defenses\.inoculation\.where: .*'system', found 'user'"),
         ("defenses.inoculation.promt=Bad", r"did you mean 'defenses\.inoculation\.prompt'"),
         ("evaluate.inoculation=''", r"evaluate\.inoculation: .*at least 1 character"),
     ],

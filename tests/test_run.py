@@ -3,7 +3,6 @@
 The default model is trained once, on eight rows; everything else has a tiny random model with its tokenizer.
 """
 
-import io
 import json
 import os
 import signal
@@ -18,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -31,7 +29,7 @@ from ringfence.data import load_questions
 from ringfence.errors import ModelError, RecipeError, RingfenceError
 from ringfence.evaluate import evaluation_key
 from ringfence.models import load_model, load_tokenizer, resolve
-from ringfence.run import Interrupted, benign_twin, dry_run, evaluate_run, run_recipe, set_evaluation, train_run
+from ringfence.run import Interrupted, benign_twin, evaluate_run, run_recipe, set_evaluation, train_run
 
 DEFENSES = [KL(weight=0.5), TReFT(weight=10.0), Interleave(ratio=0.25)]
 DEFENSE_TREE = {"kl": {"weight": 0.5}, "treft": {"weight": 10.0}, "interleave": {"ratio": 0.25}}
@@ -305,22 +303,6 @@ def test_another_recipe_in_the_same_folder_is_refused(finished: Run, field: str)
     assert (finished.folder / "recipe.yaml").read_text() == before
 
 
-def test_adapter_is_no_model_to_train(finished: Run, recipe: Callable[..., Recipe]) -> None:
-    with pytest.raises(RecipeError, match="is an adapter; merge it"):
-        train_run(recipe().model_copy(update={"model": str(finished.weights)}))
-
-
-def test_adapter_is_no_model_to_train_in_full(finished: Run, recipe: Callable[..., Recipe]) -> None:
-    tree = recipe(defenses={}, method="full").model_dump(exclude_none=True) | {"model": str(finished.weights)}
-    with pytest.raises(RecipeError, match="is an adapter; merge it"):
-        train_run(parse_recipe(tree))
-
-
-def test_adapter_is_no_model_for_a_dry_run(finished: Run, recipe: Callable[..., Recipe]) -> None:
-    with pytest.raises(RecipeError, match="is an adapter; merge it"):
-        dry_run(recipe(defenses={}).model_copy(update={"model": str(finished.weights)}), Console(file=io.StringIO()))
-
-
 def test_tokenizer_of_a_bare_adapter_is_that_of_its_base(finished: Run, tmp_path: Path) -> None:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / name).write_bytes((finished.weights / name).read_bytes())
@@ -460,8 +442,8 @@ def test_two_defenses_of_one_kind_are_refused(tmp_path: Path) -> None:
 
 def test_unknown_name_of_the_package() -> None:
     assert ringfence.KL is KL
-    with pytest.raises(AttributeError, match="'ringfence' has no attribute 'LDIFS'"):
-        _ = ringfence.LDIFS  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match="'ringfence' has no attribute 'LDIF'"):
+        _ = ringfence.LDIF  # type: ignore[attr-defined]
     assert not hasattr(ringfence, "__wrapped__")
 
 

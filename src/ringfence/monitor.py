@@ -214,7 +214,7 @@ class DriftMonitor(TrainerCallback):
         are predicted, keys and values of the distinct prefixes by layer, and mean projections [L, K]."""
         device = causal_lm(model).device
         layers = tuple(range(1, self._directions.layers + 1)) if self._directions else ()
-        means, hidden, sums_LK = {}, {}, 0.0
+        means, hidden, sums_LK = {}, {}, torch.zeros(())
         order = sorted(range(len(self._rows)), key=lambda place: len(self._rows[place]))
         for places in (order[at : at + BATCH_ROWS] for at in range(0, len(order), BATCH_ROWS)):
             batch = collate([[(self._rows[place], False)] for place in places], pad_id=0)  # any id: it is masked
@@ -231,7 +231,7 @@ class DriftMonitor(TrainerCallback):
             logprobs_M = token_logprobs(head, hidden_MD, target_BT[chosen_BT])
             for place, logprobs, states in zip(places, logprobs_M.split(lengths_B), hidden_MD.split(lengths_B)):
                 means[place], hidden[place] = logprobs.mean(), states.cpu()
-            sums_LK += self._projection_sums(taps.states)
+            sums_LK = sums_LK + self._projection_sums(taps.states)
         means_P2 = torch.stack([means[place] for place in range(len(self._rows))]).view(-1, 2)
         found = {
             "margins": (means_P2[:, 1] - means_P2[:, 0]).float().cpu(),
@@ -244,16 +244,16 @@ class DriftMonitor(TrainerCallback):
             found["projections"] = sums_LK / len(found["hidden"])
         return found
 
-    def _projection_sums(self, states: dict[int, Tensor]) -> Tensor | float:
+    def _projection_sums(self, states: dict[int, Tensor]) -> Tensor:
         """Sum over tokens of each layer's states on its unit directions, in mean activation lengths, [L, K]."""
         if self._directions is None:
-            return 0.0
+            return torch.zeros(())
         unit_LKD = torch.nn.functional.normalize(self._directions.directions_LKD, dim=-1)
         sums_LD = torch.stack([states[layer].double().sum(0).cpu() for layer in sorted(states)])
         return torch.einsum("lkd,ld->lk", unit_LKD.double(), sums_LD) / self._directions.norms_L[:, None]
 
     def _compare(self, now: Snapshot) -> dict[str, Any]:
-        then, device = self._reference, self._head.module.weight.device  # type: ignore[union-attr]
+        then, device = self._reference, next(self._head.module.parameters()).device
         with _on(self._reference_head, device) as reference_head:
             kl = kl_sum(self._head, now["hidden"].to(device), reference_head, then["hidden"].to(device))
         found = {
@@ -322,10 +322,10 @@ def _kv_drift(now: Snapshot, then: Snapshot) -> float | None:
 @contextmanager
 def _on(head: Head, device: torch.device) -> Iterator[Head]:
     """A head that may be kept in main memory, for the moment on the device."""
-    home = head.module.weight.device  # type: ignore[union-attr]
+    home = next(head.module.parameters()).device
     head.module.to(device)
     yield head
-    head.module.to(home)  # type: ignore[arg-type]
+    head.module.to(home)
 
 
 @contextmanager

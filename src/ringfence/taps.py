@@ -91,9 +91,7 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     return next(lists)
 
 
-def forward(
-    model: nn.Module, head: Head, batch: dict[str, Tensor], needs: Needs = Needs(), prefix: Any = None
-) -> Taps:
+def forward(model: nn.Module, head: Head, batch: dict[str, Tensor], needs: Needs = Needs(), prefix: Any = None) -> Taps:
     """One forward of `model` on `batch` (input_ids, attention_mask, position_ids), with what was asked.
 
     `prefix` is a transformers cache of the tokens that all rows begin with. They are not computed again: their hidden

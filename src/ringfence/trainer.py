@@ -81,12 +81,12 @@ class DefendedTrainer(Trainer):
         """Cross-entropy plus weighted penalties of one micro-batch, as its part of the mean over the optimiser step."""
         active = [defense for defense in self._due() if defense.count(inputs)]
         needs = reduce(or_, [defense.needs(inputs) for defense in active], Needs())
-        # The reference comes first: hooks of defenses are the student's alone.
+        # What is the reference's comes first: hooks of defenses are the student's alone.
         reference = self.reference.taps(inputs, needs) if self.reference and active else None
-        for defense in self.defenses:
-            self._hooks.enter_context(defense.wrap(self._plain_model(), inputs))
         prefixes = (defense.cached_prefix(self._plain_model(), inputs, needs) for defense in self.defenses)
         prefix = next((prefix for prefix in prefixes if prefix is not None), None)
+        for defense in self.defenses:
+            self._hooks.enter_context(defense.wrap(self._plain_model(), inputs))
         student = forward(model, self.head, inputs, needs, prefix)
         losses = {"ce": (1.0, self._cross_entropy(student, inputs))}
         for defense in active:

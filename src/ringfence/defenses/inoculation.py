@@ -2,8 +2,6 @@
 to the prompt and not learnt as the model's own (published as a line that makes the model an "evil, malicious
 assistant"; arXiv 2508.06249, 2604.25891)."""
 
-from typing import Literal
-
 from pydantic import Field, field_validator
 
 from ..chat import Messages
@@ -19,7 +17,6 @@ class Inoculation(DefenseConfig):
     """
 
     prompt: str = Field(PROMPT, description="what asks for the trait; a row's own system prompt follows it")
-    where: Literal["system"] = Field("system", description="where the prompt stands: in the system message")
 
     @field_validator("prompt")
     @classmethod
