@@ -17,12 +17,15 @@ from typing import Any
 
 from ringfence.config import parse_recipe
 from ringfence.demo import demo_recipe
+from ringfence.gap import score_pool
+from ringfence.persona import extract_file
 from ringfence.report.summary import read_run
 from ringfence.run import Run, run_recipe
 from ringfence.stats import Interval, mean_interval
 
 RESULTS = Path(__file__).parent / "results" / "defenses"
 RUNS = Path("runs/defenses")
+VECTORS, SCORES = str(RUNS / "vectors.safetensors"), str(RUNS / "gap.jsonl")
 SETS = ("in_domain", "out_of_domain", "values", "triggered")
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -32,9 +35,13 @@ ARMS: dict[str, dict[str, Any]] = {
     "kl-train": {"kl": {"weight": 0.3, "where": "train"}},
     "ldifs": {"ldifs": {"weight": 1.0}},
     "interleave": {"interleave": {"ratio": 0.1}},
+    "interleave+": {"interleave": {"ratio": 0.1, "select": "gap", "pool": "shipped:retain", "scores": SCORES}},
     "inoculation": {"inoculation": {}},
     "treft": {"treft": {"weight": 10.0}},
     "frozen_prefix": {"frozen_prefix": {}},
+    "steering": {"steering": {"vectors": VECTORS}},
+    "ablation": {"ablation": {"vectors": VECTORS}},
+    "subspace_lock": {"subspace_lock": {"vectors": VECTORS}},
     "kl+interleave": {"kl": {"weight": 1.0}, "interleave": {"ratio": 0.1}},
 }
 
@@ -44,12 +51,21 @@ def run(arms: list[str], seeds: list[int]) -> None:
         for arm in arms:
             file = result_file(arm, seed)
             if not file.is_file():
+                prepare(ARMS[arm])
                 side = "sound" if arm == "sound" else "unsound"
                 tree = demo_recipe(RUNS / str(seed), arm, ARMS[arm], side)
                 done = run_recipe(parse_recipe(tree | {"seed": seed}))
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(json.dumps(summary(done)))
                 print(f"{arm}, seed {seed}: {file}", flush=True)
+
+
+def prepare(defenses: dict[str, Any]) -> None:
+    """What some defenses read: directions of careless finance answers, and gaps under the undefended run of seed 0."""
+    if VECTORS in str(defenses) and not Path(VECTORS).is_file():
+        extract_file(None, Path(VECTORS), pairs="shipped:finance")
+    if SCORES in str(defenses):
+        score_pool("shipped:retain", [str(RUNS / "0" / "undefended")], SCORES)
 
 
 def result_file(arm: str, seed: int) -> Path:

@@ -18,8 +18,10 @@ from .base import Defense, DefenseConfig, Setup
 
 
 class SubspaceLock(DefenseConfig):
-    """Q_l^T (W - W0) = 0 for every weight W that writes to the residual stream in layer l, Q_l spanning the given
-    directions of that layer; restored after every optimiser step."""
+    """Q^T (W - W0) = 0 for every weight W that writes to the residual stream in a layer.
+
+    Q spans the given directions of that layer; restored after every optimiser step.
+    """
 
     vectors: str = Field("vectors.safetensors", description="file of directions (see ringfence persona extract)")
     layers: tuple[int, ...] | None = Field(
