@@ -57,11 +57,11 @@ def pareto(rows: list[Row]) -> bytes:
             x, y = row.sets["in_domain"].headline, row.sets["out_of_domain"].headline
             axes.errorbar(
                 x.mean, y.mean, xerr=_error(x), yerr=_error(y),
-                fmt="o", color=_colour(place), capsize=2, markersize=6, linewidth=1.2,
+                fmt="o", color=_colour(place), capsize=2, markersize=6, linewidth=1.2, label=row.name,
             )  # fmt: skip
-            axes.annotate(row.name, (x.mean, y.mean), xytext=(6, 6), textcoords="offset points", color=_colour(place))
         _zero(axes.axhline)
         _zero(axes.axvline)
+        axes.legend(bbox_to_anchor=(1.0, 1.0), loc="upper left")
         axes.set_xlabel(f"narrow: in-domain {_kind(rows)}, nats per token")
         axes.set_ylabel(f"broad: {_kind(rows)} in other domains")
         return _svg(figure)
