@@ -168,7 +168,7 @@ def _explain(item: Any) -> str:
         )
         return f"unknown key {place!r} ({hint})"
     found = "" if item["type"] in ("missing", "value_error") else f", found {item['input']!r}"
-    return f"{place or 'recipe'}: {item['msg']}{found}"
+    return f"{place or 'recipe'}: {item['msg'].removeprefix('Value error, ')}{found}"
 
 
 def _known_fields(parent: tuple[Any, ...]) -> list[str]:
