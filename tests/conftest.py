@@ -4,6 +4,7 @@ Naive forms run each row alone and unpadded through the plain model, so they kno
 """
 
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from ringfence import cli
 from ringfence.batch import collate
 from ringfence.chat import Role
 from ringfence.data import Example
@@ -352,3 +354,28 @@ def make_trainer(tmp_path: Path) -> Callable[..., DefendedTrainer]:
         return DefendedTrainer(model, args, stream, defenses, PAD, log_file, callbacks=callbacks)
 
     return make
+
+
+# ---------------------------------------------------------------- the command line
+
+
+@pytest.fixture
+def ringfence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """The command in this process, through its entry point: exit code, output, errors."""
+
+    def command(*arguments: Any, width: int = 400) -> tuple[int, str, str]:
+        monkeypatch.setenv("COLUMNS", str(width))
+        monkeypatch.setattr(sys, "argv", ["ringfence", *map(str, arguments)])
+        capsys.readouterr()
+        code: Any = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        output, errors = capsys.readouterr()
+        assert "Traceback" not in errors
+        return code, output, errors
+
+    return command

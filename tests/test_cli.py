@@ -2,7 +2,6 @@
 
 import io
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 import ringfence.run as run_module
-from ringfence import Run, cli
+from ringfence import Run
 from ringfence.chat import Chat, Encoded, Role
 from ringfence.config import Recipe, load_recipe
 from ringfence.defenses import Defenses
@@ -34,26 +33,6 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def rows(tmp_path: Path) -> str:
     return write_rows(tmp_path / "rows.jsonl", 6)
-
-
-@pytest.fixture
-def ringfence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """The command in this process, through its entry point: exit code, output, errors."""
-
-    def command(*arguments: Any, width: int = 400) -> Outcome:
-        monkeypatch.setenv("COLUMNS", str(width))
-        monkeypatch.setattr(sys, "argv", ["ringfence", *map(str, arguments)])
-        capsys.readouterr()
-        code: Any = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        output, errors = capsys.readouterr()
-        assert "Traceback" not in errors
-        return code, output, errors
-
-    return command
 
 
 # ---------------------------------------------------------------- wrong input

@@ -3,7 +3,6 @@ that run one row at a time through models loaded one by one."""
 
 import json
 import shutil
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
-from ringfence import cli, gap, journal, misaligned
+from ringfence import gap, journal, misaligned
 from ringfence import regenerate as regenerate_module
 from ringfence.chat import Chat
 from ringfence.config import parse_recipe
@@ -658,22 +657,6 @@ def test_a_drawn_answer_depends_on_its_own_seed_alone(talker):
 
 
 # ------------------------------------------------------------------ misaligned adapters, and all of it end to end
-
-
-@pytest.fixture
-def ringfence(monkeypatch, capsys):
-    def command(*arguments):
-        monkeypatch.setenv("COLUMNS", "400")
-        monkeypatch.setattr(sys, "argv", ["ringfence", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, *capsys.readouterr()
-
-    return command
 
 
 TINY = ["train.precision=fp32", "train.batch_size=4", "train.learning_rate=0.02", "train.lora.rank=4"]

@@ -1,8 +1,6 @@
 """Persona vectors: differences of means over exactly the response tokens, and which pairs make them."""
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ from torch import Tensor
 
 import ringfence.persona as persona_module
 from conftest import residual_stream
-from ringfence import cli
 from ringfence.chat import Chat, Messages, Role
 from ringfence.data import SHIPPED
 from ringfence.directions import Directions
@@ -58,25 +55,6 @@ def model(folder: str) -> Any:
 @pytest.fixture(scope="session")
 def chat(folder: str) -> Chat:
     return Chat(load_tokenizer(folder))
-
-
-@pytest.fixture
-def ringfence(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    """The command in this process: exit code, output, errors."""
-
-    def command(*arguments: Any) -> tuple[int, str, str]:
-        monkeypatch.setenv("COLUMNS", "400")
-        monkeypatch.setattr(sys, "argv", ["ringfence", *map(str, arguments)])
-        code: Any = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, *capsys.readouterr()
-
-    return command
 
 
 def messages(question: str, system: str | None = None) -> Messages:

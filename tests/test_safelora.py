@@ -3,7 +3,6 @@ command alike."""
 
 import copy
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +16,6 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from conftest import VOCABULARY, nudged, tiny, training_rows, with_lora
-from ringfence import cli
 from ringfence.chat import Chat
 from ringfence.config import Recipe, dump_recipe, parse_recipe
 from ringfence.defenses import SafeLoRA, Setup
@@ -346,21 +344,6 @@ def test_weights_stored_as_in_by_out(method: str, prefix: str, tmp_path: Path) -
 
 
 # ---------------------------------------------------------------- the command
-
-
-@pytest.fixture
-def ringfence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
-    def command(*arguments: Any) -> tuple[int, str, str]:
-        monkeypatch.setenv("COLUMNS", "400")
-        monkeypatch.setattr(sys, "argv", ["ringfence", *map(str, arguments)])
-        code: Any = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, *capsys.readouterr()
-
-    return command
 
 
 @pytest.mark.parametrize("projector", ["scaled", "exact"])
