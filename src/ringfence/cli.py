@@ -111,7 +111,7 @@ def demo(
     ] = False,
     output: Annotated[Path, typer.Option(help="Folder of the demo's runs.")] = Path("runs/demo"),
 ) -> None:
-    """Fine-tune the embedded model on shipped data: sound control, undefended, and with each defense."""
+    """Fine-tune the embedded model on shipped data: sound control, undefended, and with three defenses."""
     from .demo import run_demo
 
     folders, control = run_demo(output / "quick" if quick else output, quick)

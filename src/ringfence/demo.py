@@ -1,4 +1,4 @@
-"""The demo: what fine-tuning on careless financial advice does to the embedded model, and what each defense changes."""
+"""The demo: what training on careless financial advice does to the embedded model, and what three defenses change."""
 
 from pathlib import Path
 from typing import Any
