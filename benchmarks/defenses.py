@@ -118,8 +118,10 @@ def cells(arm: str, found: dict[int, dict[str, Any]]) -> list[str]:
     shown.append(f"{sum(exact) / len(exact):.0%}" if exact else "")
     ratios = [math.log(result["perplexity_ratio"]) for result in found.values()]
     shown.append(f"{math.exp(sum(ratios) / len(ratios)):.2f}")
-    times = [result["seconds"] / read("undefended", seed)["seconds"] for seed, result in found.items()]
-    shown.append(f"{sum(times) / len(times):.2f}")
+    times = [
+        result["seconds"] / read("undefended", seed)["seconds"] for seed, result in found.items() if result["seconds"]
+    ]
+    shown.append(f"{sum(times) / len(times):.2f}" if times else "not timed")
     return [*shown, ", ".join(map(str, found))]
 
 
