@@ -20,7 +20,7 @@ from ringfence.demo import demo_recipe
 from ringfence.gap import score_pool
 from ringfence.persona import extract_file
 from ringfence.report.summary import read_run
-from ringfence.run import Run, run_recipe
+from ringfence.run import Run, run_recipe, train_run
 from ringfence.stats import Interval, mean_interval
 
 RESULTS = Path(__file__).parent / "results" / "defenses"
@@ -65,7 +65,8 @@ def prepare(defenses: dict[str, Any]) -> None:
     if VECTORS in str(defenses) and not Path(VECTORS).is_file():
         extract_file(None, Path(VECTORS), pairs="shipped:finance")
     if SCORES in str(defenses):
-        score_pool("shipped:retain", [str(RUNS / "0" / "undefended")], SCORES)
+        undefended = parse_recipe(demo_recipe(RUNS / "0", "undefended", {}, "unsound") | {"seed": 0})
+        score_pool("shipped:retain", [str(train_run(undefended).folder)], SCORES)
 
 
 def result_file(arm: str, seed: int) -> Path:

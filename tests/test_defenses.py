@@ -328,7 +328,7 @@ def test_a_budget_moves_the_weight_by_dual_ascent_in_log_space() -> None:
     expected = 1.0
     for mean in (0.0, 0.05, 0.1, 0.15, 0.2, 7.0):
         defense.observe(mean)
-        expected *= math.exp(0.2 * min(1.0, mean / 0.1 - 1))
+        expected *= math.exp(0.3 * min(1.0, mean / 0.1 - 1))
         assert defense.weight == pytest.approx(expected, rel=1e-12)
     other = KL(where="train", budget=0.1).build(SETUP)
     other.load_state_dict(json.loads(json.dumps(defense.state_dict())))

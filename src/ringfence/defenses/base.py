@@ -154,5 +154,6 @@ class Penalty(Defense):
         return {} if self.budget is None else {"budget": self.budget, "weight": self.weight}
 
 
-# A factor of e^0.2 a step at most: ten-fold in a dozen steps, and no swing within one.
-DUAL_RATE = 0.2
+# A factor of e^0.3 a step at most: ten-fold in eight steps. The penalty answers to its weight over several steps and
+# less than in proportion, so this is far from swinging.
+DUAL_RATE = 0.3
