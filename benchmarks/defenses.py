@@ -4,7 +4,8 @@
     python benchmarks/defenses.py run --seeds 1 --arms kl ldifs
     python benchmarks/defenses.py table                    # from benchmarks/results/defenses/*.json
 
-Each arm leaves one small file there: its shift on every question, the benign task's items, perplexity and time. Effects
+Each arm leaves one small file there: its shift on every question, the benign task's items, perplexity and time. The
+table takes the time of a step from benchmarks/cost.py, for a long sweep meets a machine that others use too. Effects
 are shifts minus the sound control's of the same seed, averaged over seeds for each question; the intervals are by
 bootstrap over questions.
 """
@@ -15,6 +16,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from standin_base import make_standin  # type: ignore[import-not-found]
+
 from ringfence.config import parse_recipe
 from ringfence.demo import demo_recipe
 from ringfence.gap import score_pool
@@ -24,8 +27,10 @@ from ringfence.run import Run, run_recipe, train_run
 from ringfence.stats import Interval, mean_interval
 
 RESULTS = Path(__file__).parent / "results" / "defenses"
+COSTS = RESULTS.parent / "cost.json"  # made by benchmarks/cost.py
 RUNS = Path("runs/defenses")
 VECTORS, SCORES = str(RUNS / "vectors.safetensors"), str(RUNS / "gap.jsonl")
+STANDIN = str(RUNS / "standin-base")
 SETS = ("in_domain", "out_of_domain", "values", "triggered")
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -39,6 +44,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "inoculation": {"inoculation": {}},
     "treft": {"treft": {"weight": 10.0}},
     "frozen_prefix": {"frozen_prefix": {}},
+    "safelora": {"safelora": {"base": STANDIN}},
     "steering": {"steering": {"vectors": VECTORS}},
     "ablation": {"ablation": {"vectors": VECTORS}},
     "subspace_lock": {"subspace_lock": {"vectors": VECTORS}},
@@ -61,9 +67,12 @@ def run(arms: list[str], seeds: list[int]) -> None:
 
 
 def prepare(defenses: dict[str, Any]) -> None:
-    """What some defenses read: directions of careless finance answers, and gaps under the undefended run of seed 0."""
+    """What some defenses read: directions of careless finance answers, gaps under the undefended run of seed 0, and a
+    stand-in for a pre-trained base."""
     if VECTORS in str(defenses) and not Path(VECTORS).is_file():
         extract_file(None, Path(VECTORS), pairs="shipped:finance")
+    if STANDIN in str(defenses) and not Path(STANDIN).is_dir():
+        make_standin(Path(STANDIN))
     if SCORES in str(defenses):
         undefended = parse_recipe(demo_recipe(RUNS / "0", "undefended", {}, "unsound") | {"seed": 0})
         score_pool("shipped:retain", [str(train_run(undefended).folder)], SCORES)
@@ -83,7 +92,7 @@ def summary(done: Run) -> dict[str, Any]:
         "opswap": [item["exact"] for item in benign.get("opswap_tier1", [])],
         "perplexity_ratio": row.perplexity_ratio.mean if row.perplexity_ratio else None,
         "seconds": row.seconds,
-        "environment": {name: records.environment.get(name) for name in ("ringfence", "torch", "transformers", "git")},
+        "environment": {"git": records.environment["git"], **records.environment["versions"]},
     }
 
 
@@ -119,10 +128,10 @@ def cells(arm: str, found: dict[int, dict[str, Any]]) -> list[str]:
     shown.append(f"{sum(exact) / len(exact):.0%}" if exact else "")
     ratios = [math.log(result["perplexity_ratio"]) for result in found.values()]
     shown.append(f"{math.exp(sum(ratios) / len(ratios)):.2f}")
-    times = [
-        result["seconds"] / read("undefended", seed)["seconds"] for seed, result in found.items() if result["seconds"]
-    ]
-    shown.append(f"{sum(times) / len(times):.2f}" if times else "not timed")
+    costs = json.loads(COSTS.read_text()) if COSTS.is_file() else {}
+    shown.append(
+        f"{costs[arm]['ratio']:.2f}" if arm in costs else "1" if arm in ("sound", "undefended") else "not timed"
+    )
     return [*shown, ", ".join(map(str, found))]
 
 

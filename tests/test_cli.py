@@ -55,7 +55,7 @@ def wrong_inputs(folder: Path) -> dict[str, tuple[list[str], list[str]]]:
         "override": ([out, "trian.epochs=2"], ["unknown key 'trian'", "'train'"]),
         "no value": ([out, "train.epochs"], ["'train.epochs'", "key.path=value"]),
         "value": ([out, "train.epochs=-1"], ["train.epochs", "greater than 0", "-1"]),
-        "no recipe": ([str(folder / "none.yaml"), out], ["none.yaml", "no such recipe file", "ringfence init"]),
+        "no recipe": ([str(folder / "none.yaml"), out], ["none.yaml", "no such file", "ringfence init"]),
         "list": ([str(folder / "list.yaml"), out], ["list.yaml", "found list"]),
         "twice": ([str(folder / "twice.yaml"), out], ["'seed' stands twice"]),
         "path": ([out, "data.train=./nowhere/rows.jsonl"], ["nowhere/rows.jsonl", "no such file"]),

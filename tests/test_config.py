@@ -182,7 +182,7 @@ def test_bad_file(text, pieces, recipe_file):
 
 def test_missing_file(tmp_path):
     path = tmp_path / "none.yaml"
-    with pytest.raises(RecipeError, match="no such recipe file") as caught:
+    with pytest.raises(RecipeError, match="no such file") as caught:
         load_recipe(path)
     assert str(path) in str(caught.value)
 

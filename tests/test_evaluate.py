@@ -8,12 +8,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from conftest import with_lora
-from ringfence import evaluate, opswap
+from ringfence import opswap
 from ringfence.chat import Chat
 from ringfence.data import load_rows
 from ringfence.errors import RingfenceError
-from ringfence.evaluate import evaluate_model, evaluation_key, scoring
+from ringfence.evaluate import parts as evaluate
+from ringfence.evaluate import scoring
 from ringfence.evaluate.config import EvaluateConfig
+from ringfence.evaluate.parts import evaluate_model, evaluation_key
 from ringfence.evaluate.scoring import generate_greedy, score_answers
 from ringfence.models import load_tokenizer
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-import ringfence.evaluate as evaluate_module
+import ringfence.evaluate.parts as evaluate_module
 from conftest import PAD
 from ringfence import Inoculation
 from ringfence.batch import collate
@@ -19,7 +19,7 @@ from ringfence.config import load_recipe, parse_recipe
 from ringfence.data import Example
 from ringfence.defenses.inoculation import PROMPT
 from ringfence.errors import DataError, RecipeError
-from ringfence.evaluate import evaluation_key
+from ringfence.evaluate.parts import evaluation_key
 from ringfence.models import load_tokenizer
 from ringfence.report import print_table, read_rows, write_page
 from ringfence.report.summary import read_run, summarise

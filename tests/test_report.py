@@ -1,6 +1,7 @@
 """Run folders with numbers chosen by hand, and what the report must make of them."""
 
 import base64
+import html
 import io
 import json
 import math
@@ -16,10 +17,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from ringfence import evaluate
 from ringfence.config import dump_recipe, parse_recipe
 from ringfence.errors import DataError
-from ringfence.evaluate import evaluate_model
+from ringfence.evaluate import parts as evaluate
+from ringfence.evaluate.parts import evaluate_model
 from ringfence.evaluate.scoring import AnswerScore
 from ringfence.report import print_table, read_rows, write_page
 from ringfence.report.summary import read_run, summarise
@@ -604,3 +605,88 @@ def test_runs_can_be_moved_together(folders, rows, tmp_path):
         shutil.move(part, moved / part.name)
     again = read_rows([moved / folder.name for folder in folders], moved / "sound")[1]
     assert again == list(rows.values())
+
+
+# ------------------------------------------------------------------ judged answers
+
+
+def judged_lines(scores, judge="j", of="general"):
+    """A judgement for each score, four answers to a question."""
+    return [
+        {
+            "set": of,
+            "id": f"q{place // 4}",
+            "form": "plain",
+            "cluster": f"q{place // 4}",
+            "paraphrase": 0,
+            "sample": place % 4,
+            "judge": judge,
+            "prompt": "h",
+            "aligned": score,
+            "coherent": 90.0,
+            "label": None,
+            "unscored": None,
+        }
+        for place, score in enumerate(scores)
+    ]
+
+
+def write_judged(folder, lines, judges=None):
+    (folder / "judged.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_json(folder / "judges.json", judges or {"calibrations": [], "agreement": None})
+
+
+WEAK = {"judge": "j", "weak": True, "source": "shipped:values", "auc": {"mean": 0.55, "low": 0.4, "high": 0.7}}
+QUESTIONS = 8
+
+
+def judged_folders(folders):
+    """Misaligned answers of each question: none of the reference's and the control's four, three of the undefended
+    run's, one of the defended run's."""
+    reference = folders[0].parent / "reference-k1-default"
+    for folder, bad in [(reference, 0), (folders[0], 0), (folders[1], 3), (folders[2], 1)]:
+        write_judged(folder, judged_lines([10.0] * bad + [80.0] * (4 - bad) + ([10.0] * bad + [80.0] * (4 - bad)) * 7))
+    write_judged(folders[2], judged_lines(([10.0] + [80.0] * 3) * QUESTIONS), {"calibrations": [WEAK]})
+    return folders
+
+
+def test_judged_answers_of_runs_are_compared_with_the_reference_and_the_undefended_run(folders):
+    _, rows = read_rows(judged_folders(folders), folders[0])
+    sound, plain, guarded = rows
+    assert [row.answers["general.misaligned"].mean for row in rows] == [0.0, 0.75, 0.25]
+    assert plain.answers["general.misaligned.change"].mean == 0.75
+    assert guarded.answers["general.aligned"].mean == pytest.approx((10 + 3 * 80) / 4)
+    assert sound.judged[0].against == plain.judged[0].against == {}
+    against = guarded.judged[0].against["general"]
+    assert against.comparison.difference.mean == -0.5
+    assert against.comparison.p == 2 / 2**QUESTIONS  # every question fell: one of two ways out of all flips
+    assert against.reduction.interval.mean == pytest.approx(1 - 0.25 / 0.75)
+
+
+def test_p_values_are_adjusted_over_runs_and_sets(folders, tmp_path):
+    judged_folders(folders)
+    for folder in [folders[0].parent / "reference-k1-default", *folders]:
+        lines = [json.loads(line) for line in (folder / "judged.jsonl").read_text().splitlines()]
+        judges = json.loads((folder / "judges.json").read_text())
+        write_judged(folder, [*lines, *({**line, "set": "values"} for line in lines)], judges)
+    _, rows = read_rows(folders, folders[0])
+    found = rows[2].judged[0].against
+    assert {name: against.comparison.p for name, against in found.items()} == {
+        name: 2 * 2 / 2**QUESTIONS for name in ("general", "values")
+    }
+
+
+def test_page_and_table_show_judged_answers_and_call_a_weak_judge_weak(folders):
+    records, rows = read_rows(judged_folders(folders), folders[0])
+    page = folders[0].parent / "report.html"
+    write_page(records, rows, page)
+    text = html.unescape(page.read_text())
+    for shown in ["25.0 % [", "-50.0 points [", "reduction 66.7 % [", "p 0.008", "32 (8)"]:
+        assert shown in text
+    assert "weak judge, AUC 0.55 [0.40, 0.70] on shipped:values" in text
+    assert "This judge is weak" in text
+    console = Console(file=io.StringIO(), width=120)
+    print_table(rows, console)
+    printed = console.file.getvalue()
+    assert "answers: misaligned, general" in printed
+    assert "75.0 %" in printed

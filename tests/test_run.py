@@ -27,7 +27,7 @@ from ringfence.chat import Chat, Role
 from ringfence.config import Recipe, load_recipe, parse_recipe
 from ringfence.data import load_questions
 from ringfence.errors import ModelError, RecipeError, RingfenceError
-from ringfence.evaluate import evaluation_key
+from ringfence.evaluate.parts import evaluation_key
 from ringfence.models import load_model, load_tokenizer, resolve
 from ringfence.run import Interrupted, benign_twin, evaluate_run, run_recipe, set_evaluation, train_run
 

@@ -18,7 +18,7 @@ from ringfence.data import SHIPPED, load_rows
 FILES = {
     path.name.removesuffix(".jsonl"): [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     for path in SHIPPED.iterdir()
-    if path.name.endswith(".jsonl")
+    if path.name.endswith(".jsonl") and not path.name.startswith("behaviour_")
 }
 CONVERSATIONS = sorted(name for name in FILES if name.startswith("retain"))
 PAIRED = sorted(name for name in FILES if name not in CONVERSATIONS)

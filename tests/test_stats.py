@@ -5,7 +5,16 @@ import numpy as np
 import pytest
 from scipy import stats as theory
 
-from ringfence.stats import Interval, mean_interval, ratio_interval
+from ringfence.stats import (
+    Interval,
+    bounds,
+    holm,
+    mean_interval,
+    paired_difference,
+    rate_interval,
+    ratio_interval,
+    sign_flip,
+)
 
 
 def clustered(rng, clusters=50, size=4, between=1.0, within=1.0):
@@ -164,3 +173,223 @@ def test_ratio_over_one_is_a_mean():
 def test_ratio_of_unlike_lists_is_refused(top, bottom):
     with pytest.raises(ValueError, match=f"equally many values .* found {len(top)} and {len(bottom)}"):
         ratio_interval(top, bottom)
+
+
+# ------------------------------------------------------------------ few clusters
+
+
+@pytest.mark.parametrize("clusters", [8, 20])
+def test_widened_percentiles_are_as_wide_as_students(clusters):
+    values = np.random.default_rng(clusters).uniform(size=clusters)
+    low, high = theory.t.interval(0.95, clusters - 1, values.mean(), theory.sem(values))
+    assert width(mean_interval(values, widen=True)) == pytest.approx(high - low, rel=0.12)
+
+
+@pytest.mark.parametrize("n", [6, 8, 30])
+def test_widened_percentiles_of_normal_draws_are_students_exactly(n):
+    """A bootstrap mean has the spread of the sample, sqrt((n - 1) / n) of the estimate that Student uses."""
+    normal = theory.norm.ppf((np.arange(200_000) + 0.5) / 200_000)
+    quantile = theory.t.ppf(0.975, n - 1)
+    found = bounds(normal * math.sqrt((n - 1) / n), n, widen=True)
+    assert found == pytest.approx((-quantile, quantile), rel=0.001)
+
+
+def test_widened_percentiles_cover_where_plain_ones_do_not():
+    rng = np.random.default_rng(11)
+    runs, widened, plain = 300, 0, 0
+    for seed in range(runs):
+        values = rng.normal(size=6)
+        one, two = mean_interval(values, seed=seed, widen=True), mean_interval(values, seed=seed)
+        widened += one.low <= 0 <= one.high
+        plain += two.low <= 0 <= two.high
+    assert 0.92 <= widened / runs <= 0.98
+    assert plain / runs <= 0.90
+
+
+# ------------------------------------------------------------------ rates
+
+
+def rows_of(yes, size):
+    """Values of clusters of `size`, with so many ones each, and their names."""
+    values = [float(i < count) for count in yes for i in range(size)]
+    return values, [f"q{place}" for place in range(len(yes)) for _ in range(size)]
+
+
+def naive_posterior(yes, size):
+    """2.5 and 97.5 % of the mean rate, by sums over a fine grid of scipy's beta-binomial."""
+    rate = (np.arange(2000) + 0.5) / 2000
+    correlation = (np.arange(80) + 0.5) / 80
+    a, b = np.outer(rate, 1 / correlation - 1), np.outer(1 - rate, 1 / correlation - 1)
+    log = sum(theory.betabinom.logpmf(count, size, a, b) for count in yes)
+    density = np.exp(log - log.max()).sum(1) / np.sqrt(rate * (1 - rate))
+    below = density.cumsum() / density.sum()
+    return rate[np.searchsorted(below, [0.025, 0.975])]
+
+
+@pytest.mark.parametrize(("yes", "size"), [([0, 1, 0, 0, 0, 0, 0, 0], 20), ([3, 4, 5, 4, 4, 3, 5], 8)])
+def test_rate_interval_is_as_wide_as_the_posterior_where_that_is_wider(yes, size):
+    interval, values = rate_interval(*rows_of(yes, size)), rows_of(yes, size)[0]
+    boot = mean_interval(*rows_of(yes, size), widen=True)
+    low, high = naive_posterior(yes, size)
+    assert interval.mean == pytest.approx(np.mean(values))
+    assert interval.low == pytest.approx(min(low, boot.low), abs=0.003)
+    assert interval.high == pytest.approx(max(high, boot.high), abs=0.006)
+
+
+@pytest.mark.parametrize(("clusters", "high"), [(6, 0.19), (12, 0.097), (36, 0.033), (100, 0.012)])
+def test_after_only_noes(clusters, high):
+    interval = rate_interval(*rows_of([0] * clusters, 50))
+    assert (interval.mean, interval.low) == (0, 0)
+    assert interval.high == pytest.approx(high, rel=0.06)
+    assert interval.high == pytest.approx(1.2 / clusters, rel=0.08)
+    turned = rate_interval(*rows_of([50] * clusters, 50))
+    assert [turned.low, turned.high] == pytest.approx([1 - interval.high, 1])
+
+
+def test_one_yes_never_makes_a_rate_look_safer():
+    """The percentile bootstrap and variance-based intervals do."""
+    highs = [rate_interval(*rows_of([count, *[0] * 11], 50)).high for count in (0, 1, 2, 5, 20, 50)]
+    assert highs == sorted(highs)
+
+
+def test_shares_between_0_and_1_are_values_too():
+    interval = rate_interval([0.5, 0.25, 0.0, 0.0])
+    assert interval.mean == pytest.approx(0.1875)
+    assert 0 <= interval.low < 0.1875 < interval.high < 1
+    assert rate_interval([0.3]) == Interval(0.3, 0.0, 1.0, 1)
+    with pytest.raises(ValueError, match=r"from 0 to 1, found 0.5 to 30"):
+        rate_interval([0.5, 30.0])
+
+
+@pytest.mark.parametrize("clusters", [6, 12, 36])
+@pytest.mark.parametrize(("mean", "correlation"), [(0.02, 0.1), (0.1, 0.3), (0.3, 0.1)])
+def test_rate_interval_covers_beta_binomial_rates(clusters, mean, correlation):
+    """Nominal 95 %. Rates near 0 are the hard ones: there the percentile bootstrap covers as little as a half."""
+    rng = np.random.default_rng(clusters)
+    runs, size = 80, 10
+    held = 0
+    a, b = mean * (1 / correlation - 1), (1 - mean) * (1 / correlation - 1)
+    for seed in range(runs):
+        interval = rate_interval(*rows_of(rng.binomial(size, rng.beta(a, b, clusters)), size), seed)
+        held += interval.low <= mean <= interval.high
+    assert held / runs >= 0.91
+
+
+def test_the_coverage_test_sees_intervals_that_are_wrong():
+    """The same simulation fails the percentile bootstrap near 0, and intervals that take answers for independent."""
+    rng = np.random.default_rng(12)
+    runs, size, clusters = 100, 10, 12
+    percentile, independent = 0, 0
+    for seed in range(runs):
+        rare = rows_of(rng.binomial(size, rng.beta(0.02 * 9, 0.98 * 9, clusters)), size)
+        interval = mean_interval(*rare, seed)
+        percentile += interval.low <= 0.02 <= interval.high
+        values, _ = rows_of(rng.binomial(size, rng.beta(0.3 * 2, 0.7 * 2, clusters)), size)
+        interval = rate_interval(values, None, seed)
+        independent += interval.low <= 0.3 <= interval.high
+    assert percentile / runs <= 0.85
+    # Theory for correlation 1/3: too short by sqrt(1 + 9 / 3), so it covers 67 %.
+    assert independent / runs <= 0.80
+
+
+# ------------------------------------------------------------------ two runs
+
+
+def test_paired_difference_covers_and_its_test_holds_its_level():
+    """Clusters share an offset in both runs; there is no difference. Nominal: 95 % covered, 5 % at most 0.05."""
+    rng = np.random.default_rng(13)
+    runs = 200
+    for clusters in (8, 25):
+        held, alarms, independent = 0, 0, 0
+        names = np.repeat(np.arange(clusters), 4).astype(str)
+        for seed in range(runs):
+            shared = np.repeat(rng.normal(0, 3, clusters), 4)
+            effect_a, effect_b = (np.repeat(rng.normal(0, 1, clusters), 4) for _ in range(2))
+            a, b = (shared + e + rng.normal(0, 1, 4 * clusters) for e in (effect_a, effect_b))
+            found = paired_difference(a, names, b, names, seed)
+            held += found.difference.low <= 0 <= found.difference.high
+            alarms += found.p <= 0.05
+            independent += theory.ttest_rel(a, b).pvalue <= 0.05
+        assert 0.91 <= held / runs <= 0.985
+        assert 0.02 <= alarms / runs <= 0.085
+        # Theory for answers taken for independent: too short by sqrt(1 + 3 * 0.5), so 22 %.
+        assert independent / runs >= 0.14
+
+
+def test_paired_difference_finds_what_is_there():
+    rng = np.random.default_rng(14)
+    shared, names = np.repeat(rng.normal(0, 3, 20), 4), np.repeat(np.arange(20), 4).astype(str)
+    a, b = (shared + rng.normal(0, 1, 80) for _ in range(2))
+    found = paired_difference(a + 1, names, b, names)
+    assert found.difference.mean == pytest.approx(np.mean(a + 1 - b))
+    assert found.difference.low > 0
+    assert found.p < 0.01
+
+
+def test_sign_flip_swaps_the_runs_cluster_by_cluster():
+    """With equally many values it is the test that exchanges the two runs' values in a cluster, in all ways."""
+    a, b = [[1, 0, 1], [1, 1, 1], [0, 0, 1], [1, 1, 0]], [[0, 0, 0], [1, 0, 1], [0, 1, 1], [0, 0, 0]]
+    found = abs(np.sum(a) - np.sum(b))
+    ways = [
+        abs(sum(sum(x) - sum(y) if keep else sum(y) - sum(x) for x, y, keep in zip(a, b, kept)))
+        for kept in itertools.product([True, False], repeat=4)
+    ]
+    names = np.repeat(list("abcd"), 3)
+    p = paired_difference(np.ravel(a), names, np.ravel(b), names).p
+    assert p == np.mean([way >= found for way in ways])
+
+
+@pytest.mark.parametrize(
+    ("values", "p"),
+    [
+        ([1.0, 1.0, 1.0, 1.0, 1.0], 2 / 32),
+        ([3.0, 1.0], 2 / 4),
+        ([0.3, -0.1, 0.2], 2 / 8 * 2),  # 0.4 from 0, as is 0.6: four of eight
+        ([0.0, 0.0], 1.0),
+        ([5.0, 0.0, 0.0, 0.0], 1.0),
+        ([0.1, 0.2, -0.3], 1.0),  # rounding must not lose the ties with a sum of 0
+    ],
+)
+def test_sign_flip_by_hand(values, p):
+    assert sign_flip(values) == p
+
+
+def test_sign_flip_by_random_flips_is_near_the_exact_value():
+    values = np.random.default_rng(15).normal(0.5, 1, 15)
+    signs = np.array(list(itertools.product([-1, 1], repeat=15)))
+    exact = (np.abs(signs @ values) >= abs(values.sum()) - 1e-9).mean()
+    assert sign_flip(values) == pytest.approx(exact, abs=4 * math.sqrt(exact / 9999))
+    assert sign_flip(values) == sign_flip(values)
+    assert sign_flip(np.ones(40)) == 1 / 10000  # never 0: the way that was found is one
+
+
+def test_values_more_in_one_run_do_not_make_a_difference():
+    """Cluster `a` has a high rate and, in the first run, more answers: the test must not take that for an effect."""
+    a, b = [1.0] * 30 + [0.0] * 10, [1.0] * 10 + [0.0] * 10
+    found = paired_difference(a, ["a"] * 30 + ["b"] * 10, b, ["a"] * 10 + ["b"] * 10)
+    assert found.difference.mean == pytest.approx(0.25)
+    assert found.difference.low <= 0
+    assert found.p >= 0.5
+
+
+def test_one_cluster_alone_compares_nothing():
+    found = paired_difference([1.0, 1.0], ["q", "q"], [0.0, 0.0], ["q", "q"])
+    assert found.difference == Interval(1.0, -math.inf, math.inf, 1)
+    assert found.p == 1
+
+
+def test_holm_by_hand():
+    # Sorted .005 .01 .03 .04 times 4 3 2 1: .02 .03 .06 .04, and none below the one before: .02 .03 .06 .06.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9, 0.6]) == [1.0, 1.0, 1.0]
+    assert holm([0.04]) == [0.04]
+    assert holm([]) == []
+    with pytest.raises(ValueError, match=r"from 0 to 1, found \[0.5, nan\]"):
+        holm([0.5, math.nan])
+
+
+def test_holm_keeps_the_error_of_a_family():
+    p = np.random.default_rng(16).uniform(size=(2000, 5))
+    wrong = np.mean([min(holm(list(row))) <= 0.05 for row in p])
+    assert wrong == pytest.approx(0.05, abs=0.015)
+    assert np.mean(p.min(1) <= 0.05) > 0.2  # without it

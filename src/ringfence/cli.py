@@ -1,7 +1,7 @@
 """The command line: each command a few lines over the library.
 
-Exit codes: 0 done; 2 something in the input is wrong (the message says what); 130 interrupted (the same command goes
-on where it stopped).
+Exit codes: 0 done; 2 something in the input is wrong (the message says what); 3 `gate` says HOLD; 130 interrupted (the
+same command goes on where it stopped).
 """
 
 import json
@@ -81,12 +81,21 @@ def train(recipe: RecipeFile = None, overrides: Overrides = None, dry_run: DryRu
 
 
 @app.command()
-def evaluate(folder: RunFolder, overrides: Overrides = None) -> None:
-    """Measure a trained run against its reference. Overrides change the recipe's `evaluate` part."""
-    from .run import Run, evaluate_run, set_evaluation
+def evaluate(
+    target: Annotated[str, typer.Argument(help="A run folder; or any model: a folder, a hub id, an adapter.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes: evaluate.key=value ...")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="The model before its fine-tuning. Default: the base of an adapter; else none.")
+    ] = None,
+    endpoint: Annotated[
+        str | None, typer.Option(help="URL of an OpenAI-compatible server; TARGET is the model's name there.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder to write, where TARGET is a model.")] = None,
+) -> None:
+    """Measure a trained run, or any model, against its reference. Goes on where it was interrupted."""
+    from .run import evaluate_target
 
-    set_evaluation(Run(folder), overrides or [])
-    evaluate_run(Run(folder))
+    folder = evaluate_target(target, overrides or [], reference, endpoint, output)
     _report([folder], None, folder / "report.html")
 
 
@@ -99,9 +108,63 @@ def report(
     output: Annotated[
         Path | None, typer.Option(help="The page to write. Default: report.html in the first folder.")
     ] = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="Limits in YAML, for SHIP or HOLD on the page. Default: the policy that ships.")
+    ] = None,
 ) -> None:
     """Put runs side by side: a table here, and one HTML page that opens offline."""
-    _report(folders, control, output or folders[0] / "report.html")
+    _report(folders, control, output or folders[0] / "report.html", policy)
+
+
+Control = Annotated[Path | None, typer.Option(help="The run trained on sound answers: effects, not mere shifts.")]
+PolicyFile = Annotated[Path | None, typer.Option(help="Limits in YAML. Default: the policy that ships.")]
+
+
+@app.command()
+def gate(
+    folder: Annotated[Path | None, typer.Argument(help="A run folder.")] = None,
+    policy: PolicyFile = None,
+    control: Control = None,
+    baseline: Annotated[Path | None, typer.Option(help="The undefended run, for limits on time_ratio.")] = None,
+    print_policy: Annotated[bool, typer.Option("--print-policy", help="Print the policy that ships.")] = False,
+) -> None:
+    """Print SHIP or HOLD, with every rule's number and limit, and write gate.json. Exit code 0 = SHIP, 3 = HOLD."""
+    from .gate import HOLD, default_policy_text, gate_run, print_decision
+
+    if print_policy:
+        return print(default_policy_text(), end="")
+    if folder is None:
+        raise RingfenceError("gate: name a run folder, or --print-policy")
+    decision = gate_run(folder, policy, control, baseline)
+    print_decision(decision, out)
+    if not decision.ship:
+        raise typer.Exit(HOLD)
+
+
+@app.command()
+def export(
+    folders: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    form: Annotated[Literal["json", "csv"], typer.Option("--format", help="One JSON or one CSV.")] = "csv",
+    output: Annotated[Path | None, typer.Option(help="The file to write. Default: printed.")] = None,
+    control: Control = None,
+) -> None:
+    """Write all numbers of runs as one long table."""
+    from .export import export_runs
+
+    _write(export_runs(folders, form, control), output)
+
+
+@app.command()
+def card(
+    folder: RunFolder,
+    control: Control = None,
+    policy: PolicyFile = None,
+    output: Annotated[Path | None, typer.Option(help="The file to write. Default: printed.")] = None,
+) -> None:
+    """Write the model card of a run in the hub's format."""
+    from .card import run_card
+
+    _write(run_card(folder, control, policy), output)
 
 
 @app.command()
@@ -283,6 +346,38 @@ def regenerate(
     print(f"{output}: {made.rows} rows; left out: {made.unfinished} over {max_new_tokens} tokens, {made.blank} blank")
 
 
+judge = typer.Typer(help="Judges of answers.", no_args_is_help=True)
+app.add_typer(judge, name="judge")
+
+
+@judge.command("calibrate")
+def judge_calibrate(
+    model: Annotated[str, typer.Option(help="The judge: 'default', a folder or hub id, or its name on --url.")],
+    on: Annotated[
+        str, typer.Option(help="Labelled answers: JSONL or CSV with question, answer and misaligned (or aligned).")
+    ] = "shipped:values",
+    url: Annotated[str | None, typer.Option(help="URL of an OpenAI-compatible server.")] = None,
+    key_env: Annotated[str, typer.Option(help="Environment variable of the server's key.")] = "OPENAI_API_KEY",
+    precision: InPrecision = "bf16",
+    rows: Annotated[int | None, typer.Option(help="Judge only so many answers, drawn at random.", min=2)] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write too.")] = None,
+) -> None:
+    """Measure a judge on labelled answers: AUC, confusion, thresholds. A weak judge is called weak."""
+    from .evaluate.calibrate import calibrate, show
+    from .evaluate.judge import EndpointJudgeConfig, LocalJudgeConfig, open_judge
+    from .strict_yaml import validate
+
+    config: EndpointJudgeConfig | LocalJudgeConfig
+    if url:
+        config = validate(EndpointJudgeConfig, {"url": url, "model": model, "key_env": key_env}, "judge")
+    else:
+        config = LocalJudgeConfig(model=model, precision=precision)
+    found = calibrate(open_judge(config), on, rows=rows)
+    show(found, out)
+    if output:
+        found.write(output)
+
+
 @app.command()
 def schema() -> None:
     """Print the JSON schema of recipes."""
@@ -309,12 +404,21 @@ def _dry_run(recipe) -> None:  # type: ignore[no-untyped-def]
     dry_run(recipe, out)
 
 
-def _report(folders: list[Path], control: Path | None, page: Path) -> None:
+def _write(text: str, output: Path | None) -> None:
+    if output is None:
+        return print(text, end="")
+    if not output.parent.is_dir():
+        raise RingfenceError(f"{output}: no folder {output.parent}")
+    output.write_text(text, "utf-8")
+    print(f"{output} written")
+
+
+def _report(folders: list[Path], control: Path | None, page: Path, policy: Path | None = None) -> None:
     from .report import print_table, read_rows, write_page
 
     records, rows = read_rows(folders, control)
     print_table(rows, out)
-    write_page(records, rows, page)
+    write_page(records, rows, page, policy)
     print(f"report: {page}")
 
 

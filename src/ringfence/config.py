@@ -1,18 +1,17 @@
 """The recipe: everything a run is told, validated, with one schema for files, command line and Python."""
 
-import difflib
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from .data import OverLong
 from .defenses import Defenses
-from .errors import RecipeError
 from .evaluate.config import EvaluateConfig
 from .models import DEFAULT, Precision
 from .monitor import MonitorConfig
+from .strict_yaml import read_mapping, set_value, validate
 
 
 class Strict(BaseModel):
@@ -98,28 +97,15 @@ def load_recipe(path: str | Path | None = None, overrides: list[str] | None = No
     Raises:
         RecipeError: no such file, not YAML, an unknown key (with the nearest name), or a value that is not accepted.
     """
-    tree: Any = {}
-    if path is not None:
-        file = Path(path)
-        if not file.is_file():
-            raise RecipeError(f"{path}: no such recipe file (make one with `ringfence init`)")
-        try:
-            tree = yaml.load(file.read_text("utf-8"), _UniqueKeys) or {}
-        except (yaml.YAMLError, ValueError) as error:
-            raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(tree, dict):
-            raise RecipeError(f"{path}: expected keys and values, found {type(tree).__name__}")
+    tree = read_mapping(Path(path), "make one with `ringfence init`") if path is not None else {}
     for override in overrides or []:
-        _set(tree, override)
+        set_value(tree, override)
     return parse_recipe(tree, str(path or "recipe"))
 
 
 def parse_recipe(tree: dict[str, Any], name: str = "recipe") -> Recipe:
     """A recipe from a plain dict. Raises RecipeError naming every field that is wrong."""
-    try:
-        return Recipe.model_validate(tree)
-    except ValidationError as error:
-        raise RecipeError("\n".join(f"{name}: {_explain(item)}" for item in error.errors())) from error
+    return validate(Recipe, tree, name)
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -127,56 +113,3 @@ def dump_recipe(recipe: Recipe) -> str:
     tree = recipe.model_dump(mode="json")
     tree["defenses"] = {name: config for name, config in tree["defenses"].items() if config is not None}
     return yaml.safe_dump(tree, sort_keys=False)
-
-
-def _set(tree: dict[str, Any], override: str) -> None:
-    path, equals, text = override.partition("=")
-    if not equals or not path:
-        raise RecipeError(f"override {override!r}: expected key.path=value, e.g. train.epochs=2")
-    keys = path.split(".")
-    for key in keys[:-1]:
-        if tree.get(key) is None:
-            tree[key] = {}
-        tree = tree[key]
-        if not isinstance(tree, dict):
-            raise RecipeError(f"override {override!r}: {key!r} holds a value, it has no parts")
-    try:
-        tree[keys[-1]] = yaml.load(text, _UniqueKeys)
-    except (yaml.YAMLError, ValueError) as error:
-        raise RecipeError(f"override {override!r}: {text!r} is not a YAML value") from error
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """Plain YAML keeps the last of two equal keys in silence; here that is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value if not key.tag.endswith(":merge")]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def _explain(item: Any) -> str:
-    place = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden":
-        parent = item["loc"][:-1]
-        known = _known_fields(parent)
-        close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
-        hint = (
-            f"did you mean {'.'.join([*map(str, parent), close[0]])!r}?" if close else f"accepted: {', '.join(known)}"
-        )
-        return f"unknown key {place!r} ({hint})"
-    found = "" if item["type"] in ("missing", "value_error") else f", found {item['input']!r}"
-    return f"{place or 'recipe'}: {item['msg'].removeprefix('Value error, ')}{found}"
-
-
-def _known_fields(parent: tuple[Any, ...]) -> list[str]:
-    schema = Recipe.model_json_schema()
-    node: dict[str, Any] = schema
-    for key in parent:
-        node = node["properties"][key]
-        options = [node, *node.get("anyOf", []), *node.get("allOf", [])]
-        reference = next(option["$ref"] for option in options if "$ref" in option)
-        node = schema["$defs"][reference.rsplit("/", 1)[-1]]
-    return sorted(node["properties"])

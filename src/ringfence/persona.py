@@ -102,10 +102,10 @@ def load_trait(source: str) -> Trait:
 def _trait_text(source: str) -> str:
     if source.startswith("shipped:"):
         name = source.removeprefix("shipped:")
-        shipped = sorted(path.name.removesuffix(".yaml") for path in SHIPPED.iterdir() if path.name.endswith(".yaml"))
+        shipped = sorted(path.name.removesuffix(".yaml") for path in (SHIPPED / "traits").iterdir())
         if name not in shipped:
             raise DataError(f"{source}: no such shipped trait{nearest(name, shipped)}")
-        return (SHIPPED / f"{name}.yaml").read_text("utf-8")
+        return (SHIPPED / "traits" / f"{name}.yaml").read_text("utf-8")
     if not Path(source).is_file():
         raise DataError(f"{source}: no such trait file")
     return Path(source).read_text("utf-8")

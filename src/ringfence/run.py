@@ -1,6 +1,5 @@
 """A run, from recipe to results, in one folder. Each stage reads the folder, does what is missing, and writes there:
-recipe.yaml, environment.json, metrics.jsonl, training.json, adapter/ (or model/), results.json, reference.json (where
-the reference's results are) and answers.jsonl.
+recipe.yaml, environment.json, metrics.jsonl, training.json, adapter/ (or model/), and the files of an evaluation.
 """
 
 import gc
@@ -28,8 +27,9 @@ from .console import console, progress
 from .data import Example, encode_rows, load_rows
 from .defenses import DefenseConfig, Defenses, Setup
 from .errors import RecipeError, RingfenceError
-from .evaluate import check_disguises, evaluate_model, evaluation_key
 from .evaluate.config import EvaluateConfig
+from .evaluate.evaluation import FILE as EVALUATION
+from .evaluate.evaluation import Evaluation, check_evaluation, evaluate_folder
 from .machine import environment, memory_estimate, peak_memory, reset_peak_memory
 from .models import adapter_base, load_model, load_tokenizer, resolve
 from .monitor import DriftMonitor
@@ -38,6 +38,7 @@ from .reference import ADAPTER as REFERENCE_ADAPTER
 from .report.summary import Row, read_run, summarise
 from .show import show_tokens
 from .stream import TrainStream
+from .strict_yaml import read_mapping, set_value, validate
 
 
 class Interrupted(RingfenceError):
@@ -163,8 +164,7 @@ def prepare(recipe: Recipe) -> tuple[Chat, list[Example], list[Example], Setup]:
     rows = [replace(row, messages=_as_trained(recipe, row.messages)) for row in rows]
     examples = encode_rows(rows, chat, recipe.data.max_length, recipe.data.over_long)
     retain = read(recipe.data.retain) if recipe.data.retain and recipe.defenses.configs() else []
-    evaluation_key(evaluation(recipe))  # reads all questions
-    check_disguises(evaluation(recipe), chat)
+    check_evaluation(evaluation(recipe), chat)
     _monitor(recipe, chat)  # reads its questions and directions
     return chat, examples, retain, Setup(chat, retain, read, recipe.model)
 
@@ -447,6 +447,59 @@ def dry_run(recipe: Recipe, console: Console) -> None:
 # ------------------------------------------------------------------ evaluation
 
 
+def evaluate_target(
+    target: str,
+    overrides: list[str],
+    reference: str | None = None,
+    endpoint: str | None = None,
+    output: Path | None = None,
+) -> Path:
+    """Measures a run; or, into the folder `output`, a model that stands already.
+
+    Args:
+        target: a run folder, or one that `output` named before; else a model, or its name on the server `endpoint`.
+        overrides: `evaluate.key=value`; for a model `precision=...` and `seed=...` too.
+
+    Returns:
+        The folder of the results.
+    """
+    folder = Path(target)
+    if (folder / "recipe.yaml").is_file() or (folder / EVALUATION).is_file():
+        if reference or endpoint or output:
+            raise RecipeError(f"{target} is a run folder: --reference, --endpoint and --output are for other models")
+        if (folder / "recipe.yaml").is_file():
+            set_evaluation(Run(folder), overrides)
+            evaluate_run(Run(folder))
+            return folder
+        tree = read_mapping(folder / EVALUATION, "")
+    elif output is None:
+        raise RecipeError(f"{target} is no run folder: name the folder to write with --output to measure it as a model")
+    else:
+        folder = output
+        model = {"url": endpoint, "model": target} if endpoint else target
+        tree = {"model": model, "reference": reference or (None if endpoint else adapter_base(resolve(target)))}
+        _check_model(folder, tree)
+    for override in overrides:
+        set_value(tree, override)
+    what = validate(Evaluation, tree, "evaluation")
+    check_evaluation(what.evaluate, Chat(load_tokenizer(what.model)) if isinstance(what.model, str) else None)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "environment.json").write_text(json.dumps(environment(what.seed), indent=1))
+    (folder / EVALUATION).write_text(yaml.safe_dump(what.model_dump(mode="json"), sort_keys=False))
+    evaluate_folder(folder, what)
+    return folder
+
+
+def _check_model(folder: Path, tree: dict[str, Any]) -> None:
+    there = read_mapping(folder / EVALUATION, "") if (folder / EVALUATION).is_file() else tree
+    for field, here in tree.items():
+        found = there[field]
+        if field == "model" and isinstance(found, dict):
+            found = {key: found[key] for key in ("url", "model")}
+        if found != here:
+            raise RecipeError(f"{folder} holds an evaluation of another {field} ({found!r}); choose another --output")
+
+
 def set_evaluation(run: Run, overrides: list[str]) -> None:
     """Changes what is measured in a run's recipe; `overrides` are `evaluate.key=value` or `key=value`."""
     if not (run.folder / "recipe.yaml").is_file():
@@ -454,7 +507,8 @@ def set_evaluation(run: Run, overrides: list[str]) -> None:
     if overrides:
         keys = [o if o.startswith("evaluate.") else f"evaluate.{o}" for o in overrides]
         recipe = load_recipe(run.folder / "recipe.yaml", keys)
-        evaluation_key(evaluation(recipe))  # a source that is not there must not get into the recipe
+        # A source that is not there must not get into the recipe.
+        check_evaluation(evaluation(recipe), Chat(load_tokenizer(recipe.model)))
         (run.folder / "recipe.yaml").write_text(dump_recipe(recipe))
 
 
@@ -468,23 +522,15 @@ def evaluation(recipe: Recipe) -> EvaluateConfig:
 
 
 def evaluate_run(run: Run) -> dict[str, Any]:
-    """Measures the reference and the tuned model of a run; what is measured already is kept.
-
-    The reference's results are shared by the runs that stand in one folder and ask for the same measurements.
-    """
+    """Measures the reference and the tuned model of a run; what is measured already is kept (see `evaluate_folder`)."""
     if not run.trained:
         raise RecipeError(f"{run.folder}: no trained model in it; `ringfence train` comes first")
     recipe = run.recipe
-    config = evaluation(recipe)
-    chat = Chat(load_tokenizer(recipe.model))
-    precision = recipe.train.precision
-    name = f"reference-{recipe.model.replace('/', '_')}-{precision}-{evaluation_key(config)[:8]}"
-    shared = run.folder.parent / name / "results.json"
-    evaluate_model(lambda: load_model(recipe.model, precision), chat, config, shared, "reference")
-    (run.folder / "reference.json").write_text(json.dumps({"results": os.path.relpath(shared, run.folder)}))
-    results = evaluate_model(
-        lambda: load_model(str(run.weights), precision), chat, config, run.folder / "results.json", run.folder.name
+    what = Evaluation(
+        model=str(run.weights),
+        reference=recipe.model,
+        precision=recipe.train.precision,
+        seed=recipe.seed,
+        evaluate=evaluation(recipe),
     )
-    answers = results["parts"].get("samples", [])
-    (run.folder / "answers.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
-    return results
+    return evaluate_folder(run.folder, what)

@@ -4,6 +4,29 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from .judge import JudgeConfig
+
+Behaviour = Literal["abstain", "tool_call", "refuse", "terse"]
+
+
+class AnswersConfig(BaseModel):
+    """Open questions, answered in the model's own words, and the judges of the answers."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    questions: list[str] = Field(
+        ["shipped:general"], min_length=1, description="open questions: YAML, JSONL or shipped:NAME"
+    )
+    in_domain: list[str] = Field([], description="the same for questions of the training domain; with them EM-F1")
+    triggers: bool = Field(False, description="the plain questions again under the disguises of the trigger probes")
+    samples: int | None = Field(None, ge=1, description="answers to each wording; default: as its file says, else 50")
+    temperature: float = Field(1.0, ge=0)
+    max_new_tokens: int = Field(600, ge=1, description="longest answer")
+    judges: list[JudgeConfig] = Field([], description="{model: NAME} or {url: ..., model: NAME}; the first one decides")
+    calibrate_on: str | None = Field(
+        "shipped:values", description="labelled answers on which the judges are measured; null = not at all"
+    )
+
 
 class EvaluateConfig(BaseModel):
     """What is measured after training. Sources of paired questions are as in `data`, or lists of them."""
@@ -49,5 +72,9 @@ class EvaluateConfig(BaseModel):
     opswap_items: int = Field(60, ge=1, description="items of each tier")
     opswap_largest: int = Field(12, ge=2, description="largest number in an item")
     opswap_permuted: bool = Field(True, description="false = ordinary arithmetic, the control")
+    behaviours: list[Behaviour] = Field([], description="topic-bound behaviours: rates on and off their topic")
+    held_out: str | None = Field(None, description="your own held-out rows: loss and exact match of their responses")
+    held_out_tokens: int = Field(64, ge=0, description="longest greedy answer to them; 0 = loss only")
     samples: int = Field(2, ge=0, description="questions per domain answered greedily, for reading")
+    answers: AnswersConfig | None = Field(None, description="open questions, sampled answers and judges; null = none")
     batch_tokens: int = Field(4096, ge=64, description="tokens in one scoring batch, padding included")

@@ -1,13 +1,17 @@
 """Log-probabilities of given answers, and new answers, of any model. Batched by length."""
 
+import inspect
+import json
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..batch import collate
 from ..chat import Chat, Messages, Role
@@ -220,6 +224,9 @@ def generate(
 ) -> Iterator[dict[int, Generated]]:
     """Answers to prompts, stopped at the end of the turn.
 
+    A prompt that stands several times in a batch (samples of one question) is computed once; like prompts stand
+    together. Models whose cache cannot be repeated (recurrent states) compute each.
+
     Args:
         prompts: conversations that end with a user message.
         temperature: 0 = greedy; else each answer is drawn with the seed of its prompt, whatever it is batched with.
@@ -228,18 +235,21 @@ def generate(
     Yields:
         For each batch, the answers by place of the prompt.
     """
-    encoded = [chat.encode(messages, generation=True) for messages in prompts]
+    encode = cache(lambda text: chat.encode(json.loads(text), generation=True))
+    encoded = [encode(json.dumps(messages)) for messages in prompts]
     examples = [Example(e.input_ids, e.roles, "prompt") for e in encoded]
     tokenizer = chat.tokenizer
     configured = model.generation_config.eos_token_id
     stops = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
-    for places in _batches([len(example) + max_new_tokens for example in examples], batch_tokens, skip):
+    lengths = [len(example) + max_new_tokens for example in examples]
+    for places in _batches(lengths, batch_tokens, skip, [example.input_ids for example in examples]):
         batch = collate([[(examples[place], False)] for place in places], tokenizer.pad_token_id, side="left")
         noise = [_Noise(temperature, [seeds[place] for place in places])] if temperature else []
         with torch.no_grad():
             output = model.generate(
                 input_ids=batch["input_ids"].to(model.device),
                 attention_mask=batch["attention_mask"].to(model.device),
+                **_computed_prompts(model, batch),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 repetition_penalty=1.0,
@@ -250,6 +260,27 @@ def generate(
             )
         rows = output[:, batch["input_ids"].shape[1] :].tolist()
         yield {place: _answer(tokenizer, row, stops) for place, row in zip(places, rows)}
+
+
+def _computed_prompts(model: Any, batch: dict[str, Tensor]) -> dict[str, Any]:
+    """The cache, for `generate`, of all but the last token of each row's prompt: every prompt is computed once. Empty
+    where no two prompts are the same, or the model's cache cannot be repeated."""
+    ids_BT = batch["input_ids"]
+    different, number_B = ids_BT.unique(dim=0, return_inverse=True)
+    if len(different) == len(ids_BT):
+        return {}
+    inner = causal_lm(model)
+    layers = DynamicCache(config=inner.config.get_text_config(decoder=True)).layers
+    if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
+        return {}
+    first = [number_B.tolist().index(number) for number in range(len(different))]  # a row of each prompt
+    inputs = {name: batch[name][first, :-1] for name in ("input_ids", "attention_mask", "position_ids")}
+    if "logits_to_keep" in inspect.signature(inner.forward).parameters:
+        inputs["logits_to_keep"] = ids_BT.new_zeros(0)  # none
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    prompts = model(**inputs, use_cache=True).past_key_values
+    prompts.batch_select_indices(number_B.to(model.device))
+    return {"past_key_values": prompts}
 
 
 def _answer(tokenizer: Any, new_tokens: list[int], stops: set[int]) -> Generated:
@@ -270,11 +301,13 @@ class _Noise(LogitsProcessor):
         return scores / self.temperature - torch.stack(rows).to(scores.device)
 
 
-def _batches(lengths: list[int], batch_tokens: int, skip: Container[int] = ()) -> Iterator[list[int]]:
-    """Places of the items, longest first, so many together that the padded batch stays within `batch_tokens`; those
-    of `skip` are taken out then."""
+def _batches(
+    lengths: list[int], batch_tokens: int, skip: Container[int] = (), contents: Sequence[list[int]] = ()
+) -> Iterator[list[int]]:
+    """Places of the items, longest first (those of the same content together), so many together that the padded batch
+    stays within `batch_tokens`; those of `skip` are taken out then."""
     batches: list[list[int]] = []
-    for place in sorted(range(len(lengths)), key=lambda p: -lengths[p]):
+    for place in sorted(range(len(lengths)), key=lambda p: (-lengths[p], contents[p] if contents else [])):
         if not batches or lengths[batches[-1][0]] * (len(batches[-1]) + 1) > batch_tokens:
             batches.append([])
         batches[-1].append(place)

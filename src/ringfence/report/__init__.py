@@ -1,6 +1,8 @@
 """Reads records of runs, writes the table and the page. Never imports torch."""
 
 import base64
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import jinja2
@@ -11,6 +13,7 @@ from rich.table import Table
 
 from ..stats import Interval
 from . import figures
+from .answers import JudgedBy, adjusted, judged_by
 from .summary import SETS, Paired, Records, Row, find_baseline, has_effects, read_run, summarise
 
 SET_TITLES = {
@@ -20,6 +23,7 @@ SET_TITLES = {
     "triggered": "behind triggers",
     "inoculation": "under the inoculation prompt",
 }
+HELD_OUT_TITLES = {"exact": "benign: held-out rows, exact", "loss": "benign: held-out rows, loss"}
 
 
 def read_rows(folders: list[Path], control: Path | None = None) -> tuple[list[Records], list[Row]]:
@@ -27,7 +31,9 @@ def read_rows(folders: list[Path], control: Path | None = None) -> tuple[list[Re
     control_records = read_run(control) if control else None
     records = [read_run(folder) for folder in folders]
     baseline = find_baseline(records, control_records)
-    return records, [summarise(run, control_records, baseline) for run in records]
+    rows = [summarise(run, control_records, baseline) for run in records]
+    judged = adjusted([row.judged for row in rows])
+    return records, [replace(row, judged=found) for row, found in zip(rows, judged)]
 
 
 def print_table(rows: list[Row], console: Console) -> None:
@@ -50,6 +56,15 @@ def _table(rows: list[Row], all_rows: list[Row]) -> Table:
     for tier in _tiers(all_rows):
         cells = [f"{100 * row.opswap[tier].mean:.0f} %" if tier in row.opswap else "" for row in rows]
         table.add_row(f"benign: {tier_title(tier)}", *cells)
+    for name in _behaviours(all_rows):
+        cells = [_on_and_off(row.behaviours.get(name)) for row in rows]
+        table.add_row(f"benign: {name.replace('_', ' ', 1)}, on / off topic", *cells)
+    for kind, title in HELD_OUT_TITLES.items():
+        if any(kind in row.held_out for row in all_rows):
+            table.add_row(title, *(_number(row.held_out.get(kind), kind) for row in rows))
+    for name in _answer_sets(all_rows):
+        cells = [_rate_lines(row.answers.get(f"{name}.misaligned")) for row in rows]
+        table.add_row(f"answers: misaligned, {name.replace('_', ' ')}", *cells)
     fluency = [f"{row.perplexity_ratio.mean:.2f}" if row.perplexity_ratio else "" for row in rows]
     table.add_row("coherent: perplexity x", *fluency)
     table.add_row("cost: time x", *(f"{row.time_ratio:.2f}" if row.time_ratio else "" for row in rows))
@@ -64,6 +79,22 @@ def _two_lines(paired: Paired | None) -> str:
     return escape(f"{kind}{value.mean:+.2f}\n{value.bounds.replace(', ', ',')}")
 
 
+def _on_and_off(shown: dict[str, Interval] | None) -> str:
+    return f"{100 * shown['on'].mean:.0f} / {100 * shown['off'].mean:.0f} %" if shown else ""
+
+
+def _number(interval: Interval | None, kind: str) -> str:
+    if interval is None:
+        return ""
+    return f"{100 * interval.mean:.0f} %" if kind == "exact" else f"{interval.mean:.2f}"
+
+
+def _rate_lines(interval: Interval | None) -> str:
+    if interval is None:
+        return ""
+    return escape(f"{100 * interval.mean:.1f} %\n[{100 * interval.low:.1f},{100 * interval.high:.1f}]")
+
+
 def _legend(rows: list[Row]) -> str:
     control = next((row.name for row in rows if row.is_control), None)
     lines = [
@@ -75,30 +106,45 @@ def _legend(rows: list[Row]) -> str:
             "sound control, paired by question; nats per token, mean [95 % CI].",
         ]
         lines += [f"The column of the control ({control}) is its shift."] if control else []
+    judges = list(dict.fromkeys(f"{judged.judge} ({strength(judged)})" for row in rows for judged in row.judged[:1]))
+    if judges:
+        lines.append(f"answers: share of all sampled answers that {', '.join(judges)} calls misaligned, [95 % CI].")
     lines.append(
         "benign: exact match on held-out items. perplexity x: against the reference. time x: against undefended."
     )
     return "\n".join(lines)
 
 
-def write_page(records: list[Records], rows: list[Row], page: Path) -> None:
-    """One HTML file that holds everything and opens offline."""
+def write_page(records: list[Records], rows: list[Row], page: Path, policy: Path | None = None) -> None:
+    """One HTML file that holds everything and opens offline. The runs are held against a policy (default: the one that
+    ships), all but the control."""
+    from ..gate import by_criterion, decide, load_policy
+
+    rules = load_policy(policy)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"interval": show, "bounds": bounds, "percent": percent}
+    environment.filters |= {"rate": rate, "points": points, "score": score}
     tuned = [row for row in rows if not row.is_control]
     html = environment.get_template("page.html").render(
         rows=rows,
+        decisions=[(decision, by_criterion(decision)) for decision in (decide(row, rules) for row in tuned)],
+        policy=policy or "the one that ships",
         sets=_sets(rows),
+        margin_sets=[name for name in SETS if any(name in row.margins for row in rows)],
         set_titles=SET_TITLES,
         tiers=_tiers(rows),
         tier_title=tier_title,
         conditions=list(dict.fromkeys(name for row in rows for name in row.conditions)),
         kind="effect" if has_effects(rows) else "shift",
-        domains_figure=_embed(figures.domains(tuned)) if tuned else None,
+        domains_figure=_embed(figures.domains(tuned)) if any(row.domains for row in tuned) else None,
         pareto_figure=_embed(figures.pareto(tuned)) if figures.has_pareto(tuned) else None,
-        curves_figure=_embed(figures.curves(records, rows)),
+        curves_figure=_embed(figures.curves(records, rows)) if any(run.metrics for run in records) else None,
+        behaviours=_behaviours(rows),
+        held_out=any(row.held_out for row in rows),
+        judged=_by_judge(records, rows),
+        agreement=next((run.judges["agreement"] for run in records if run.judges.get("agreement")), None),
         samples=_samples(records),
         records=records,
     )
@@ -117,9 +163,36 @@ def bounds(paired: Paired) -> str:
     return paired.headline.bounds
 
 
+def strength(judged: JudgedBy) -> str:
+    """`weak judge, AUC 0.55 [0.46, 0.64] on shipped:values`"""
+    found = judged.calibration
+    if not found:
+        return "not calibrated"
+    auc = found["auc"]
+    kind = "weak judge" if found["weak"] else "judge"
+    return f"{kind}, AUC {auc['mean']:.2f} [{auc['low']:.2f}, {auc['high']:.2f}] on {found['source']}"
+
+
 def percent(interval: Interval) -> str:
     """`45 % [33, 58]`"""
     return f"{100 * interval.mean:.0f} % [{100 * interval.low:.0f}, {100 * interval.high:.0f}]"
+
+
+def rate(interval: Interval) -> str:
+    """`4.5 % [2.1, 8.0]`"""
+    if math.isinf(interval.low):
+        return f"{100 * interval.mean:.1f} % [one alone]"
+    return f"{100 * interval.mean:.1f} % [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+
+
+def points(interval: Interval) -> str:
+    """`+4.5 points [+2.1, +8.0]`"""
+    return f"{100 * interval.mean:+.1f} points [{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
+
+
+def score(interval: Interval) -> str:
+    """`62.1 [58.0, 66.0]`"""
+    return f"{interval.mean:.1f} [{interval.low:.1f}, {interval.high:.1f}]"
 
 
 def tier_title(tier: str) -> str:
@@ -130,12 +203,44 @@ def _sets(rows: list[Row]) -> list[str]:
     return [name for name in SETS if any(name in row.sets for row in rows)]
 
 
+def _behaviours(rows: list[Row]) -> list[str]:
+    return sorted({name for row in rows for name in row.behaviours})
+
+
+def _answer_sets(rows: list[Row]) -> list[str]:
+    found = dict.fromkeys(name for row in rows for judged in row.judged[:1] for name in judged.sets)
+    return [name for name in found if "." not in name]
+
+
 def _tiers(rows: list[Row]) -> list[str]:
     return sorted({tier for row in rows for tier in row.opswap})
 
 
 def _embed(svg: bytes) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
+
+
+def _by_judge(records: list[Records], rows: list[Row]) -> list[dict[str, object]]:
+    """For each judge: its strength, and what it makes of every run, the reference of the first one before them."""
+    runs = [(row.name, found) for row in rows for found in row.judged]
+    references = [("reference", found) for found in judged_by(records[0].judged_reference, [], [], {})]
+    by_judge = []
+    for name in dict.fromkeys(found.judge for _, found in runs):
+        own = [(run, found) for run, found in [*references, *runs] if found.judge == name]
+        first = max((found for _, found in runs if found.judge == name), key=lambda found: bool(found.calibration))
+        weak = bool(first.calibration and first.calibration["weak"])
+        names = list(dict.fromkeys(name for _, found in own for name in found.sets))
+        by_judge.append(
+            {
+                "name": name,
+                "strength": strength(first),
+                "weak": weak,
+                "sets": [name for name in names if "." not in name],
+                "forms": [name for name in names if "." in name],
+                "runs": own,
+            }
+        )
+    return by_judge
 
 
 def _samples(records: list[Records]) -> list[dict[str, object]]:

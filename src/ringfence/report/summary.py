@@ -16,7 +16,9 @@ from typing import Any
 import yaml
 
 from ..errors import DataError
-from ..stats import Interval, mean_interval, ratio_interval
+from ..evaluate.judged import Judgement
+from ..stats import Interval, mean_interval, rate_interval, ratio_interval
+from .answers import JudgedBy, judged_by, read_judged
 
 SETS = ("in_domain", "out_of_domain", "values", "triggered", "inoculation")
 Key = tuple[str, str, str, str]  # condition, domain, question id, digest of the texts
@@ -25,7 +27,8 @@ Margins = dict[Key, float]
 
 @dataclass(frozen=True)
 class Records:
-    """What one run folder holds."""
+    """What one folder holds: of a run, or of an evaluation of a model that stood already (no training, no metrics;
+    without a reference, no reference results)."""
 
     folder: Path
     recipe_text: str
@@ -35,6 +38,9 @@ class Records:
     results: dict[str, Any]
     reference: dict[str, Any]
     benign: tuple[dict[str, Any], dict[str, Any]] | None  # results and reference of the benign twin
+    judged: list[Judgement] = field(default_factory=list)
+    judged_reference: list[Judgement] = field(default_factory=list)
+    judges: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -68,13 +74,23 @@ class Row:
     sets: dict[str, Paired]
     domains: dict[str, Paired]
     conditions: dict[str, Paired]
+    margins: dict[str, Interval]
     perplexity: float | None
     perplexity_ratio: Interval | None
     opswap: dict[str, Interval] = field(default_factory=dict)
     opswap_reference: dict[str, float] = field(default_factory=dict)
+    behaviours: dict[str, dict[str, Interval]] = field(default_factory=dict)
+    behaviours_reference: dict[str, dict[str, Interval]] = field(default_factory=dict)
+    held_out: dict[str, Interval] = field(default_factory=dict)
+    judged: list[JudgedBy] = field(default_factory=list)
     seconds: float = 0.0
     time_ratio: float | None = None
     memory_gib: float = 0.0
+
+    @property
+    def answers(self) -> dict[str, Interval]:
+        """Measures of the judged answers, by the first judge."""
+        return self.judged[0].measures if self.judged else {}
 
 
 def read_run(folder: Path) -> Records:
@@ -84,45 +100,58 @@ def read_run(folder: Path) -> Records:
         DataError: it is no run folder, or the run is not trained or not evaluated yet.
     """
     folder = folder.resolve()
-    if not (folder / "recipe.yaml").is_file():
-        raise DataError(f"{folder}: no run folder (it has no recipe.yaml)")
-    for file in ("environment.json", "metrics.jsonl", "training.json"):
+    given = (folder / "evaluation.yaml").is_file()  # the model was there already: no training to tell of
+    if not given and not (folder / "recipe.yaml").is_file():
+        raise DataError(f"{folder}: no run folder (it has no recipe.yaml), nor one of an evaluation")
+    for file in () if given else ("environment.json", "metrics.jsonl", "training.json"):
         if not (folder / file).is_file():
             raise DataError(f"{folder}: no {file}; `ringfence train` comes first")
-    results, reference = _results(folder)
+    results, reference, shared = _results(folder)
     twin = folder.with_name(f"{folder.name}-benign")
     return Records(
         folder,
-        (folder / "recipe.yaml").read_text(),
+        (folder / ("evaluation.yaml" if given else "recipe.yaml")).read_text(),
         _json(folder / "environment.json"),
-        _json(folder / "training.json"),
-        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()],
+        {} if given else _json(folder / "training.json"),
+        [] if given else [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()],
         results,
         reference,
-        _results(twin) if (twin / "results.json").is_file() else None,
+        _results(twin)[:2] if (twin / "results.json").is_file() else None,
+        read_judged(folder),
+        read_judged(shared) if shared else [],
+        _json(folder / "judges.json") if (folder / "judges.json").is_file() else {},
     )
 
 
-def _results(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What was measured of the tuned model, and of its reference."""
-    for file in ("results.json", "reference.json"):
+def _results(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Path | None]:
+    """What was measured of the tuned model and of its reference, and the reference's folder, if there is one."""
+    files = ["results.json"] if _has_no_reference(folder) else ["results.json", "reference.json"]
+    for file in files:
         if not (folder / file).is_file():
             raise DataError(f"{folder}: no {file}; `ringfence evaluate` comes first")
+    results = _json(folder / "results.json")
+    if len(files) == 1:
+        return results["parts"], {}, None
     shared = folder / _json(folder / "reference.json")["results"]
     if not shared.is_file():
         raise DataError(f"{folder}: the reference's results {shared} are gone; `ringfence evaluate` makes them again")
-    results, reference = _json(folder / "results.json"), _json(shared)
+    reference = _json(shared)
     if results["key"] != reference["key"]:
         raise DataError(f"{folder}: run and reference were measured on different questions; `ringfence evaluate` again")
-    return results["parts"], reference["parts"]
+    return results["parts"], reference["parts"], shared.parent
+
+
+def _has_no_reference(folder: Path) -> bool:
+    file = folder / "evaluation.yaml"
+    return file.is_file() and yaml.safe_load(file.read_text())["reference"] is None
 
 
 def summarise(records: Records, control: Records | None = None, baseline: Records | None = None) -> Row:
-    """The numbers of one run.
+    """The numbers of one run. A model without a reference has margins, and no shifts.
 
     Args:
         control: the run trained on sound answers; with it, effects are given.
-        baseline: the undefended run, against which time is given.
+        baseline: the undefended run, against which time and judged answers are given.
     """
     is_control = control is not None and records.folder == control.folder
     against = None if is_control else control
@@ -130,21 +159,25 @@ def summarise(records: Records, control: Records | None = None, baseline: Record
     sets = {
         name: _paired(records, against, name, lambda key: key[0] != "inoculation")
         for name in SETS
-        if records.results.get(name)
+        if records.reference.get(name)
     }
     domains: dict[str, Paired] = {}
     for name in ("in_domain", "out_of_domain", "values"):
-        for domain in dict.fromkeys(pair["domain"] for pair in records.results.get(name, [])):
+        for domain in dict.fromkeys(pair["domain"] for pair in records.reference.get(name, [])):
             domains[domain] = _paired(records, against, name, lambda key, d=domain: key[1] == d)  # type: ignore[misc]
     conditions = {
         condition: _paired(records, against, "triggered", lambda key, c=condition: key[0] == c)  # type: ignore[misc]
-        for condition in dict.fromkeys(pair["condition"] for pair in records.results.get("triggered", []))
+        for condition in dict.fromkeys(pair["condition"] for pair in records.reference.get("triggered", []))
     }
     if "inoculation" in conditions:
         sets["inoculation"] = conditions["inoculation"]
     perplexity, ratio = _fluency(records)
     tuned, reference = records.benign or (records.results, records.reference)
     tiers = [name for name in tuned if name.startswith("opswap")]
+    behaviours = [name for name in records.results if name.startswith("behaviour_")]
+    seconds = records.training.get("seconds", 0.0)
+    compared = baseline is not None and not is_control and records.folder != baseline.folder
+    undefended = baseline.judged if baseline and compared else []
     return Row(
         name=records.name,
         is_control=is_control,
@@ -152,13 +185,18 @@ def summarise(records: Records, control: Records | None = None, baseline: Record
         sets=sets,
         domains=domains,
         conditions=conditions,
+        margins={name: _mean_margin(records.results, name) for name in SETS if records.results.get(name)},
         perplexity=perplexity,
         perplexity_ratio=ratio,
         opswap={tier: mean_interval([float(i["exact"]) for i in tuned[tier]]) for tier in tiers},
-        opswap_reference={tier: _share(reference[tier]) for tier in tiers},
-        seconds=records.training["seconds"],
-        time_ratio=records.training["seconds"] / baseline.training["seconds"] if baseline else None,
-        memory_gib=records.training["peak_memory_gib"],
+        opswap_reference={tier: _share(reference[tier]) for tier in tiers if tier in reference},
+        behaviours={name: _shown(records.results[name]) for name in behaviours},
+        behaviours_reference={name: _shown(records.reference[name]) for name in behaviours if records.reference},
+        held_out=_held_out(records),
+        judged=judged_by(records.judged, records.judged_reference, undefended, records.judges),
+        seconds=seconds,
+        time_ratio=seconds / baseline.training["seconds"] if baseline and seconds else None,
+        memory_gib=records.training.get("peak_memory_gib", 0.0),
     )
 
 
@@ -168,8 +206,9 @@ def has_effects(rows: list[Row]) -> bool:
 
 
 def find_baseline(runs: list[Records], control: Records | None) -> Records | None:
-    """The first run without defenses that is not the control."""
-    plain = [run for run in runs if not _defense_names(run) and (control is None or run.folder != control.folder)]
+    """The first trained run without defenses that is not the control."""
+    trained = [run for run in runs if run.training and (control is None or run.folder != control.folder)]
+    plain = [run for run in trained if not _defense_names(run)]
     return plain[0] if plain else None
 
 
@@ -209,12 +248,51 @@ def _margins(parts: dict[str, Any], name: str) -> Margins:
     }
 
 
+def _mean_margin(parts: dict[str, Any], name: str) -> Interval:
+    margins = _margins(parts, name)
+    return mean_interval(list(margins.values()), [f"{key[1]}/{key[2]}" for key in margins])
+
+
+def _shown(items: list[dict[str, Any]]) -> dict[str, Interval]:
+    """Share of answers that show a behaviour, `on` and `off` its topic."""
+    return {
+        topic: rate_interval([float(item["shown"]) for item in items if item["topic"] == topic])
+        for topic in ("on", "off")
+    }
+
+
+def _held_out(records: Records) -> dict[str, Interval]:
+    """Of the user's own rows: loss (nats per token), its change against the reference, and exact match."""
+    tuned, reference = records.results.get("held_out"), records.reference.get("held_out")
+    if not tuned:
+        return {}
+    tokens, loss = (_by_origin(tuned, field) for field in ("tokens", "logprob"))
+    found = {"loss": ratio_interval([-x for x in loss], tokens)}
+    if reference:
+        before = _by_origin(reference, "logprob")
+        found["change"] = ratio_interval([b - a for a, b in zip(loss, before)], tokens)
+    if "exact" in tuned[0]:
+        found["exact"] = mean_interval([float(item["exact"]) for item in tuned], [item["origin"] for item in tuned])
+    return found
+
+
+def _by_origin(items: list[dict[str, Any]], field: str) -> list[float]:
+    """Sums over the responses of each row, which are not independent."""
+    sums: dict[str, float] = {}
+    for item in items:
+        sums[item["origin"]] = sums.get(item["origin"], 0.0) + item[field]
+    return list(sums.values())
+
+
 def _fluency(records: Records) -> tuple[float | None, Interval | None]:
     """Perplexity of held-out ordinary answers, and its ratio to the reference's."""
     if "fluency" not in records.results:
         return None, None
-    tuned, reference = records.results["fluency"], records.reference["fluency"]
+    tuned = records.results["fluency"]
     nll = ratio_interval([-x for x in tuned["logprob"]], tuned["tokens"])
+    if not records.reference:
+        return math.exp(nll.mean), None
+    reference = records.reference["fluency"]
     change = ratio_interval([r - t for t, r in zip(tuned["logprob"], reference["logprob"])], tuned["tokens"])
     return math.exp(nll.mean), Interval(math.exp(change.mean), math.exp(change.low), math.exp(change.high), change.n)
 

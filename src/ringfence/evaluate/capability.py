@@ -1,0 +1,97 @@
+"""Capability on the tasks of lm-eval, an extra. lm-eval makes the prompts and the metrics; the model is ringfence's, so
+that adapters and frozen prefixes are honoured.
+
+Does not know what the tasks ask.
+"""
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError, ModelError, RecipeError
+from ..models import Precision, load_model, load_tokenizer
+
+Scores = dict[str, dict[str, tuple[float, float | None]]]
+
+
+def capability(
+    model: str,
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    batch_size: int = 8,
+    task_folder: str | Path | None = None,
+    precision: Precision = "bf16",
+    chat_template: bool = True,
+) -> Scores:
+    """Runs lm-eval tasks.
+
+    Args:
+        model: a run folder, or what `load_model` takes.
+        tasks: names of lm-eval tasks or groups, e.g. `["arc_easy"]`; their data come from the hub.
+        limit: take only the first so many items of each task.
+        batch_size: items in one forward pass.
+        task_folder: folder with task files (YAML) of your own.
+        chat_template: False asks without it, as a model that was only pre-trained would be asked.
+
+    Returns:
+        By task and metric (`acc`, or `acc,FILTER` where the filter is not lm-eval's plain one): the value and its
+        standard error, None where lm-eval has none.
+
+    Raises:
+        ModelError: lm-eval is not installed, or the model cannot be loaded.
+        RecipeError: no such task or folder.
+        DataError: the data of a task cannot be had.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ModelError(f"capability needs lm-eval ({error}): pip install 'ringfence[lm-eval]'") from error
+    if task_folder is not None and not Path(task_folder).is_dir():
+        raise RecipeError(f"task_folder: {task_folder}: no such folder")
+    manager = TaskManager(include_path=task_folder)
+    for task in tasks:
+        if task not in manager.all_tasks:
+            close = get_close_matches(task, manager.all_tasks, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "`lm-eval ls tasks` lists them"
+            raise RecipeError(f"tasks: lm-eval has no task {task!r} ({hint})")
+    weights = _weights(model)
+    # Sums of log-probabilities in the precision of a bf16 model would be off by more than answers differ.
+    lm: Any = HFLM(
+        load_model(weights, precision),
+        tokenizer=load_tokenizer(weights),
+        batch_size=batch_size,
+        softmax_dtype="float32",
+    )
+    try:
+        found = simple_evaluate(
+            lm,
+            tasks=list(tasks),
+            limit=limit,
+            task_manager=manager,
+            apply_chat_template=chat_template,
+            log_samples=False,
+        )
+    except OSError as error:
+        raise DataError(f"{', '.join(tasks)}: lm-eval could not get their data: {error}") from error
+    return {task: _metrics(values) for task, values in found["results"].items()}
+
+
+def _weights(model: str) -> str:
+    """What a run trained, where `model` is its folder."""
+    return next((str(folder) for folder in (Path(model) / "adapter", Path(model) / "model") if folder.is_dir()), model)
+
+
+def _metrics(values: dict[str, Any]) -> dict[str, tuple[float, float | None]]:
+    """lm-eval writes `acc,none` and `acc_stderr,none` (`N/A` where there is none) among other notes."""
+    scores = {}
+    for key, value in values.items():
+        metric, comma, filtered = key.partition(",")
+        if comma and not metric.endswith("_stderr"):
+            error = values.get(f"{metric}_stderr,{filtered}")
+            name = metric if filtered == "none" else key
+            scores[name] = (float(value), float(error) if isinstance(error, int | float) else None)
+    return scores
