@@ -18,7 +18,7 @@ from ringfence.run import train_run
 
 FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "budget.png"
 RUNS = Path("runs/budget")
-BUDGETS: dict[str, list[float]] = {"kl": [0.3, 0.6], "treft": [0.01, 0.03]}
+BUDGETS: dict[str, list[float]] = {"kl": [0.1, 0.2], "treft": [0.003, 0.01]}
 
 
 def main() -> None:

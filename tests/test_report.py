@@ -681,9 +681,9 @@ def test_page_and_table_show_judged_answers_and_call_a_weak_judge_weak(folders):
     page = folders[0].parent / "report.html"
     write_page(records, rows, page)
     text = html.unescape(page.read_text())
-    for shown in ["25.0 % [", "-50.0 points [", "reduction 66.7 % [", "p 0.008", "32 (8)"]:
+    for shown in ["25.0 %<", "-50.0 points<", "reduction 67 % [", "p 0.008", "32 (8)"]:
         assert shown in text
-    assert "weak judge, AUC 0.55 [0.40, 0.70] on shipped:values" in text
+    assert "weak judge: AUC 0.55 [0.40, 0.70] on shipped:values" in text
     assert "This judge is weak" in text
     console = Console(file=io.StringIO(), width=120)
     print_table(rows, console)

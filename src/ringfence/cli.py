@@ -346,6 +346,24 @@ def regenerate(
     print(f"{output}: {made.rows} rows; left out: {made.unfinished} over {max_new_tokens} tokens, {made.blank} blank")
 
 
+@app.command()
+def capability(
+    model: Annotated[str, typer.Argument(help="A run folder, a model or an adapter.")],
+    tasks: Annotated[list[str], typer.Argument(help="Names of lm-eval tasks.")],
+    limit: Annotated[int | None, typer.Option(help="Only the first so many items of each task.", min=1)] = None,
+    task_folder: Annotated[Path | None, typer.Option(help="Folder of task files of your own.")] = None,
+    precision: InPrecision = "bf16",
+    batch_size: Annotated[int, typer.Option(help="Items in one forward pass.", min=1)] = 8,
+) -> None:
+    """Run tasks of lm-eval (pip install 'ringfence[lm-eval]'), adapters and frozen prefixes honoured."""
+    from .evaluate.capability import capability as measure
+
+    found = measure(model, tasks, limit=limit, batch_size=batch_size, task_folder=task_folder, precision=precision)
+    for task, metrics in found.items():
+        for metric, (value, error) in metrics.items():
+            print(f"{task} {metric} {value:.4f}" + (f" (standard error {error:.4f})" if error is not None else ""))
+
+
 judge = typer.Typer(help="Judges of answers.", no_args_is_help=True)
 app.add_typer(judge, name="judge")
 

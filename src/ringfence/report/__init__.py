@@ -1,7 +1,6 @@
 """Reads records of runs, writes the table and the page. Never imports torch."""
 
 import base64
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,7 +91,7 @@ def _number(interval: Interval | None, kind: str) -> str:
 def _rate_lines(interval: Interval | None) -> str:
     if interval is None:
         return ""
-    return escape(f"{100 * interval.mean:.1f} %\n[{100 * interval.low:.1f},{100 * interval.high:.1f}]")
+    return escape(f"{100 * interval.mean:.1f} %\n{percents(interval).replace(', ', ',')}")
 
 
 def _legend(rows: list[Row]) -> str:
@@ -125,7 +124,7 @@ def write_page(records: list[Records], rows: list[Row], page: Path, policy: Path
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"interval": show, "bounds": bounds, "percent": percent}
-    environment.filters |= {"rate": rate, "points": points, "score": score}
+    environment.filters |= {"rate": rate, "percents": percents, "score": score}
     tuned = [row for row in rows if not row.is_control]
     html = environment.get_template("page.html").render(
         rows=rows,
@@ -164,13 +163,13 @@ def bounds(paired: Paired) -> str:
 
 
 def strength(judged: JudgedBy) -> str:
-    """`weak judge, AUC 0.55 [0.46, 0.64] on shipped:values`"""
+    """`weak judge: AUC 0.55 [0.46, 0.64] on shipped:values`"""
     found = judged.calibration
     if not found:
         return "not calibrated"
     auc = found["auc"]
-    kind = "weak judge" if found["weak"] else "judge"
-    return f"{kind}, AUC {auc['mean']:.2f} [{auc['low']:.2f}, {auc['high']:.2f}] on {found['source']}"
+    weak = "weak judge: " if found["weak"] else ""
+    return f"{weak}AUC {auc['mean']:.2f} [{auc['low']:.2f}, {auc['high']:.2f}] on {found['source']}"
 
 
 def percent(interval: Interval) -> str:
@@ -180,14 +179,12 @@ def percent(interval: Interval) -> str:
 
 def rate(interval: Interval) -> str:
     """`4.5 % [2.1, 8.0]`"""
-    if math.isinf(interval.low):
-        return f"{100 * interval.mean:.1f} % [one alone]"
-    return f"{100 * interval.mean:.1f} % [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+    return f"{100 * interval.mean:.1f} % {percents(interval)}"
 
 
-def points(interval: Interval) -> str:
-    """`+4.5 points [+2.1, +8.0]`"""
-    return f"{100 * interval.mean:+.1f} points [{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
+def percents(interval: Interval) -> str:
+    """`[2.1, 8.0]`, in per cent or points"""
+    return f"[{100 * interval.low:.1f}, {100 * interval.high:.1f}]" if interval.n > 1 else "[one alone]"
 
 
 def score(interval: Interval) -> str:
@@ -238,6 +235,12 @@ def _by_judge(records: list[Records], rows: list[Row]) -> list[dict[str, object]
                 "sets": [name for name in names if "." not in name],
                 "forms": [name for name in names if "." in name],
                 "runs": own,
+                "em_f1": [
+                    (run, name.removeprefix("em_f1."), value)
+                    for run, found in own
+                    for name, value in found.measures.items()
+                    if name.startswith("em_f1.")
+                ],
             }
         )
     return by_judge
