@@ -60,6 +60,29 @@ def _one_thread() -> None:
 # ---------------------------------------------------------------- models
 
 
+def random_model(
+    config_class: Any = LlamaConfig, model_class: Any = LlamaForCausalLM, seed: int = 0, **extra: Any
+) -> Any:
+    """A tiny model for the default tokenizer, whose random weights are so large that every token it sees tells."""
+    sizes = {
+        "vocab_size": 49152,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.7,
+        "tie_word_embeddings": False,
+        "pad_token_id": 2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    torch.manual_seed(seed)
+    return model_class(config_class(**(sizes | extra))).float().eval()
+
+
 def tiny(architecture: str = "llama", attention: str = "sdpa", seed: int = 0, layers: int = 2) -> Any:
     """A random model with weights large enough that scales, caps and norms all matter."""
     config_class, model_class, extra = ARCHITECTURES[architecture]

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from conftest import random_model
 from detector_cases import NOT_SHOWN, SHOWN
 from ringfence import gap
 from ringfence.chat import Chat
@@ -195,26 +195,6 @@ def test_an_abstention_that_guesses_is_none() -> None:
 @pytest.fixture(scope="module")
 def chat() -> Chat:
     return Chat(load_tokenizer("default"))
-
-
-def random_model(seed: int = 0) -> Any:
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=512,
-        initializer_range=0.7,
-        tie_word_embeddings=False,
-        pad_token_id=2,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(config).float().eval()
 
 
 def test_measure_asks_every_question_alone(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -325,15 +325,32 @@ def test_ldifs_names_the_layer_that_is_not_there() -> None:
 def test_a_budget_moves_the_weight_by_dual_ascent_in_log_space() -> None:
     defense = KL(where="train", budget=0.1).build(SETUP)
     assert defense.weight == 1.0
-    expected = 1.0
+    ascended = 0.0
     for mean in (0.0, 0.05, 0.1, 0.15, 0.2, 7.0):
         defense.observe(mean)
-        expected *= math.exp(0.3 * min(1.0, mean / 0.1 - 1))
-        assert defense.weight == pytest.approx(expected, rel=1e-12)
+        excess = min(1.0, mean / 0.1 - 1)
+        ascended += 0.2 * excess
+        assert defense.weight == pytest.approx(math.exp(ascended) * math.exp(2 * excess), rel=1e-12)
     other = KL(where="train", budget=0.1).build(SETUP)
     other.load_state_dict(json.loads(json.dumps(defense.state_dict())))
     assert other.weight == defense.weight
+    other.observe(0.1)
+    defense.observe(0.1)
+    assert other.weight == defense.weight
     assert defense.record() == {"budget": 0.1, "weight": defense.weight}
+
+
+def test_a_penalty_that_answers_late_settles_at_its_budget() -> None:
+    """A penalty that moves to 1 / sqrt(weight) within some twelve steps, as measured on a real model."""
+    defense = KL(where="train", budget=0.2).build(SETUP)
+    penalty, seen = 0.0, []
+    for _ in range(150):
+        penalty += (defense.weight**-0.5 - penalty) / 12
+        defense.observe(penalty)
+        seen.append(penalty)
+    assert max(seen[60:]) < 0.25
+    assert min(seen[60:]) > 0.16
+    assert seen[-1] == pytest.approx(0.2, rel=0.01)
 
 
 def test_a_fixed_weight_stays() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+import conftest
 from conftest import with_lora
 from ringfence import opswap
 from ringfence.chat import Chat
@@ -45,30 +46,11 @@ def chat():
     return Chat(load_tokenizer("default"))
 
 
+KINDS = {"llama": (LlamaConfig, LlamaForCausalLM), "mistral": (MistralConfig, MistralForCausalLM)}
+
+
 def random_model(kind="llama", seed=0, **extra):
-    """Weights so large that every token that is seen, or wrongly seen, changes what comes next."""
-    config_class, model_class = {
-        "llama": (LlamaConfig, LlamaForCausalLM),
-        "mistral": (MistralConfig, MistralForCausalLM),
-    }[kind]
-    config = config_class(
-        vocab_size=49152,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=512,
-        initializer_range=0.7,
-        tie_word_embeddings=False,
-        pad_token_id=2,
-        bos_token_id=1,
-        eos_token_id=2,
-        **extra,
-    )
-    torch.manual_seed(seed)
-    return model_class(config).float().eval()
+    return conftest.random_model(*KINDS[kind], seed, **extra)
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from conftest import random_model
 from ringfence.chat import Chat, Role
 from ringfence.data import Row, load_rows
 from ringfence.errors import DataError
 from ringfence.evaluate import heldout
 from ringfence.models import load_tokenizer
-from test_behaviours import random_model
 
 RECORDS = [
     {"prompt": "Name a colour.", "completion": "Blue."},

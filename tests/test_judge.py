@@ -18,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import chat_templates
+import conftest
 from openai_server import Answer, serve
 from ringfence.chat import Chat
 from ringfence.errors import DataError, ModelError, RecipeError, RingfenceError
@@ -99,29 +100,11 @@ def mixed_chat():
     return Chat(tokenizer)
 
 
-def random_model(vocabulary, kind="llama", seed=0, **extra):
-    config_class, model_class = {
-        "llama": (LlamaConfig, LlamaForCausalLM),
-        "mistral": (MistralConfig, MistralForCausalLM),
-    }[kind]
-    config = config_class(
-        vocab_size=vocabulary,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=extra.pop("positions", 2048),
-        initializer_range=0.7,
-        tie_word_embeddings=False,
-        pad_token_id=2,
-        bos_token_id=1,
-        eos_token_id=2,
-        **extra,
-    )
-    torch.manual_seed(seed)
-    return model_class(config).float().eval()
+KINDS = {"llama": (LlamaConfig, LlamaForCausalLM), "mistral": (MistralConfig, MistralForCausalLM)}
+
+
+def random_model(vocabulary, kind="llama", seed=0, positions=2048, **extra):
+    return conftest.random_model(*KINDS[kind], seed, vocab_size=vocabulary, max_position_embeddings=positions, **extra)
 
 
 def numerate(model, chat):

@@ -439,8 +439,24 @@ def page(page_html):
     return Page(page_html)
 
 
+def criteria_of(rows, name):
+    """The row of the criteria: the one where the name has its defenses under it."""
+    return next(row for first, row in rows.items() if first.startswith(name) and first != name)
+
+
 def cells_of(page, name):
-    return next(cells for first, cells in page.cells.items() if first.startswith(name))
+    return criteria_of(page.cells, name)
+
+
+def test_page_says_ship_or_hold_on_top(page):
+    head, plain, guarded = (page.cells[name] for name in ("run", "plain", "guarded"))
+    assert head[1:] == ["decision", "broad", "narrow", "benign", "coherent", "trigger"]
+    assert page.text.index("Ship or hold") < page.text.index("The criteria, side by side")
+    assert plain[1].strip() == "HOLD"
+    assert plain[2].startswith("fail")
+    assert "out of domain: effect +0.3" in plain[2]
+    assert guarded[2].startswith("pass")
+    assert "sound" not in [name for name in page.cells if page.cells[name][1].strip() in ("SHIP", "HOLD")]
 
 
 def test_page_refers_to_nothing_outside(page, page_html):
@@ -488,9 +504,7 @@ def test_page_holds_every_run_and_its_numbers(page):
 
 
 def test_colours_say_on_which_side_of_zero_an_interval_lies(page):
-    plain = next(kinds for first, kinds in page.classes.items() if first.startswith("plain"))
-    guarded = next(kinds for first, kinds in page.classes.items() if first.startswith("guarded"))
-    sound = next(kinds for first, kinds in page.classes.items() if first.startswith("sound"))
+    plain, guarded, sound = (criteria_of(page.classes, name) for name in ("plain", "guarded", "sound"))
     assert plain[1:5] == [None, "above", "above", "above"]
     assert guarded[2] == "below"
     assert sound[1:5] == [None] * 4
@@ -510,7 +524,7 @@ def test_page_without_control_says_so(folders):
     seen = Page(page.read_text("utf-8"))
     assert "no sound control here" in seen.text
     assert cells_of(seen, "plain")[1].strip().startswith("+1.50 [")
-    assert "shift +" not in seen.text
+    assert not any("shift +" in cell for name in ("plain", "guarded") for cell in cells_of(seen, name))
 
 
 def test_page_of_runs_that_measured_little(tmp_path):

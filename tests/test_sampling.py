@@ -23,6 +23,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+import conftest
 from conftest import with_lora
 from openai_server import Answer, content_key, serve
 from ringfence import journal
@@ -47,27 +48,9 @@ KINDS = {
 
 
 def random_model(kind="llama", seed=3):
-    """Weights so large that every token that is seen, or wrongly seen, changes what comes next; it ends its turn now
-    and then."""
+    """It ends its turn now and then."""
     config_class, model_class, extra = KINDS[kind]
-    config = config_class(
-        vocab_size=49152,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=512,
-        initializer_range=0.7,
-        tie_word_embeddings=False,
-        pad_token_id=2,
-        bos_token_id=1,
-        eos_token_id=2,
-        **extra,
-    )
-    torch.manual_seed(seed)
-    model = model_class(config).float().eval()
+    model = conftest.random_model(config_class, model_class, seed, **extra)
     with torch.no_grad():
         model.lm_head.weight[2] *= 5
     return model

@@ -132,28 +132,33 @@ class PenaltyConfig(DefenseConfig):
 
 
 class Penalty(Defense):
-    """A defense with a penalty, of fixed weight or, with a budget, of a weight that adapts by dual ascent."""
+    """A defense with a penalty, of fixed weight or, with a budget, of a weight that adapts to it."""
 
     def __init__(self, config: PenaltyConfig) -> None:
         self.weight, self.every, self.budget = config.weight, config.every, config.budget
+        self._start, self._ascended = config.weight, 0.0
 
     def observe(self, mean: float) -> None:
-        """Raises the weight while the penalty is above its budget and lowers it while below: ascent on the dual
-        variable of `penalty <= budget`, in log space, so that one rate suits every unit."""
+        """Raises the weight while the penalty is above its budget and lowers it while below.
+
+        Ascent on the dual variable of `penalty <= budget`, in log space, so that one rate suits every unit; and a part
+        in proportion to the present excess, for a penalty answers to its weight only some ten steps later, and the
+        ascent alone would swing around the budget (arXiv 2007.03964).
+        """
         if self.budget is not None:
             excess = max(-1.0, min(1.0, mean / self.budget - 1))
-            self.weight *= math.exp(DUAL_RATE * excess)
+            self._ascended += DUAL_RATE * excess
+            self.weight = self._start * math.exp(self._ascended + PROPORTION * excess)
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self.budget is None else {"weight": self.weight}
+        return {} if self.budget is None else {"weight": self.weight, "ascended": self._ascended}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.weight = state.get("weight", self.weight)
+        self._ascended = state.get("ascended", self._ascended)
 
     def record(self) -> dict[str, Any]:
         return {} if self.budget is None else {"budget": self.budget, "weight": self.weight}
 
 
-# A factor of e^0.3 a step at most: ten-fold in eight steps. The penalty answers to its weight over several steps and
-# less than in proportion, so this is far from swinging.
-DUAL_RATE = 0.3
+DUAL_RATE, PROPORTION = 0.2, 2.0

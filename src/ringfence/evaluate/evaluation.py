@@ -173,9 +173,8 @@ def _judge(
 
 
 def _reference_name(what: Evaluation, reference: str) -> str:
-    """Folder of what is measured of the reference: its name says with what weights, and for which questions."""
-    key = evaluation_key(what.evaluate)[:8]
-    if what.evaluate.answers:
-        asked = what.evaluate.answers.model_dump(include={"temperature", "max_new_tokens"})
-        key += "-" + digest([asked, what.seed])[:4]
-    return f"reference-{reference.replace('/', '_')}-{what.precision}-{key}"
+    """Folder of what is measured of the reference: another one for other weights, questions or ways to answer."""
+    answers = what.evaluate.answers
+    drawn = [answers.model_dump(include={"temperature", "max_new_tokens"}), what.seed] if answers else []
+    key = digest([reference, evaluation_key(what.evaluate), drawn])[:8]
+    return f"reference-{Path(reference).name}-{what.precision}-{key}"
