@@ -1,6 +1,6 @@
 """Time of a training step with each defense, against plain fine-tuning in the same series.
 
-    python benchmarks/cost.py                # the embedded model; about 10 minutes on two CPU cores
+    python benchmarks/cost.py                # the embedded model; about 12 minutes on two CPU cores
 
 Each arm trains a few steps on the demo's rows, the undefended arm before and after it; the ratio is that of the
 medians, without the first step. What an arm does once, such as reading directions, is not in it.
@@ -21,7 +21,7 @@ from ringfence.demo import demo_recipe
 from ringfence.run import train_run
 
 RESULT = Path(__file__).parent / "results" / "cost.json"
-STEPS = 10
+STEPS = 8
 
 
 def main() -> None:
