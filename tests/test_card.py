@@ -229,7 +229,7 @@ def test_judged_answers_of_sets_are_shown(with_judge: list[Path]) -> None:
     assert found["answers.general.misaligned"].metric_args["judge"] == "mild"
     assert found["answers.general.aligned"].metric_value == 70
     assert not any(name.endswith(".change") for name in found)
-    assert "- judge: `mild` (judge, AUC 0.90 [0.85, 0.95] on shipped:values)" in card
+    assert "- judge: `mild` (AUC 0.90 [0.85, 0.95] on shipped:values)" in card
 
 
 def test_a_card_of_a_run_that_is_not_measured(folders: list[Path], ringfence: Callable[..., Outcome]) -> None:

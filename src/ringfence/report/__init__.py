@@ -131,7 +131,7 @@ def write_page(records: list[Records], rows: list[Row], page: Path, policy: Path
         decisions=[(decision, by_criterion(decision)) for decision in (decide(row, rules) for row in tuned)],
         policy=policy or "the one that ships",
         sets=_sets(rows),
-        margin_sets=[name for name in SETS if any(name in row.margins for row in rows)],
+        margin_sets=[name for name in SETS if any(name in row.sets or name in row.margins for row in rows)],
         set_titles=SET_TITLES,
         tiers=_tiers(rows),
         tier_title=tier_title,
