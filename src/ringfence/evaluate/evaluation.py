@@ -60,10 +60,12 @@ def evaluate_folder(folder: Path, what: Evaluation) -> dict[str, Any]:
     if what.reference is not None:
         shared = folder.parent / _reference_name(what, what.reference)
         _, drawn[shared] = _measure(shared, what.reference, what, questions, "reference")
+        gc.collect()  # adapters and their models refer to each other
         where = {"results": os.path.relpath(shared / "results.json", folder)}
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "reference.json").write_text(json.dumps(where))
     results, drawn[folder] = _measure(folder, what.model, what, questions, folder.name)
+    gc.collect()
     if answers and answers.judges:
         _judge(folder, drawn, questions, answers, what.evaluate.batch_tokens)
     return results
@@ -131,8 +133,6 @@ def _measure(
         key = {"model": fingerprint(model), "precision": what.precision} if config.answers else {}
         source = LocalModel(load, chat, key, config.batch_tokens)
     lines = _draw(source, questions, config.answers, what.seed, folder) if config.answers else []
-    del source
-    gc.collect()
     return results, lines
 
 
