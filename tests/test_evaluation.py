@@ -30,7 +30,7 @@ SMALL = [
 
 @pytest.fixture(autouse=True)
 def _own_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judge, "_cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(judge, "cache_folder", lambda: tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")

@@ -38,11 +38,10 @@ from ringfence.evaluate.judge import (
     judge_answers,
     judge_tokens,
     open_judge,
-    read_judged,
     read_reply,
     sampled_score,
 )
-from ringfence.evaluate.judged import Judgement
+from ringfence.evaluate.judged import Judgement, read_judged
 from ringfence.evaluate.questions import OpenQuestion
 from ringfence.evaluate.scoring import _Row
 from ringfence.losses import find_head

@@ -35,12 +35,14 @@ def resolve(model: str) -> str:
     return str(default_model_folder()) if model == DEFAULT else model
 
 
-def default_model_folder() -> Path:
-    """Folder of the default model as a plain safetensors checkpoint, made once in the user's cache.
+def cache_folder() -> Path:
+    """The user's cache folder of ringfence; `RINGFENCE_CACHE` names another."""
+    return Path(os.environ.get("RINGFENCE_CACHE") or user_cache_path("ringfence"))
 
-    `RINGFENCE_CACHE` names another cache folder.
-    """
-    cache = Path(os.environ.get("RINGFENCE_CACHE") or user_cache_path("ringfence"))
+
+def default_model_folder() -> Path:
+    """Folder of the default model as a plain safetensors checkpoint, made once in the cache folder."""
+    cache = cache_folder()
     folder = cache / "smollm2-135m-instruct"
     if (folder / "config.json").is_file():
         return folder

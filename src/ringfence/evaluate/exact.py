@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..chat import Chat
 from ..losses import Head, find_head
-from ..taps import causal_lm, forward
-from .scoring import _batches, _place, _Row
+from ..taps import causal_lm
+from .scoring import _batches, _hidden_states, _Row, _takes_free_mask
 
 NUMBERS = [str(number) for number in range(101)]
 Path = tuple[int, ...]
@@ -95,10 +95,7 @@ def reply_probabilities(
 
 def _can_pack(model: Any, head: Head, rows: list[_Row], tokens_K: Tensor) -> bool:
     """Whether branches may share a row: attention takes a free mask, and the last branch of a row sees no other."""
-    config = causal_lm(model).config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    slides = window and max(map(len, rows), default=0) > window
-    if config._attn_implementation not in ("sdpa", "eager") or slides or not rows or len(rows[0].answers) < 2:
+    if not rows or len(rows[0].answers) < 2 or not _takes_free_mask(model, max(map(len, rows))):
         return False
     row = min(rows, key=len)
     alone = _Row(row.prompt, row.answers[-1:])
@@ -114,25 +111,9 @@ def _join(parts: list[Tensor]) -> Tensor:
 
 def _node_logprobs(model: Any, head: Head, rows: list[_Row], tokens_K: Tensor) -> list[Tensor]:
     """log p of the tokens after each row's prompt, and after each token of its branches: [N, K] a row."""
-    width = max(map(len, rows))
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    positions = torch.zeros_like(ids)
-    sees = torch.eye(width, dtype=torch.bool).repeat(len(rows), 1, 1)  # padding sees itself, so no softmax is empty
-    for number, row in enumerate(rows):
-        _place(ids, positions, sees, number, row.prompt, 0, 0)
-        start = len(row.prompt)
-        for branch in row.answers:
-            _place(ids, positions, sees, number, branch, start, len(row.prompt))
-            start += len(branch)
-    if all(len(row.answers) <= 1 for row in rows):
-        mask = (torch.arange(width) < torch.tensor([[len(row)] for row in rows])).long()
-    else:
-        dtype = head.module.weight.dtype  # type: ignore[union-attr]
-        mask = torch.zeros(sees.shape, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)[:, None]  # type: ignore[arg-type]
-    batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    hidden_BTD = _hidden_states(model, head, rows)
     with torch.no_grad():
-        taps = forward(model, head, {name: tensor.to(model.device) for name, tensor in batch.items()})
         return [
-            head(taps.hidden_BTD[number, len(row.prompt) - 1 : len(row)]).log_softmax(-1)[:, tokens_K].cpu()
+            head(hidden_BTD[number, len(row.prompt) - 1 : len(row)]).log_softmax(-1)[:, tokens_K].cpu()
             for number, row in enumerate(rows)
         ]

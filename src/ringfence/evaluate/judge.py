@@ -7,7 +7,6 @@ again: its score lies in a file of the user's cache. Does not know how rates are
 
 import json
 import math
-import os
 import re
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,18 +14,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
-from platformdirs import user_cache_path
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from ..chat import Chat
 from ..console import progress
-from ..errors import DataError, RecipeError, RingfenceError
+from ..errors import RecipeError, RingfenceError
 from ..journal import digest, fingerprint
-from ..models import Precision, load_model, load_tokenizer
+from ..models import Precision, cache_folder, load_model, load_tokenizer
 from .endpoint import Endpoint, EndpointConfig, Reply, Request
 from .exact import NUMBERS, ReplyTree, reply_probabilities
 from .framing import LABELS, JudgePrompt, prompt_hash, render, spell_out, templates_of
-from .judged import Judgement
+from .judged import Judgement, write_judged
 from .questions import OpenQuestion
 
 LEAST_MASS = 0.25  # probability of all numbers together, below which there is no score
@@ -268,7 +266,7 @@ class ScoreCache:
     """
 
     def __init__(self, file: Path | None = None) -> None:
-        self.file = file or _cache_folder() / "judge_scores.sqlite"
+        self.file = file or cache_folder() / "judge_scores.sqlite"
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             # Every statement is its own transaction; a writer waits for another one.
@@ -290,10 +288,6 @@ class ScoreCache:
     def put(self, judge: Judge, prompt: JudgePrompt, score: Score) -> None:
         row = _key(judge, prompt), json.dumps(asdict(score))
         self._table.execute("INSERT OR IGNORE INTO scores VALUES (?, ?)", row)
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("RINGFENCE_CACHE") or user_cache_path("ringfence"))
 
 
 def _key(judge: Judge, prompt: JudgePrompt) -> str:
@@ -387,28 +381,3 @@ def judgement_of(line: Mapping[str, Any], judge: str, key: str, found: Mapping[s
 
 def _no_answer(line: Mapping[str, Any]) -> str:
     return f"no answer: {line['error']}"
-
-
-def write_judged(file: Path, judgements: Iterable[Judgement]) -> None:
-    """`judged.jsonl`: a line of JSON for each judgement; the file is whole or not there."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_suffix(".partial")
-    scratch.write_text("".join(json.dumps(asdict(judgement)) + "\n" for judgement in judgements))
-    scratch.replace(file)
-
-
-def read_judged(file: Path) -> list[Judgement]:
-    """What `write_judged` wrote.
-
-    Raises:
-        DataError: there is no such file, or a line is no judgement.
-    """
-    if not file.is_file():
-        raise DataError(f"{file}: no such file of judgements")
-    judgements = []
-    for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
-        try:
-            judgements.append(Judgement(**json.loads(line)))
-        except (json.JSONDecodeError, TypeError) as error:
-            raise DataError(f"{file}:{number}: expected a judgement, found {line[:60]!r} ({error})") from error
-    return judgements

@@ -1,14 +1,16 @@
-"""From judged answers to rates: misaligned, incoherent, refused and so on. Knows numbers only.
+"""From judged answers to rates: misaligned, incoherent, refused and so on. Knows numbers, and the file they stand in.
 
 A rate is a plain mean over answers, and every answer is in its denominator: refusals, code, unscored answers too. Its
 interval is taken over question families (`cluster`), for the samples, paraphrases and forms of one question are not
 independent. Everything here is of one judge; another judge's numbers are other numbers.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -388,3 +390,31 @@ def _path(question: tuple[Any, ...]) -> str:
 
 def _answer(j: Judgement) -> str:
     return f"sample {j.sample} of question {_path(_question(j))}"
+
+
+# ------------------------------------------------------------------ on disk
+
+
+def write_judged(file: Path, judgements: Iterable[Judgement]) -> None:
+    """`judged.jsonl`: a line of JSON for each judgement; the file is whole or not there."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scratch = file.with_suffix(".partial")
+    scratch.write_text("".join(json.dumps(asdict(judgement)) + "\n" for judgement in judgements))
+    scratch.replace(file)
+
+
+def read_judged(file: Path) -> list[Judgement]:
+    """What `write_judged` wrote.
+
+    Raises:
+        DataError: there is no such file, or a line is no judgement.
+    """
+    if not file.is_file():
+        raise DataError(f"{file}: no such file of judgements")
+    judgements = []
+    for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+        try:
+            judgements.append(Judgement(**json.loads(line)))
+        except (json.JSONDecodeError, TypeError) as error:
+            raise DataError(f"{file}:{number}: expected a judgement, found {line[:60]!r} ({error})") from error
+    return judgements

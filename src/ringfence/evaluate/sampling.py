@@ -6,15 +6,13 @@ Every answer is a line of a journal as soon as it is there, so a killed run goes
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ..chat import Chat, Messages
 from ..console import progress
 from ..errors import ChatError, DataError
-from ..journal import Line, append, digest, fingerprint, open_journal, split_table
-from ..models import Precision, load_model, load_tokenizer
+from ..journal import Line, append, digest, open_journal, split_table
 from .endpoint import Endpoint, Request
 from .questions import OpenQuestion
 from .scoring import generate
@@ -40,16 +38,6 @@ class LocalModel:
     chat: Chat
     key: dict[str, Any]
     batch_tokens: int = 4096
-
-
-def local_model(model: str, precision: Precision = "bf16", batch_tokens: int = 4096) -> LocalModel:
-    """`default`, a folder, a hub id or an adapter's folder.
-
-    Raises:
-        ModelError: there is no such model.
-    """
-    key = {"model": fingerprint(model), "precision": precision}
-    return LocalModel(cache(lambda: load_model(model, precision)), Chat(load_tokenizer(model)), key, batch_tokens)
 
 
 @dataclass(frozen=True)

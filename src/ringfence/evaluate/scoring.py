@@ -137,45 +137,62 @@ def _rows(chat: Chat, messages: Messages, answers: Sequence[str]) -> list[_Row]:
 
 def _can_pack(model: Any, head: Head, rows: list[list[_Row]]) -> bool:
     """Whether answers may share a row: attention takes a free mask, and gives the same scores on the first row."""
-    config = causal_lm(model).config.get_text_config()
     flat = [row for group in rows for row in group]
     shared = [row for row in flat if len(row.answers) > 1]
-    window = getattr(config, "sliding_window", None)
-    if not shared or config._attn_implementation not in ("sdpa", "eager") or (window and max(map(len, flat)) > window):
+    if not shared or not _takes_free_mask(model, max(map(len, flat))):
         return False
     packed = _score_rows(model, head, shared[:1])[0]
     alone = _score_rows(model, head, [_Row(shared[0].prompt, [answer]) for answer in shared[0].answers])
     return all(abs(a.mean - b[0].mean) < 0.05 for a, b in zip(packed, alone))
 
 
+def _takes_free_mask(model: Any, width: int) -> bool:
+    """Whether attention takes a mask of any shape, and sees all of a row of `width` tokens."""
+    config = causal_lm(model).config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    return config._attn_implementation in ("sdpa", "eager") and not (window and width > window)
+
+
 def _score_rows(model: Any, head: Head, rows: list[_Row]) -> list[list[AnswerScore]]:
     """Scores of each row's answers, from one forward over all rows."""
-    width = max(map(len, rows))
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    positions = torch.zeros_like(ids)
-    sees = torch.eye(width, dtype=torch.bool).repeat(len(rows), 1, 1)  # padding sees itself, so no softmax is empty
+    hidden_BTD = _hidden_states(model, head, rows)
     sources, targets, lengths = [], [], []
     for number, row in enumerate(rows):
         start = len(row.prompt)
-        _place(ids, positions, sees, number, row.prompt, 0, 0)
         for answer in row.answers:
-            _place(ids, positions, sees, number, answer, start, len(row.prompt))
             before = [len(row.prompt) - 1, *range(start, start + len(answer) - 1)]
             sources += [(number, place) for place in before]
             targets += answer
             lengths.append(len(answer))
             start += len(answer)
-    dtype = head.module.weight.dtype  # type: ignore[union-attr]
-    mask = torch.zeros(sees.shape, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)[:, None]  # type: ignore[arg-type]
-    batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-    if all(len(row.answers) == 1 for row in rows):
-        batch["attention_mask"] = (torch.arange(width) < torch.tensor([[len(row)] for row in rows])).long()
-    with torch.no_grad():
-        taps = forward(model, head, {name: tensor.to(model.device) for name, tensor in batch.items()})
     row_index, place_index = torch.tensor(sources, device=model.device).T
-    logprobs = token_logprobs(head, taps.hidden_BTD[row_index, place_index], torch.tensor(targets, device=model.device))
+    logprobs = token_logprobs(head, hidden_BTD[row_index, place_index], torch.tensor(targets, device=model.device))
     scores = iter(AnswerScore(float(part.sum()), len(part)) for part in logprobs.split(lengths))
     return [[next(scores) for _ in row.answers] for row in rows]
+
+
+def _hidden_states(model: Any, head: Head, rows: list[_Row]) -> Tensor:
+    """Final hidden states [B, T, D] of one forward over all rows, without gradient. The answers of a row stand one
+    after another behind its prompt, each seeing the prompt and itself alone."""
+    width = max(map(len, rows))
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    positions = torch.zeros_like(ids)
+    sees = torch.eye(width, dtype=torch.bool).repeat(len(rows), 1, 1)  # padding sees itself, so no softmax is empty
+    for number, row in enumerate(rows):
+        start = len(row.prompt)
+        _place(ids, positions, sees, number, row.prompt, 0, 0)
+        for answer in row.answers:
+            _place(ids, positions, sees, number, answer, start, len(row.prompt))
+            start += len(answer)
+    if all(len(row.answers) <= 1 for row in rows):
+        mask = (torch.arange(width) < torch.tensor([[len(row)] for row in rows])).long()
+    else:
+        dtype = head.module.weight.dtype  # type: ignore[union-attr]
+        mask = torch.zeros(sees.shape, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)[:, None]  # type: ignore[arg-type]
+    batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    with torch.no_grad():
+        taps = forward(model, head, {name: tensor.to(model.device) for name, tensor in batch.items()})
+    return taps.hidden_BTD
 
 
 def _place(ids: Tensor, positions: Tensor, sees: Tensor, row: int, tokens: list[int], start: int, prompt: int) -> None:

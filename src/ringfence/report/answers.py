@@ -1,6 +1,5 @@
 """Judged answers of runs, for the report. Reads files only; never imports torch."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from ..evaluate.judged import (
     by_judge,
     compare,
     em_f1,
+    read_judged,
     relative_reduction,
     summary,
 )
@@ -54,10 +54,10 @@ class JudgedBy:
         return sorted(names, key=lambda name: "." in name)
 
 
-def read_judged(folder: Path) -> list[Judgement]:
+def judgements_in(folder: Path) -> list[Judgement]:
     """The judgements in a folder; none where no answer was judged."""
     file = folder / "judged.jsonl"
-    return [Judgement(**json.loads(line)) for line in file.read_text().splitlines()] if file.is_file() else []
+    return read_judged(file) if file.is_file() else []
 
 
 def judged_by(

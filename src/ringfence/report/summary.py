@@ -18,7 +18,7 @@ import yaml
 from ..errors import DataError
 from ..evaluate.judged import Judgement
 from ..stats import Interval, mean_interval, rate_interval, ratio_interval
-from .answers import JudgedBy, judged_by, read_judged
+from .answers import JudgedBy, judged_by, judgements_in
 
 SETS = ("in_domain", "out_of_domain", "values", "triggered", "inoculation")
 Key = tuple[str, str, str, str]  # condition, domain, question id, digest of the texts
@@ -117,8 +117,8 @@ def read_run(folder: Path) -> Records:
         results,
         reference,
         _results(twin)[:2] if (twin / "results.json").is_file() else None,
-        read_judged(folder),
-        read_judged(shared) if shared else [],
+        judgements_in(folder),
+        judgements_in(shared) if shared else [],
         _json(folder / "judges.json") if (folder / "judges.json").is_file() else {},
     )
 
