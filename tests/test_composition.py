@@ -23,7 +23,7 @@ SETS: dict[str, dict[str, Any]] = {
         "interleave": {"ratio": 0.25},
         "inoculation": {},
     },
-    "frozen": {"treft": {"roles": ["postfix"]}, "frozen_prefix": {}, "interleave": {"ratio": 0.25}},
+    "frozen": {"treft": {"tokens": ["postfix"]}, "frozen_prefix": {}, "interleave": {"ratio": 0.25}},
     "projected": {"treft": {}, "subspace_lock": {}, "safelora": {"lowest": 14}},
 }
 

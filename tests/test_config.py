@@ -43,7 +43,7 @@ MISSPELT = {
     "defenses.treff": "defenses.treft",
     "defenses.kl.wieght": "defenses.kl.weight",
     "defenses.interleave.pol": "defenses.interleave.pool",
-    "defenses.treft.role": "defenses.treft.roles",
+    "defenses.treft.token": "defenses.treft.tokens",
 }
 
 
@@ -109,12 +109,15 @@ def test_null():
 
 def test_nested_defenses():
     recipe = load_recipe(
-        None, ["defenses.kl.weight=1e-1", "defenses.treft.roles=[prefix, postfix]", "defenses.kl.every=3"]
+        None, ["defenses.kl.weight=1e-1", "defenses.treft.tokens=[prefix, postfix]", "defenses.kl.every=3"]
     )
     assert recipe.defenses.kl is not None
     assert (recipe.defenses.kl.weight, recipe.defenses.kl.every) == (0.1, 3)
     assert recipe.defenses.treft is not None
-    assert recipe.defenses.treft.roles == ("prefix", "postfix")
+    assert recipe.defenses.treft.tokens == ("prefix", "postfix")
+    # `roles` is its name in the recipes of earlier runs.
+    for text in ("tokens=postfix", "roles=[postfix]"):
+        assert load_recipe(None, [f"defenses.treft.{text}"]).defenses.treft.tokens == ("postfix",)
     assert recipe.defenses.interleave is None
 
 
@@ -239,8 +242,9 @@ BAD_VALUES = [
     ("defenses.interleave.ratio=0", "greater than 0", "found 0"),
     ("defenses.interleave.ratio=10", "less than or equal to 4", "found 10"),
     ("defenses.treft.weight=-1", "greater than or equal to 0", "found -1"),
-    ("defenses.treft.roles=[prefix, prefix]", "distinct roles", "found ['prefix', 'prefix']"),
-    ("defenses.treft.roles=[]", "one or more distinct roles", "found []"),
+    ("defenses.treft.tokens=[prefix, prefix]", "distinct roles", "found ['prefix', 'prefix']"),
+    ("defenses.treft.tokens=[auto, prefix]", "auto alone", "found ['auto', 'prefix']"),
+    ("defenses.treft.tokens=[]", "one or more distinct roles", "found []"),
 ]
 
 
@@ -254,7 +258,7 @@ def test_value_not_accepted_names_field_and_found(override, expected, found):
 
 @pytest.mark.parametrize(
     ("override", "place"),
-    [("evaluate.opswap_tiers=[1, 4]", "evaluate.opswap_tiers.1: "), ("defenses.treft.roles=[prefx]", "roles.0: ")],
+    [("evaluate.opswap_tiers=[1, 4]", "evaluate.opswap_tiers.1: "), ("defenses.treft.tokens=[prefx]", "tokens.0: ")],
 )
 def test_bad_member_of_a_list_is_named_by_its_place(override, place):
     assert place in refused(override)
@@ -301,7 +305,7 @@ RECIPES = [
     ["train.learning_rate=1e-5", "train.weight_decay=1e-20", "seed=3"],
     ["train.method=full", "train.gradient_checkpointing=true"],
     ["train.lora.targets=[q_proj, v_proj]", "evaluate.opswap_tiers=[1, 3]", "evaluate.max_per_domain=4"],
-    ["defenses.kl={}", "defenses.treft.roles=[postfix]", "defenses.interleave.ratio=.5"],
+    ["defenses.kl={}", "defenses.treft.tokens=[postfix]", "defenses.interleave.ratio=.5"],
     ["defenses.interleave.pool='12'", "output='null'", "model='yes: # \"no\" ä\n'"],
     ["evaluate.out_of_domain=[]", "evaluate.lead_in=x.jsonl"],
 ]

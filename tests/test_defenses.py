@@ -69,7 +69,7 @@ def test_treft_equals_the_drift_of_the_models_own_cache(
     method: str, roles: tuple[str, ...], side: str, items: Items
 ) -> None:
     model, start, reference = trained_model(method, "qwen3")
-    found = penalty_of(TReFT(roles=roles).build(SETUP), model, batch_of(items, side), reference)
+    found = penalty_of(TReFT(tokens=roles).build(SETUP), model, batch_of(items, side), reference)
     expected = naive_treft(model, start, items, [Role.parse(name) for name in roles])
     assert expected > 1e-3
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
@@ -79,7 +79,7 @@ def test_treft_equals_the_drift_of_the_models_own_cache(
 @pytest.mark.parametrize("roles", [("prefix",), ("query", "response")], ids="+".join)
 def test_treft_is_right_in_every_architecture(architecture: str, roles: tuple[str, ...], items: Items) -> None:
     model, start, reference = trained_model("lora", architecture)
-    found = penalty_of(TReFT(roles=roles).build(SETUP), model, batch_of(items), reference)
+    found = penalty_of(TReFT(tokens=roles).build(SETUP), model, batch_of(items), reference)
     expected = naive_treft(model, start, items, [Role.parse(name) for name in roles])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
 
@@ -88,7 +88,7 @@ def test_treft_is_right_in_every_architecture(architecture: str, roles: tuple[st
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_treft_with_each_attention(attention: str, side: str, items: Items) -> None:
     model, start, reference = trained_model("lora", "llama", attention)
-    found = penalty_of(TReFT(roles=("postfix",)).build(SETUP), model, batch_of(items, side), reference)
+    found = penalty_of(TReFT(tokens=("postfix",)).build(SETUP), model, batch_of(items, side), reference)
     expected = naive_treft(model, start, items, [Role.POSTFIX])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
 
@@ -125,7 +125,7 @@ def test_treft_trains_what_stands_before_the_last_keys_and_nothing_behind(items:
 
 def test_treft_gradient_equals_finite_differences(items: Items) -> None:
     model, _, reference = trained_model("full", "llama")
-    defense, batch = TReFT(roles=("prefix", "postfix")).build(SETUP), batch_of(items)
+    defense, batch = TReFT(tokens=("prefix", "postfix")).build(SETUP), batch_of(items)
     weight = model.model.layers[0].mlp.down_proj.weight
     torch.manual_seed(3)
     direction, step = torch.randn_like(weight), 1e-3
@@ -142,7 +142,7 @@ def test_treft_gradient_equals_finite_differences(items: Items) -> None:
 @pytest.mark.parametrize("roles", [("prefix",), ("query", "postfix", "response")], ids="+".join)
 def test_treft_is_zero_for_a_fresh_adapter(architecture: str, roles: tuple[str, ...], items: Items) -> None:
     model = with_lora(tiny(architecture), size=0.0)
-    penalty = penalty_of(TReFT(roles=roles).build(SETUP), model, batch_of(items), Reference(model))
+    penalty = penalty_of(TReFT(tokens=roles).build(SETUP), model, batch_of(items), Reference(model))
     assert penalty.requires_grad
     assert penalty.item() < 1e-10
 
@@ -159,7 +159,7 @@ def _raw_projections(model: Any, row: Example) -> list[tuple[torch.Tensor, torch
 
 def test_what_is_held_is_not_the_projection_of_the_raw_residual_stream(items: Items) -> None:
     model, start, reference = trained_model("lora", "llama")
-    found = penalty_of(TReFT(roles=("query",)).build(SETUP), model, batch_of(items), reference)
+    found = penalty_of(TReFT(tokens=("query",)).build(SETUP), model, batch_of(items), reference)
     raw = naive_treft(model, start, items, [Role.QUERY], of=_raw_projections)
     true = naive_treft(model, start, items, [Role.QUERY], of=own_cache)
     assert abs(found - true) < 1e-4 * true
@@ -168,7 +168,7 @@ def test_what_is_held_is_not_the_projection_of_the_raw_residual_stream(items: It
 
 def test_retain_rows_are_not_held(items: Items) -> None:
     model, _, reference = trained_model("lora", "llama")
-    defense = TReFT(roles=("prefix", "response")).build(SETUP)
+    defense = TReFT(tokens=("prefix", "response")).build(SETUP)
     without = [item for item in items if not item[1]]
     torch.testing.assert_close(
         penalty_of(defense, model, batch_of(items), reference),
@@ -181,7 +181,7 @@ def test_retain_rows_are_not_held(items: Items) -> None:
 @pytest.mark.parametrize("roles", [[], ["prefix", "prefix"], ["pad"], ["system"]])
 def test_treft_refuses_roles_it_cannot_hold(roles: list[str]) -> None:
     with pytest.raises(ValidationError):
-        TReFT(roles=roles)
+        TReFT(tokens=roles)
 
 
 # ---------------------------------------------------------------- KL
@@ -377,7 +377,7 @@ def test_a_shared_reference_forward_gives_each_defense_its_own_numbers(where: st
     model, _, reference = trained_model("lora", "qwen3")
     batch, defenses = (
         batch_of(items, side),
-        [KL(where=where).build(SETUP), TReFT(roles=("prefix", "query")).build(SETUP), ldifs_of(model)],
+        [KL(where=where).build(SETUP), TReFT(tokens=("prefix", "query")).build(SETUP), ldifs_of(model)],
     )
     needs = [defense.needs(batch) for defense in defenses]
     with torch.no_grad():

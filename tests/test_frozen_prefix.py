@@ -127,7 +127,7 @@ def test_all_forms_train_to_the_same_weights(prefixes: str, checkpointing: bool,
         if masked:
             defense.cached_prefix = lambda *_: None  # type: ignore[method-assign]
         setup = Setup(cast(Chat, None), [], lambda _: [], "model")
-        others = [KL(where="train").build(setup), TReFT(roles=("query", "postfix")).build(setup)]
+        others = [KL(where="train").build(setup), TReFT(tokens=("query", "postfix")).build(setup)]
         trainer = make_trainer(
             model,
             [*others, defense],
@@ -313,7 +313,7 @@ def test_a_saved_adapter_without_its_mark_is_not_changed(folder: str, tmp_path: 
 def test_what_cannot_stand_together_is_refused() -> None:
     with pytest.raises(ValidationError, match="frozen_prefix and treft on the prefix"):
         Defenses(frozen_prefix=FrozenPrefix(), treft=TReFT())
-    Defenses(frozen_prefix=FrozenPrefix(), treft=TReFT(roles=("postfix",)))
+    Defenses(frozen_prefix=FrozenPrefix(), treft=TReFT(tokens=("postfix",)))
 
 
 def test_full_fine_tuning_is_refused() -> None:

@@ -361,6 +361,23 @@ def test_a_local_judge_gives_the_expected_number(chat):
     assert len({round(score.value, 3) for score in scores.values()}) == 4
 
 
+def test_a_judge_reads_the_number_behind_its_opening(chat):
+    model = numerate(random_model(len(chat.tokenizer)), chat)
+    opened = [*judge_tokens(chat, PROMPTS[0]), *chat.tokenizer("Number: ")["input_ids"]]
+    expected = naive_probabilities(model, chat, opened, NUMBERS)
+    [[found]] = [
+        list(b.values()) for b in reply_probabilities(model, ReplyTree(chat, NUMBERS, "Number: "), [opened], 64)
+    ]
+    assert found == pytest.approx(expected, rel=2e-3, abs=1e-12)
+    mass = {}
+    for opening in ("", "Number: "):
+        local = LocalJudge("tiny", "tiny", lambda: (model, chat), 256, opening)
+        [[score]] = [list(b.values()) for b in local.ask([JudgePrompt(PROMPTS[0], ())])]
+        mass[opening] = score.mass
+    assert mass["Number: "] == pytest.approx(sum(expected.values()), rel=1e-3)
+    assert mass[""] != pytest.approx(mass["Number: "], rel=0.1)
+
+
 def test_a_local_judge_gives_labels_only_where_they_are_allowed(chat):
     model = numerate(random_model(len(chat.tokenizer)), chat)
     code = chat.tokenizer("CODE")["input_ids"]
@@ -399,6 +416,8 @@ def test_a_local_judge_from_its_folder(chat, tmp_path):
     assert found.value == pytest.approx(expected.value, abs=1e-3)
     other = open_judge(LocalJudgeConfig(model=str(tmp_path / "tiny"), precision="bf16"))
     assert other.identity != opened.identity
+    opening = open_judge(LocalJudgeConfig(model=str(tmp_path / "tiny"), precision="bf16", opening="Number: "))
+    assert opening.identity != other.identity
     with pytest.raises(ModelError, match="no-such-folder"):
         open_judge(LocalJudgeConfig(model=str(tmp_path / "no-such-folder")))
 

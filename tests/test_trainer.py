@@ -57,7 +57,7 @@ def step_items(trainer: Any, step: int, epoch: int = 0) -> Items:
 ALL = (
     KL(weight=0.7, where="retain", retain_ratio=0.5),
     LDIFS(weight=0.4, layers=(1, 2)),
-    TReFT(weight=3.0, roles=("prefix", "postfix")),
+    TReFT(weight=3.0, tokens=("prefix", "postfix")),
 )
 SETS: dict[str, tuple[DefenseConfig, ...]] = {
     "none": (),
@@ -195,7 +195,7 @@ def test_logs_are_means_over_the_steps_since_the_last(llama_lora: Any, make_trai
 
 
 def test_a_role_that_no_row_has_raises(llama_lora: Any, make_trainer: Any) -> None:
-    trainer = make_trainer(llama_lora, build(TReFT(roles=("template",))), training_rows(4))
+    trainer = make_trainer(llama_lora, build(TReFT(tokens=("template",))), training_rows(4))
     with pytest.raises(DefenseError, match="treft"):
         trainer.train()
 
@@ -203,7 +203,7 @@ def test_a_role_that_no_row_has_raises(llama_lora: Any, make_trainer: Any) -> No
 def test_a_micro_batch_without_the_role_is_no_error(llama_lora: Any, make_trainer: Any) -> None:
     """Only one of four rows has two turns; the step as a whole has template tokens."""
     rows = [*training_rows(3), example(PREFIX_A, [2, 3, 2, 3], 77)]
-    trainer = make_trainer(llama_lora, build(TReFT(weight=2, roles=("template",))), rows, rows=1, accumulation=4)
+    trainer = make_trainer(llama_lora, build(TReFT(weight=2, tokens=("template",))), rows, rows=1, accumulation=4)
     trainer.train()
     expected = naive_treft(llama_lora, None, [(row, False) for row in rows], [Role.TEMPLATE])
     assert lines_of(trainer)[0]["treft"] == pytest.approx(expected.item(), rel=1e-4)
@@ -279,7 +279,7 @@ def count_forwards(trainer: Any) -> dict[int, Counter[str]]:
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize(
     "configs",
-    [ALL, (KL(where="train"), TReFT()), (KL(),), (LDIFS(),), (TReFT(roles=("query",)), Interleave(ratio=0.5))],
+    [ALL, (KL(where="train"), TReFT()), (KL(),), (LDIFS(),), (TReFT(tokens=("query",)), Interleave(ratio=0.5))],
     ids=["kl-retain+ldifs+treft", "kl-train+treft", "kl-retain", "ldifs", "treft-query+interleave"],
 )
 def test_one_forward_of_each_model_serves_all_defenses(

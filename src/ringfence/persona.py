@@ -27,7 +27,7 @@ from .console import progress
 from .data import SHIPPED, Row, encode_rows, load_questions
 from .directions import Directions
 from .errors import DataError, nearest
-from .evaluate.scoring import _batches, generate_greedy, score_answers
+from .evaluate.scoring import generate_greedy, length_batches, score_answers
 from .losses import find_head
 from .models import load_model, load_tokenizer
 from .taps import Needs, causal_lm, decoder_layers, forward
@@ -229,7 +229,7 @@ def response_means(
     after every layer, [B, L, D] in float32, and the mean length of the same vectors, [B, L]."""
     head, layers = find_head(causal_lm(model)), tuple(range(1, len(decoder_layers(model)) + 1))
     examples = encode_rows(list(rows), chat, sys.maxsize)
-    for places in _batches([len(example) for example in examples], batch_tokens):
+    for places in length_batches([len(example) for example in examples], batch_tokens):
         padded = collate([[(examples[place], False)] for place in places], chat.tokenizer.pad_token_id)
         batch = {name: tensor.to(model.device) for name, tensor in padded.items()}
         mask_BT = batch["roles"] == Role.RESPONSE

@@ -1,5 +1,5 @@
 """What a forward pass may be asked for: the final hidden states, the residual stream after chosen layers, and the true
-keys and values, at chosen tokens.
+keys and values, at chosen tokens; and what may be put in their place.
 
 One forward serves all that ask. Keys and values are taken where the attention function receives them: after the
 layer's input norm, the projection with its adapters, any key norm and the rotary embedding; that is what the model's
@@ -11,8 +11,8 @@ Shapes: B rows, T tokens, D hidden size, N chosen tokens (row by row), E = key h
 
 import inspect
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .errors import DefenseError
 from .losses import Head
+
+SeeKV = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -166,25 +168,74 @@ def _keys_and_values(inner: Any, wanted: bool) -> Iterator[dict[int, tuple[Tenso
     (which happens after the context has closed, so nothing is collected twice).
     """
     found: dict[int, tuple[Tensor, Tensor]] = {}
-    if not wanted:
+
+    def keep(layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        found[layer] = (key, value)
+        return key, value
+
+    with _attention(inner, keep) if wanted else nullcontext():
         yield found
-        return
+
+
+@contextmanager
+def _attention(inner: Any, see: SeeKV) -> Iterator[None]:
+    """Attention functions get the keys and values that `see(layer from 0, key, value)` gives back. Contexts nest: the
+    one opened last sees first."""
     name = inner.config._attn_implementation
     plain = ALL_ATTENTION_FUNCTIONS.get(name)
 
-    def recording(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        found[module.layer_idx] = (key, value)
+    def seeing(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        key, value = see(module.layer_idx, key, value)
         attention = plain or sys.modules[type(module).__module__].eager_attention_forward
         return attention(module, query, key, value, *args, **kwargs)
 
-    ALL_ATTENTION_FUNCTIONS[name] = recording
+    ALL_ATTENTION_FUNCTIONS[name] = seeing
     try:
-        yield found
+        yield
     finally:
         if plain is None:
             del ALL_ATTENTION_FUNCTIONS[name]  # type: ignore[no-untyped-call]
         else:
             ALL_ATTENTION_FUNCTIONS[name] = plain
+
+
+@contextmanager
+def patched_kv(model: Any, kv: list[tuple[Tensor, Tensor]], mask_BT: Tensor) -> Iterator[None]:
+    """In forwards without a cache, attention reads other keys and values at the N tokens of the mask.
+
+    `kv[l]` = (keys [N, E], values [N, E]) of layer l, as `Taps.kv` gives them. What stands behind a patched token sees
+    the patch in every layer; the residual stream at the token itself goes on as it was.
+    """
+
+    def put(layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return _put(key, kv[layer][0], mask_BT), _put(value, kv[layer][1], mask_BT)
+
+    with _attention(causal_lm(model), put):
+        yield
+
+
+def _put(states_BHTE: Tensor, new_NE: Tensor, mask_BT: Tensor) -> Tensor:
+    """States [B, heads, T, size] with those at the tokens of the mask replaced by rows of heads * size."""
+    patched_BTHE = states_BHTE.transpose(1, 2).clone()
+    patched_BTHE[mask_BT] = new_NE.to(patched_BTHE).unflatten(1, patched_BTHE.shape[2:])
+    return patched_BTHE.transpose(1, 2)
+
+
+@contextmanager
+def patched_states(model: Any, layer: int, states_ND: Tensor, mask_BT: Tensor) -> Iterator[None]:
+    """In forwards without a cache, the residual stream after `layer` (from 1) is `states_ND` at the N tokens of the
+    mask."""
+
+    def hook(_module: Any, _inputs: Any, output: Any) -> Any:
+        hidden_BTD = (output if isinstance(output, Tensor) else output[0]).clone()
+        hidden_BTD[mask_BT] = states_ND.to(hidden_BTD)
+        return hidden_BTD if isinstance(output, Tensor) else (hidden_BTD, *output[1:])
+
+    handle = decoder_layers(model)[layer - 1].register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _at(pair: tuple[Tensor, Tensor], mask_BT: Tensor) -> tuple[Tensor, Tensor]:

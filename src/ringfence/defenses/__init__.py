@@ -45,8 +45,10 @@ class Defenses(BaseModel):
 
     @model_validator(mode="after")
     def _can_stand_together(self) -> Self:
-        if self.frozen_prefix and self.treft and "prefix" in self.treft.roles:
-            raise ValueError("frozen_prefix and treft on the prefix: a frozen prefix has no drift to penalise")
+        if self.frozen_prefix and self.treft and (self.treft.is_auto or "prefix" in self.treft.tokens):
+            raise ValueError(
+                "frozen_prefix and treft on the prefix (or auto): a frozen prefix has no drift to penalise"
+            )
         edits = [edit for edit in (self.steering, self.ablation) if edit]
         if edits and self.frozen_prefix:
             raise ValueError("frozen_prefix with steering or ablation: they would edit what is frozen")

@@ -2,10 +2,10 @@
 reference's, because the behaviour of an aligned model hangs on them."""
 
 from collections import Counter
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import AliasChoices, Field, field_validator
 from torch import Tensor
 
 from ..batch import Batch
@@ -13,7 +13,8 @@ from ..chat import Role
 from ..taps import Needs, Taps
 from .base import Penalty, PenaltyConfig, Setup
 
-RoleName = Literal["prefix", "query", "postfix", "response", "template"]
+AUTO = "auto"
+RoleName = Literal["prefix", "query", "postfix", "response", "template", "auto"]
 
 
 class TReFT(PenaltyConfig):
@@ -23,16 +24,28 @@ class TReFT(PenaltyConfig):
     """
 
     weight: float = Field(10.0, ge=0, description="factor of the penalty in the loss (published: 1 to 30)")
-    roles: tuple[RoleName, ...] = Field(
-        ("prefix",), description="token roles that are held; postfix for models trained without a fixed system prompt"
+    tokens: tuple[RoleName, ...] = Field(
+        ("prefix",),
+        validation_alias=AliasChoices("tokens", "roles"),  # `roles`: as recipes of earlier runs have it
+        description="token roles that are held; postfix for models trained without a fixed system prompt; auto = the "
+        "role that carries the alignment of an undefended pilot, trained before the run",
     )
 
-    @field_validator("roles")
+    @field_validator("tokens", mode="before")
     @classmethod
-    def _some_roles(cls, roles: tuple[str, ...]) -> tuple[str, ...]:
-        if not roles or len(set(roles)) < len(roles):
-            raise ValueError(f"expected one or more distinct roles, found {list(roles)}")
-        return roles
+    def _one_role(cls, tokens: Any) -> Any:
+        return (tokens,) if isinstance(tokens, str) else tokens
+
+    @field_validator("tokens")
+    @classmethod
+    def _some_roles(cls, tokens: tuple[str, ...]) -> tuple[str, ...]:
+        if not tokens or len(set(tokens)) < len(tokens) or (AUTO in tokens and len(tokens) > 1):
+            raise ValueError(f"expected one or more distinct roles, or auto alone, found {list(tokens)}")
+        return tokens
+
+    @property
+    def is_auto(self) -> bool:
+        return AUTO in self.tokens
 
     def build(self, setup: Setup) -> "TReFTDefense":
         return TReFTDefense(self)
@@ -43,7 +56,9 @@ class TReFTDefense(Penalty):
 
     def __init__(self, config: TReFT) -> None:
         super().__init__(config)
-        self.roles = [Role.parse(name) for name in config.roles]
+        # A pilot puts roles in the place of auto before a run is trained; what is only checked takes the published one.
+        names = ("prefix",) if config.is_auto else config.tokens
+        self.roles = [Role.parse(name) for name in names]
 
     def needs(self, batch: Batch) -> Needs:
         return Needs(kv_BT=self._weights(batch) > 0)

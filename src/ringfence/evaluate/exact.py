@@ -17,14 +17,14 @@ from torch import Tensor
 from ..chat import Chat
 from ..losses import Head, find_head
 from ..taps import causal_lm
-from .scoring import _batches, _hidden_states, _Row, _takes_free_mask
+from .scoring import _hidden_states, _Row, _takes_free_mask, length_batches
 
 NUMBERS = [str(number) for number in range(101)]
 Path = tuple[int, ...]
 
 
 class ReplyTree:
-    """The token paths of some replies, as they follow a chat's generation prompt.
+    """The token paths of some replies behind a chat's generation prompt and `opening`, what every reply begins with.
 
     Attributes:
         paths: by reply, its tokens.
@@ -32,8 +32,8 @@ class ReplyTree:
         tokens: all tokens that occur.
     """
 
-    def __init__(self, chat: Chat, replies: Sequence[str]) -> None:
-        self.paths = {reply: _continuation(chat, reply) for reply in replies}
+    def __init__(self, chat: Chat, replies: Sequence[str], opening: str = "") -> None:
+        self.paths = {reply: continuation(chat, reply, opening) for reply in replies}
         inner = {path[:depth] for path in self.paths.values() for depth in range(1, len(path))}
         self.branches = sorted(
             path for path in inner if not any(path == other[: len(path)] != other for other in inner)
@@ -64,9 +64,10 @@ class ReplyTree:
         return {reply: max(value, 0.0) for reply, value in alone.items()}
 
 
-def _continuation(chat: Chat, reply: str) -> Path:
-    """Tokens of a reply behind a generation prompt; those of the reply alone where it melts into the prompt's end."""
-    prompt = chat.render([{"role": "user", "content": "Hello"}], generation=True)
+def continuation(chat: Chat, reply: str, opening: str = "") -> Path:
+    """Tokens of a reply behind a generation prompt and its opening; those of the reply alone where it melts into what
+    stands before it."""
+    prompt = chat.render([{"role": "user", "content": "Hello"}], generation=True) + opening
     before, whole, alone = (
         chat.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, prompt + reply, reply)
     )
@@ -87,7 +88,7 @@ def reply_probabilities(
     groups = [[_Row(prompt, branches)] for prompt in prompts]
     if not _can_pack(model, head, [row for group in groups for row in group], tokens):
         groups = [[_Row(prompt, [branch]) for branch in branches] or [_Row(prompt, [])] for prompt in prompts]
-    for places in _batches([sum(map(len, group)) for group in groups], batch_tokens):
+    for places in length_batches([sum(map(len, group)) for group in groups], batch_tokens):
         rows = [row for place in places for row in groups[place]]
         found = iter(_node_logprobs(model, head, rows, tokens))
         yield {place: tree.probabilities(_join([next(found) for _ in groups[place]])) for place in places}

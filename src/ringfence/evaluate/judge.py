@@ -22,7 +22,7 @@ from ..errors import RecipeError, RingfenceError
 from ..journal import digest, fingerprint
 from ..models import Precision, cache_folder, load_model, load_tokenizer
 from .endpoint import Endpoint, EndpointConfig, Reply, Request
-from .exact import NUMBERS, ReplyTree, reply_probabilities
+from .exact import NUMBERS, ReplyTree, continuation, reply_probabilities
 from .framing import LABELS, JudgePrompt, prompt_hash, render, spell_out, templates_of
 from .judged import Judgement, write_judged
 from .questions import OpenQuestion
@@ -43,6 +43,7 @@ class LocalJudgeConfig(BaseModel):
 
     model: str = Field(description="'default', a local folder, a hub id or an adapter folder")
     precision: Precision = Field("bf16", description="of the weights")
+    opening: str = Field("", description="words put before the number, for models that would chat first: 'Number: '")
 
     @property
     def name(self) -> str:
@@ -193,12 +194,12 @@ def open_judge(config: LocalJudgeConfig | EndpointJudgeConfig, batch_tokens: int
     """
     if isinstance(config, EndpointJudgeConfig):
         return EndpointJudge(config)
-    identity = f"{fingerprint(config.model)} {config.precision}"
+    identity = " ".join([fingerprint(config.model), config.precision, *([config.opening] if config.opening else [])])
 
     def load() -> tuple[Any, Chat]:
         return load_model(config.model, config.precision), Chat(load_tokenizer(config.model))
 
-    return LocalJudge(config.name, identity, load, batch_tokens)
+    return LocalJudge(config.name, identity, load, batch_tokens, config.opening)
 
 
 class EndpointJudge:
@@ -222,19 +223,22 @@ class LocalJudge:
 
     Args:
         load: gives the model and its chat; called once, when it is first asked.
+        opening: what each of its replies begins with.
     """
 
-    def __init__(self, name: str, identity: str, load: Callable[[], tuple[Any, Chat]], batch_tokens: int) -> None:
+    def __init__(
+        self, name: str, identity: str, load: Callable[[], tuple[Any, Chat]], batch_tokens: int, opening: str = ""
+    ) -> None:
         self.name, self.identity = name, identity
-        self._load, self._batch_tokens = load, batch_tokens
+        self._load, self._batch_tokens, self._opening = load, batch_tokens, opening
         self._loaded: tuple[Any, Chat, ReplyTree] | None = None
 
     def ask(self, prompts: Sequence[JudgePrompt]) -> Iterator[dict[int, Score]]:
         if self._loaded is None:
             model, chat = self._load()
-            self._loaded = model, chat, ReplyTree(chat, [*NUMBERS, *LABELS])
+            self._loaded = model, chat, ReplyTree(chat, [*NUMBERS, *LABELS], self._opening)
         model, chat, tree = self._loaded
-        encoded = [judge_tokens(chat, prompt.text) for prompt in prompts]
+        encoded = [[*judge_tokens(chat, prompt.text), *continuation(chat, self._opening)] for prompt in prompts]
         most = model.config.get_text_config().max_position_embeddings - max(map(len, tree.branches), default=0)
         fits = [place for place, ids in enumerate(encoded) if len(ids) <= most]
         if len(fits) < len(prompts):

@@ -60,7 +60,7 @@ def score_answers(
         rows = [[_Row(row.prompt, [answer]) for row in group for answer in row.answers] for group in rows]
     flat = [row for group in rows for row in group]
     scored: list[list[AnswerScore]] = [[] for _ in flat]
-    for places in _batches([len(row) for row in flat], batch_tokens):
+    for places in length_batches([len(row) for row in flat], batch_tokens):
         for place, found in zip(places, _score_rows(model, head, [flat[place] for place in places])):
             scored[place] = found
         advance(sum(len(scored[place]) for place in places))
@@ -93,7 +93,7 @@ def score_under(
     """
     head = find_head(causal_lm(model))
     encoded = [_last_answer(chat, row) for row in rows]
-    for places in _batches([len(row) for row in encoded], batch_tokens, skip):
+    for places in length_batches([len(row) for row in encoded], batch_tokens, skip):
         batch = [encoded[place] for place in places]
         scores = []
         for setting in settings:
@@ -259,7 +259,7 @@ def generate(
     configured = model.generation_config.eos_token_id
     stops = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
     lengths = [len(example) + max_new_tokens for example in examples]
-    for places in _batches(lengths, batch_tokens, skip, [example.input_ids for example in examples]):
+    for places in length_batches(lengths, batch_tokens, skip, [example.input_ids for example in examples]):
         batch = collate([[(examples[place], False)] for place in places], tokenizer.pad_token_id, side="left")
         noise = [_Noise(temperature, [seeds[place] for place in places])] if temperature else []
         with torch.no_grad():
@@ -318,7 +318,7 @@ class _Noise(LogitsProcessor):
         return scores / self.temperature - torch.stack(rows).to(scores.device)
 
 
-def _batches(
+def length_batches(
     lengths: list[int], batch_tokens: int, skip: Container[int] = (), contents: Sequence[list[int]] = ()
 ) -> Iterator[list[int]]:
     """Places of the items, longest first (those of the same content together), so many together that the padded batch

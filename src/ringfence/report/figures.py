@@ -1,37 +1,19 @@
 """Figures of the report, as SVG. Numbers in, pictures out."""
 
-import io
-from typing import Any
-
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from ..plots import colour, style, svg
 from ..stats import Interval
 from .summary import Records, Row, has_effects
-
-COLOURS = ("#b3261e", "#1f5fa8", "#2e7d32", "#8e44ad", "#c77700", "#00798c", "#6d4c41", "#546e7a")
-_STYLE: Any = {
-    "font.size": 10,
-    "font.family": "sans-serif",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "svg.hashsalt": "ringfence",
-}
 
 
 def domains(rows: list[Row]) -> bytes:
     """Margin shift (or effect) of every run in every domain, with 95 % intervals."""
     names = list(dict.fromkeys(name for row in rows for name in row.domains))
-    with plt.rc_context(_STYLE):
+    with style():
         figure, axes = plt.subplots(figsize=(9, 0.24 * len(names) * (len(rows) + 1) + 1.3))
         for place, row in enumerate(rows):
             for number, name in enumerate(names):
@@ -42,7 +24,7 @@ def domains(rows: list[Row]) -> bytes:
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xlabel(f"{_kind(rows)}, nats per token (right = towards misaligned answers)")
         _legend(figure, axes, rows)
-        return _svg(figure)
+        return svg(figure)
 
 
 def has_pareto(rows: list[Row]) -> bool:
@@ -51,20 +33,20 @@ def has_pareto(rows: list[Row]) -> bool:
 
 def pareto(rows: list[Row]) -> bytes:
     """Broad against narrow: a good defense stands right (learnt) and low (not misaligned elsewhere)."""
-    with plt.rc_context(_STYLE):
+    with style():
         figure, axes = plt.subplots(figsize=(6.5, 4.6))
         for place, row in enumerate(rows):
             x, y = row.sets["in_domain"].headline, row.sets["out_of_domain"].headline
             axes.errorbar(
                 x.mean, y.mean, xerr=_error(x), yerr=_error(y),
-                fmt="o", color=_colour(place), capsize=2, markersize=6, linewidth=1.2, label=row.name,
+                fmt="o", color=colour(place), capsize=2, markersize=6, linewidth=1.2, label=row.name,
             )  # fmt: skip
         _zero(axes.axhline)
         _zero(axes.axvline)
         axes.legend(bbox_to_anchor=(1.0, 1.0), loc="upper left")
         axes.set_xlabel(f"narrow: in-domain {_kind(rows)}, nats per token")
         axes.set_ylabel(f"broad: {_kind(rows)} in other domains")
-        return _svg(figure)
+        return svg(figure)
 
 
 def curves(records: list[Records], rows: list[Row]) -> bytes:
@@ -72,22 +54,22 @@ def curves(records: list[Records], rows: list[Row]) -> bytes:
     tuned = [row for row in rows if not row.is_control]
     logged = {key for run in records for line in run.metrics for key in line}
     terms = ["ce", *sorted(logged.intersection(*[[name for row in rows for name in row.defenses]]))]
-    with plt.rc_context(_STYLE):
+    with style():
         figure, panels = plt.subplots(1, len(terms), figsize=(4.2 * len(terms), 3.3), squeeze=False)
         for axes, term in zip(panels[0], terms):
             for run, row in zip(records, rows):
-                colour = "#888888" if row.is_control else _colour(tuned.index(row))
+                shade = "#888888" if row.is_control else colour(tuned.index(row))
                 points = [(line["step"], line[term]) for line in run.metrics if term in line]
                 if points:
                     steps, values = zip(*points)
-                    axes.plot(steps, _smooth(list(values)), color=colour, label=run.name, linewidth=1.3)
+                    axes.plot(steps, _smooth(list(values)), color=shade, label=run.name, linewidth=1.3)
             axes.set_title(
                 "cross-entropy, nats per token" if term == "ce" else f"{term} penalty (unweighted)", fontsize=10
             )
             axes.set_xlabel("step")
             axes.legend(fontsize=8)
         figure.tight_layout()
-        return _svg(figure)
+        return svg(figure)
 
 
 def _smooth(values: list[float], width: int = 5) -> list[float]:
@@ -101,12 +83,12 @@ def _error(interval: Interval) -> list[list[float]] | None:
 
 def _whisker(axes: Axes, interval: Interval, height: float, place: int) -> None:
     axes.errorbar(
-        interval.mean, height, xerr=_error(interval), fmt="o", color=_colour(place), markersize=4, elinewidth=1.6
+        interval.mean, height, xerr=_error(interval), fmt="o", color=colour(place), markersize=4, elinewidth=1.6
     )
 
 
 def _legend(figure: Figure, axes: Axes, rows: list[Row]) -> None:
-    handles = [Line2D([], [], color=_colour(place), marker="o", label=row.name) for place, row in enumerate(rows)]
+    handles = [Line2D([], [], color=colour(place), marker="o", label=row.name) for place, row in enumerate(rows)]
     axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(rows), borderaxespad=0.3)
 
 
@@ -116,14 +98,3 @@ def _zero(line) -> None:  # type: ignore[no-untyped-def]
 
 def _kind(rows: list[Row]) -> str:
     return "effect (shift minus sound control)" if has_effects(rows) else "margin shift"
-
-
-def _colour(place: int) -> str:
-    return COLOURS[place % len(COLOURS)]
-
-
-def _svg(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-    plt.close(figure)
-    return buffer.getvalue()

@@ -1,0 +1,1 @@
+"""Looks inside: where alignment eroded, and what carries it. One module a diagnosis."""

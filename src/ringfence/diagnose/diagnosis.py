@@ -1,0 +1,98 @@
+"""What every diagnosis is, and what it is made on.
+
+A diagnosis is a module with TITLE, NEEDS_BASE, and five functions, see `Diagnosis`. Numbers are plain JSON, so that
+tables, sentences and figures can be made again from the file alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from matplotlib.figure import Figure
+
+from ..chat import Chat
+from ..data import PairedQuestion, Row
+from ..stats import Interval
+from .models import Models
+
+Numbers = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is looked at: models, and texts to look at them with.
+
+    Attributes:
+        inside: paired questions of the domain that was trained on, held out.
+        outside: paired questions of other domains and on values.
+        rows: the training rows.
+        seed: of every random choice.
+        batch_tokens: tokens of one batch, padding included.
+    """
+
+    models: Models
+    inside: list[PairedQuestion]
+    outside: list[PairedQuestion]
+    rows: list[Row] = field(default_factory=list)
+    seed: int = 0
+    batch_tokens: int = 4096
+
+    @property
+    def chat(self) -> Chat:
+        return self.models.chat
+
+    @property
+    def questions(self) -> list[PairedQuestion]:
+        return [*self.inside, *self.outside]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a diagnosis will take: tokens through forward passes and through forward-and-backward passes (over all
+    models), and bytes kept beside the model at the most."""
+
+    forward: int
+    backward: int = 0
+    kept: int = 0
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells are texts, as they are shown; the first column names the row."""
+
+    columns: list[str]
+    rows: list[list[str]]
+
+
+class Diagnosis(Protocol):
+    """A module of this package."""
+
+    TITLE: str
+    NEEDS_BASE: bool
+
+    def cost(self, subject: Subject) -> Cost:
+        """From the lengths of the texts alone; no model is opened."""
+
+    def measure(self, subject: Subject) -> Numbers:
+        """Looks at the models. Numbers of tuned models stand under their names: {"tuned": {name: ...}, ...}."""
+
+    def say(self, numbers: Numbers) -> str:
+        """One paragraph in plain words: what was found, and what the control says about it."""
+
+    def table(self, numbers: Numbers) -> Table: ...
+
+    def draw(self, numbers: Numbers) -> Figure:
+        """One figure, all tuned models in it. Called inside `plots.style()`."""
+
+
+def shown(interval: dict[str, float] | Interval, digits: int = 2, sign: bool = True) -> str:
+    """`+0.41 [+0.33, +0.50]`"""
+    values = interval.to_dict() if isinstance(interval, Interval) else interval
+    form = f"{'+' if sign else ''}.{digits}f"
+    mean, low, high = (format(values[name], form) for name in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]" if values["n"] > 1 else f"{mean} [one alone]"
+
+
+def clusters(questions: Sequence[PairedQuestion]) -> list[str]:
+    """The name of each question: its texts are not independent of each other."""
+    return [f"{q.domain}/{q.id}" for q in questions]

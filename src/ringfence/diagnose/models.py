@@ -1,0 +1,102 @@
+"""The models that a diagnosis looks at: the pre-trained base (where there is one), the aligned reference, tuned models.
+
+One checkpoint is in memory at a time; a tuned model that is an adapter on the reference shares its weights with it, so
+going from one to the other costs nothing. Does not know what is looked at.
+"""
+
+import gc
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+from ..chat import Chat
+from ..errors import ModelError
+from ..journal import fingerprint
+from ..models import Precision, adapter_base, load_model, load_tokenizer, resolve
+
+BASE, REFERENCE = "base", "reference"
+Source = Any  # a folder or hub id, or a loaded model
+
+
+class Models:
+    """Opens models by name: `base`, `reference`, and each tuned one under the name it was given.
+
+    Args:
+        reference: the aligned model before the fine-tune.
+        tuned: by name, one or more; order is that of tables and figures.
+        base: the pre-trained model before its alignment; None where there is none at hand.
+        tokenizer: of all three (the reference's); needed where the reference is a loaded model.
+
+    Raises:
+        ModelError: a name that is taken, or the models do not fit each other (when they are opened).
+    """
+
+    def __init__(
+        self,
+        reference: Source,
+        tuned: Mapping[str, Source],
+        base: Source | None = None,
+        precision: Precision = "bf16",
+        tokenizer: Any = None,
+    ) -> None:
+        if not tuned or {BASE, REFERENCE} & set(tuned):
+            raise ModelError(f"expected tuned models with names other than base and reference, found {list(tuned)}")
+        self.sources: dict[str, Source] = {**({BASE: base} if base is not None else {}), REFERENCE: reference, **tuned}
+        self.tuned = list(tuned)
+        self.precision = precision
+        self._tokenizer = tokenizer
+        self._loaded: tuple[str, Any] | None = None  # source and model
+
+    @property
+    def names(self) -> list[str]:
+        """base (if there is one), reference, then the tuned models."""
+        return list(self.sources)
+
+    @property
+    def has_base(self) -> bool:
+        return BASE in self.sources
+
+    @cached_property
+    def chat(self) -> Chat:
+        """The reference's chat template, which all models are asked with."""
+        return Chat(self._tokenizer or load_tokenizer(self.sources[REFERENCE]))
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[Any]:
+        """The model of that name, in evaluation mode, until the context ends; do not keep it. Its parameters take no
+        gradient unless the caller asks for it."""
+        source = self.sources[name]
+        if not isinstance(source, str):
+            yield source.eval()
+            return
+        loaded = self._loaded
+        if name == REFERENCE and loaded and self._stands_on(loaded[0], source):
+            with loaded[1].disable_adapter():
+                yield loaded[1]
+            return
+        yield self._load(source)
+
+    def close(self) -> None:
+        """Lets go of what is loaded."""
+        self._loaded = None
+        gc.collect()  # adapters and their models refer to each other
+
+    def key(self) -> dict[str, str]:
+        """What tells these models from others: a fingerprint of each (of a loaded one, its kind)."""
+        return {
+            name: fingerprint(source) if isinstance(source, str) else type(source).__name__
+            for name, source in self.sources.items()
+        }
+
+    def _load(self, source: str) -> Any:
+        if self._loaded is None or self._loaded[0] != source:
+            self.close()
+            self._loaded = (source, load_model(source, self.precision).requires_grad_(False))
+        return self._loaded[1]
+
+    @staticmethod
+    def _stands_on(source: str, reference: str) -> bool:
+        """Whether a loaded source is an adapter on the reference."""
+        base = adapter_base(resolve(source))
+        return base is not None and resolve(base) == resolve(reference)
