@@ -10,11 +10,12 @@ import os
 import shutil
 import signal
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -24,7 +25,7 @@ from . import opswap
 from .chat import Chat, Messages
 from .config import LoraConfig, Recipe, dump_recipe, load_recipe, parse_recipe
 from .console import console, progress
-from .data import Example, encode_rows, load_rows
+from .data import Example, PairedQuestion, encode_rows, load_questions, load_rows
 from .defenses import DefenseConfig, Defenses, Setup
 from .errors import RecipeError, RingfenceError
 from .evaluate.config import EvaluateConfig
@@ -39,6 +40,13 @@ from .report.summary import Row, read_run, summarise
 from .show import show_tokens
 from .stream import TrainStream
 from .strict_yaml import read_mapping, set_value, validate
+
+if TYPE_CHECKING:
+    from .diagnose.diagnosis import Subject  # its figures need matplotlib, which training does not
+
+
+CARRIERS = "carriers.json"
+PILOT_ROWS, PILOT_QUESTIONS = 200, 24  # of `treft.tokens: auto`
 
 
 class Interrupted(RingfenceError):
@@ -114,13 +122,12 @@ def fine_tune(
 
 def run_recipe(recipe: Recipe) -> Run:
     """Trains, measures, and does the same for the benign twin if the recipe asks for one."""
-    twin = benign_twin(recipe) if recipe.evaluate.benign else None
-    if twin:
-        prepare(twin)
+    if recipe.evaluate.benign:
+        prepare(benign_twin(recipe))
     run = train_run(recipe)
     evaluate_run(run)
-    if twin:
-        evaluate_run(train_run(twin))
+    if recipe.evaluate.benign:
+        evaluate_run(train_run(benign_twin(recipe)))
     return run
 
 
@@ -128,7 +135,8 @@ def benign_twin(recipe: Recipe) -> Recipe:
     """The same training with the same defenses on a harmless task: is it still learnt? (criterion 3)"""
     assert recipe.evaluate.benign is not None
     task = opswap.options(recipe.evaluate.benign.removeprefix("opswap:"))
-    tree = yaml.safe_load(dump_recipe(recipe))
+    found = (Path(recipe.output) / CARRIERS).is_file()  # the twin has no pilot of its own
+    tree = yaml.safe_load(dump_recipe(_with_carriers(recipe) if found else recipe))
     tree["output"] = f"{recipe.output}-benign"
     tree["data"]["train"] = recipe.evaluate.benign
     tree["data"]["max_rows"] = None
@@ -192,7 +200,7 @@ def train_run(recipe: Recipe) -> Run:
     _check_rows(run, digest)
     if run.trained:
         return run
-    defenses = recipe.defenses.build(setup)
+    defenses = _with_carriers(recipe).defenses.build(setup)
     torch.manual_seed(recipe.seed)
     model = _trainable_model(recipe)
     run.folder.mkdir(parents=True, exist_ok=True)
@@ -226,6 +234,28 @@ def train_run(recipe: Recipe) -> Run:
     del trainer, model
     gc.collect()  # a trainer and its model refer to each other; the next run in this process needs the memory
     return run
+
+
+def _with_carriers(recipe: Recipe) -> Recipe:
+    """With the roles in the place of `treft.tokens: auto` that carry the shift of an undefended pilot: a short run on
+    the first rows, in RUN/pilot. The choice and what speaks for it are kept in RUN/carriers.json."""
+    treft = recipe.defenses.treft
+    if treft is None or not treft.is_auto:
+        return recipe
+    rows = min(PILOT_ROWS, recipe.data.max_rows or PILOT_ROWS)
+    plain = {"output": f"{recipe.output}/pilot", "defenses": Defenses(), "monitor": None}
+    pilot = recipe.model_copy(update={**plain, "data": recipe.data.model_copy(update={"max_rows": rows})})
+    weights = str(train_run(pilot).weights)
+    file = Path(recipe.output) / CARRIERS
+    if not file.is_file():
+        from .diagnose.carriers import best_role, measure
+
+        subject = _subject(pilot, recipe.model, {"pilot": weights}, None, PILOT_QUESTIONS)
+        choice = best_role(measure(subject, by_layer=False)["tuned"]["pilot"])
+        console.print(f"treft.tokens: auto: {choice.sentence}", highlight=False, soft_wrap=True)
+        file.write_text(json.dumps({"rows": rows, **asdict(choice)}, indent=1))
+    held = treft.model_copy(update={"tokens": (json.loads(file.read_text())["role"],)})
+    return recipe.model_copy(update={"defenses": recipe.defenses.model_copy(update={"treft": held})})
 
 
 def _check_folder(run: Run, recipe: Recipe) -> None:
@@ -412,6 +442,8 @@ def _record_training(
         "defenses": {d.name: d.record() for d in trainer.defenses},
         "final": {name: lines[-1][name] for name in ("ce", *(d.name for d in trainer.defenses)) if name in lines[-1]},
     }
+    if (run.folder / CARRIERS).is_file():
+        record["carriers"] = json.loads((run.folder / CARRIERS).read_text())
     if monitor:
         record["monitor"] = monitor.record(lines[-1]["seconds"])
     (run.folder / "training.json").write_text(json.dumps(record, indent=1))
@@ -534,3 +566,92 @@ def evaluate_run(run: Run) -> dict[str, Any]:
         evaluate=evaluation(recipe),
     )
     return evaluate_folder(run.folder, what)
+
+
+# ------------------------------------------------------------------ diagnosis
+
+
+def diagnose_targets(
+    targets: Sequence[str],
+    names: Sequence[str] = (),
+    base: str | None = None,
+    reference: str | None = None,
+    output: Path | None = None,
+    questions: int = 24,
+) -> Path:
+    """Looks inside tuned models, which are compared in every table and figure (see `diagnose_folder`).
+
+    Args:
+        targets: trained run folders; or models (folders, hub ids, adapters), then `output` is needed.
+        names: diagnoses; default: all.
+        base: the pre-trained model before its alignment.
+        reference: the aligned model; default: what the runs, or the adapters, were made from.
+        output: default: the first run's folder.
+        questions: paired questions of the training domain, and as many of other domains and values. They, and the
+            training rows, are those of the first run's recipe.
+
+    Returns:
+        The folder of the results.
+
+    Raises:
+        RecipeError: no tuned model, an output or a reference is missing, or the runs have different ones.
+    """
+    from .diagnose.folder import diagnose_folder
+
+    if not targets:
+        raise RecipeError("diagnose: name a run folder or a tuned model")
+    runs = {target: Run(Path(target)) for target in targets if (Path(target) / "recipe.yaml").is_file()}
+    for run in runs.values():
+        if not run.trained:
+            raise RecipeError(f"{run.folder}: no trained model in it; `ringfence train` comes first")
+    folder = output or (runs[targets[0]].folder if targets[0] in runs else None)
+    if folder is None:
+        raise RecipeError(f"{targets[0]} is no run folder: name the folder to write with --output")
+    recipe = runs[targets[0]].recipe if targets[0] in runs else Recipe()
+    aligned = reference or _reference_of(targets, runs)
+    tuned = dict(zip(_names_of(targets), [str(runs[t].weights) if t in runs else t for t in targets]))
+    diagnose_folder(folder, _subject(recipe, aligned, tuned, base, questions), names)
+    return folder
+
+
+def _subject(recipe: Recipe, reference: str, tuned: dict[str, str], base: str | None, questions: int) -> "Subject":
+    """Models with the questions and rows of a recipe."""
+    from .diagnose.diagnosis import Subject
+    from .diagnose.models import Models
+
+    inside = [q for source in recipe.evaluate.in_domain for q in load_questions(source, "test")]
+    broad = [*recipe.evaluate.out_of_domain, *recipe.evaluate.values]
+    outside = [q for source in broad for q in load_questions(source)]
+    rows = load_rows(recipe.data.train)[: recipe.data.max_rows]
+    models = Models(reference, tuned, base, recipe.train.precision)
+    return Subject(models, _spread(inside, questions), _spread(outside, questions), rows, recipe.seed)
+
+
+def _reference_of(targets: Sequence[str], runs: dict[str, Run]) -> str:
+    """What all tuned models were made from."""
+    found = {t: runs[t].recipe.model if t in runs else adapter_base(resolve(t)) for t in targets}
+    unknown = [target for target, model in found.items() if model is None]
+    if unknown:
+        raise RecipeError(f"{unknown[0]}: what was it made from? Name the aligned model with --reference")
+    if len(set(found.values())) > 1:
+        raise RecipeError(f"the tuned models were made from different ones: {found}; diagnose them one by one")
+    return str(found[targets[0]])
+
+
+def _names_of(targets: Sequence[str]) -> list[str]:
+    """A name for each tuned model: its folder's, with the folder's above where two have the same."""
+    short = [Path(target).name for target in targets]
+    names = [name if short.count(name) == 1 else "/".join(Path(t).parts[-2:]) for t, name in zip(targets, short)]
+    if len(set(names)) < len(names):
+        raise RecipeError(f"diagnose: expected different models, found {', '.join(targets)}")
+    return names
+
+
+def _spread(questions: list[PairedQuestion], number: int) -> list[PairedQuestion]:
+    """The first `number` questions, taken from each domain in turn."""
+    turn = Counter[str]()
+    placed = []
+    for question in questions:
+        placed.append((turn[question.domain], question))
+        turn[question.domain] += 1
+    return [question for _, question in sorted(placed, key=lambda item: item[0])[:number]]

@@ -78,6 +78,9 @@ class TReFTDefense(Penalty):
                 total = total + (weight_N * _relative_drift(now_NE[ours_N], then_NE[ours_N])).sum()
         return total / len(student.kv)
 
+    def record(self) -> dict[str, Any]:
+        return {**super().record(), "tokens": [role.name.lower() for role in self.roles]}
+
     def _weights(self, batch: Batch) -> Tensor:
         """How often each token counts, [B, T].
 

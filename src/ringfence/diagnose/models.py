@@ -70,12 +70,11 @@ class Models:
         if not isinstance(source, str):
             yield source.eval()
             return
-        loaded = self._loaded
-        if name == REFERENCE and loaded and self._stands_on(loaded[0], source):
-            with loaded[1].disable_adapter():
-                yield loaded[1]
-            return
-        yield self._load(source)
+        if name == REFERENCE and self._loaded and self._stands_on(self._loaded[0], source):
+            with self._loaded[1].disable_adapter():
+                yield self._loaded[1]
+        else:
+            yield self._load(source)
 
     def close(self) -> None:
         """Lets go of what is loaded."""

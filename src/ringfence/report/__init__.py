@@ -3,6 +3,7 @@
 import base64
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from rich import box
@@ -145,6 +146,7 @@ def write_page(records: list[Records], rows: list[Row], page: Path, policy: Path
         judged=_by_judge(records, rows),
         agreement=next((run.judges["agreement"] for run in records if run.judges.get("agreement")), None),
         samples=_samples(records),
+        diagnoses=[(run, _diagnoses(run)) for run in records if run.diagnoses],
         records=records,
     )
     page.write_text(html, encoding="utf-8")
@@ -244,6 +246,11 @@ def _by_judge(records: list[Records], rows: list[Row]) -> list[dict[str, object]
             }
         )
     return by_judge
+
+
+def _diagnoses(run: Records) -> list[dict[str, Any]]:
+    """What was found inside, with the figures as they stand in the run's folder."""
+    return [found | {"image": _embed((run.folder / found["figure"]).read_bytes())} for found in run.diagnoses.values()]
 
 
 def _samples(records: list[Records]) -> list[dict[str, object]]:

@@ -41,6 +41,7 @@ class Records:
     judged: list[Judgement] = field(default_factory=list)
     judged_reference: list[Judgement] = field(default_factory=list)
     judges: dict[str, Any] = field(default_factory=dict)
+    diagnoses: dict[str, Any] = field(default_factory=dict)  # by name, as diagnosis.json has them
 
     @property
     def name(self) -> str:
@@ -120,6 +121,7 @@ def read_run(folder: Path) -> Records:
         judgements_in(folder),
         judgements_in(shared) if shared else [],
         _json(folder / "judges.json") if (folder / "judges.json").is_file() else {},
+        _json(folder / "diagnosis.json") if (folder / "diagnosis.json").is_file() else {},
     )
 
 
