@@ -4,6 +4,7 @@ import io
 import json
 import math
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from ringfence.gate import (
 )
 from ringfence.measures import NAMES, measures
 from ringfence.report.summary import Paired, Row
-from ringfence.stats import Interval
+from ringfence.stats import Interval, mean_interval
 from test_report import REFERENCE, parts_of, write_all, write_run
 
 Outcome = tuple[int, str, str]
@@ -175,6 +176,26 @@ def test_time_is_against_a_baseline(folders: list[Path]) -> None:
     assert decide(read_row(folders[2], baseline=folders[1]), rule).verdicts[0].value == pytest.approx(1.5)
 
 
+def test_a_benign_task_is_held_against_plain_fine_tuning(folders: list[Path]) -> None:
+    """The guarded twin has items 1 to 3 right; the undefended one, of the same four, the first two and the last."""
+    results = json.loads((folders[2].parent / "guarded-benign" / "results.json").read_text())
+    for item, exact in zip(results["parts"]["opswap_tier1"], (True, True, False, True)):
+        item["exact"] = exact
+    twin = folders[1].parent / "plain-benign"
+    shutil.copytree(folders[2].parent / "guarded-benign", twin)
+    (twin / "results.json").write_text(json.dumps(results))
+    rule = policy({"measure": "opswap_tier1.change", "min": -0.9})
+    assert decide(read_row(folders[2]), rule).verdicts[0].status == "missing"
+    row = read_row(folders[2], baseline=folders[1])
+    found = measures(row)["opswap_tier1.change"]
+    assert found.kind == "change"
+    assert found.interval.mean == 0.0
+    assert found.interval == mean_interval([0.0, 0.0, 1.0, -1.0]), "paired: one item lost, one won"
+    results["parts"]["opswap_tier1"][0]["prompt"] = "another"
+    (twin / "results.json").write_text(json.dumps(results))
+    assert "opswap_tier1.change" not in measures(read_row(folders[2], baseline=folders[1])), "other items"
+
+
 def test_tasks_and_held_out_rows_are_measures_too(row: Row) -> None:
     value = Interval(0.5, 0.4, 0.6, 20)
     more = replace(row, behaviours={"behaviour_refuse": {"on": value}}, held_out={"loss": value, "change": value})
@@ -210,7 +231,7 @@ def test_shipped_policy_has_rules_for_the_four_criteria_and_triggers() -> None:
     assert {rule.criterion for rule in rules} == {"broad", "narrow", "benign", "coherent", "trigger"}
     assert all(rule.why and rule.bound == "worst" for rule in rules)
     assert {rule.measure for rule in rules if rule.missing == "skip"} == {
-        *(f"opswap_tier{tier}" for tier in (1, 2, 3)),
+        *(f"opswap_tier{tier}{kind}" for tier in (1, 2, 3) for kind in ("", ".change")),
         *("answers.general.misaligned", "answers.general.incoherent.change", "inoculation"),
     }
     sides = {rule.criterion: rule.max is None for rule in rules}

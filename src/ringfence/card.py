@@ -191,7 +191,8 @@ def _title(name: str) -> str:
     if name in SET_TITLES:
         return SET_TITLES[name]
     if name.startswith("opswap"):
-        return f"benign: {tier_title(name)}"
+        tier, _, change = name.partition(".")
+        return f"benign: {tier_title(tier)}{', against the undefended run' if change else ''}"
     return name.replace("_", " ").replace(".", ": ", 1)
 
 

@@ -120,6 +120,8 @@ def _fluency_and_cost(row: Row) -> Iterator[Line]:
 def _tasks(row: Row) -> Iterator[Line]:
     for name, interval in row.opswap.items():
         yield _line("exact_match", "tier", name, "tuned", interval, "item")
+    for name, interval in row.opswap_change.items():
+        yield _line("exact_match", "tier", name, "undefended", interval, "item")
     for name, share in row.opswap_reference.items():
         yield Line("exact_match", "tier", name, "reference", share)
     for kind, behaviours in (("tuned", row.behaviours), ("reference", row.behaviours_reference)):

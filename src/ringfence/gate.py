@@ -226,7 +226,7 @@ def gate_run(
     Args:
         policy: YAML; default: the policy that ships.
         control: the run trained on sound answers; with it the limits are on effects, without it on shifts.
-        baseline: the undefended run, for `time_ratio`.
+        baseline: the undefended run, for `opswap_tierN.change` and `time_ratio`.
 
     Raises:
         RecipeError: the policy cannot be used.

@@ -9,6 +9,7 @@ effect where there is a control, else shift |
 | `margin.in_domain` and so on | the margin itself; all there is without a reference | margin |
 | `perplexity_ratio` | perplexity of ordinary answers, against the reference's | ratio |
 | `opswap_tier1` to `opswap_tier3` | exact matches, 0 to 1 | share |
+| `opswap_tier1.change` to `opswap_tier3.change` | the same minus those of the undefended run, item by item | change |
 | `behaviour_NAME.on`, `behaviour_NAME.off` | answers that show it, on and off its topic, 0 to 1 | share |
 | `held_out.loss`, `held_out.change`, `held_out.exact` | your own rows: nats per token, against the reference's, exact \
 matches | loss, change, share |
@@ -30,7 +31,8 @@ NAMES = (
     *SETS,
     *(f"{name}.by_domain" for name in SETS),
     *(f"margin.{name}" for name in SETS),
-    *("perplexity_ratio", "time_ratio", "opswap_tier1", "opswap_tier2", "opswap_tier3"),
+    *("perplexity_ratio", "time_ratio"),
+    *(f"opswap_tier{tier}{kind}" for tier in (1, 2, 3) for kind in ("", ".change")),
     *(f"held_out.{name}" for name in HELD_OUT),
 )
 FAMILIES = ("domain.NAME", "condition.NAME", "behaviour_NAME.on", "answers.SET.METRIC", "answers.em_f1.SET")
@@ -76,6 +78,7 @@ def measures(row: Row) -> dict[str, Measure]:
     if row.perplexity_ratio:
         found["perplexity_ratio"] = row.perplexity_ratio, "ratio"
     found |= {tier: (interval, "share") for tier, interval in row.opswap.items()}
+    found |= {f"{tier}.change": (interval, "change") for tier, interval in row.opswap_change.items()}
     for behaviour, shown in row.behaviours.items():
         found |= {f"{behaviour}.{topic}": (interval, "share") for topic, interval in shown.items()}
     found |= {f"held_out.{name}": (interval, HELD_OUT[name]) for name, interval in row.held_out.items()}

@@ -80,6 +80,7 @@ class Row:
     perplexity_ratio: Interval | None
     opswap: dict[str, Interval] = field(default_factory=dict)
     opswap_reference: dict[str, float] = field(default_factory=dict)
+    opswap_change: dict[str, Interval] = field(default_factory=dict)  # against the undefended run
     behaviours: dict[str, dict[str, Interval]] = field(default_factory=dict)
     behaviours_reference: dict[str, dict[str, Interval]] = field(default_factory=dict)
     held_out: dict[str, Interval] = field(default_factory=dict)
@@ -174,12 +175,13 @@ def summarise(records: Records, control: Records | None = None, baseline: Record
     if "inoculation" in conditions:
         sets["inoculation"] = conditions["inoculation"]
     perplexity, ratio = _fluency(records)
-    tuned, reference = records.benign or (records.results, records.reference)
+    tuned, reference = _benign(records)
     tiers = [name for name in tuned if name.startswith("opswap")]
     behaviours = [name for name in records.results if name.startswith("behaviour_")]
     seconds = records.training.get("seconds", 0.0)
     compared = baseline is not None and not is_control and records.folder != baseline.folder
     undefended = baseline.judged if baseline and compared else []
+    plain = _benign(baseline)[0] if baseline and compared else {}
     return Row(
         name=records.name,
         is_control=is_control,
@@ -192,6 +194,9 @@ def summarise(records: Records, control: Records | None = None, baseline: Record
         perplexity_ratio=ratio,
         opswap={tier: mean_interval([float(i["exact"]) for i in tuned[tier]]) for tier in tiers},
         opswap_reference={tier: _share(reference[tier]) for tier in tiers if tier in reference},
+        opswap_change={
+            tier: _exact_change(tuned[tier], plain[tier]) for tier in tiers if _same_items(tuned, plain, tier)
+        },
         behaviours={name: _shown(records.results[name]) for name in behaviours},
         behaviours_reference={name: _shown(records.reference[name]) for name in behaviours if records.reference},
         held_out=_held_out(records),
@@ -200,6 +205,20 @@ def summarise(records: Records, control: Records | None = None, baseline: Record
         time_ratio=seconds / baseline.training["seconds"] if baseline and seconds else None,
         memory_gib=records.training.get("peak_memory_gib", 0.0),
     )
+
+
+def _benign(records: Records) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Results and reference of the harmless task: those of the twin where there is one."""
+    return records.benign or (records.results, records.reference)
+
+
+def _same_items(tuned: dict[str, Any], plain: dict[str, Any], tier: str) -> bool:
+    return [item["prompt"] for item in tuned[tier]] == [item["prompt"] for item in plain.get(tier, [])]
+
+
+def _exact_change(tuned: list[dict[str, Any]], plain: list[dict[str, Any]]) -> Interval:
+    """Exact matches more than another run has on the same items."""
+    return mean_interval([float(a["exact"]) - float(b["exact"]) for a, b in zip(tuned, plain)])
 
 
 def has_effects(rows: list[Row]) -> bool:
