@@ -14,7 +14,7 @@ import torch
 
 from .config import Recipe
 from .defenses.base import PenaltyConfig
-from .models import adapter_base, resolve
+from .models import load_config
 
 
 def environment(seed: int) -> dict[str, Any]:
@@ -64,10 +64,9 @@ def peak_memory() -> int:
 def memory_estimate(recipe: Recipe, longest: int) -> str:
     """Weights, gradients, optimiser and the largest batch's activations, in GiB, from the model's shape alone."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    folder = resolve(recipe.model)
-    config = AutoConfig.from_pretrained(resolve(adapter_base(folder) or folder))
+    config = load_config(recipe.model)
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
     text = config.get_text_config()

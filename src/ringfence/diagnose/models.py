@@ -13,7 +13,8 @@ from typing import Any
 from ..chat import Chat
 from ..errors import ModelError
 from ..journal import fingerprint
-from ..models import Precision, adapter_base, load_model, load_tokenizer, resolve
+from ..models import Precision, adapter_base, load_config, load_model, load_tokenizer, resolve
+from ..taps import causal_lm
 
 BASE, REFERENCE = "base", "reference"
 Source = Any  # a folder or hub id, or a loaded model
@@ -61,6 +62,12 @@ class Models:
     def chat(self) -> Chat:
         """The reference's chat template, which all models are asked with."""
         return Chat(self._tokenizer or load_tokenizer(self.sources[REFERENCE]))
+
+    @property
+    def config(self) -> Any:
+        """The reference's text config; no weights are read for it."""
+        source = self.sources[REFERENCE]
+        return (load_config(source) if isinstance(source, str) else causal_lm(source).config).get_text_config()
 
     @contextmanager
     def open(self, name: str) -> Iterator[Any]:
