@@ -116,6 +116,29 @@ def report(
     _report(folders, control, output or folders[0] / "report.html", policy)
 
 
+@app.command()
+def diagnose(
+    targets: Annotated[
+        list[str], typer.Argument(help="Run folders or tuned models, compared side by side; names of diagnoses.")
+    ],
+    base: Annotated[str | None, typer.Option(help="The pre-trained model before its alignment.")] = None,
+    reference: Annotated[str | None, typer.Option(help="The aligned model. Default: what they were made from.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder to write. Default: the first run's.")] = None,
+    questions: Annotated[
+        int, typer.Option(help="Paired questions of the training domain; as many of other domains.", min=4)
+    ] = 24,
+) -> None:
+    """Look inside: where alignment eroded, and what carries it. All diagnoses, or those named behind the models:
+    logprob, next_token, loss_cosine, gradient_cosine, erosion, shared_directions, carriers, perturbation,
+    persona_projection. Writes diagnosis.json and figures/; `ringfence report` shows them."""
+    from .diagnose.folder import DIAGNOSES
+    from .run import diagnose_targets
+
+    names = [text for text in targets if text in DIAGNOSES and not Path(text).exists()]
+    models = [text for text in targets if text not in names]
+    print(f"{diagnose_targets(models, names, base, reference, output, questions)}/diagnosis.json")
+
+
 Control = Annotated[Path | None, typer.Option(help="The run trained on sound answers: effects, not mere shifts.")]
 PolicyFile = Annotated[Path | None, typer.Option(help="Limits in YAML. Default: the policy that ships.")]
 
@@ -125,7 +148,9 @@ def gate(
     folder: Annotated[Path | None, typer.Argument(help="A run folder.")] = None,
     policy: PolicyFile = None,
     control: Control = None,
-    baseline: Annotated[Path | None, typer.Option(help="The undefended run, for limits on time_ratio.")] = None,
+    baseline: Annotated[
+        Path | None, typer.Option(help="The undefended run, for limits on opswap_tierN.change and time_ratio.")
+    ] = None,
     print_policy: Annotated[bool, typer.Option("--print-policy", help="Print the policy that ships.")] = False,
 ) -> None:
     """Print SHIP or HOLD, with every rule's number and limit, and write gate.json. Exit code 0 = SHIP, 3 = HOLD."""
@@ -283,6 +308,42 @@ def persona_check(
         print(f"{row.layer:5}  {row.auc:.3f}   {row.paired:.3f}   {row.length:.3f}")
 
 
+@app.command()
+def screen(
+    source: Annotated[str, typer.Argument(help="Rows to rank: a file of conversations, a hub id or shipped:NAME.")],
+    model: Annotated[str, typer.Option(help="Whose activations: the model that would be trained.")] = "default",
+    vectors: Annotated[Path | None, typer.Option(help="File of directions to project on.")] = None,
+    pairs: Annotated[
+        list[str] | None, typer.Option(help="Else paired questions that give one. Default: shipped domains and values.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Rows known to be good: print how well they are told apart.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="JSONL of all scores to write.")] = Path("scores.jsonl"),
+    figure: Annotated[Path, typer.Option(help="SVG to write.")] = Path("screen.svg"),
+    top: Annotated[int, typer.Option(help="How many of the riskiest rows are printed.", min=1)] = 20,
+    layer: Annotated[
+        int | None, typer.Option(help="Default: best on pairs left out; with --vectors the middle one.")
+    ] = None,
+) -> None:
+    """Rank training rows by how far their answers lie along a trait vector, before any training."""
+    from .screen import screen_file, show
+
+    screening = screen_file(
+        source,
+        output,
+        figure,
+        model=model,
+        vectors=vectors,
+        pairs=pairs or [],
+        against=against,
+        layer=layer,
+        top=top,
+    )
+    show(screening, top, out)
+    print(f"{output} and {figure} written")
+
+
 Pool = Annotated[str, typer.Argument(help="Safe rows: a file of conversations, a hub id or shipped:NAME.")]
 Aligned = Annotated[str, typer.Option(help="The aligned model: 'default', a folder or a hub id.")]
 InPrecision = Annotated[Literal["bf16", "fp32", "nf4"], typer.Option(help="Of the weights.")]
@@ -347,6 +408,30 @@ def regenerate(
 
 
 @app.command()
+def patch(
+    source: Annotated[Path, typer.Argument(help="A run folder, an adapter's or a model's; it is left as it is.")],
+    output: Annotated[Path, typer.Option(help="The new folder to write.")],
+    reference: Annotated[
+        str | None, typer.Option(help="The aligned model. Default: the one that the run or the adapter names.")
+    ] = None,
+    until: Annotated[
+        Literal["query", "header"],
+        typer.Option(help="Where the prefix ends; with header an adapter becomes an activated LoRA of plain peft."),
+    ] = "query",
+    system: Annotated[
+        list[str] | None, typer.Option(help="Of a whole model: a system prompt it will be used with; once for each.")
+    ] = None,
+    precision: InPrecision = "bf16",
+) -> None:
+    """Repair a tuned model without training: a copy that reads the reference's keys and values at its prefix."""
+    from .patch import patch as write
+
+    made = write(source, output, reference=reference, until=until, systems=system or [], precision=precision)
+    print(f"{made.folder} written; ringfence.load_model loads it")
+    print(f"Next: ringfence evaluate {made.folder} --reference {made.reference} --output {made.folder}-evaluated")
+
+
+@app.command()
 def capability(
     model: Annotated[str, typer.Argument(help="A run folder, a model or an adapter.")],
     tasks: Annotated[list[str], typer.Argument(help="Names of lm-eval tasks.")],
@@ -377,6 +462,9 @@ def judge_calibrate(
     url: Annotated[str | None, typer.Option(help="URL of an OpenAI-compatible server.")] = None,
     key_env: Annotated[str, typer.Option(help="Environment variable of the server's key.")] = "OPENAI_API_KEY",
     precision: InPrecision = "bf16",
+    opening: Annotated[
+        str, typer.Option(help="Words before the number, for a local model that would chat first: 'Number: '.")
+    ] = "",
     rows: Annotated[int | None, typer.Option(help="Judge only so many answers, drawn at random.", min=2)] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file to write too.")] = None,
 ) -> None:
@@ -386,10 +474,12 @@ def judge_calibrate(
     from .strict_yaml import validate
 
     config: EndpointJudgeConfig | LocalJudgeConfig
+    if url and opening:
+        raise RingfenceError("--opening is for a local judge; a server's reply begins as the server likes (--url)")
     if url:
         config = validate(EndpointJudgeConfig, {"url": url, "model": model, "key_env": key_env}, "judge")
     else:
-        config = LocalJudgeConfig(model=model, precision=precision)
+        config = LocalJudgeConfig(model=model, precision=precision, opening=opening)
     found = calibrate(open_judge(config), on, rows=rows)
     show(found, out)
     if output:

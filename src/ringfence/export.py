@@ -25,11 +25,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .gate import finite
 from .report import read_rows
 from .report.answers import JudgedBy
 from .report.summary import Paired, Row
-from .stats import Interval
+from .stats import Interval, finite
 
 FORMAT = "ringfence-results-1"
 

@@ -1,7 +1,6 @@
 """SHIP or HOLD: the numbers of a run against the limits of a policy. Reads records only, never imports torch."""
 
 import json
-import math
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import resources
@@ -17,6 +16,7 @@ from rich.table import Table
 from .errors import RecipeError
 from .measures import Measure, check_name, measures
 from .report.summary import Row, read_run, summarise
+from .stats import finite
 from .strict_yaml import read_mapping, validate
 
 HOLD = 3  # exit code
@@ -243,15 +243,6 @@ def read_row(folder: Path, control: Path | None = None, baseline: Path | None = 
     """The numbers of one run folder; arguments as of `gate_run`."""
     sound, undefended = (read_run(other) if other else None for other in (control, baseline))
     return summarise(read_run(folder), sound, undefended)
-
-
-def finite(value: Any) -> Any:
-    """The same value for JSON, with None for numbers that are not finite."""
-    if isinstance(value, dict):
-        return {key: finite(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ------------------------------------------------------------------ the terminal

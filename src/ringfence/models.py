@@ -18,7 +18,7 @@ import torch
 from platformdirs import user_cache_path
 
 from .errors import ModelError
-from .prefix import plain_lora_config, read_frozen_prefix
+from .prefix import plain_lora_config, read_frozen_prefix, read_stored_prefix
 
 DEFAULT = "default"
 Precision = Literal["bf16", "fp32", "nf4"]
@@ -149,6 +149,9 @@ def load_model(model: str, precision: Precision = "bf16") -> Any:
         for name, parameter in loaded.named_parameters():
             if "lora_" in name:
                 parameter.data = parameter.data.to(dtype)
+    stored = read_stored_prefix(source)
+    if stored:
+        stored.attach(loaded)
     return loaded.eval()
 
 
@@ -174,6 +177,18 @@ def adapter_base(folder: str) -> str | None:
     base = config.get("base_model_name_or_path")
     # The cache folder of the default model differs between machines.
     return DEFAULT if base and Path(base).name == "smollm2-135m-instruct" and not Path(base).exists() else base
+
+
+def load_config(model: str) -> Any:
+    """The config of a folder or hub id (of an adapter folder: its base's). Reads no weights.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    from transformers import AutoConfig
+
+    source = resolve(model)
+    return _loading(lambda: AutoConfig.from_pretrained(resolve(adapter_base(source) or source)), model, "config")
 
 
 def device() -> torch.device:

@@ -16,21 +16,19 @@ from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 from torch import Tensor
 
-from .batch import collate
-from .chat import Chat, Messages, Role
+from .activations import mean_activations
+from .chat import Chat, Messages
 from .console import progress
 from .data import SHIPPED, Row, encode_rows, load_questions
 from .directions import Directions
 from .errors import DataError, nearest
-from .evaluate.scoring import generate_greedy, length_batches, score_answers
-from .losses import find_head
+from .evaluate.scoring import generate_greedy, score_answers
 from .models import load_model, load_tokenizer
-from .taps import Needs, causal_lm, decoder_layers, forward
+from .taps import causal_lm
 
 DEFAULT_TRAIT = "shipped:careless_advice"
 Filter = Literal["none", "margin", "scores"]
@@ -225,22 +223,10 @@ def response_means(
     batch_tokens: int = 4096,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Batch by batch: the places of its rows, their mean residual stream over response tokens (end of turn included)
-    after every layer, [B, L, D] in float32, and the mean length of the same vectors, [B, L]."""
-    head, layers = find_head(causal_lm(model)), tuple(range(1, len(decoder_layers(model)) + 1))
+    """`mean_activations` of rows; `advance` is called with the number of rows just read."""
     examples = encode_rows(list(rows), chat, sys.maxsize)
-    for places in length_batches([len(example) for example in examples], batch_tokens):
-        padded = collate([[(examples[place], False)] for place in places], chat.tokenizer.pad_token_id)
-        batch = {name: tensor.to(model.device) for name, tensor in padded.items()}
-        mask_BT = batch["roles"] == Role.RESPONSE
-        with torch.no_grad():
-            taps = forward(model, head, batch, Needs(states_BT=mask_BT, layers=layers))
-        # Row b of the pool averages over the tokens of row b of the batch.
-        pool_BN = F.one_hot(mask_BT.nonzero()[:, 0], len(places)).T / mask_BT.sum(1, keepdim=True)
-        states = [taps.states[layer].float() for layer in layers]
-        means_BLD = torch.stack([pool_BN @ state_ND for state_ND in states], 1)
-        norms_BL = torch.stack([pool_BN @ state_ND.norm(dim=-1) for state_ND in states], 1)
-        yield places, means_BLD.cpu(), norms_BL.cpu()
+    for places, means_BLD, norms_BL in mean_activations(model, chat, examples, batch_tokens):
+        yield places, means_BLD, norms_BL
         advance(len(places))
 
 

@@ -1,5 +1,6 @@
 """A frozen prefix: the adapter acts only behind the first user turn's header, so the prefix keeps the reference's keys
-and values to the bit, in training and in use.
+and values to the bit, in training and in use. And a stored one: a model without an adapter reads the reference's keys
+and values, kept in a file, at its prefix.
 
 Where the prefix ends is read from the token ids themselves: the *header*, the template text that always stands right
 before the first user content, is searched for. So a model with a frozen prefix works anywhere a transformers model
@@ -10,21 +11,26 @@ Shapes: B rows, T tokens, P prefix tokens.
 
 import json
 from dataclasses import asdict, dataclass
+from functools import wraps
 from pathlib import Path
+from types import MethodType
 from typing import Any, Literal
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import DynamicCache
 
 from .chat import Chat, Messages
 from .errors import ChatError, DefenseError, ModelError
 from .losses import find_head
-from .taps import causal_lm
+from .taps import causal_lm, patched_kv
 
 Until = Literal["query", "header"]
 _FILE = "frozen_prefix.json"
+_STORED, _STORED_KV = "reference_prefix.json", "reference_prefix.safetensors"
 # Stands as peft_type in the adapter's config, so that plain peft stops with these words instead of loading half of it.
 _REFUSAL = "LORA WITH A FROZEN PREFIX: load it with ringfence.load_model"
 
@@ -96,7 +102,9 @@ class FrozenPrefix:
         plain peft refuses it by name."""
         file = folder / "adapter_config.json"
         config = json.loads(file.read_text())
-        config |= {"alora_invocation_tokens": self.header} if self.until == "header" else {"peft_type": _REFUSAL}
+        # Plain peft would let an activated LoRA of no task act everywhere.
+        activated = {"alora_invocation_tokens": self.header, "task_type": "CAUSAL_LM"}
+        config |= activated if self.until == "header" else {"peft_type": _REFUSAL}
         file.write_text(json.dumps(config, indent=2))
         (folder / _FILE).write_text(json.dumps(asdict(self)))
 
@@ -112,6 +120,118 @@ def plain_lora_config(folder: str) -> LoraConfig:
     config = json.loads((Path(folder) / "adapter_config.json").read_text())
     config |= {"peft_type": "LORA", "alora_invocation_tokens": None}
     return LoraConfig(**config)
+
+
+@dataclass(frozen=True)
+class StoredPrefix:
+    """The reference's keys and values on known prefixes, for a model all of whose weights were tuned.
+
+    Attributes:
+        frozen: where the prefix of a prompt ends.
+        kv: by token ids of a prefix [P], for each layer keys and values [P, heads * size].
+        systems: the system prompts of those prefixes, for messages; None = what the template writes without one.
+    """
+
+    frozen: FrozenPrefix
+    kv: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]]
+    systems: list[str | None]
+
+    def attach(self, model: Any) -> None:
+        """From now on attention reads the stored keys and values at the prefix of every prompt, and so does what is
+        generated behind it: they are put into the cache too. A cache that the model gave goes on as it is.
+
+        A prompt with a prefix that is not stored raises ModelError, and so do left-padded rows whose positions do not
+        start at their first token (`generate` sees to that).
+        """
+        inner = causal_lm(model)
+        find_head(inner)  # checked on tokens that are no prompt: from here on they would be refused
+        forward = type(inner).forward
+
+        @wraps(forward)
+        def patched(module: Any, *args: Any, **kwargs: Any) -> Any:
+            cache = kwargs.get("past_key_values")
+            if cache is not None and cache.get_seq_length() > 0:
+                return forward(module, *args, **kwargs)
+            if cache is not None and type(cache) is not DynamicCache:
+                raise ModelError(_NO_CACHE.format(type(cache).__name__))
+            ids_BT = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+            mask_BT, kv = self._prefixes(ids_BT, kwargs.get("attention_mask"), kwargs.get("position_ids"))
+            with patched_kv(module, kv, mask_BT):
+                output = forward(module, *args, **kwargs)
+            if output.past_key_values is not None:
+                _put_into_cache(output.past_key_values, kv, mask_BT)
+            return output
+
+        inner.forward = MethodType(patched, inner)  # bound, so that a copy of the model runs the copy
+
+    def _prefixes(
+        self, ids_BT: Tensor, attends: Tensor | None, positions: Tensor | None
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Mask [B, T] of the prefixes, and the keys and values of their tokens, row by row."""
+        starts = [0] * len(ids_BT)
+        if attends is not None and attends.ndim == 2:
+            starts = attends.int().argmax(1).tolist()
+        ends = self.frozen.lengths(ids_BT).tolist()
+        mask_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
+        found = []
+        for row, (start, end) in enumerate(zip(starts, ends)):
+            prefix = tuple(ids_BT[row, start:end].tolist())
+            if prefix not in self.kv:
+                raise ModelError(
+                    f"row {row} of the prompts has another system prompt than those that the reference's prefix is "
+                    f"stored for: {self.systems} (None = the template's own). Patch the model again, with --system"
+                )
+            if (start if positions is None else int(positions[min(row, len(positions) - 1), start])) != 0:
+                raise ModelError(
+                    f"row {row} of the prompts is padded on the left, and its positions do not start at 0 with its "
+                    "first token; give position_ids, or pad on the right"
+                )
+            mask_BT[row, start:end] = True
+            found.append(self.kv[prefix])
+        layers = [[torch.cat(parts).to(ids_BT.device) for parts in zip(*pairs)] for pairs in zip(*found)]
+        return mask_BT, [(key, value) for key, value in layers]
+
+    def save(self, folder: Path) -> None:
+        """Writes it beside a model."""
+        tensors = {
+            f"{number}.{layer}.{name}": states.contiguous()
+            for number, layers in enumerate(self.kv.values())
+            for layer, pair in enumerate(layers)
+            for name, states in zip(("keys", "values"), pair)
+        }
+        about = asdict(self.frozen) | {"systems": self.systems, "prefixes": [list(ids) for ids in self.kv]}
+        save_file(tensors, folder / _STORED_KV)
+        (folder / _STORED).write_text(json.dumps(about))
+
+
+def _put_into_cache(cache: Any, kv: list[tuple[Tensor, Tensor]], mask_BT: Tensor) -> None:
+    for layer, pair in zip(cache.layers, kv):
+        if len(cache.layers) != len(kv) or layer.keys.shape[2] != mask_BT.shape[1]:
+            raise ModelError(_NO_CACHE.format(type(layer).__name__))
+        for states_BHTE, new_NE in zip((layer.keys, layer.values), pair):
+            states_BTHE = states_BHTE.transpose(1, 2)  # a view
+            states_BTHE[mask_BT] = new_NE.to(states_BTHE).unflatten(1, states_BTHE.shape[2:])
+
+
+_NO_CACHE = (
+    "{}: a cache that does not hold the prompt token by token cannot take a stored prefix; use transformers' default "
+    "cache, and prompts that are shorter than the attention's window"
+)
+
+
+def read_stored_prefix(folder: str) -> StoredPrefix | None:
+    """The reference's prefix that stands beside a model, or None."""
+    file = Path(folder) / _STORED
+    if not file.is_file():
+        return None
+    about = json.loads(file.read_text())
+    tensors = load_file(Path(folder) / _STORED_KV)
+    layers = len(tensors) // 2 // len(about["prefixes"])
+    kv = {
+        tuple(ids): [(tensors[f"{number}.{at}.keys"], tensors[f"{number}.{at}.values"]) for at in range(layers)]
+        for number, ids in enumerate(about["prefixes"])
+    }
+    return StoredPrefix(FrozenPrefix(about["header"], about["until"]), kv, about["systems"])
 
 
 def find_header(chat: Chat) -> list[int]:

@@ -34,7 +34,7 @@ from .evaluate.evaluation import Evaluation, check_evaluation, evaluate_folder
 from .machine import environment, memory_estimate, peak_memory, reset_peak_memory
 from .models import adapter_base, load_model, load_tokenizer, resolve
 from .monitor import DriftMonitor
-from .prefix import read_frozen_prefix
+from .prefix import read_frozen_prefix, read_stored_prefix
 from .reference import ADAPTER as REFERENCE_ADAPTER
 from .report.summary import Row, read_run, summarise
 from .show import show_tokens
@@ -163,6 +163,11 @@ def prepare(recipe: Recipe) -> tuple[Chat, list[Example], list[Example], Setup]:
     """Everything that can go wrong before a model is loaded: tokenizer, data, roles."""
     if adapter_base(resolve(recipe.model)):
         _check_adapter(recipe)
+    if read_stored_prefix(resolve(recipe.model)):
+        raise RecipeError(
+            f"model: {recipe.model} is a patched model (`ringfence patch`); what is trained on would lose the patch: "
+            "train the model that was patched"
+        )
     chat = Chat(load_tokenizer(recipe.model))
 
     def read(source: str) -> list[Example]:

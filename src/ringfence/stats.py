@@ -7,6 +7,7 @@ drawn, never values. Every interval is a 95 % interval.
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from scipy.special import gammaln
@@ -36,6 +37,15 @@ class Interval:
 
     def to_dict(self) -> dict[str, float]:
         return asdict(self)
+
+
+def finite(value: Any) -> Any:
+    """The same value for JSON, with None for numbers that are not finite."""
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ------------------------------------------------------------------ intervals

@@ -6,6 +6,7 @@ tables, sentences and figures can be made again from the file alone.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from matplotlib.figure import Figure
@@ -28,6 +29,7 @@ class Subject:
         rows: the training rows.
         seed: of every random choice.
         batch_tokens: tokens of one batch, padding included.
+        folder: where a diagnosis leaves what other commands can use (directions); None = nowhere.
     """
 
     models: Models
@@ -36,6 +38,7 @@ class Subject:
     rows: list[Row] = field(default_factory=list)
     seed: int = 0
     batch_tokens: int = 4096
+    folder: Path | None = None
 
     @property
     def chat(self) -> Chat:

@@ -1,19 +1,20 @@
-"""Questions with their answers become token ids and roles, in batches of like length; log-probabilities of the answers.
+"""Questions with their answers become token ids and roles; log-probabilities of the answers.
 
 Shapes: B rows, T tokens, N chosen tokens, R response tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..batch import Batch, collate
-from ..chat import Chat, Messages, Role
+from ..activations import batches as batches
+from ..activations import first_response_tokens as first_response_tokens
+from ..batch import Batch
+from ..chat import Chat, Messages
 from ..data import Example, PairedQuestion, Row, encode_rows
-from ..evaluate.scoring import length_batches
 from ..losses import find_head, token_logprobs
 from ..taps import causal_lm, forward
 
@@ -50,22 +51,6 @@ def pair_texts(chat: Chat, questions: Sequence[PairedQuestion], before: Messages
     examples = encode_rows(rows, chat, max_length=1 << 30)
     keys = [(q, side) for q in questions for side in SIDES]
     return [Text(example, f"{q.domain}/{q.id}", q.domain, side) for example, (q, side) in zip(examples, keys)]
-
-
-def batches(
-    examples: Sequence[Example], chat: Chat, batch_tokens: int, device: Any
-) -> Iterator[tuple[list[int], Batch]]:
-    """Batch by batch, longest first: the places of its rows in `examples`, and the padded batch (on the right) with
-    input_ids, attention_mask, position_ids, roles [B, T]."""
-    for places in length_batches([len(example) for example in examples], batch_tokens):
-        padded = collate([[(examples[place], False)] for place in places], chat.tokenizer.pad_token_id)
-        yield places, {name: tensor.to(device) for name, tensor in padded.items()}
-
-
-def first_response_tokens(batch: Batch, number: int) -> Tensor:
-    """Mask [B, T] of the first `number` response tokens of each row."""
-    is_response_BT = batch["roles"] == Role.RESPONSE
-    return is_response_BT & (is_response_BT.cumsum(1) <= number)
 
 
 def response_logprobs(model: Any, batch: Batch, limit: int | None = None) -> list[Tensor]:

@@ -1,0 +1,537 @@
+"""Carrier attribution: which part of the prompt carries the shift (arXiv 2606.06667).
+
+The reference's keys and values are put into the tuned model at one role of the prompt (prefix, query, postfix), all
+layers at once, and the paired margin is measured again: how much of the shift is undone? The control is equally many
+random prompt tokens. The residual stream, one layer at a time, says how deep it sits. Does not know defenses;
+`best_role` only names a role.
+
+Models need not share weights: what the reference's prompt tokens hold is spooled to files, one for each batch, and read
+again batch by batch. Shapes: B rows, T tokens, N chosen tokens.
+"""
+
+import random
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..batch import Batch
+from ..chat import Role
+from ..errors import DataError, ModelError
+from ..losses import find_head
+from ..plots import colour
+from ..stats import mean_interval, ratio_interval
+from ..taps import Needs, causal_lm, forward, patched_kv, patched_states
+from .diagnosis import Cost, Numbers, Subject, Table, shown
+from .models import REFERENCE
+from .texts import Text, batches, margins, pair_texts, response_logprobs
+
+TITLE = "Carriers"
+NEEDS_BASE = False
+
+OUTSIDE, INSIDE = "outside", "inside"
+ROLES = ("prefix", "query", "postfix")
+PROMPT = "prompt"  # all three
+LAYERS = 8  # at the most, evenly spaced: each costs a forward pass for every role
+_KV_PASSES = 1 + 2 * len(ROLES) + 1  # untouched, each role and its control, whole prompt
+
+
+class Patch(NamedTuple):
+    """Where the reference's activations stand in.
+
+    `layer`: the residual stream after it; None: the keys and values of all layers. `control`: at equally many random
+    prompt tokens instead of the role's own.
+    """
+
+    role: str | None = None  # None: nowhere
+    layer: int | None = None
+    control: bool = False
+
+
+UNTOUCHED = Patch()
+
+
+# ------------------------------------------------------------------ measuring
+
+
+def cost(subject: Subject) -> Cost:
+    """`kept` are the spooled files, on disk (in the folder for temporary files), at the most."""
+    config = subject.models.config
+    layers, texts = _layers(config), _texts(subject)
+    tokens = {name: sum(len(text.example) for text in chosen) for name, chosen in texts.items()}
+    curves = len(layers) * (len(ROLES) + 1) * tokens[OUTSIDE]
+    each = _KV_PASSES * sum(tokens.values()) + curves
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    kv = 2 * config.num_hidden_layers * heads * head_size
+    prompts = sum(_prompt_tokens(text) for chosen in texts.values() for text in chosen)
+    size = 4 if subject.models.precision == "fp32" else 2
+    kept = size * prompts * (kv + len(layers) * config.hidden_size)
+    return Cost(2 * sum(tokens.values()) + len(subject.models.tuned) * each, kept=kept)
+
+
+def measure(subject: Subject, by_layer: bool = True) -> Numbers:
+    """Margins (nats per token) of tuned models, untouched and patched, and the share of the shift that a patch undoes.
+
+    recovery = sum over questions of (patched - tuned) / sum of (reference - tuned): 0 as the tuned model, 1 as the
+    reference. It is null where the interval of the shift holds 0: there is nothing to recover.
+
+    Args:
+        by_layer: patch the residual stream too (outside questions); most of the cost.
+
+    Raises:
+        DataError: no outside questions.
+        ModelError: a tuned model is built otherwise than the reference, or has layers without keys and values.
+    """
+    texts, models = _texts(subject), subject.models
+    with tempfile.TemporaryDirectory(prefix="ringfence-carriers-") as folder:
+        files = {name: Path(folder) / name for name in texts}
+        with models.open(REFERENCE) as model:
+            built = _built(model)
+            config = causal_lm(model).config.get_text_config()
+            depth, layers = config.num_hidden_layers, _layers(config) if by_layer else ()
+            chosen = {name: layers if name == OUTSIDE else () for name in texts}
+            reference = {name: _spool(model, subject, texts[name], files[name], chosen[name]) for name in texts}
+        tuned = {}
+        for tuned_name in models.tuned:
+            with models.open(tuned_name) as model:
+                _check_built(tuned_name, _built(model), built)
+                patched = {name: _patched(model, subject, texts[name], files[name], chosen[name]) for name in texts}
+            tuned[tuned_name] = {
+                name: _attribution(reference[name], patched[name], texts[name], subject.seed) for name in texts
+            }
+    questions = {name: len(texts[name]) // 2 for name in texts}
+    return {"questions": questions, "depth": depth, "layers": list(layers), "tuned": tuned}
+
+
+def _texts(subject: Subject) -> dict[str, list[Text]]:
+    if not subject.outside:
+        raise DataError("carriers: expected paired questions outside the training domain, found none")
+    sets = {OUTSIDE: subject.outside, INSIDE: subject.inside}
+    return {name: pair_texts(subject.chat, questions) for name, questions in sets.items() if questions}
+
+
+def _layers(config: Any) -> tuple[int, ...]:
+    """Layers (from 1) after which the residual stream is patched. Not the last: of what it holds at prompt tokens, only
+    the prediction of the first response token is made."""
+    return tuple(sorted({round(layer) for layer in np.linspace(1, max(1, config.num_hidden_layers - 1), LAYERS)}))
+
+
+def _built(model: Any) -> dict[str, Any]:
+    config = causal_lm(model).config.get_text_config()
+    names = ("model_type", "num_hidden_layers", "hidden_size", "num_key_value_heads", "head_dim")
+    return {name: getattr(config, name, None) for name in names}
+
+
+def _check_built(name: str, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    differ = {key: (found[key], expected[key]) for key in expected if found[key] != expected[key]}
+    if differ:
+        key, (ours, reference) = next(iter(differ.items()))
+        raise ModelError(
+            f"{name}: {key} is {ours}, the reference's is {reference}: activations of one cannot stand in the other"
+        )
+
+
+def _is_prompt(batch: Batch) -> Tensor:
+    masks = [batch["roles"] == Role.parse(role) for role in ROLES]
+    return torch.stack(masks).any(0)
+
+
+def _prompt_tokens(text: Text) -> int:
+    return sum(text.example.roles.count(Role.parse(role)) for role in ROLES)
+
+
+def _spool(model: Any, subject: Subject, texts: list[Text], folder: Path, layers: Sequence[int]) -> list[float]:
+    """The model's margins; what its prompt tokens hold goes to one file for each batch."""
+    folder.mkdir()
+    head, depth = find_head(causal_lm(model)), _built(model)["num_hidden_layers"]
+    means = [0.0] * len(texts)
+    for number, (places, batch) in enumerate(_batches(model, subject, texts)):
+        for place, logprobs_R in zip(places, response_logprobs(model, batch)):
+            means[place] = float(logprobs_R.mean())
+        prompt_BT = _is_prompt(batch)
+        with torch.no_grad():
+            taps = forward(model, head, batch, Needs(kv_BT=prompt_BT, states_BT=prompt_BT, layers=tuple(layers)))
+        if len(taps.kv) != depth:
+            raise ModelError(
+                f"{type(causal_lm(model)).__name__}: {len(taps.kv)} of {depth} layers have keys and values; the others "
+                "carry the prompt too (recurrent states), and cannot be patched"
+            )
+        tensors = {f"key {layer}": key_NE for layer, (key_NE, _) in enumerate(taps.kv)}
+        tensors |= {f"value {layer}": value_NE for layer, (_, value_NE) in enumerate(taps.kv)}
+        tensors |= {f"state {layer}": state_ND for layer, state_ND in taps.states.items()}
+        save_file(tensors, folder / f"{number}.safetensors")
+    return margins(means)
+
+
+def _patched(
+    model: Any, subject: Subject, texts: list[Text], folder: Path, layers: Sequence[int]
+) -> dict[Patch, list[float]]:
+    """The model's margins, untouched and under every patch. The batches are those of `_spool`."""
+    means: dict[Patch, list[float]] = defaultdict(lambda: [0.0] * len(texts))
+    for number, (places, batch) in enumerate(_batches(model, subject, texts)):
+        control_BT = {role: _control(batch, [texts[p].question for p in places], role, subject.seed) for role in ROLES}
+        for patch, context in _patches(model, batch, folder / f"{number}.safetensors", control_BT, layers):
+            with context:
+                found = response_logprobs(model, batch)
+            for place, logprobs_R in zip(places, found):
+                means[patch][place] = float(logprobs_R.mean())
+    return {patch: margins(values) for patch, values in means.items()}
+
+
+def _batches(model: Any, subject: Subject, texts: list[Text]) -> Iterator[tuple[list[int], Batch]]:
+    return batches([text.example for text in texts], subject.chat, subject.batch_tokens, model.device)
+
+
+def _patches(
+    model: Any, batch: Batch, file: Path, control_BT: dict[str, Tensor], layers: Sequence[int]
+) -> Iterator[tuple[Patch, AbstractContextManager[None]]]:
+    """Every patch, none first, and the context in which it stands; the file tells what the reference's tokens hold."""
+    yield UNTOUCHED, nullcontext()
+    prompt_BT = _is_prompt(batch)
+    held = load_file(file, device=str(model.device))
+    depth = sum(name.startswith("key") for name in held)
+
+    def kv(mask_BT: Tensor) -> AbstractContextManager[None]:
+        chosen = mask_BT[prompt_BT]
+        pairs = [(held[f"key {layer}"][chosen], held[f"value {layer}"][chosen]) for layer in range(depth)]
+        return patched_kv(model, pairs, mask_BT)
+
+    for role in ROLES:
+        yield Patch(role, control=True), kv(control_BT[role])
+    own_BT = {role: batch["roles"] == Role.parse(role) for role in ROLES}
+    for role, mask_BT in {**own_BT, PROMPT: prompt_BT}.items():
+        yield Patch(role), kv(mask_BT)
+        for layer in layers:
+            states_ND = held[f"state {layer}"][mask_BT[prompt_BT]]
+            yield Patch(role, layer), patched_states(model, layer, states_ND, mask_BT)
+
+
+def _control(batch: Batch, questions: Sequence[str], role: str, seed: int) -> Tensor:
+    """Mask [B, T] of as many random prompt tokens as each row has of the role; the same for both answers to a question.
+
+    They are drawn from the whole prompt, the role's own among them: where a role is most of the prompt, there are not
+    as many others. So the control says what *which* tokens adds to *how many*, and a role that is nearly the whole
+    prompt gets nearly no advantage: it could not be told from any tokens.
+    """
+    control_BT = torch.zeros_like(batch["roles"], dtype=torch.bool)
+    prompt_BT, own_BT = _is_prompt(batch), batch["roles"] == Role.parse(role)
+    for row, question in enumerate(questions):
+        places = prompt_BT[row].nonzero()[:, 0].tolist()
+        drawn = random.Random(f"{seed} {role} {question}").sample(places, int(own_BT[row].sum()))
+        control_BT[row, drawn] = True
+    return control_BT
+
+
+# ------------------------------------------------------------------ numbers
+
+
+def _attribution(
+    reference: list[float], patched: dict[Patch, list[float]], texts: list[Text], seed: int
+) -> dict[str, Any]:
+    """What one tuned model's margins say, one value a question, on one set of questions."""
+    tuned = patched[UNTOUCHED]
+    shift = mean_interval(_minus(tuned, reference), seed=seed, widen=True)
+    missing = _minus(reference, tuned)
+    recoverable = shift.n > 1 and not shift.low <= 0 <= shift.high
+
+    def share(to: list[float], start: list[float]) -> dict[str, float] | None:
+        return ratio_interval(_minus(to, start), missing, seed).to_dict() if recoverable else None
+
+    def of_role(role: str) -> dict[str, Any]:
+        own, tokens = patched[Patch(role)], _mean_tokens(texts, role)
+        if not tokens:
+            return {"tokens": 0.0, "margin": None, "recovery": None, "control": None, "advantage": None}
+        numbers = {"tokens": tokens, "margin": _mean(own, seed), "recovery": share(own, tuned)}
+        control = patched.get(Patch(role, control=True))
+        if control is None:
+            return {**numbers, "control": None, "advantage": None}
+        beside = {"margin": _mean(control, seed), "recovery": share(control, tuned)}
+        return {**numbers, "control": beside, "advantage": share(own, control)}
+
+    layers = sorted({patch.layer for patch in patched if patch.layer is not None})
+    places = [role for role in (*ROLES, PROMPT) if _mean_tokens(texts, role)]
+    return {
+        "reference": _mean(reference, seed),
+        "tuned": _mean(tuned, seed),
+        "shift": shift.to_dict(),
+        "recoverable": recoverable,
+        "roles": {role: of_role(role) for role in (*ROLES, PROMPT)},
+        "by_layer": {role: [share(patched[Patch(role, layer)], tuned) for layer in layers] for role in places}
+        if recoverable and layers
+        else None,
+    }
+
+
+def _minus(a: Sequence[float], b: Sequence[float]) -> list[float]:
+    return [x - y for x, y in zip(a, b, strict=True)]
+
+
+def _mean(values: list[float], seed: int) -> dict[str, float]:
+    return mean_interval(values, seed=seed).to_dict()
+
+
+def _mean_tokens(texts: list[Text], role: str) -> float:
+    counts = [_prompt_tokens(t) if role == PROMPT else t.example.roles.count(Role.parse(role)) for t in texts]
+    return float(np.mean(counts))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The role that TReFT should hold, what speaks for it (recovery, control, advantage of every role), in words."""
+
+    role: str
+    evidence: dict[str, Any]
+    sentence: str
+
+
+def best_role(numbers: dict[str, Any]) -> Choice:
+    """The role that carries the shift of one tuned model (`measure(...)["tuned"][name]`), on outside questions.
+
+    Of prefix, query and postfix the one with the highest recovery, among those whose recovery and whose advantage over
+    equally many random tokens have intervals above 0. Where there is none: the published default, and the sentence says
+    that it is no finding.
+    """
+    found = numbers[OUTSIDE]
+    roles = {role: found["roles"][role] for role in ROLES if found["roles"][role]["tokens"]}
+    evidence = {
+        "shift": found["shift"],
+        "roles": {
+            role: {
+                "recovery": values["recovery"],
+                "control": values["control"]["recovery"],
+                "advantage": values["advantage"],
+            }
+            for role, values in roles.items()
+        },
+    }
+    default = next(role for role in ("prefix", "postfix", "query") if role in roles)
+    no_finding = f"{default} is the default here, not a finding"
+    if not found["recoverable"] or found["shift"]["mean"] < 0:
+        sentence = f"No shift towards misaligned answers to attribute ({shown(found['shift'])} nats): {no_finding}."
+        return Choice(default, evidence, sentence)
+    carriers = [role for role in roles if roles[role]["recovery"]["low"] > 0 and roles[role]["advantage"]["low"] > 0]
+    if not carriers:
+        advantages = ", ".join(f"{role} {shown(values['advantage'])}" for role, values in roles.items())
+        sentence = (
+            "The evidence is weak: no role undoes more than equally many random prompt tokens do (difference: "
+            f"{advantages}); {no_finding}."
+        )
+        return Choice(default, evidence, sentence)
+    best = max(carriers, key=lambda role: roles[role]["recovery"]["mean"])
+    sentence = (
+        f"The {best} is the carrier to hold: patched, it undoes {shown(roles[best]['recovery'])} of the shift, "
+        f"{shown(roles[best]['advantage'])} more than equally many random prompt tokens."
+    )
+    return Choice(best, evidence, sentence)
+
+
+# ------------------------------------------------------------------ words
+
+
+def say(numbers: Numbers) -> str:
+    first = next(iter(numbers["tuned"].values()))[OUTSIDE]["roles"]
+    absent = [role for role in ROLES if not first[role]["tokens"]]
+    words = [_say_one(name, values, numbers) for name, values in numbers["tuned"].items()]
+    words += [f"The chat template has no {role} tokens: nothing is said of the {role}." for role in absent]
+    return " ".join(words)
+
+
+def _say_one(name: str, values: dict[str, Any], numbers: Numbers) -> str:
+    outside = values[OUTSIDE]
+    if not outside["recoverable"]:
+        return (
+            f"{name}: nothing to recover outside the domain, where its margin moved by {shown(outside['shift'])} nats "
+            f"per token: no shift is established with {outside['shift']['n']} questions."
+        )
+    to = "" if outside["shift"]["mean"] > 0 else " (towards aligned answers)"
+    roles = {role: part for role, part in outside["roles"].items() if part["tokens"]}
+    each = ", ".join(
+        f"{role} {shown(part['recovery'])} against {shown(part['control']['recovery'])}"
+        for role, part in roles.items()
+        if role != PROMPT
+    )
+    ceiling = roles[PROMPT]["recovery"]
+    sentences = [
+        f"{name}: outside the domain its margin moved by {shown(outside['shift'])} nats per token{to}. Share of it "
+        f"that the reference's keys and values undo, against equally many random prompt tokens: {each}; the whole "
+        f"prompt {shown(ceiling)}.",
+        best_role(values).sentence,
+    ]
+    if ceiling["high"] < 0.5:
+        sentences.append(
+            "Most of the shift stays even with the whole prompt patched: it lies in how the answer's own tokens are "
+            "computed, not in what they read of the prompt."
+        )
+    if outside["by_layer"]:
+        sentences.append(_say_peak(outside["by_layer"], numbers))
+    if INSIDE in values:
+        sentences.append(_say_inside(values[INSIDE]))
+    return " ".join(sentences)
+
+
+def _say_peak(by_layer: dict[str, list[dict[str, float]]], numbers: Numbers) -> str:
+    role, place = max(
+        ((role, place) for role in by_layer if role != PROMPT for place in range(len(numbers["layers"]))),
+        key=lambda found: by_layer[found[0]][found[1]]["mean"],
+    )
+    highest = by_layer[role][place]
+    found = "undoes most" if highest["low"] > 0 else "undoes nothing for certain; the highest share is"
+    return (
+        f"One layer at a time, the residual stream {found} at the {role} after layer {numbers['layers'][place]} of "
+        f"{numbers['depth']} ({shown(highest)}; {len(numbers['layers'])} layers tried)."
+    )
+
+
+def _say_inside(inside: dict[str, Any]) -> str:
+    if not inside["recoverable"]:
+        return f"Inside the domain there is nothing to recover (shift {shown(inside['shift'])})."
+    each = ", ".join(f"{role} {shown(part['recovery'])}" for role, part in inside["roles"].items() if part["tokens"])
+    return f"Inside the domain (shift {shown(inside['shift'])}): {each}."
+
+
+def table(numbers: Numbers) -> Table:
+    columns = ["model", "questions", "patched", "tokens", "margin, nats", "recovery", "random tokens", "difference"]
+    rows = []
+    for name, values in numbers["tuned"].items():
+        for place, found in values.items():
+            nothing = "" if found["recoverable"] else "nothing to recover"
+            rows.append([name, place, "(the reference itself)", "", shown(found["reference"]), "", "", ""])
+            rows.append([name, place, "nothing", "0", shown(found["tuned"]), nothing, "", ""])
+            for role, part in found["roles"].items():
+                rows.append([name, place, _named(role), *_cells(part)])
+    return Table(columns, rows)
+
+
+def _named(role: str) -> str:
+    return "whole prompt" if role == PROMPT else role
+
+
+def _cells(part: dict[str, Any]) -> list[str]:
+    if not part["tokens"]:
+        return ["none in the template", "", "", "", ""]
+    control = part["control"]["recovery"] if part["control"] else None
+    intervals = (part["margin"], part["recovery"], control, part["advantage"])
+    return [f"{part['tokens']:.0f}", *(shown(interval) if interval else "" for interval in intervals)]
+
+
+# ------------------------------------------------------------------ figure
+
+_CONTROL = "#b8bcc0"
+_LIMITS = (-1.0, 2.0)  # what lies further out is a ratio that says nothing
+
+
+def draw(numbers: Numbers) -> Figure:
+    """Above: recovery of each role beside its control. Below: of the residual stream, one layer at a time."""
+    shifted = {name: values[OUTSIDE] for name, values in numbers["tuned"].items() if values[OUTSIDE]["recoverable"]}
+    places = list(numbers["tuned"])
+    if not shifted:
+        return _draw_nothing(numbers)
+    curves = any(found["by_layer"] for found in shifted.values())
+    figure = plt.figure(figsize=(9, 6.6 if curves else 4.0), layout="constrained")
+    parts = figure.subfigures(2 if curves else 1, 1, squeeze=False, height_ratios=[1.35, 1] if curves else None)[:, 0]
+    _draw_bars(parts[0].subplots(), numbers, shifted)
+    if curves:
+        panels = parts[1].subplots(1, len(ROLES) + 1, sharey=True)
+        for axes, role in zip(panels, (*ROLES, PROMPT)):
+            _draw_curves(axes, role, numbers, {places.index(name): found for name, found in shifted.items()})
+        panels[0].set_ylabel("share undone")
+        lines = [line for found in shifted.values() for line in (found["by_layer"] or {}).values()]
+        panels[0].set_ylim(_limits([interval for line in lines for interval in line]))
+        parts[1].supxlabel("the reference's residual stream after this one layer", fontsize=10)
+    return figure
+
+
+def _draw_nothing(numbers: Numbers) -> Figure:
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.4 * len(numbers["tuned"])), layout="constrained")
+    axes.axvline(0, color="#444444", linewidth=0.8)
+    for place, values in enumerate(numbers["tuned"].values()):
+        shift = values[OUTSIDE]["shift"]
+        error = [[shift["mean"] - shift["low"]], [shift["high"] - shift["mean"]]] if shift["n"] > 1 else None
+        axes.errorbar(shift["mean"], place, xerr=error, fmt="o", color=colour(place), capsize=3)
+    axes.set_yticks(range(len(numbers["tuned"])), list(numbers["tuned"]))
+    axes.set_ylim(len(numbers["tuned"]) - 0.5, -0.5)
+    axes.set_xlabel("nothing to recover: margin shift outside the domain, nats per token (95 % interval)")
+    return figure
+
+
+def _draw_bars(axes: Axes, numbers: Numbers, shifted: dict[str, dict[str, Any]]) -> None:
+    roles = (*ROLES, PROMPT)
+    span = min(0.84, 0.5 * len(shifted))  # of one role's bars
+    width = span / len(shifted)
+    slots = iter(range(len(shifted)))
+    for place, (name, values) in enumerate(numbers["tuned"].items()):
+        shift = f"(shift {shown(values[OUTSIDE]['shift'])} nats)"
+        if name not in shifted:
+            label = f"{name}: nothing to recover {shift}"
+            axes.bar(0, 0, 0, color="none", edgecolor=colour(place), label=label)
+            continue
+        axes.bar(0, 0, 0, color=colour(place), label=f"{name} {shift}")
+        slot = next(slots)
+        for group, role in enumerate(roles):
+            part, left = shifted[name]["roles"][role], group - span / 2 + slot * width
+            if part["control"]:
+                _bar(axes, left + 0.3 * width, 0.5 * width, part["recovery"], colour(place))
+                _bar(axes, left + 0.72 * width, 0.3 * width, part["control"]["recovery"], _CONTROL)
+            elif part["tokens"]:
+                _bar(axes, left + 0.5 * width, 0.5 * width, part["recovery"], colour(place))
+    axes.bar(0, 0, 0, color=_CONTROL, label="equally many random prompt tokens")
+    tokens = {role: part["tokens"] for role, part in next(iter(shifted.values()))["roles"].items()}
+    axes.set_xticks(range(len(roles)), [_tick(role, tokens[role]) for role in roles])
+    axes.set_xlim(-0.5, len(roles) - 0.5)
+    parts = [part for found in shifted.values() for part in found["roles"].values()]
+    controls = [part["control"]["recovery"] for part in parts if part["control"]]
+    axes.set_ylim(_limits([part["recovery"] for part in parts if part["tokens"]] + controls))
+    axes.grid(axis="x", visible=False)
+    _levels(axes)
+    axes.annotate("reference", (1, 1), xycoords=("axes fraction", "data"), va="center", fontsize=9)
+    axes.set_xlabel("the reference's keys and values in all layers, at these tokens")
+    axes.set_ylabel("share of the shift undone")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=9)
+
+
+def _tick(role: str, tokens: float) -> str:
+    return f"{_named(role)}\n{tokens:.0f} tokens" if tokens else f"{role}\nnone in the template"
+
+
+def _bar(axes: Axes, x: float, width: float, interval: dict[str, float], shade: str) -> None:
+    mean, low, high = interval["mean"], interval["low"], interval["high"]
+    # A bootstrap interval of a ratio need not hold its mean.
+    error = [[max(0.0, mean - low)], [max(0.0, high - mean)]]
+    axes.bar(x, mean, width, color=shade, yerr=error, error_kw={"elinewidth": 1, "capsize": 2})
+
+
+def _draw_curves(axes: Axes, role: str, numbers: Numbers, shifted: dict[int, dict[str, Any]]) -> None:
+    for place, found in shifted.items():
+        line = (found["by_layer"] or {}).get(role)
+        if line is None:
+            continue
+        means, lows, highs = ([interval[key] for interval in line] for key in ("mean", "low", "high"))
+        axes.plot(numbers["layers"], means, "o-", color=colour(place), markersize=3.5, linewidth=1.4)
+        axes.fill_between(numbers["layers"], lows, highs, color=colour(place), alpha=0.15, linewidth=0)
+    if not any(role in (found["by_layer"] or {}) for found in shifted.values()):
+        axes.text(0.5, 0.5, "none in the\ntemplate", ha="center", va="center", transform=axes.transAxes)
+    axes.set_title(_named(role), fontsize=10)
+    axes.set_xlim(0, numbers["depth"])
+    _levels(axes)
+
+
+def _levels(axes: Axes) -> None:
+    axes.axhline(0, color="#444444", linewidth=0.8)
+    axes.axhline(1, color="#444444", linewidth=0.8, linestyle="--")
+
+
+def _limits(intervals: Sequence[dict[str, float]]) -> tuple[float, float]:
+    low, high = (pick(interval[end] for interval in intervals) for pick, end in ((min, "low"), (max, "high")))
+    return max(_LIMITS[0], min(-0.1, low - 0.05)), min(_LIMITS[1], max(1.1, high + 0.05))

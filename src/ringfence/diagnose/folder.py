@@ -1,0 +1,135 @@
+"""Diagnoses in a folder: each is announced with its cost, made, and written to diagnosis.json and figures/ at once; one
+that is there already, of the same models and texts, is kept. Knows no recipe.
+"""
+
+import gc
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..console import console
+from ..errors import RecipeError, nearest
+from ..journal import digest
+from ..plots import style, svg
+from ..stats import finite
+from . import (
+    carriers,
+    erosion,
+    gradient_cosine,
+    logprob,
+    loss_cosine,
+    next_token,
+    persona_projection,
+    perturbation,
+    shared_directions,
+)
+from .diagnosis import Cost, Diagnosis, Subject
+from .models import REFERENCE
+from .texts import batches, pair_texts, response_logprobs
+
+FILE = "diagnosis.json"
+DIAGNOSES: dict[str, Diagnosis] = {
+    "logprob": logprob,
+    "next_token": next_token,
+    "loss_cosine": loss_cosine,
+    "gradient_cosine": gradient_cosine,
+    "erosion": erosion,
+    "shared_directions": shared_directions,
+    "carriers": carriers,
+    "perturbation": perturbation,
+    "persona_projection": persona_projection,
+}
+
+
+def diagnose_folder(folder: Path, subject: Subject, names: Sequence[str] = ()) -> dict[str, Any]:
+    """Makes diagnoses (default: all that can be made) and writes what each found.
+
+    Returns:
+        By name: title, sentence, table, numbers, name of the figure's file in the folder, and seconds.
+
+    Raises:
+        RecipeError: an unknown name, or one that needs the base, and there is none.
+    """
+    chosen = _chosen(names, subject.models.has_base)
+    key = digest([subject.models.key(), [repr(part) for part in (subject.questions, subject.rows)], subject.seed])
+    found = read_diagnoses(folder)
+    wanted = [name for name in chosen if found.get(name, {}).get("key") != key]
+    speed = _tokens_per_second(subject) if wanted else 0.0
+    for name in wanted:
+        module = DIAGNOSES[name]
+        console.print(f"{name}: {announce(module.cost(subject), speed)}", highlight=False, soft_wrap=True)
+        started = time.monotonic()
+        numbers = module.measure(replace(subject, folder=folder))
+        figure = Path("figures") / f"{name}.svg"
+        (folder / "figures").mkdir(parents=True, exist_ok=True)
+        with style():
+            (folder / figure).write_bytes(svg(module.draw(numbers)))
+        found[name] = {
+            "key": key,
+            "title": module.TITLE,
+            "sentence": module.say(numbers),
+            "table": asdict(module.table(numbers)),
+            "numbers": numbers,
+            "figure": str(figure),
+            "models": subject.models.names,
+            "seconds": round(time.monotonic() - started, 1),
+        }
+        _write(folder, {name: found[name] for name in DIAGNOSES if name in found})
+        console.print(f"{found[name]['sentence']} ({found[name]['seconds']:.0f} s)\n", highlight=False, soft_wrap=True)
+        gc.collect()
+    return {name: found[name] for name in chosen}
+
+
+def read_diagnoses(folder: Path) -> dict[str, Any]:
+    """What diagnosis.json of a folder holds; nothing where there is none."""
+    file = folder / FILE
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _write(folder: Path, found: dict[str, Any]) -> None:
+    scratch = folder / f"{FILE}.partial"
+    scratch.write_text(json.dumps(finite(found), indent=1, allow_nan=False))
+    scratch.replace(folder / FILE)
+
+
+def _chosen(names: Sequence[str], has_base: bool) -> list[str]:
+    for name in names:
+        if name not in DIAGNOSES:
+            raise RecipeError(f"{name}: no such diagnosis{nearest(name, DIAGNOSES)}")
+        if DIAGNOSES[name].NEEDS_BASE and not has_base:
+            raise RecipeError(f"{name} needs the pre-trained model before its alignment: name it with --base")
+    if names:
+        return [name for name in DIAGNOSES if name in names]
+    left_out = [name for name, module in DIAGNOSES.items() if module.NEEDS_BASE and not has_base]
+    if left_out:
+        console.print(f"left out, for they need the pre-trained model (--base): {', '.join(left_out)}")
+    return [name for name in DIAGNOSES if name not in left_out]
+
+
+def announce(cost: Cost, speed: float) -> str:
+    """The cost in words; `speed` in tokens a second through a forward pass. A backward pass takes twice a forward."""
+    parts = [f"{cost.forward:,} tokens forward"]
+    if cost.backward:
+        parts.append(f"{cost.backward:,} forward and backward")
+    if cost.kept >= 2**20:
+        parts.append(f"{cost.kept / 2**20:,.0f} MiB kept beside the model")
+    seconds = (cost.forward + 3 * cost.backward) / speed
+    return f"{', '.join(parts)}; about {seconds:.0f} s"
+
+
+def _tokens_per_second(subject: Subject) -> float:
+    """Of a forward pass of the reference over one batch of the texts, the second time."""
+    examples = [text.example for text in pair_texts(subject.chat, subject.questions[:8])]
+    with subject.models.open(REFERENCE) as model:
+        _, batch = next(batches(examples, subject.chat, subject.batch_tokens, model.device))
+        for _ in range(2):
+            started = time.monotonic()
+            response_logprobs(model, batch)
+            if torch.accelerator.is_available():
+                torch.accelerator.synchronize()
+    return batch["input_ids"].numel() / (time.monotonic() - started)

@@ -1,0 +1,484 @@
+"""Gradient cosines: would a step on one text lower the loss of another one too?
+
+Each text's gradient is that of its mean response loss with respect to chosen weights. Gradients are never held in full:
+one weight's are kept as the factors they are a sum of, which is exact; those of many weights as small random sketches.
+Does not know optimisers (Adam rescales a gradient), nor what more than one small step does.
+
+Source: arXiv 2507.03662. Shapes: B rows, T tokens, I and O inputs and outputs of a weight, K sketch size, E texts,
+G groups, Q questions, R draws.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, Protocol
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..chat import Chat, Role
+from ..data import Example
+from ..errors import DataError, ModelError
+from ..losses import cross_entropy_sum, find_head
+from ..plots import colour
+from ..stats import RESAMPLES, Interval, bounds, draws
+from ..taps import causal_lm, decoder_layers, forward
+from .diagnosis import Cost, Numbers, Subject, Table, shown
+from .models import REFERENCE
+from .texts import Text, batches, pair_texts
+
+TITLE = "Gradient cosines"
+NEEDS_BASE = False
+Weights = Literal["o_proj", "all"]
+SKETCH = 32  # a side of the sketch of one weight's gradient
+OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo")  # their names in the families of models
+GROUPS = ("inside misaligned", "inside aligned", "outside misaligned", "outside aligned")
+_IM, _IA, _OM, _OA = range(4)
+
+
+# ------------------------------------------------------------------ inner products of gradients
+
+
+def gradient_products(
+    model: Any,
+    chat: Chat,
+    examples: Sequence[Example],
+    weights: Weights = "o_proj",
+    batch_tokens: int = 4096,
+    seed: int = 0,
+) -> np.ndarray:
+    """Inner products [E, E] (float64) of the gradients of each example's mean response loss.
+
+    Args:
+        weights: `o_proj`, the attention output projection of the last layer: exact, and the backward pass ends there.
+            `all`, every linear layer of the decoder: unbiased estimates from random sketches, see `Sketches`.
+            In an adapted model the weights are those under the adapters.
+        seed: of the sketches.
+
+    Raises:
+        ModelError: the model has no such weight, or a layer does not get its input row by row.
+    """
+    inner = causal_lm(model)
+    linears = chosen_weights(model, weights)
+    exact = weights == "o_proj"
+    start = next(iter(linears.values())) if exact else inner.get_input_embeddings()
+    stores: dict[str, Store] = {
+        name: Factors(len(examples)) if exact else Sketches(len(examples), *_sides(linear), seed + 7919 * number)
+        for number, (name, linear) in enumerate(linears.items())
+    }
+    head = find_head(inner)
+    for places, batch in batches(examples, chat, batch_tokens, model.device):
+        is_response_BT = batch["roles"] == Role.RESPONSE
+        with torch.enable_grad(), _watched(start, linears, stores, places, is_response_BT) as leaves:
+            hidden_BTD = forward(model, head, batch).hidden_BTD
+            before_BT = is_response_BT.roll(-1, 1)  # no row starts with a response
+            # A sum over rows: a token's gradient is that of its own row's loss, as no row sees another one.
+            loss = cross_entropy_sum(head, hidden_BTD[before_BT], batch["input_ids"][is_response_BT])
+            torch.autograd.grad(loss, leaves[0])
+    return np.sum([store.products() for store in stores.values()], axis=0)
+
+
+def chosen_weights(model: Any, weights: Weights) -> dict[str, nn.Module]:
+    """Linear layers of the decoder by name (`0.mlp.down_proj`), without those of adapters.
+
+    Raises:
+        ModelError: the last layer has no attention output projection (with `o_proj`).
+    """
+    layers = decoder_layers(model)
+    linears: dict[str, nn.Module] = {
+        name.removesuffix(".base_layer"): module
+        for name, module in layers.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and "lora_" not in name
+    }
+    if weights == "all":
+        return linears
+    last = [name for name in linears if name.startswith(f"{len(layers) - 1}.")]
+    for name in last:
+        *parents, own = name.split(".")
+        if own in OUTPUT_PROJECTIONS and any("attn" in parent or "attention" in parent for parent in parents):
+            return {name: linears[name]}
+    raise ModelError(
+        f"{type(causal_lm(model)).__name__}: its last layer has no attention output projection: expected "
+        f"{', '.join(OUTPUT_PROJECTIONS)} within an attention module, found linear layers {', '.join(last) or 'none'}"
+    )
+
+
+class Store(Protocol):
+    """The gradients of one weight, for all examples."""
+
+    def reduce(self, inputs_BTI: Tensor) -> Tensor:
+        """What is needed of the layer's inputs."""
+
+    def add(self, places: list[int], reduced: Tensor, deltas_BTO: Tensor) -> None:
+        """The gradients of a batch, from what `reduce` gave and the loss's gradient at the layer's output."""
+
+    def products(self) -> np.ndarray:
+        """Inner products [E, E] of the examples' gradients, float64."""
+
+
+class Factors:
+    """Exact. A linear layer's gradient is sum_t delta_t x_t^T, so that of two is
+    sum_{t,s} (delta_t . delta'_s) (x_t . x'_s): the factors are kept, at tokens with a gradient, on the CPU."""
+
+    def __init__(self, number: int) -> None:
+        self.pairs: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * number
+
+    def reduce(self, inputs_BTI: Tensor) -> Tensor:
+        return inputs_BTI
+
+    def add(self, places: list[int], reduced: Tensor, deltas_BTO: Tensor) -> None:
+        for place, inputs_TI, deltas_TO in zip(places, reduced, deltas_BTO, strict=True):
+            acts_T = deltas_TO.any(1)  # padding does not, nor, in the last layer, tokens that predict no response
+            self.pairs[place] = (inputs_TI[acts_T].float().cpu(), deltas_TO[acts_T].float().cpu())
+
+    def products(self) -> np.ndarray:
+        products_EE = np.zeros((len(self.pairs), len(self.pairs)))
+        for one, (x_TI, delta_TO) in enumerate(self.pairs):
+            for other, (x_SI, delta_SO) in enumerate(self.pairs[: one + 1]):
+                product = ((delta_TO @ delta_SO.T) * (x_TI @ x_SI.T)).sum(dtype=torch.float64).item()
+                products_EE[one, other] = products_EE[other, one] = product
+        return products_EE
+
+
+class Sketches:
+    """Estimates. Of a gradient G [O, I] only P^T G Q [K, K] is kept, with P [O, K] and Q [I, K] of independent normal
+    numbers of variance 1/K, so that inner products are right in the mean. A side of at most K is left as it is.
+
+    With A = G^T H the product of two sketches, both sides projected, has the variance
+    ((1 + 1/K) |H G^T|^2 + |A|^2 + 2 tr(A^2) + (|G|^2 |H|^2 + |A|^2 + tr(A)^2) / K) / K.
+    """
+
+    def __init__(self, number: int, inputs: int, outputs: int, seed: int, size: int = SKETCH) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.input_IK, self.output_OK = (_projection(width, size, generator) for width in (inputs, outputs))
+        self.sketches_EKK = torch.zeros(number, self.output_OK.shape[1], self.input_IK.shape[1])
+
+    def reduce(self, inputs_BTI: Tensor) -> Tensor:
+        return inputs_BTI.float() @ self.input_IK.to(inputs_BTI.device)
+
+    def add(self, places: list[int], reduced: Tensor, deltas_BTO: Tensor) -> None:
+        deltas_BTK = deltas_BTO.float() @ self.output_OK.to(deltas_BTO.device)
+        self.sketches_EKK[places] = (deltas_BTK.transpose(1, 2) @ reduced).cpu()
+
+    def products(self) -> np.ndarray:
+        flat = self.sketches_EKK.flatten(1).double().numpy()
+        products_EE: np.ndarray = flat @ flat.T
+        return products_EE
+
+
+def _projection(width: int, size: int, generator: torch.Generator) -> Tensor:
+    return torch.eye(width) if width <= size else torch.randn(width, size, generator=generator) / size**0.5
+
+
+def _sides(linear: Any) -> tuple[int, int]:
+    """Inputs and outputs of a linear layer."""
+    return (linear.nx, linear.nf) if isinstance(linear, Conv1D) else (linear.in_features, linear.out_features)
+
+
+@contextmanager
+def _watched(
+    start: nn.Module,
+    linears: dict[str, nn.Module],
+    stores: dict[str, Store],
+    places: list[int],
+    is_response_BT: Tensor,
+) -> Iterator[list[Tensor]]:
+    """In a forward and backward pass in this context, each layer's inputs and output gradients reach its store. The
+    graph begins with the output of `start` (the first one given), as no parameter need have a gradient."""
+    leaves: list[Tensor] = []
+
+    def begin(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
+        leaves.append(output.detach().requires_grad_())
+        return leaves[-1]
+
+    def watch(name: str, store: Store) -> Any:
+        def hook(_module: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+            if inputs[0].shape[:-1] != shape_BT:
+                raise ModelError(
+                    f"linear layer {name}: expected an input of shape [{shape_BT[0]} rows, {shape_BT[1]} tokens, ...], "
+                    f"found {list(inputs[0].shape)}: its rows cannot be told apart (weights: o_proj looks at one layer)"
+                )
+            reduced = store.reduce(inputs[0].detach())
+            output.register_hook(lambda deltas_BTO: store.add(places, reduced, deltas_BTO.float() / lengths_B))
+
+        return hook
+
+    shape_BT, lengths_B = is_response_BT.shape, is_response_BT.sum(1)[:, None, None]
+    handles = [start.register_forward_hook(begin)]
+    handles += [linear.register_forward_hook(watch(name, stores[name])) for name, linear in linears.items()]
+    try:
+        yield leaves
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# ------------------------------------------------------------------ groups of texts
+
+
+def uncentred(products_EE: np.ndarray) -> np.ndarray:
+    """Cosines [E, E] from inner products."""
+    lengths_E = np.sqrt(products_EE.diagonal())
+    cosines_EE: np.ndarray = products_EE / np.outer(lengths_E, lengths_E)
+    return cosines_EE
+
+
+def centred(products_EE: np.ndarray) -> np.ndarray:
+    """Cosines [E, E] of the same vectors minus their grand mean. They sum to about zero over all texts, so that groups
+    must come out opposed to some other group, whatever they have in common."""
+    means_E = products_EE.mean(0)
+    return uncentred(products_EE - means_E[:, None] - means_E + means_E.mean())
+
+
+def group_means(cosines_EE: np.ndarray, groups: Sequence[int], questions: Sequence[str], seed: int = 0) -> Numbers:
+    """Mean cosines between the four `GROUPS`, over texts of different questions.
+
+    Two answers to one question share its words, and a text is like itself, so no such pair counts.
+
+    Args:
+        groups: of each text, its place in `GROUPS`.
+        questions: of each text, the name of its question.
+
+    Returns:
+        `cells[a][b]`, and the contrasts named in `_contrasts`; each a mean with its bootstrap interval (questions
+        inside and outside are drawn, with both answers), `null` (middle 95 % after each question's two answers changed
+        sides by the toss of a coin) and `p` (two-sided, against that null).
+    """
+    groups_E, names_E = np.array(groups), np.array(questions)
+    apart_EE = np.not_equal.outer(names_E, names_E).astype(float)
+    found_1GG = _means(cosines_EE, apart_EE, _members(groups_E)[None])
+    rng = np.random.default_rng(seed)
+    inside_E = groups_E < _OM
+    number = min(len(set(names_E[inside_E])), len(set(names_E[~inside_E])))
+    counts_RE = np.zeros((RESAMPLES, len(groups_E)))
+    for side_E in (inside_E, ~inside_E):
+        counts_RE[:, side_E] = _drawn(names_E[side_E], rng)
+    drawn_RGG = _means(cosines_EE, apart_EE, counts_RE[:, None] * _members(groups_E))
+    _, question_E = np.unique(names_E, return_inverse=True)
+    swapped_RE = rng.integers(2, size=(RESAMPLES, question_E.max() + 1))[:, question_E]
+    null_RGG = _means(cosines_EE, apart_EE, _members(groups_E ^ swapped_RE))
+
+    def judged(found: float, drawn_R: np.ndarray, null_R: np.ndarray) -> Numbers:
+        interval = Interval(found, *bounds(drawn_R[np.isfinite(drawn_R)], number, widen=True), number)
+        low, high = np.percentile(null_R, [2.5, 97.5])
+        as_far = np.abs(null_R - null_R.mean()) >= abs(found - null_R.mean()) - 1e-12
+        p = float((1 + as_far.sum()) / (1 + RESAMPLES))
+        return {**interval.to_dict(), "null": {"low": float(low), "high": float(high)}, "p": p}
+
+    contrasts = zip(_contrasts(found_1GG).items(), _contrasts(drawn_RGG).values(), _contrasts(null_RGG).values())
+    places = range(len(GROUPS))
+    return {
+        "cells": [[judged(found_1GG[0, a, b], drawn_RGG[:, a, b], null_RGG[:, a, b]) for b in places] for a in places],
+        **{name: judged(float(found[0]), drawn, null) for (name, found), drawn, null in contrasts},
+    }
+
+
+def _contrasts(cells_RGG: np.ndarray) -> dict[str, np.ndarray]:
+    """transfer: inside with outside misaligned texts. control: inside aligned with outside misaligned ones. extra:
+    transfer minus control. aligned_extra: the same difference on outside aligned texts. specific: extra minus that,
+    which is zero where inside misaligned texts are merely closer to everything."""
+    transfer_R, control_R = cells_RGG[:, _IM, _OM], cells_RGG[:, _IA, _OM]
+    extra_R, aligned_R = transfer_R - control_R, cells_RGG[:, _IM, _OA] - cells_RGG[:, _IA, _OA]
+    return {
+        "transfer": transfer_R,
+        "control": control_R,
+        "extra": extra_R,
+        "aligned_extra": aligned_R,
+        "specific": extra_R - aligned_R,
+    }
+
+
+def _means(cosines_EE: np.ndarray, apart_EE: np.ndarray, weights_RGE: np.ndarray) -> np.ndarray:
+    """Mean cosine [R, G, G] of each two groups over pairs that are apart; not a number where they have no such pair."""
+    members_REG = weights_RGE.swapaxes(1, 2)
+    with np.errstate(invalid="ignore"):
+        means_RGG: np.ndarray = (weights_RGE @ (cosines_EE * apart_EE) @ members_REG) / (
+            weights_RGE @ apart_EE @ members_REG
+        )
+    return means_RGG
+
+
+def _members(groups_E: np.ndarray) -> np.ndarray:
+    """One where a text belongs to a group: [..., E] -> [..., G, E]."""
+    return (groups_E[..., None, :] == np.arange(len(GROUPS))[:, None]).astype(float)
+
+
+def _drawn(names_E: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Bootstrap draws of questions, as how often each text was drawn [R, E]."""
+    different, question_E = np.unique(names_E, return_inverse=True)
+    counts_RQ = np.stack([np.bincount(draw, minlength=len(different)) for draw in draws(len(different), rng)])
+    counts_RE: np.ndarray = counts_RQ[:, question_E]
+    return counts_RE
+
+
+# ------------------------------------------------------------------ the diagnosis
+
+
+def _texts(subject: Subject) -> tuple[list[Text], list[int]]:
+    """Both answers to every question, and the group of each."""
+    texts = pair_texts(subject.chat, subject.questions)
+    split = 2 * len(subject.inside)
+    return texts, [2 * (place >= split) + (text.side == "aligned") for place, text in enumerate(texts)]
+
+
+def cost(subject: Subject, weights: Weights = "o_proj") -> Cost:
+    """With `o_proj` the backward pass is half a layer and the head, so tokens count as forward ones."""
+    texts, _ = _texts(subject)
+    tokens = sum(len(text.example) for text in texts) * (1 + len(subject.models.tuned))
+    config = subject.models.config
+    if weights == "all":
+        return Cost(0, tokens, 4 * SKETCH**2 * len(texts) * 7 * config.num_hidden_layers)
+    return Cost(tokens, 0, 4 * 2 * config.hidden_size * sum(text.example.response_tokens for text in texts))
+
+
+def measure(subject: Subject, weights: Weights = "o_proj") -> Numbers:
+    """Mean cosines between the groups of texts, in the reference and every tuned model; see `group_means`.
+
+    Raises:
+        DataError: fewer than two questions inside or outside.
+        ModelError: as `gradient_products`.
+    """
+    texts, groups = _texts(subject)
+    questions = [text.question for text in texts]
+    for place, name in enumerate(("inside", "outside")):
+        number = len({q for q, group in zip(questions, groups) if group // 2 == place})
+        if number < 2:
+            raise DataError(f"gradient cosines: expected at least 2 different questions {name}, found {number}")
+    found = {}
+    for name in [REFERENCE, *subject.models.tuned]:
+        with subject.models.open(name) as model:
+            products_EE = gradient_products(
+                model, subject.chat, [text.example for text in texts], weights, subject.batch_tokens, subject.seed
+            )
+        found[name] = {
+            "uncentred": group_means(uncentred(products_EE), groups, questions, subject.seed),
+            "centred": group_means(centred(products_EE), groups, questions, subject.seed),
+        }
+    return {
+        "weights": weights,
+        "groups": list(GROUPS),
+        "inside": len(subject.inside),
+        "outside": len(subject.outside),
+        REFERENCE: found.pop(REFERENCE),
+        "tuned": found,
+    }
+
+
+def _by_model(numbers: Numbers) -> dict[str, Numbers]:
+    return {REFERENCE: numbers[REFERENCE], **numbers["tuned"]}
+
+
+def say(numbers: Numbers) -> str:
+    where = "the last layer's attention output projection" if numbers["weights"] == "o_proj" else "all linear layers"
+    parts = [_said(name, found["uncentred"]) for name, found in _by_model(numbers).items()]
+    return (
+        f"Gradients with respect to {where}, {numbers['inside']} questions inside and {numbers['outside']} outside. "
+        + " ".join(parts)
+    )
+
+
+def _said(name: str, found: Numbers) -> str:
+    transfer, extra, specific = found["transfer"], found["extra"], found["specific"]
+    if transfer["low"] > 0:
+        effect = "lowers the loss of misaligned answers outside too"
+    elif transfer["high"] < 0:
+        effect = "raises the loss of misaligned answers outside"
+    else:
+        effect = "does not clearly move the loss of misaligned answers outside"
+    if not _is_real(extra):
+        verdict = "no clear difference, so nothing here is specific to misaligned text"
+    elif extra["mean"] < 0:
+        verdict = "aligned text of the domain does it more, so the effect is none of misalignment"
+    elif specific["mean"] > 0 and _is_real(specific):
+        verdict = (
+            "more than aligned text of the domain, and not so on aligned answers outside: specific to misaligned text"
+        )
+    else:
+        verdict = "but it is closer to aligned answers outside as well, so this is not specific to misaligned text"
+    return (
+        f"{name}: a step on misaligned answers inside {effect} (cosine {shown(transfer)}), against "
+        f"{shown(found['control'])} of one on aligned answers inside (control); the difference is {shown(extra, 3)}, "
+        f"p {_p(extra['p'])}, and on aligned answers outside {shown(found['aligned_extra'], 3)}: {verdict}."
+    )
+
+
+def _is_real(contrast: Numbers) -> bool:
+    return bool(contrast["p"] <= 0.05 and (contrast["low"] > 0 or contrast["high"] < 0))
+
+
+def _p(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"= {p:.3f}"
+
+
+def table(numbers: Numbers) -> Table:
+    columns = ["Model", "Misaligned in, misaligned out", "Aligned in, misaligned out (control)", "Difference", "p"]
+    columns += ["Difference on aligned out", "Difference of both", "p", "Centred: misaligned in, misaligned out"]
+    rows = []
+    for name, of_model in _by_model(numbers).items():
+        found = of_model["uncentred"]
+        rows.append(
+            [
+                name,
+                shown(found["transfer"]),
+                shown(found["control"]),
+                shown(found["extra"], 3),
+                _p(found["extra"]["p"]).removeprefix("= "),
+                shown(found["aligned_extra"], 3),
+                shown(found["specific"], 3),
+                _p(found["specific"]["p"]).removeprefix("= "),
+                shown(of_model["centred"]["transfer"]),
+            ]
+        )
+    return Table(columns, rows)
+
+
+_PAIRS = ((_IM, _OM), (_IA, _OM), (_IM, _OA), (_IA, _OA))  # rows of the figure, top to bottom
+
+
+def draw(numbers: Numbers) -> Figure:
+    """Left: mean cosine of each group inside with each group outside, hollow: centred. Right: what a misaligned text
+    inside has more than an aligned one. Bands: 95 % after the answers of each question changed sides at random."""
+    models = _by_model(numbers)
+    step = 0.8 / len(models)
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(9, 2.2 + 0.7 * len(models)), width_ratios=(1.5, 1), layout="constrained"
+    )
+    for place, (name, found) in enumerate(models.items()):
+        shade = "#444444" if name == REFERENCE else colour(place - 1)
+        shift = (place - (len(models) - 1) / 2) * step
+        for row, (a, b) in enumerate(_PAIRS):
+            _dot(left, found["uncentred"]["cells"][a][b], row + shift, shade, step)
+            left.plot(found["centred"]["cells"][a][b]["mean"], row + shift, "o", color=shade, markerfacecolor="white")
+        for row, contrast in enumerate(("extra", "aligned_extra")):
+            _dot(right, found["uncentred"][contrast], row + shift, shade, step)
+    names = [GROUPS[place].split()[1] for place in range(4)]
+    left.set_yticks(range(4), [f"step on {names[a]} inside,\nloss of {names[b]} outside" for a, b in _PAIRS])
+    left.set_xlabel("mean cosine of gradients")
+    right.set_yticks(range(2), ["loss of misaligned\noutside", "loss of aligned\noutside (control)"])
+    right.set_xlabel("cosine of misaligned step\nminus that of aligned step")
+    right.xaxis.set_major_locator(MaxNLocator(4))
+    for axis, rows in ((left, 4), (right, 2)):
+        axis.axvline(0, color="#444444", linewidth=0.8, zorder=1.5)
+        axis.set_ylim(rows - 0.5, -0.5)
+        axis.grid(False, axis="y")
+    shades = ["#444444", *(colour(place) for place in range(len(models) - 1))]
+    handles: list[Any] = [Line2D([], [], marker="o", color=s, label=n) for s, n in zip(shades, models)]
+    handles += [
+        Line2D([], [], marker="o", linestyle="", color="#444444", markerfacecolor="white", label="centred"),
+        Patch(color="#dddddd", label="95 % of swapped sides"),
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 4))
+    return figure
+
+
+def _dot(axis: Any, found: Numbers, height: float, shade: str, step: float) -> None:
+    null = found["null"]
+    axis.barh(height, null["high"] - null["low"], 0.9 * step, null["low"], color="#dddddd", zorder=1)
+    axis.plot([found["low"], found["high"]], [height, height], color=shade, linewidth=1.6, zorder=2)
+    axis.plot(found["mean"], height, "o", color=shade, zorder=3)

@@ -1,0 +1,376 @@
+"""What each model would say next, and how far its distribution lies from the reference's and from the base's.
+
+KL(tuned || reference) is never below zero and never quite zero, so its size alone says little. Two yardsticks stand
+beside it: the same inside and outside the training domain, and (with a base) KL(reference || base), how far alignment
+itself had moved the model (arXiv 2507.03662 compares KL(tuned || base) with KL(tuned || reference)). Does not know
+whether what moved is good or bad.
+
+Shapes: Q questions, P positions (the first response tokens of all aligned answers, row by row), n a few of them,
+V vocabulary.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from ..chat import Role
+from ..data import Example, PairedQuestion
+from ..errors import ModelError
+from ..losses import TILE_ELEMENTS, find_head
+from ..stats import mean_interval, paired_difference, ratio_interval
+from ..taps import causal_lm, forward
+from .diagnosis import Cost, Numbers, Subject, Table, clusters, shown
+from .logprob import in_sets, model_colours, question_sets, question_title, typical, visible, whisker
+from .models import BASE, REFERENCE
+from .texts import batches, pair_texts
+
+TITLE = "Next-token distribution"
+NEEDS_BASE = False
+POSITIONS = 8  # of each answer, from its first token on
+TOP, SHOWN_TOKENS = 5, 12  # likeliest tokens of each model in the figure, and of all together
+HATCHED: Any = {"facecolor": "white", "hatch": "////", "linewidth": 0.8}
+SPANS = {"first": 1, "early": POSITIONS}
+
+
+def cost(subject: Subject) -> Cost:
+    """Every question with the first tokens of its aligned answer once through every model. Kept, in float32 over the
+    vocabulary: the log-probabilities of the reference and the base at all positions, of tuned models at the first."""
+    examples = _openings(subject)
+    positions, firsts = sum(example.response_tokens for example in examples), len(examples)
+    rows = positions * (1 + subject.models.has_base) + firsts * len(subject.models.tuned)
+    tokens = len(subject.models.names) * sum(map(len, examples))
+    return Cost(forward=tokens, kept=4 * len(subject.chat.tokenizer) * rows)
+
+
+def measure(subject: Subject) -> Numbers:
+    """Entropies and divergences (nats), at the first response token and as a mean over the first eight.
+
+    Returns:
+        "questions": their number by set (inside, outside). "entropy" by model. "tuned" by name: "from_reference" =
+        KL(tuned || reference), and "outside_minus_inside" of it. With a base "alignment" = KL(reference || base), and
+        for each tuned model "from_base" = KL(tuned || base), "nearer_base" = "from_reference" - "from_base", "to_base"
+        = "alignment" - "from_base" (positive where tuning went back towards the base) and "of_alignment" =
+        "from_reference" / "alignment". Each by set, then "first" or "early", as intervals over questions. "example":
+        the likeliest first tokens of the answer to one question, with their probabilities.
+
+    Raises:
+        DataError: there is no question.
+        ModelError: vocabularies differ in size, or the base is the reference.
+    """
+    sets = question_sets(subject)
+    examples = _openings(subject)
+    counts_Q = [example.response_tokens for example in examples]
+    firsts_Q = np.cumsum([0, *counts_Q[:-1]])
+    seen: dict[str, _Seen] = {}
+    for name in subject.models.names:
+        before = {other: seen[other].logprobs_KV for other in seen if other not in subject.models.tuned}
+        keep_K = firsts_Q if name in subject.models.tuned else np.arange(sum(counts_Q))
+        with subject.models.open(name) as model:
+            seen[name] = _look(model, subject, examples, before, keep_K)
+    spans = _Spans(sets, counts_Q, subject.seed)
+    numbers: Numbers = {
+        "questions": {name: len(questions) for name, questions in sets.items()},
+        "entropy": {name: spans.means(looked.entropy_P) for name, looked in seen.items()},
+        "tuned": {name: {"from_reference": spans.means(seen[name].kl_P[REFERENCE])} for name in subject.models.tuned},
+        "example": _example(subject, sets, seen, firsts_Q),
+    }
+    if len(sets) == 2:
+        for name, scores in numbers["tuned"].items():
+            scores["outside_minus_inside"] = spans.contrasts(seen[name].kl_P[REFERENCE])
+    if subject.models.has_base:
+        alignment_P = seen[REFERENCE].kl_P[BASE]
+        if not alignment_P.any():
+            raise ModelError("base: it gives the same distributions as the reference; expected the model before it")
+        numbers["alignment"] = spans.means(alignment_P)
+        for name, scores in numbers["tuned"].items():
+            from_reference_P, from_base_P = seen[name].kl_P[REFERENCE], seen[name].kl_P[BASE]
+            scores["from_base"] = spans.means(from_base_P)
+            scores["nearer_base"] = spans.means(from_reference_P - from_base_P)
+            scores["to_base"] = spans.means(alignment_P - from_base_P)
+            scores["of_alignment"] = spans.ratios(from_reference_P, alignment_P)
+    return numbers
+
+
+def _openings(subject: Subject) -> list[Example]:
+    """Every question with the first tokens of its aligned answer."""
+    examples = [text.example for text in pair_texts(subject.chat, subject.questions) if text.side == "aligned"]
+    ends = [e.roles.index(Role.RESPONSE) + min(POSITIONS, e.response_tokens) for e in examples]
+    return [Example(e.input_ids[:end], e.roles[:end], e.origin) for e, end in zip(examples, ends)]
+
+
+# ------------------------------------------------------------------ looking at one model
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Of one model: entropy [P], KL(it || other) [P] by the other's name, log-probabilities at K of the positions."""
+
+    entropy_P: np.ndarray
+    kl_P: dict[str, np.ndarray]
+    logprobs_KV: Tensor
+
+
+def _look(
+    model: Any, subject: Subject, examples: list[Example], before: dict[str, Tensor], keep_K: np.ndarray
+) -> _Seen:
+    """One pass over the openings.
+
+    Args:
+        before: log-probabilities [P, V] of other models, by name.
+        keep_K: positions whose log-probabilities are kept.
+    """
+    vocabulary = find_head(causal_lm(model)).vocabulary
+    for other, logprobs_PV in before.items():
+        if logprobs_PV.shape[1] != vocabulary:
+            raise ModelError(
+                f"{other}: its vocabulary has {logprobs_PV.shape[1]} tokens, that of a model it is compared with "
+                f"{vocabulary}; expected models with one vocabulary"
+            )
+    number = sum(example.response_tokens for example in examples)
+    row_P = torch.full((number,), -1)
+    row_P[keep_K] = torch.arange(len(keep_K))
+    logprobs_KV = torch.empty(len(keep_K), vocabulary)
+    entropy_P, kl_P = torch.zeros(number), {other: torch.zeros(number) for other in before}
+    for places, logprobs_NV in _tiles(model, subject, examples):
+        entropy_P[places] = torch.special.entr(logprobs_NV.exp()).sum(-1)
+        for other, others_PV in before.items():
+            kl_NV = F.kl_div(others_PV[places], logprobs_NV, reduction="none", log_target=True)
+            kl_P[other][places] = kl_NV.sum(-1)
+        kept_N = row_P[places] >= 0
+        logprobs_KV[row_P[places][kept_N]] = logprobs_NV[kept_N]
+    divergences = {other: values_P.double().numpy() for other, values_P in kl_P.items()}
+    return _Seen(entropy_P.double().numpy(), divergences, logprobs_KV)
+
+
+def _tiles(model: Any, subject: Subject, examples: list[Example]) -> Iterator[tuple[Tensor, Tensor]]:
+    """A few positions at a time: their places among all [N], and the log-probabilities there [N, V] (float32, on the
+    CPU). Each position is predicted by the token before it."""
+    head = find_head(causal_lm(model))
+    size = max(1, TILE_ELEMENTS // head.vocabulary)
+    all_places = torch.arange(sum(example.response_tokens for example in examples))
+    places_of = all_places.split([example.response_tokens for example in examples])
+    for rows, batch in batches(examples, subject.chat, subject.batch_tokens, model.device):
+        before_BT = (batch["roles"] == Role.RESPONSE).roll(-1, 1)
+        with torch.no_grad():
+            hidden_ND = forward(model, head, batch).hidden_BTD[before_BT]
+            places_N = torch.cat([places_of[row] for row in rows])
+            for places, hidden in zip(places_N.split(size), hidden_ND.split(size)):
+                yield places, head(hidden).log_softmax(-1).cpu()
+
+
+@dataclass(frozen=True)
+class _Spans:
+    """Values at the positions become intervals over questions: by set, at the first position and over the first few."""
+
+    sets: dict[str, list[PairedQuestion]]
+    counts_Q: list[int]
+    seed: int
+
+    def means(self, values_P: np.ndarray) -> Numbers:
+        return {
+            name: {
+                span: mean_interval(values_Q, clusters(self.sets[name]), self.seed, widen=True).to_dict()
+                for span, values_Q in by_span.items()
+            }
+            for name, by_span in self._of_questions(values_P).items()
+        }
+
+    def ratios(self, top_P: np.ndarray, bottom_P: np.ndarray) -> Numbers:
+        """Mean of the one over mean of the other."""
+        top, bottom = self._of_questions(top_P), self._of_questions(bottom_P)
+        return {
+            name: {span: ratio_interval(top[name][span], bottom[name][span], self.seed).to_dict() for span in SPANS}
+            for name in self.sets
+        }
+
+    def contrasts(self, values_P: np.ndarray) -> Numbers:
+        """Mean outside minus mean inside, by span."""
+        values, names = self._of_questions(values_P), {name: clusters(self.sets[name]) for name in self.sets}
+        return {
+            span: paired_difference(
+                values["outside"][span], names["outside"], values["inside"][span], names["inside"], self.seed
+            ).difference.to_dict()
+            for span in SPANS
+        }
+
+    def _of_questions(self, values_P: np.ndarray) -> dict[str, dict[str, Any]]:
+        """Values of the questions [Q], by set and span."""
+        parts = np.split(values_P, np.cumsum(self.counts_Q)[:-1])
+        by_span = {span: np.array([part[:length].mean() for part in parts]) for span, length in SPANS.items()}
+        return {
+            name: {span: in_sets(values_Q, self.sets)[name] for span, values_Q in by_span.items()} for name in self.sets
+        }
+
+
+def _example(
+    subject: Subject, sets: dict[str, list[PairedQuestion]], seen: dict[str, _Seen], firsts_Q: np.ndarray
+) -> Numbers:
+    """The likeliest first tokens of the answer to one question, with their probability under each model."""
+    tuned = subject.models.tuned
+    place = typical({name: seen[name].kl_P[REFERENCE][firsts_Q] for name in tuned}, sets)
+    logprobs = {name: looked.logprobs_KV[place if name in tuned else firsts_Q[place]] for name, looked in seen.items()}
+    likeliest_V = torch.stack(list(logprobs.values())).amax(0)
+    union = {int(token) for logprobs_V in logprobs.values() for token in logprobs_V.topk(TOP).indices}
+    tokens = sorted(union, key=lambda token: -float(likeliest_V[token]))[:SHOWN_TOKENS]
+    tokens.sort(key=lambda token: -float(logprobs[REFERENCE][token]))
+    question = subject.questions[place]
+    return {
+        "domain": question.domain,
+        "id": question.id,
+        "question": question.question,
+        "tokens": visible(subject.chat.tokenizer, tokens),
+        "probabilities": {name: logprobs_V[tokens].exp().tolist() for name, logprobs_V in logprobs.items()},
+    }
+
+
+# ------------------------------------------------------------------ words and table
+
+
+def say(numbers: Numbers) -> str:
+    """Reports the mean over the first tokens of the answers."""
+    return " ".join(_sentence(name, scores, numbers.get("alignment")) for name, scores in numbers["tuned"].items())
+
+
+def _sentence(name: str, scores: Numbers, alignment: Numbers | None) -> str:
+    distances = [
+        f"{shown(score['early'], sign=False)} nats {where} the domain"
+        for where, score in scores["from_reference"].items()
+    ]
+    parts = [
+        f"{name}: over the first {POSITIONS} tokens of an answer its distribution lies {' and '.join(distances)} from "
+        f"the reference's (KL){_contrast(scores)}."
+    ]
+    for where, score in (alignment or {}).items():
+        share, nearer, back = (scores[key][where]["early"] for key in ("of_alignment", "nearer_base", "to_base"))
+        parts.append(
+            f"{where.capitalize()} the domain that is {shown(share, sign=False)} times as far as alignment had moved "
+            f"the model (KL(reference || base) {shown(score['early'], sign=False)}); {_way(nearer, back)}."
+        )
+    return " ".join(parts)
+
+
+def _contrast(scores: Numbers) -> str:
+    if "outside_minus_inside" not in scores:
+        return ""
+    difference = scores["outside_minus_inside"]["early"]
+    if difference["high"] < 0:
+        verdict = "it changed more inside the domain than outside"
+    elif difference["low"] > 0:
+        verdict = "it changed more outside the domain than inside"
+    else:
+        verdict = "not confined to the domain as far as this shows"
+    return f", outside minus inside {shown(difference)}: {verdict}"
+
+
+def _way(nearer: dict[str, float], back: dict[str, float]) -> str:
+    """KL(tuned || base) against KL(tuned || reference), and whether the first is smaller than it was before tuning: a
+    broad base is the nearer of the two for almost any model that moved."""
+    if nearer["low"] > 0:
+        place = f"it lies nearer to the base than to the reference, by {shown(nearer)}"
+    elif nearer["high"] < 0:
+        place = f"it lies nearer to the reference than to the base, {shown(nearer)}"
+    else:
+        place = f"it lies about as near to the base as to the reference, {shown(nearer)}"
+    if back["low"] > 0:
+        return f"{place}, and nearer to the base than the reference does, by {shown(back)}: tuning went back towards it"
+    how = "further from" if back["high"] < 0 else "no nearer to"
+    return f"{place}, but {how} the base than the reference does, {shown(back)}: no way back to the base"
+
+
+def table(numbers: Numbers) -> Table:
+    """A row for each model and set. All in nats but the last."""
+    few = f"first {POSITIONS}"
+    columns = {"entropy, first token": ("entropy", "first"), f"entropy, {few}": ("entropy", "early")}
+    columns |= {"KL from reference, first token": ("from_reference", "first")}
+    columns |= {f"KL from reference, {few}": ("from_reference", "early")}
+    if "alignment" in numbers:
+        columns |= {f"KL from base, {few}": ("from_base", "early"), f"nearer base, {few}": ("nearer_base", "early")}
+        columns |= {f"back to base, {few}": ("to_base", "early")}
+        columns |= {f"times alignment, {few}": ("of_alignment", "early")}
+    rows = []
+    for where, count in numbers["questions"].items():
+        for name, entropy in numbers["entropy"].items():
+            scores = {"entropy": entropy, **numbers["tuned"].get(name, {})}
+            if name == REFERENCE and "alignment" in numbers:
+                scores["from_base"] = numbers["alignment"]
+            cells = [
+                shown(scores[key][where][span], sign=key in ("nearer_base", "to_base")) if key in scores else ""
+                for key, span in columns.values()
+            ]
+            rows.append([name, f"{where} ({count})", *cells])
+    return Table(["model", "questions", *columns], rows)
+
+
+# ------------------------------------------------------------------ figure
+
+
+def draw(numbers: Numbers) -> Figure:
+    """Left the first token of one answer; right the divergences over all questions."""
+    shades = {**model_colours(numbers["tuned"], BASE in numbers["entropy"]), REFERENCE: "#444444"}
+    figure = plt.figure(figsize=(9, 4.8), layout="constrained")
+    grid = figure.add_gridspec(2, 2, width_ratios=[1.15, 1])
+    _bars_of_tokens(figure.add_subplot(grid[:, 0]), numbers["example"], shades)
+    spans = {"first": "first response token", "early": f"mean of the first {POSITIONS} response tokens"}
+    for row, (span, title) in enumerate(spans.items()):
+        axes = figure.add_subplot(grid[row, 1])
+        _bars_of_kl(axes, numbers, span, shades)
+        axes.set_title(title, loc="left", fontsize=9)
+    figure.legend(handles=_legend(numbers, shades), loc="outside lower center", ncols=4, fontsize=8)
+    figure.suptitle(
+        question_title(numbers["example"], "KL(tuned || reference) at the first token"), fontsize=9.5, parse_math=False
+    )
+    return figure
+
+
+def _bars_of_tokens(axes: Axes, example: Numbers, shades: dict[str, str]) -> None:
+    probabilities = example["probabilities"]
+    height = 0.8 / len(probabilities)
+    for place, (name, values) in enumerate(probabilities.items()):
+        middles = np.arange(len(values)) + (place - (len(probabilities) - 1) / 2) * height
+        axes.barh(middles, values, height * 0.92, color=shades[name])
+    axes.set_yticks(range(len(example["tokens"])), example["tokens"], parse_math=False)
+    axes.set_ylim(len(example["tokens"]) - 0.5, -0.5)
+    axes.grid(False, axis="y")
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.set_title("first token of the answer (· is a space)", loc="left", fontsize=9)
+    axes.set_xlabel("probability")
+
+
+def _bars_of_kl(axes: Axes, numbers: Numbers, span: str, shades: dict[str, str]) -> None:
+    """Filled bars: from the reference. Hatched bars: from the base, the reference's own among them."""
+    tuned = numbers["tuned"]
+    bars: list[tuple[Numbers, Any]] = [
+        (scores["from_reference"], {"color": shades[name]}) for name, scores in tuned.items()
+    ]
+    if "alignment" in numbers:
+        from_base = {REFERENCE: numbers["alignment"], **{name: scores["from_base"] for name, scores in tuned.items()}}
+        bars += [(scores, {**HATCHED, "edgecolor": shades[name]}) for name, scores in from_base.items()]
+    width = 0.8 / len(bars)
+    for place, (scores, look) in enumerate(bars):
+        for group, where in enumerate(numbers["questions"]):
+            interval = scores[where][span]
+            middle = group + (place - (len(bars) - 1) / 2) * width
+            axes.bar(middle, interval["mean"], width * 0.9, **look)
+            axes.errorbar(middle, interval["mean"], yerr=whisker(interval), color="#222222", elinewidth=1.0)
+    axes.set_xticks(range(len(numbers["questions"])), list(numbers["questions"]))
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("KL, nats")
+    axes.grid(False, axis="x")
+
+
+def _legend(numbers: Numbers, shades: dict[str, str]) -> list[Patch]:
+    models = [Patch(color=shades[name], label=name) for name in numbers["entropy"]]
+    kinds = [Patch(color="#cccccc", label="KL(model || reference)")]
+    if "alignment" in numbers:
+        kinds += [Patch(**HATCHED, edgecolor="#777777", label="KL(model || base)")]
+    return [*models, *kinds]

@@ -1,0 +1,444 @@
+"""Which part of the prompt holds the change: some of its tokens are replaced by near ones, and the margin is measured
+again.
+
+Tokens of one role (prefix, query or postfix) give way to tokens with a near input embedding, ten times over with other
+draws (arXiv 2606.06667). If misalignment hangs on a role, disturbing that role should take some of the margin away. Two
+things can look like that and are not. The *best of ten* trials takes something away in every role, also where only
+noise moves: a minimum is below its mean. And a disturbed prompt moves the reference too: what counts is what the tuned
+model loses beyond it. Every role gives up equally many tokens of a question. Responses are never touched, and both
+answers to a question follow the same prompt. Does not know why a token matters, or how a model was tuned.
+
+Shapes: Q questions, T trials, V vocabulary, D embedding size, N tokens whose neighbours are sought, C candidates.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from torch import Tensor
+
+from .. import plots
+from ..chat import Chat, Role
+from ..console import progress
+from ..data import PairedQuestion
+from ..errors import DataError
+from ..losses import find_head
+from ..stats import mean_interval
+from ..taps import causal_lm
+from .diagnosis import Cost, Numbers, Subject, Table, clusters, shown
+from .models import REFERENCE
+from .texts import Text, batches, margins, pair_texts, response_logprobs
+
+TITLE = "Token perturbation"
+NEEDS_BASE = False
+TRIALS = 10
+MOST = 12  # questions inside and outside the domain, each
+TOKENS = 10  # that a role gives up at the most
+NEIGHBOURS = 5
+ROLES = ("prefix", "query", "postfix")
+# near: as many tokens as the shortest role of the question has, for near ones. random: the same places, for any token.
+# ten: up to ten tokens, for near ones; so a long role gives up more of them than a short one.
+SETTINGS = ("near", "random", "ten")
+TILE = 8192  # vocabulary rows compared at once
+
+Pass = tuple[str, str]  # setting, role
+Replaced = list[dict[int, int]]  # for each question: token id by place in the prompt
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids before a response, and the places of each role in them."""
+
+    ids: list[int]
+    places: dict[str, list[int]]
+
+    def count(self, setting: str, role: str) -> int:
+        """How many tokens the role gives up."""
+        sizes = [len(self.places[role])] if setting == "ten" else [len(places) for places in self.places.values()]
+        return min(TOKENS, *sizes)
+
+
+def cost(subject: Subject) -> Cost:
+    """Every text once as it is, then once for each trial, role and setting, through every model; kept are the cosines
+    of one tile of the vocabulary with each token of the prompts."""
+    subject = _few(subject)
+    texts = _texts(subject)
+    prompts = read_prompts(texts)
+    tokens = sum(len(text.example) for text in texts)
+    rounds = 1 + TRIALS * len(_passes(prompts))
+    models = 1 + len(subject.models.tuned)
+    return Cost(forward=models * rounds * tokens, kept=4 * TILE * len(_wanted(prompts)))
+
+
+def _few(subject: Subject) -> Subject:
+    """With the first of the questions only: each is read some 90 times."""
+    return replace(subject, inside=subject.inside[:MOST], outside=subject.outside[:MOST])
+
+
+def measure(subject: Subject) -> Numbers:
+    """Margins (nats per token) under disturbed prompts, minus those under the plain ones.
+
+    Neighbours are sought in the reference's input embeddings, so all models read the same prompts.
+
+    Returns:
+        "questions": their number by set (outside, inside). "tokens": by setting and role, the mean number replaced.
+        "reference" and "tuned" by name: "margin" by set; "change" by setting, role and set, each with "mean" (over
+        trials), "best" (of each question's trials the one of least margin) and, where tuned, "beyond" = mean change
+        minus the reference's, paired by question; where tuned also "shift" = margin minus the reference's. All are
+        intervals over questions.
+
+    Raises:
+        DataError: there is no question, or the template writes the prompt of two answers differently.
+    """
+    subject = _few(subject)
+    texts = _texts(subject)
+    prompts = read_prompts(texts)
+    passes = _passes(prompts)
+    with subject.models.open(REFERENCE) as model:
+        drawn = replacements(prompts, passes, neighbours(model, prompts, subject.chat), subject)
+    plain_Q: dict[str, np.ndarray] = {}
+    changes: dict[str, dict[Pass, np.ndarray]] = {}
+    names = [REFERENCE, *subject.models.tuned]
+    with progress(TITLE, len(names) * len(passes)) as advance:
+        for name in names:
+            with subject.models.open(name) as model:
+                plain_Q[name] = measure_margins(model, texts, [{}] * len(prompts), subject)
+                changes[name] = {}
+                for key, trials in drawn.items():
+                    found_TQ = np.stack([measure_margins(model, texts, replaced, subject) for replaced in trials])
+                    changes[name][key] = found_TQ - plain_Q[name]
+                    advance(1)
+    for found in changes.values():
+        # What takes equally many tokens by either rule draws the same ones: the passes that were left out.
+        found |= {("ten", role): found["near", role] for role in prompts[0].places if ("ten", role) not in found}
+    sets, roles = _sets(subject), list(prompts[0].places)
+    settings = {
+        setting: [float(np.mean([p.count(setting, r) for p in prompts])) for r in roles] for setting in SETTINGS
+    }
+    scores = {name: _scores(plain_Q, changes, name, roles, sets, subject.seed) for name in names}
+    return {
+        "trials": TRIALS,
+        "questions": {where: len(questions) for where, (_, questions) in sets.items()},
+        "tokens": {setting: dict(zip(roles, counts)) for setting, counts in settings.items()},
+        REFERENCE: scores[REFERENCE],
+        "tuned": {name: scores[name] for name in subject.models.tuned},
+    }
+
+
+# ------------------------------------------------------------------ prompts and what is replaced in them
+
+
+def _texts(subject: Subject) -> list[Text]:
+    if not subject.questions:
+        raise DataError("no paired questions, inside or outside the training domain; expected at least one")
+    return pair_texts(subject.chat, subject.questions)
+
+
+def read_prompts(texts: Sequence[Text]) -> list[Prompt]:
+    """The prompt of each question; roles that any prompt lacks are left out.
+
+    Raises:
+        DataError: the prompts before the two answers to a question differ.
+    """
+    ids: list[list[int]] = []
+    roles: list[list[str]] = []
+    for first, second in zip(texts[::2], texts[1::2], strict=True):
+        one, other = (text.example.input_ids[: text.example.roles.index(Role.RESPONSE)] for text in (first, second))
+        if one != other:
+            raise DataError(
+                f"{first.question}: the chat template writes the prompt differently before its two answers; expected "
+                "one prompt, so that both can be given behind the same disturbed one"
+            )
+        ids.append(one)
+        roles.append([role.name.lower() for role in first.example.roles[: len(one)]])
+    present = [role for role in ROLES if all(role in found for found in roles)]
+    return [
+        Prompt(prompt, {role: [at for at, found in enumerate(names) if found == role] for role in present})
+        for prompt, names in zip(ids, roles)
+    ]
+
+
+def _passes(prompts: Sequence[Prompt]) -> list[Pass]:
+    """Every setting with every role, but `ten` where it is what `near` is."""
+    return [
+        (setting, role)
+        for setting in SETTINGS
+        for role in prompts[0].places
+        if setting != "ten" or any(p.count("ten", role) != p.count("near", role) for p in prompts)
+    ]
+
+
+def _wanted(prompts: Sequence[Prompt]) -> list[int]:
+    """Ids of all tokens that may be replaced."""
+    return sorted({p.ids[at] for p in prompts for places in p.places.values() for at in places})
+
+
+def _vocabulary(chat: Chat, size: int) -> Tensor:
+    """Mask [V] of the tokens of text: none that was added to the vocabulary (a turn's marker in a query would end it),
+    and no row of the embeddings that stands for no token."""
+    tokenizer = chat.tokenizer
+    text = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder) - set(tokenizer.all_special_ids)
+    allowed_V = torch.zeros(size, dtype=torch.bool)
+    allowed_V[[token for token in text if token < size]] = True
+    return allowed_V
+
+
+def neighbours(model: Any, prompts: Sequence[Prompt], chat: Chat) -> dict[str, Any]:
+    """ "near": the nearest tokens of text of each token in the prompts; "all": all tokens of text."""
+    embedding_VD = causal_lm(model).get_input_embeddings().weight
+    allowed_V = _vocabulary(chat, len(embedding_VD)).to(embedding_VD.device)
+    wanted = _wanted(prompts)
+    found_NC = nearest(embedding_VD, torch.tensor(wanted, device=embedding_VD.device), allowed_V)
+    return {"near": dict(zip(wanted, found_NC.tolist())), "all": allowed_V.nonzero()[:, 0].cpu().numpy()}
+
+
+@torch.no_grad()
+def nearest(embedding_VD: Tensor, ids_N: Tensor, allowed_V: Tensor, number: int = NEIGHBOURS) -> Tensor:
+    """Ids [N, number] of the allowed tokens of largest cosine with each token, itself left out; nearest first.
+
+    Cosine, because the length of an embedding tells mostly how often its token was trained: by Euclidean distance, rare
+    tokens with short embeddings would be near to all. The vocabulary is passed in tiles.
+    """
+    wanted_ND = F.normalize(embedding_VD[ids_N].float(), dim=1)
+    best = wanted_ND.new_zeros(len(ids_N), 0)
+    ids = ids_N.new_zeros(len(ids_N), 0)
+    for start in range(0, len(embedding_VD), TILE):
+        cosine_NC = wanted_ND @ F.normalize(embedding_VD[start : start + TILE].float(), dim=1).T
+        ids_C = torch.arange(start, start + cosine_NC.shape[1], device=ids_N.device)
+        cosine_NC.masked_fill_(~allowed_V[ids_C] | (ids_C == ids_N[:, None]), -torch.inf)
+        best, ids = torch.cat([best, cosine_NC], 1), torch.cat([ids, ids_C.expand_as(cosine_NC)], 1)
+        best, places = best.topk(min(number, best.shape[1]), dim=1)
+        ids = ids.gather(1, places)
+    return ids
+
+
+def replacements(
+    prompts: Sequence[Prompt], passes: Sequence[Pass], choices: dict[str, Any], subject: Subject
+) -> dict[Pass, list[Replaced]]:
+    """What is replaced, in every trial of every pass. Each question has its own draws, so that its trials are
+    independent of those of others. `near` and `random` replace the same places."""
+    drawn: dict[Pass, list[Replaced]] = {}
+    for setting, role in passes:
+        drawn[setting, role] = []
+        for trial in range(TRIALS):
+            seed = [subject.seed, ROLES.index(role), trial]
+            where, what = np.random.default_rng([*seed, 0]), np.random.default_rng([*seed, 1])
+            replaced: Replaced = []
+            for prompt in prompts:
+                places = where.choice(prompt.places[role], prompt.count(setting, role), replace=False)
+                replaced.append({int(at): _other(prompt.ids[at], setting, choices, what) for at in places})
+            drawn[setting, role].append(replaced)
+    return drawn
+
+
+def _other(token: int, setting: str, choices: dict[str, Any], rng: np.random.Generator) -> int:
+    if setting != "random":
+        return int(rng.choice(choices["near"][token]))
+    pair = rng.choice(choices["all"], 2, replace=False)
+    return int(pair[0] if pair[0] != token else pair[1])
+
+
+# ------------------------------------------------------------------ margins
+
+
+def measure_margins(model: Any, texts: Sequence[Text], replaced: Replaced, subject: Subject) -> np.ndarray:
+    """Margin of each question [Q], nats per token, where the model reads other tokens in its prompt."""
+    find_head(causal_lm(model))  # it looks at the model on tokens of its own
+    means = [0.0] * len(texts)
+    examples = [text.example for text in texts]
+    for places, batch in batches(examples, subject.chat, subject.batch_tokens, model.device):
+        ids_BT = batch["input_ids"].to("cpu", copy=True)
+        for row, place in enumerate(places):
+            for at, token in replaced[place // 2].items():
+                ids_BT[row, at] = token
+        with read_as(model, ids_BT.to(model.device)):
+            for place, logprobs_R in zip(places, response_logprobs(model, batch)):
+                means[place] = float(logprobs_R.double().mean())
+    return np.array(margins(means))
+
+
+@contextmanager
+def read_as(model: Any, ids_BT: Tensor) -> Iterator[None]:
+    """The model embeds these tokens, whatever ids it is given. It still gets the true ids, so one that finds its prefix
+    by them (a frozen one) finds it in a disturbed prompt too."""
+    layer = causal_lm(model).get_input_embeddings()
+    handle = layer.register_forward_pre_hook(lambda _module, _args: (ids_BT,))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+Sets = dict[str, tuple[slice, list[PairedQuestion]]]
+
+
+def _sets(subject: Subject) -> Sets:
+    """Questions outside and inside the training domain, and where they stand among all; without a set that is empty."""
+    inside = len(subject.inside)
+    sets = {"outside": (slice(inside, None), subject.outside), "inside": (slice(0, inside), subject.inside)}
+    return {where: part for where, part in sets.items() if part[1]}
+
+
+def summarise(changes_TQ: np.ndarray, names: Sequence[str], seed: int = 0) -> Numbers:
+    """ "mean": over trials, what a disturbed prompt does on average. "best": the least of each question's trials, what
+    the luckiest does; below zero under pure noise too, by 1.5 of its standard deviations for ten trials."""
+    columns = {"mean": changes_TQ.mean(0), "best": changes_TQ.min(0)}
+    return {column: _interval(values_Q, names, seed) for column, values_Q in columns.items()}
+
+
+def _interval(values_Q: np.ndarray, names: Sequence[str], seed: int) -> Numbers:
+    return mean_interval(values_Q.tolist(), names, seed, widen=True).to_dict()
+
+
+def _scores(
+    plain_Q: dict[str, np.ndarray],
+    changes: dict[str, dict[Pass, np.ndarray]],
+    name: str,
+    roles: Sequence[str],
+    sets: Sets,
+    seed: int,
+) -> Numbers:
+    names = {where: clusters(questions) for where, (_, questions) in sets.items()}
+
+    def by_set(values_Q: np.ndarray) -> Numbers:
+        return {where: _interval(values_Q[part], names[where], seed) for where, (part, _) in sets.items()}
+
+    scores: Numbers = {"margin": by_set(plain_Q[name]), "change": {setting: {} for setting in SETTINGS}}
+    for setting in SETTINGS:
+        for role in roles:
+            own_TQ = changes[name][setting, role]
+            found = {w: summarise(own_TQ[:, part], names[w], seed) for w, (part, _) in sets.items()}
+            if name != REFERENCE:
+                beyond = by_set((own_TQ - changes[REFERENCE][setting, role]).mean(0))
+                found = {where: {**columns, "beyond": beyond[where]} for where, columns in found.items()}
+            scores["change"][setting][role] = found
+    if name != REFERENCE:
+        scores["shift"] = by_set(plain_Q[name] - plain_Q[REFERENCE])
+    return scores
+
+
+# ------------------------------------------------------------------ words and table
+
+
+def say(numbers: Numbers) -> str:
+    where = next(iter(numbers["questions"]))
+    counts = _count(np.mean(list(numbers["tokens"]["near"].values())))
+    start = (
+        f"In each of {numbers['questions'][where]} prompts {where} the training domain, {counts} tokens of one role "
+        f"gave way to near ones, in {numbers['trials']} trials."
+    )
+    return " ".join([start, *(_sentence(name, numbers, where) for name in numbers["tuned"])])
+
+
+def _count(number: float) -> str:
+    return f"{number:.0f}" if float(number).is_integer() else f"{number:.1f}"
+
+
+def _sentence(name: str, numbers: Numbers, where: str) -> str:
+    scores = numbers["tuned"][name]
+    near, random = (scores["change"][setting] for setting in ("near", "random"))
+    beyond = {role: near[role][where]["beyond"] for role in near}
+    listed = ", ".join(f"{role} {shown(value)}" for role, value in beyond.items())
+    held = [role for role, value in beyond.items() if value["high"] < 0]
+    also = [role for role in held if random[role][where]["beyond"]["high"] < 0]
+    if scores["shift"][where]["low"] <= 0:
+        verdict = "there is no shift to take away"
+    elif held:
+        verdict = f"disturbing the {_and(held)} takes part of the shift away; with random tokens in the same places "
+        verdict += "that is so too" if also == held else f"it is so for the {_and(also)} alone" if also else "it is not"
+    else:
+        verdict = "the shift hangs on no one role"
+    best = min(near, key=lambda role: near[role][where]["best"]["mean"])
+    own, reference = (s["change"]["near"][best][where]["best"] for s in (scores, numbers[REFERENCE]))
+    text = (
+        f"{name} stands {shown(scores['shift'][where])} nats per token against the reference. Beyond what the "
+        f"reference moves by, its margin moves by {listed}: {verdict}. The best of {numbers['trials']} trials would "
+        f"show {shown(own)} for its {best}"
+    )
+    if reference["high"] < 0:
+        text += f", but {shown(reference)} for the reference's too, which has nothing to take away: it picks noise"
+    return text + "."
+
+
+def _and(roles: Sequence[str]) -> str:
+    return " and the ".join(roles)
+
+
+def table(numbers: Numbers) -> Table:
+    """A row for each model, set and role: the mean change, the part beyond the reference, and what would flatter."""
+    columns = [
+        "model", "questions", "role", "tokens", "mean change", "beyond the reference",
+        "random tokens (control)", "best of ten (flatters)", "ten tokens where there are",
+    ]  # fmt: skip
+    rows = []
+    for name, scores in _models(numbers).items():
+        for where, questions in numbers["questions"].items():
+            for role, count in numbers["tokens"]["near"].items():
+                near, random, ten = (scores["change"][setting][role][where] for setting in SETTINGS)
+                beyond = shown(near["beyond"]) if "beyond" in near else ""
+                numbers_ten = f"{shown(ten['mean'])} ({_count(numbers['tokens']['ten'][role])})"
+                cells = [shown(near["mean"]), beyond, shown(random["mean"]), shown(near["best"]), numbers_ten]
+                rows.append([name, f"{where} ({questions})", role, _count(count), *cells])
+    return Table(columns, rows)
+
+
+def _models(numbers: Numbers) -> dict[str, Numbers]:
+    return {REFERENCE: numbers[REFERENCE], **numbers["tuned"]}
+
+
+# ------------------------------------------------------------------ figure
+
+
+def draw(numbers: Numbers) -> Figure:
+    """A panel for each set of questions, a group for each role, in it the reference and each tuned model."""
+    models, sets = _models(numbers), list(numbers["questions"])
+    figure, panels = plt.subplots(
+        1, len(sets), figsize=(9 if len(sets) > 1 else 5.5, 4), sharey=True, squeeze=False, layout="constrained"
+    )
+    shades = {REFERENCE: "#444444", **{name: plots.colour(place) for place, name in enumerate(numbers["tuned"])}}
+    for axes, where in zip(panels[0], sets):
+        _panel(axes, numbers, where, models, shades)
+    panels[0][0].set_ylabel("change of the margin, nats per token")
+    shown_models = [Line2D([], [], color=shade, marker="o", linestyle="", label=name) for name, shade in shades.items()]
+    kinds = [
+        Line2D([], [], color="#222222", marker="o", linestyle="", label=f"mean of {numbers['trials']} trials"),
+        Line2D([], [], color="#222222", marker="o", linestyle="", markerfacecolor="white", label="best of them"),
+        Line2D([], [], color="#999999", marker="x", linestyle="", label="mean, random tokens (control)"),
+        Line2D([], [], color="#222222", linestyle=(0, (4, 3)), linewidth=1.2, label="the whole shift taken away"),
+    ]
+    figure.legend(handles=[*shown_models, *kinds], loc="outside upper left", ncols=4, fontsize=8, columnspacing=1.2)
+    return figure
+
+
+def _panel(axes: Axes, numbers: Numbers, where: str, models: dict[str, Numbers], shades: dict[str, str]) -> None:
+    roles = numbers["tokens"]["near"]
+    step = min(0.2, 0.8 / len(models))
+    axes.axhline(0, color="#888888", linewidth=0.8)
+    for place, (name, scores) in enumerate(models.items()):
+        near, random = (scores["change"][setting] for setting in ("near", "random"))
+        if "shift" in scores:
+            axes.axhline(-scores["shift"][where]["mean"], color=shades[name], linestyle=(0, (4, 3)), linewidth=1.2)
+        for group, role in enumerate(roles):
+            at = group + (place - (len(models) - 1) / 2) * step
+            _mark(axes, at, 0.35 * step, near[role][where], random[role][where], shades[name])
+    axes.set_xticks(range(len(roles)), [f"{role}\n{_count(count)} tokens" for role, count in roles.items()])
+    axes.set_xlim(-0.5, len(roles) - 0.5)
+    axes.grid(False, axis="x")
+    axes.set_title(f"{numbers['questions'][where]} questions {where} the training domain", loc="left", fontsize=9)
+
+
+def _mark(axes: Axes, at: float, shift: float, near: Numbers, random: Numbers, shade: str) -> None:
+    """One model at one role; its control stands a little beside it."""
+    mean = near["mean"]
+    reach = [[mean["mean"] - mean["low"]], [mean["high"] - mean["mean"]]] if mean["n"] > 1 else None
+    axes.plot(at + shift, random["mean"]["mean"], "x", color="#999999", markersize=5)
+    axes.errorbar(at, mean["mean"], yerr=reach, fmt="o", color=shade, markersize=5.5, elinewidth=1.6)
+    axes.plot(at, near["best"]["mean"], "o", color=shade, markersize=5.5, markerfacecolor="white")

@@ -1,0 +1,479 @@
+"""Shared directions: whether a change of activations varies along the same directions inside and outside the domain.
+
+A change is that of the response activation from the base to the reference, or from the reference to a tuned model, at
+one layer. Its top directions are compared between two sets of questions, on unsound answers and, as control, on sound
+answers to the same questions, and with three exchanges that each say what chance would give. Then the direction is
+taken out of, and added to, the tuned model. Does not know why a direction is shared. Source: arXiv 2507.03662.
+
+Shapes: N examples, D hidden size, K directions, S sides (unsound, sound answers), Q questions (inside, then outside).
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+from scipy.stats import t
+from torch import Tensor
+
+from ..data import PairedQuestion
+from ..errors import DataError, ModelError
+from ..evaluate.scoring import score_answers
+from ..plots import colour
+from ..stats import mean_interval
+from ..taps import causal_lm, decoder_layers
+from .diagnosis import Cost, Numbers, Subject, Table, clusters, shown
+from .erosion import example_means, sizes
+from .models import BASE, REFERENCE
+from .texts import SIDES, Text, pair_texts
+
+TITLE = "Shared directions"
+NEEDS_BASE = True
+
+K = 4  # directions of a subspace
+MOST = 128  # questions of a set: activations at one layer are kept, so there must be an end
+EXCHANGES = 499
+RANDOM = 8  # random directions beside the one of the causal check
+SCORES = ("cosine", "subspace")
+
+
+def cost(subject: Subject) -> Cost:
+    """See `Diagnosis`. Kept: the activations of three models at one layer, and their differences, in float64; at most
+    128 questions a set."""
+    inside, outside = _chosen(subject)
+    lengths = [len(text.example) for text in pair_texts(subject.chat, [*inside, *outside])]
+    scorings = 1 + len(subject.models.tuned) * (1 + len(EDITS) * (1 + RANDOM))
+    return Cost(
+        forward=len(subject.models.names) * sum(lengths) + scorings * sum(lengths[2 * len(inside) :]),
+        kept=4 * 8 * len(lengths) * sizes(subject.models)[1],
+    )
+
+
+def measure(subject: Subject) -> Numbers:
+    """What the change from base to reference, and that from the reference to each tuned model, share between inside and
+    outside questions, see `_shared`; and the causal check, see `_causal`, of the top direction of the first change on
+    unsound inside answers: margins are those of outside questions.
+
+    Raises:
+        DataError: fewer than 6 questions inside or outside.
+        ModelError: there is no base, the models do not fit each other, or two of them give the same activations.
+    """
+    models, seed = subject.models, subject.seed
+    if not models.has_base:
+        raise ModelError("no base model: the directions are those of what alignment changed in it (--base)")
+    inside, outside = _chosen(subject)
+    texts = pair_texts(models.chat, [*inside, *outside])
+    shape = sizes(models)
+    layer = layer_of(shape[0])
+    with models.open(BASE) as model:
+        base_SQD = _states(model, subject, texts, layer, shape)
+    with models.open(REFERENCE) as model:
+        reference_SQD = _states(model, subject, texts, layer, shape)
+        reference_Q = _margins(model, subject, outside)
+    alignment = _shared("base and reference", reference_SQD, base_SQD, len(inside), seed)
+    unit_D, step = oriented((reference_SQD - base_SQD)[0, : len(inside)])
+    tuned = {}
+    for name in models.tuned:
+        with models.open(name) as model:
+            tuned_SQD = _states(model, subject, texts, layer, shape)
+            causal = _causal(model, subject, outside, reference_Q, layer, torch.tensor(unit_D), step)
+        change = _shared(f"{name} and the reference", tuned_SQD, reference_SQD, len(inside), seed)
+        tuned[name] = {"change": change, "causal": causal}
+    return {
+        "layer": layer,
+        "layers": shape[0],
+        "questions": {"inside": len(inside), "outside": len(outside)},
+        "subspace": K,
+        "step": step,
+        "alignment": alignment,
+        "tuned": tuned,
+    }
+
+
+def layer_of(layers: int) -> int:
+    """The layer (from 1) that is looked at: two thirds of the way up, fixed in advance."""
+    return round(2 * layers / 3)
+
+
+def _chosen(subject: Subject) -> tuple[list[PairedQuestion], list[PairedQuestion]]:
+    """Inside and outside questions; of more than 128, as many are drawn. One that stands twice counts once."""
+    chosen = []
+    for place, questions in (("inside", subject.inside), ("outside", subject.outside)):
+        distinct = list(dict(zip(clusters(questions), questions)).values())
+        if len(distinct) < K + 2:
+            raise DataError(
+                f"shared_directions: found {len(distinct)} questions {place} the domain; at least {K + 2} are needed"
+            )
+        kept = random.Random(subject.seed).sample(range(len(distinct)), min(MOST, len(distinct)))
+        chosen.append([distinct[at] for at in sorted(kept)])
+    return chosen[0], chosen[1]
+
+
+def _states(model: Any, subject: Subject, texts: Sequence[Text], layer: int, shape: tuple[int, int]) -> np.ndarray:
+    """The activation of each text of `pair_texts` (mean over its first 64 response tokens), [S, Q, D] in float64."""
+    config = causal_lm(model).config.get_text_config()
+    found = (config.num_hidden_layers, config.hidden_size)
+    if found != shape:
+        raise ModelError(f"models differ in (layers, hidden size): {found}, and {shape} of the reference")
+    states_SQD = np.zeros((len(SIDES), len(texts) // 2, shape[1]))
+    for places, means_B1D, _ in example_means(model, subject.chat, texts, subject.batch_tokens, [layer]):
+        for place, mean_1D in zip(places, means_B1D):
+            states_SQD[place % 2, place // 2] = mean_1D[0].numpy()
+    return states_SQD
+
+
+# ------------------------------------------------------------------ directions
+
+
+def top_directions(rows_ND: np.ndarray, number: int = K) -> np.ndarray:
+    """The first right singular vectors [K, D] of rows from which their mean was taken, up to sign.
+
+    From the Gram matrix [N, N] of the rows, for they are fewer than the hidden size is wide.
+    """
+    centred_ND = rows_ND - rows_ND.mean(0)
+    _, left_NN = np.linalg.eigh(centred_ND @ centred_ND.T)  # ascending
+    right_KD: np.ndarray = np.linalg.qr(centred_ND.T @ left_NN[:, : -number - 1 : -1])[0].T  # at rank < K: any others
+    return right_KD
+
+
+def principal_cosines(a_KD: np.ndarray, b_KD: np.ndarray) -> np.ndarray:
+    """Cosines of the principal angles between two subspaces with orthonormal bases, the largest first, [K]."""
+    cosines_K: np.ndarray = np.linalg.svd(a_KD @ b_KD.T, compute_uv=False).clip(0, 1)
+    return cosines_K
+
+
+def likeness(a_ND: np.ndarray, b_ND: np.ndarray) -> np.ndarray:
+    """Of two sets of changes: |cosine| of their top directions, and the mean cosine of the principal angles between
+    their top subspaces, [2] as in `SCORES`."""
+    a_KD, b_KD = top_directions(a_ND), top_directions(b_ND)
+    return np.array([min(1.0, abs(a_KD[0] @ b_KD[0])), principal_cosines(a_KD, b_KD).mean()])
+
+
+def oriented(rows_ND: np.ndarray) -> tuple[np.ndarray, float]:
+    """The top direction [D], of unit length, with the sign that the mean of the rows has along it; and that mean."""
+    unit_D = top_directions(rows_ND, 1)[0]
+    step = float(rows_ND.mean(0) @ unit_D)
+    return (unit_D, step) if step >= 0 else (-unit_D, -step)
+
+
+def _shared(pair: str, later_SQD: np.ndarray, earlier_SQD: np.ndarray, inside: int, seed: int) -> Numbers:
+    """How alike the changes inside and outside are, on each side, and what three exchanges would give.
+
+    `pairs`: the earlier activation is that of another text of the set, so a change is no longer that of one text; what
+    is left alike is the shape of the stream. `sets`: inside and outside are dealt anew; so alike are two sets of one
+    kind. `difference`: the unsound and sound answers of each question change places or not; were it all one which
+    answer is unsound, the difference of the sides would be one of these. The mean change of each set and side is taken
+    out before the last two: mixed, means that differ would be a direction that both mixtures share.
+    """
+    change_SQD = later_SQD - earlier_SQD
+    if not change_SQD.any():
+        raise ModelError(f"{pair} give the same activations: there is no change to look at")
+    rng = np.random.default_rng(seed)
+    questions = change_SQD.shape[1]
+
+    sets = change_SQD[:, :inside], change_SQD[:, inside:]
+    centred_SQD = np.concatenate([set_SND - set_SND.mean(1, keepdims=True) for set_SND in sets], axis=1)
+
+    def alike(rows_QD: np.ndarray) -> np.ndarray:
+        return likeness(rows_QD[:inside], rows_QD[inside:])
+
+    def within_sets() -> np.ndarray:
+        return np.concatenate([rng.permutation(inside), inside + rng.permutation(questions - inside)])
+
+    observed_SC = np.stack([alike(change_QD) for change_QD in change_SQD])
+    found: Numbers = {}
+    for place, side in enumerate(SIDES):
+        later_QD, earlier_QD, change_QD = later_SQD[place], earlier_SQD[place], change_SQD[place]
+        pairs_EC = np.stack([alike(later_QD - earlier_QD[within_sets()]) for _ in range(EXCHANGES)])
+        sets_EC = np.stack([alike(centred_SQD[place, rng.permutation(questions)]) for _ in range(EXCHANGES)])
+        means = change_QD[:inside].mean(0), change_QD[inside:].mean(0)
+        cosines_K = principal_cosines(top_directions(change_QD[:inside]), top_directions(change_QD[inside:]))
+        found[side] = {
+            **dict(zip(SCORES, observed_SC[place].tolist())),
+            "angles": np.degrees(np.arccos(cosines_K)).tolist(),
+            "mean_cosine": float(means[0] @ means[1] / np.linalg.norm(means[0]) / np.linalg.norm(means[1])),
+            "pairs": _exchanged(pairs_EC, pairs_EC >= observed_SC[place]),
+            "sets": _exchanged(sets_EC, sets_EC <= observed_SC[place]),
+        }
+    swapped_EC = []
+    for _ in range(EXCHANGES):
+        is_swapped_Q1 = rng.random((questions, 1)) < 0.5
+        swapped_SQD = np.where(is_swapped_Q1, centred_SQD[::-1], centred_SQD)
+        swapped_EC.append(alike(swapped_SQD[0]) - alike(swapped_SQD[1]))
+    difference_C = observed_SC[0] - observed_SC[1]
+    as_far_EC = np.abs(swapped_EC) >= np.abs(difference_C)
+    found["difference"] = {
+        **dict(zip(SCORES, difference_C.tolist())),
+        "sides": _exchanged(np.stack(swapped_EC), as_far_EC),
+    }
+    return found
+
+
+def _exchanged(scores_EC: np.ndarray, counts_EC: np.ndarray) -> Numbers:
+    """Of both scores, the middle 95 % of what exchanges gave, and the p-value: the share of those that count."""
+    p_C = (1 + counts_EC.sum(0)) / (1 + EXCHANGES)
+    return {
+        name: {"low": float(low), "high": float(high), "p": float(p)}
+        for name, low, high, p in zip(SCORES, *np.percentile(scores_EC, [2.5, 97.5], axis=0), p_C)
+    }
+
+
+# ------------------------------------------------------------------ the causal check
+
+
+def _take_out(unit_D: Tensor, towards_D: Tensor, step: float, hidden_BTD: Tensor) -> Tensor:
+    """Takes away as much of `towards` as the stream has of `unit`: the projection, where both are the same."""
+    return hidden_BTD - (hidden_BTD @ unit_D)[..., None] * towards_D
+
+
+def _add(unit_D: Tensor, towards_D: Tensor, step: float, hidden_BTD: Tensor) -> Tensor:
+    return hidden_BTD + step * towards_D
+
+
+EDITS: dict[str, Callable[[Tensor, Tensor, float, Tensor], Tensor]] = {"taken_out": _take_out, "added": _add}
+
+
+@contextmanager
+def edited(model: Any, layer: int, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """In forwards, the residual stream [B, T, D] after `layer` (from 1) is what `edit` makes of it, in float32."""
+
+    def hook(_module: Any, _inputs: Any, output: Any) -> Any:
+        hidden_BTD = output if isinstance(output, Tensor) else output[0]
+        new_BTD = edit(hidden_BTD.float()).to(hidden_BTD.dtype)
+        return new_BTD if isinstance(output, Tensor) else (new_BTD, *output[1:])
+
+    handle = decoder_layers(model)[layer - 1].register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def random_units(unit_D: Tensor, number: int, seed: int) -> list[Tensor]:
+    """Directions [D] of unit length at a right angle to `unit`, uniform over all of them."""
+    generator = torch.Generator().manual_seed(seed)
+    random_RD = torch.randn(number, len(unit_D), generator=generator, dtype=unit_D.dtype)
+    return list(F.normalize(random_RD - (random_RD @ unit_D)[:, None] * unit_D, dim=-1))
+
+
+def _margins(model: Any, subject: Subject, questions: Sequence[PairedQuestion]) -> np.ndarray:
+    """Mean token log p of the misaligned answer minus that of the aligned one, nats per token, [Q]."""
+    prompts = [[{"role": "user", "content": question.question}] for question in questions]
+    answers = [[getattr(question, side) for side in SIDES] for question in questions]
+    scores = score_answers(model, subject.chat, prompts, answers, subject.batch_tokens)
+    return np.array([unsound.mean - sound.mean for unsound, sound in scores])
+
+
+def _causal(
+    model: Any,
+    subject: Subject,
+    questions: Sequence[PairedQuestion],
+    reference_Q: np.ndarray,
+    layer: int,
+    unit_D: Tensor,
+    step: float,
+) -> Numbers:
+    """Change of the margins of `questions` when the stream of a tuned model is edited after the layer at every token:
+    the direction taken out, or a step along it added. Beside it the same along random directions, each moving every
+    token as far. `chance` = where the mean change along one more random direction would lie, 95 % (Student's prediction
+    interval); `beyond` = the change minus the mean change along random ones, paired by question.
+    """
+    names = clusters(questions)
+
+    def interval(values_Q: np.ndarray) -> dict[str, float]:
+        return mean_interval(values_Q.tolist(), names, subject.seed, widen=True).to_dict()
+
+    before_Q = _margins(model, subject, questions)
+    found: Numbers = {"shift": interval(before_Q - reference_Q)}
+    unit_D = unit_D.float().to(model.device)
+    randoms = random_units(unit_D.cpu(), RANDOM, subject.seed)
+    for name, edit in EDITS.items():
+        changes = []
+        for towards_D in (unit_D, *randoms):
+            with edited(model, layer, partial(edit, unit_D, towards_D.to(unit_D), step)):
+                changes.append(_margins(model, subject, questions) - before_Q)
+        change_Q, random_RQ = changes[0], np.stack(changes[1:])
+        found[name] = {
+            "change": interval(change_Q),
+            "random": random_RQ.mean(1).tolist(),
+            "chance": _prediction(random_RQ.mean(1)),
+            "beyond": interval(change_Q - random_RQ.mean(0)),
+        }
+    return found
+
+
+def _prediction(values_R: np.ndarray) -> dict[str, float]:
+    """Where one more such value lies with 95 %, if they are normal."""
+    number = len(values_R)
+    reach = float(t.ppf(0.975, number - 1) * values_R.std(ddof=1) * np.sqrt(1 + 1 / number))
+    return {"low": float(values_R.mean()) - reach, "high": float(values_R.mean()) + reach}
+
+
+# ------------------------------------------------------------------ words, table, figure
+
+WORDS = {
+    "taken_out": "taking out the top direction from base to reference",
+    "added": "adding a step along it",
+}
+
+
+def say(numbers: Numbers) -> str:
+    """See `Diagnosis`."""
+    sets = "{inside} inside and {outside} outside questions".format(**numbers["questions"])
+    text = (
+        f"After layer {numbers['layer']} of {numbers['layers']}, over {sets}. "
+        f"From base to reference: {_told(numbers['alignment'])}"
+    )
+    for name, found in numbers["tuned"].items():
+        edits = "; ".join(f"{WORDS[edit]} {_effect(found['causal'][edit])}" for edit in EDITS)
+        text += (
+            f" From the reference to {name}: {_told(found['change'])} In {name}, whose margin outside the domain is "
+            f"{shown(found['causal']['shift'])} from the reference's (nats per token), {edits}."
+        )
+    return text
+
+
+def _told(shared: Numbers) -> str:
+    unsound, sound = shared["misaligned"], shared["aligned"]
+    return (
+        f"the top directions inside and outside have cosine {unsound['cosine']:.2f} on unsound answers and "
+        f"{sound['cosine']:.2f} on sound ones (difference: p = {shared['difference']['sides']['cosine']['p']:.2g}; "
+        f"exchanged pairs {_band(unsound['pairs'])}, exchanged sets {_band(unsound['sets'])}): {verdict(shared)}."
+    )
+
+
+def _band(exchanged: Numbers) -> str:
+    return "{low:.2f} to {high:.2f}".format(**exchanged["cosine"])
+
+
+def verdict(shared: Numbers) -> str:
+    """What the exchanges decide about the top directions."""
+    difference = shared["difference"]
+    if shared["misaligned"]["pairs"]["cosine"]["p"] > 0.05:
+        return "no more alike than unrelated changes in this stream"
+    if difference["sides"]["cosine"]["p"] > 0.05:
+        return "shared, but not specific to unsound text"
+    return "shared, and more so on unsound text" if difference["cosine"] > 0 else "shared, but more so on sound text"
+
+
+def _effect(effect: Numbers) -> str:
+    verdict = "no more than random directions do"
+    if is_beyond(effect):
+        verdict = f"beyond chance, towards the {'unsound' if effect['change']['mean'] > 0 else 'sound'} answers"
+    chance = "{low:+.2f} to {high:+.2f}".format(**effect["chance"])
+    return f"moved the margin by {shown(effect['change'])} (random directions {chance}): {verdict}"
+
+
+def is_beyond(effect: Numbers) -> bool:
+    """Whether an edit moved the margin as random directions hardly would, and by more than questions vary."""
+    is_outside = not effect["chance"]["low"] <= effect["change"]["mean"] <= effect["chance"]["high"]
+    return is_outside and not effect["beyond"]["low"] <= 0 <= effect["beyond"]["high"]
+
+
+def table(numbers: Numbers) -> Table:
+    """See `Diagnosis`."""
+
+    def cells(shared: Numbers) -> list[str]:
+        unsound, sound = shared["misaligned"], shared["aligned"]
+        return [
+            f"{unsound['cosine']:.2f}",
+            f"{sound['cosine']:.2f}",
+            f"{shared['difference']['sides']['cosine']['p']:.2g}",
+            _band(unsound["pairs"]),
+            _band(unsound["sets"]),
+            ", ".join(f"{angle:.0f}" for angle in unsound["angles"]),
+            f"{unsound['mean_cosine']:.2f} / {sound['mean_cosine']:.2f}",
+        ]
+
+    rows = [["base to reference", *cells(numbers["alignment"]), "", ""]]
+    for name, found in numbers["tuned"].items():
+        edits = [shown(found["causal"][edit]["change"]) for edit in EDITS]
+        rows.append([f"reference to {name}", *cells(found["change"]), *edits])
+    return Table(
+        [
+            "change",
+            "cosine, unsound",
+            "cosine, sound (control)",
+            "p of the difference",
+            "exchanged pairs",
+            "exchanged sets",
+            "principal angles, degrees",
+            "mean changes, unsound / sound",
+            "margin, direction taken out",
+            "margin, step added",
+        ],
+        rows,
+    )
+
+
+def draw(numbers: Numbers) -> Figure:
+    """Left: cosines of top directions; middle: of top subspaces; right: margins after the edits."""
+    changes = {"base to\nreference": numbers["alignment"]}
+    changes |= {f"reference to\n{name}": found["change"] for name, found in numbers["tuned"].items()}
+    figure, (left, middle, right) = plt.subplots(
+        1, 3, figsize=(10.5, 0.85 * len(changes) + 1.6), width_ratios=[1, 1, 1.1], layout="constrained"
+    )
+    for axes, score in ((left, "cosine"), (middle, "subspace")):
+        for row, shared in enumerate(changes.values()):
+            _dots(axes, row, shared, score, "#444444" if row == 0 else colour(row - 1))
+        axes.set_ylim(len(changes) - 0.45, -0.55)
+        axes.set_xlim(-0.03, 1.03)
+        axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "0.5", "", "1"])
+    left.set_yticks(range(len(changes)), list(changes))
+    middle.set_yticks(range(len(changes)), [])
+    left.set_xlabel("|cosine| of the top directions,\ninside against outside")
+    middle.set_xlabel(f"mean cosine of principal angles,\ntop {numbers['subspace']} directions")
+    _bars(right, numbers)
+    figure.legend(handles=_keys(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def _dots(axes: Axes, row: int, shared: Numbers, score: str, shade: str) -> None:
+    for side, height, fill in zip(SIDES, (row - 0.17, row + 0.17), (shade, "white")):
+        for exchange, tone, width in (("pairs", "#e2e2e2", 0.26), ("sets", "#a9a9a9", 0.1)):
+            band = shared[side][exchange][score]
+            axes.barh(height, band["high"] - band["low"], width, band["low"], color=tone, zorder=2)
+        axes.plot(shared[side][score], height, "o", color=shade, markerfacecolor=fill, markersize=7, zorder=3)
+
+
+def _bars(axes: Axes, numbers: Numbers) -> None:
+    labels = []
+    for place, (name, found) in enumerate(numbers["tuned"].items()):
+        for number, edit in enumerate(EDITS):
+            height, effect = 2 * place + number, found["causal"][edit]
+            change = effect["change"]
+            ends = [[change["mean"] - change["low"]], [change["high"] - change["mean"]]]
+            axes.barh(height, change["mean"], 0.5, color=colour(place), alpha=0.45 if number else 0.8, zorder=2)
+            axes.errorbar(change["mean"], height, xerr=ends, color="black", linewidth=1.2, zorder=3)
+            axes.plot(
+                effect["random"], [height + 0.36] * len(effect["random"]), "|", color="#777777", markersize=6, zorder=3
+            )
+            labels.append(f"{name}: {edit.replace('_', ' ')}")
+    axes.axvline(0, color="#444444", linewidth=1)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.set_xlabel("change of the margin outside,\nnats per token (right = misaligned)")
+
+
+def _keys() -> list[Any]:
+    def dot(label: str, **look: Any) -> Line2D:
+        return Line2D([], [], color="#444444", linestyle="", label=label, **look)
+
+    return [
+        dot("unsound answers", marker="o"),
+        dot("sound answers (control)", marker="o", markerfacecolor="white"),
+        Patch(color="#e2e2e2", label="pairs exchanged: unrelated changes"),
+        Patch(color="#a9a9a9", label="sets exchanged: two sets of one kind"),
+        dot("random directions of the same size", marker="|"),
+    ]
