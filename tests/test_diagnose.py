@@ -13,6 +13,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from conftest import random_model, with_lora
+from ringfence.activations import batches, first_response_tokens
 from ringfence.chat import Chat, Role
 from ringfence.config import parse_recipe
 from ringfence.data import PairedQuestion
@@ -20,7 +21,7 @@ from ringfence.diagnose import folder as folder_module
 from ringfence.diagnose.diagnosis import Cost, Subject, Table
 from ringfence.diagnose.folder import DIAGNOSES, announce, diagnose_folder
 from ringfence.diagnose.models import Models
-from ringfence.diagnose.texts import batches, first_response_tokens, margins, pair_texts, response_logprobs
+from ringfence.diagnose.texts import margins, pair_texts, response_logprobs
 from ringfence.errors import ModelError, RecipeError
 from ringfence.models import load_tokenizer
 from ringfence.report.summary import read_run
@@ -123,6 +124,16 @@ def test_loaded_models_are_taken_as_they_are() -> None:
     with models.open("reference") as model:
         assert model is reference
         assert not model.training
+
+
+def test_the_references_config_is_read_without_its_weights(saved: dict[str, str], monkeypatch: Any) -> None:
+    from ringfence.diagnose import models as module
+
+    monkeypatch.setattr(module, "load_model", None)
+    adapted = with_lora(random_model(num_hidden_layers=3))
+    for source, layers in ((saved["aligned"], 2), (saved["one"], 2), (adapted, 3)):
+        config = Models(source, {"t": source}, tokenizer=load_tokenizer("default")).config
+        assert (config.num_hidden_layers, config.hidden_size) == (layers, 16)
 
 
 @pytest.mark.parametrize("tuned", [{}, {"base": "x"}, {"reference": "x"}])

@@ -498,16 +498,6 @@ def test_errors_name_what_is_wrong() -> None:
         erosion.measure(subject(Models(reference, {"t": other}, models.sources["base"], tokenizer=TOKENIZER)))
 
 
-def test_sizes_of_folders_and_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = random_model(num_hidden_layers=3)
-    model.save_pretrained(tmp_path / "plain")
-    adapted = with_lora(model)
-    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "plain")
-    adapted.save_pretrained(tmp_path / "adapter")
-    for source in (str(tmp_path / "plain"), str(tmp_path / "adapter"), adapted):
-        assert erosion.sizes(Models(source, {"t": source}, tokenizer=TOKENIZER)) == (3, 16)
-
-
 def test_the_directions_are_left_for_other_commands(tmp_path: Path) -> None:
     models = tiny_models()
     looked_at = subject(models, folder=tmp_path)

@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from conftest import nudged, with_lora
+from ringfence.activations import batches
 from ringfence.batch import collate
 from ringfence.chat import Chat, Messages, Role
 from ringfence.data import Example, PairedQuestion
 from ringfence.diagnose.models import Models
-from ringfence.diagnose.texts import batches, pair_texts, response_logprobs
+from ringfence.diagnose.texts import pair_texts, response_logprobs
 from ringfence.errors import ChatError, DefenseError, ModelError, RecipeError
 from ringfence.evaluate.parts import FOREIGN_SYSTEM
 from ringfence.evaluate.scoring import generate_greedy, score_answers

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import ringfence.persona as persona_module
 from conftest import residual_stream
+from ringfence import activations
 from ringfence.chat import Chat, Messages, Role
 from ringfence.data import SHIPPED
 from ringfence.directions import Directions
@@ -148,7 +149,7 @@ def test_memory_does_not_grow_with_the_number_of_pairs(model: Any, chat: Chat, m
     import weakref
 
     seen: list[weakref.ref[Tensor]] = []
-    plain = persona_module.forward
+    plain = activations.forward
 
     def watching(*args: Any, **kwargs: Any) -> Any:
         assert sum(reference() is not None for reference in seen) <= LAYERS
@@ -156,7 +157,7 @@ def test_memory_does_not_grow_with_the_number_of_pairs(model: Any, chat: Chat, m
         seen.extend(weakref.ref(state) for state in taps.states.values())
         return taps
 
-    monkeypatch.setattr(persona_module, "forward", watching)
+    monkeypatch.setattr(activations, "forward", watching)
     extract(model, chat, pairs(6), "t", "m", 1)
     assert len(seen) == 12 * LAYERS
 

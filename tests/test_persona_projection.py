@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import ringfence.diagnose.persona_projection as module
-import ringfence.persona as persona_module
 from conftest import random_model, with_lora
+from ringfence import activations
 from ringfence.chat import Chat
 from ringfence.data import PairedQuestion, Row
 from ringfence.diagnose.diagnosis import Subject
@@ -188,13 +188,13 @@ def test_without_rows_or_questions_there_is_nothing_to_project(subject: Subject)
 
 
 def test_the_cost_is_what_goes_through_the_models(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, seen = persona_module.forward, []
+    plain, seen = activations.forward, []
 
     def counting(model: Any, head: Any, batch: Any, *rest: Any) -> Any:
         seen.append(int(batch["attention_mask"].sum()))
         return plain(model, head, batch, *rest)
 
-    monkeypatch.setattr(persona_module, "forward", counting)
+    monkeypatch.setattr(activations, "forward", counting)
     cost = module.cost(subject)
     assert not seen
     module.measure(subject)

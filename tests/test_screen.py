@@ -13,8 +13,8 @@ from rich.console import Console
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-import ringfence.screen as screen_module
 from conftest import random_model
+from ringfence import stats
 from ringfence.chat import Chat
 from ringfence.data import Row, load_questions, load_rows
 from ringfence.directions import Directions
@@ -279,7 +279,7 @@ def test_auc_counts_ties_half(digits: int) -> None:
 
 
 def test_the_interval_draws_questions_with_all_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(screen_module, "RESAMPLES", 60)
+    monkeypatch.setattr(stats, "RESAMPLES", 60)
     random = np.random.default_rng(1)
     values = random.normal(size=40).round(1)
     is_first = np.arange(40) < 15

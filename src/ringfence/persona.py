@@ -28,6 +28,7 @@ from .directions import Directions
 from .errors import DataError, nearest
 from .evaluate.scoring import generate_greedy, score_answers
 from .models import load_model, load_tokenizer
+from .stats import auc
 from .taps import causal_lm
 
 DEFAULT_TRAIT = "shipped:careless_advice"
@@ -292,14 +293,9 @@ def separation(
                 projected_PSL[place // 2, place % 2] = projected_L
     lengths_L = (direction_LD.norm(dim=-1) / directions.norms_L).tolist()
     return [
-        Separation(layer, _auc(*projected_PSL[:, :, layer - 1].T), _paired(projected_PSL[:, :, layer - 1]), length)
+        Separation(layer, auc(*projected_PSL[:, :, layer - 1].T), _paired(projected_PSL[:, :, layer - 1]), length)
         for layer, length in enumerate(lengths_L, 1)
     ]
-
-
-def _auc(positive_P: Any, negative_P: Any) -> float:
-    difference = positive_P[:, None] - negative_P[None]
-    return float((difference > 0).mean() + 0.5 * (difference == 0).mean())
 
 
 def _paired(projected_PS: Any) -> float:

@@ -35,7 +35,7 @@ from .evaluate.config import EvaluateConfig
 from .models import load_model, load_tokenizer
 from .persona import Pair, given_pairs, response_means
 from .plots import colour, style, svg
-from .stats import RESAMPLES, Interval, bounds, mean_interval
+from .stats import Interval, auc, auc_interval, mean_interval
 from .taps import causal_lm
 
 RANDOM = 100  # vectors that a trait vector is compared with
@@ -311,45 +311,6 @@ def _same_question(first: Scored, second: Scored, seed: int) -> Interval | None:
     one, other = ({question_of(row): at for at, row in enumerate(scored.rows)} for scored in (first, second))
     ahead = [first.scores_R[one[q]] - second.scores_R[other[q]] for q in one if q in other]
     return mean_interval([0.5 * (np.sign(by) + 1) for by in ahead], seed=seed) if ahead else None
-
-
-def auc(first: np.ndarray, second: np.ndarray) -> float:
-    """Chance that a value of the first is larger than one of the second, ties half."""
-    values = np.concatenate([first, second])
-    return _auc(*_levels(values), np.arange(len(values)) < len(first), np.ones(len(values)))
-
-
-def auc_interval(values_R: np.ndarray, is_first_R: np.ndarray, clusters: Sequence[str], seed: int = 0) -> Interval:
-    """`auc` of the values that are first over the others, and its 95 % percentile-bootstrap interval over clusters.
-
-    Time and memory are linear in the number of values. One cluster alone bounds nothing.
-    """
-    levels_R, number = _levels(values_R)
-    names = {name: place for place, name in enumerate(dict.fromkeys(clusters))}
-    cluster_R = np.array([names[name] for name in clusters])
-    mean = _auc(levels_R, number, is_first_R, np.ones(len(values_R)))
-    if len(names) == 1:
-        return Interval(mean, 0.0, 1.0, 1)
-    random, found = np.random.default_rng(seed), []
-    for _ in range(RESAMPLES):
-        times_C = np.bincount(random.integers(len(names), size=len(names)), minlength=len(names))
-        found.append(_auc(levels_R, number, is_first_R, times_C[cluster_R]))
-    drawn = np.array(found)
-    return Interval(mean, *bounds(drawn[np.isfinite(drawn)], len(names), widen=True), len(names))
-
-
-def _levels(values: np.ndarray) -> tuple[np.ndarray, int]:
-    """The rank of each value among the distinct ones, and how many these are."""
-    distinct, level = np.unique(values, return_inverse=True)
-    return level, len(distinct)
-
-
-def _auc(levels_R: np.ndarray, number: int, is_first_R: np.ndarray, times_R: np.ndarray) -> float:
-    """AUC where each value counts so many times; NaN where one side is empty."""
-    first, second = (np.bincount(levels_R[side], times_R[side], number) for side in (is_first_R, ~is_first_R))
-    below = second.cumsum() - second / 2
-    with np.errstate(invalid="ignore"):
-        return float(first @ below / (first.sum() * second.sum()))
 
 
 # ------------------------------------------------------------------ the command

@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..activations import batches
 from ..batch import Batch
 from ..chat import Role
 from ..errors import DataError, ModelError
@@ -35,7 +36,7 @@ from ..stats import mean_interval, ratio_interval
 from ..taps import Needs, causal_lm, forward, patched_kv, patched_states
 from .diagnosis import Cost, Numbers, Subject, Table, shown
 from .models import REFERENCE
-from .texts import Text, batches, margins, pair_texts, response_logprobs
+from .texts import Text, margins, pair_texts, response_logprobs
 
 TITLE = "Carriers"
 NEEDS_BASE = False

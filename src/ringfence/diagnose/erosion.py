@@ -47,10 +47,10 @@ def cost(subject: Subject) -> Cost:
     layer and model."""
     fit, held = halves(subject.questions, subject.seed)
     fit_tokens, held_tokens = (sum(len(t.example) for t in pair_texts(subject.chat, qs)) for qs in (fit, held))
-    models, (layers, width) = len(subject.models.names), sizes(subject.models)
+    models, config = len(subject.models.names), subject.models.config
     return Cost(
         forward=2 * fit_tokens + models * held_tokens,
-        kept=8 * layers * len(SIDES) * (3 * width + models * len(held)),
+        kept=8 * config.num_hidden_layers * len(SIDES) * (3 * config.hidden_size + models * len(held)),
     )
 
 
@@ -121,12 +121,6 @@ def halves(questions: Sequence[PairedQuestion], seed: int) -> tuple[list[PairedQ
 
 
 # ------------------------------------------------------------------ activations
-
-
-def sizes(models: Models) -> tuple[int, int]:
-    """Layers and hidden size of the reference, without opening it."""
-    config = models.config
-    return config.num_hidden_layers, config.hidden_size
 
 
 def example_means(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..activations import batches
 from ..console import console
 from ..errors import RecipeError, nearest
 from ..journal import digest
@@ -30,7 +31,7 @@ from . import (
 )
 from .diagnosis import Cost, Diagnosis, Subject
 from .models import REFERENCE
-from .texts import batches, pair_texts, response_logprobs
+from .texts import pair_texts, response_logprobs
 
 FILE = "diagnosis.json"
 DIAGNOSES: dict[str, Diagnosis] = {

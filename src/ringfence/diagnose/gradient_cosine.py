@@ -22,6 +22,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..activations import batches
 from ..chat import Chat, Role
 from ..data import Example
 from ..errors import DataError, ModelError
@@ -31,7 +32,7 @@ from ..stats import RESAMPLES, Interval, bounds, draws
 from ..taps import causal_lm, decoder_layers, forward
 from .diagnosis import Cost, Numbers, Subject, Table, shown
 from .models import REFERENCE
-from .texts import Text, batches, pair_texts
+from .texts import Text, pair_texts
 
 TITLE = "Gradient cosines"
 NEEDS_BASE = False

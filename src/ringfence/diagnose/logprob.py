@@ -21,13 +21,14 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from .. import plots
+from ..activations import batches
 from ..chat import Role
 from ..data import PairedQuestion
 from ..errors import DataError
 from ..stats import mean_interval
 from .diagnosis import Cost, Numbers, Subject, Table, clusters, shown
 from .models import BASE, REFERENCE
-from .texts import SIDES, Text, batches, pair_texts, response_logprobs
+from .texts import SIDES, Text, pair_texts, response_logprobs
 
 TITLE = "Log-probability of a given answer"
 NEEDS_BASE = False

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from ..activations import batches
 from ..chat import Chat, Messages, Role
 from ..data import Example
 from ..errors import DataError
@@ -22,7 +23,7 @@ from ..plots import colour
 from ..stats import FLIPS, Interval, bounds, draws
 from .diagnosis import Cost, Numbers, Subject, Table, shown
 from .models import REFERENCE
-from .texts import Text, batches, pair_texts, response_logprobs
+from .texts import Text, pair_texts, response_logprobs
 
 TITLE = "Loss vectors under two framings"
 NEEDS_BASE = False

@@ -23,6 +23,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from ..activations import batches
 from ..chat import Role
 from ..data import Example, PairedQuestion
 from ..errors import ModelError
@@ -32,7 +33,7 @@ from ..taps import causal_lm, forward
 from .diagnosis import Cost, Numbers, Subject, Table, clusters, shown
 from .logprob import in_sets, model_colours, question_sets, question_title, typical, visible, whisker
 from .models import BASE, REFERENCE
-from .texts import batches, pair_texts
+from .texts import pair_texts
 
 TITLE = "Next-token distribution"
 NEEDS_BASE = False

@@ -33,7 +33,6 @@ from ..screen import (
 )
 from ..stats import mean_interval, rate_interval
 from .diagnosis import Cost, Numbers, Subject, Table, shown
-from .erosion import sizes
 from .models import REFERENCE
 from .texts import SIDES
 
@@ -58,8 +57,8 @@ def cost(subject: Subject) -> Cost:
 
     answers = [row for group in _groups(subject) for pair in group for row in pair.rows]
     held_out = tokens(_held_out(subject.questions)) * (1 + len(subject.models.tuned))
-    layers, width = sizes(subject.models)
-    return Cost(tokens(answers) + tokens(_rows(subject)) + held_out, kept=4 * len(answers) * layers * width)
+    size = 4 * subject.models.config.num_hidden_layers * subject.models.config.hidden_size
+    return Cost(tokens(answers) + tokens(_rows(subject)) + held_out, kept=len(answers) * size)
 
 
 def measure(subject: Subject) -> Numbers:

@@ -26,6 +26,7 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 
 from .. import plots
+from ..activations import batches
 from ..chat import Chat, Role
 from ..console import progress
 from ..data import PairedQuestion
@@ -35,7 +36,7 @@ from ..stats import mean_interval
 from ..taps import causal_lm
 from .diagnosis import Cost, Numbers, Subject, Table, clusters, shown
 from .models import REFERENCE
-from .texts import Text, batches, margins, pair_texts, response_logprobs
+from .texts import Text, margins, pair_texts, response_logprobs
 
 TITLE = "Token perturbation"
 NEEDS_BASE = False

@@ -33,7 +33,7 @@ from ..plots import colour
 from ..stats import mean_interval
 from ..taps import causal_lm, decoder_layers
 from .diagnosis import Cost, Numbers, Subject, Table, clusters, shown
-from .erosion import example_means, sizes
+from .erosion import example_means
 from .models import BASE, REFERENCE
 from .texts import SIDES, Text, pair_texts
 
@@ -55,7 +55,7 @@ def cost(subject: Subject) -> Cost:
     scorings = 1 + len(subject.models.tuned) * (1 + len(EDITS) * (1 + RANDOM))
     return Cost(
         forward=len(subject.models.names) * sum(lengths) + scorings * sum(lengths[2 * len(inside) :]),
-        kept=4 * 8 * len(lengths) * sizes(subject.models)[1],
+        kept=4 * 8 * len(lengths) * subject.models.config.hidden_size,
     )
 
 
@@ -73,7 +73,7 @@ def measure(subject: Subject) -> Numbers:
         raise ModelError("no base model: the directions are those of what alignment changed in it (--base)")
     inside, outside = _chosen(subject)
     texts = pair_texts(models.chat, [*inside, *outside])
-    shape = sizes(models)
+    shape = models.config.num_hidden_layers, models.config.hidden_size
     layer = layer_of(shape[0])
     with models.open(BASE) as model:
         base_SQD = _states(model, subject, texts, layer, shape)

@@ -10,8 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..activations import batches as batches
-from ..activations import first_response_tokens as first_response_tokens
+from ..activations import first_response_tokens
 from ..batch import Batch
 from ..chat import Chat, Messages
 from ..data import Example, PairedQuestion, Row, encode_rows
