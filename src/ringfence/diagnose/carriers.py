@@ -346,7 +346,7 @@ def say(numbers: Numbers) -> str:
     absent = [role for role in ROLES if not first[role]["tokens"]]
     words = [_say_one(name, values, numbers) for name, values in numbers["tuned"].items()]
     words += [f"The chat template has no {role} tokens: nothing is said of the {role}." for role in absent]
-    return " ".join(words)
+    return "\n".join(words)
 
 
 def _say_one(name: str, values: dict[str, Any], numbers: Numbers) -> str:

@@ -277,7 +277,8 @@ def say(numbers: Numbers) -> str:
             f"{verdict(found)}; across the direction it moved {unsound['across_headline']:.2f} of that way on unsound "
             f"and {sound['across_headline']:.2f} on sound text."
         )
-    return f"{' '.join(parts)} (0 = the reference, 1 = the base; {setting}.)"
+    lines = "\n".join(parts)
+    return f"{lines}\n0 = the reference, 1 = the base; {setting}."
 
 
 def verdict(found: Numbers) -> str:

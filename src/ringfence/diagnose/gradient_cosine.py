@@ -379,8 +379,8 @@ def say(numbers: Numbers) -> str:
     where = "the last layer's attention output projection" if numbers["weights"] == "o_proj" else "all linear layers"
     parts = [_said(name, found["uncentred"]) for name, found in _by_model(numbers).items()]
     return (
-        f"Gradients with respect to {where}, {numbers['inside']} questions inside and {numbers['outside']} outside. "
-        + " ".join(parts)
+        f"Gradients with respect to {where}, {numbers['inside']} questions inside and {numbers['outside']} outside.\n"
+        + "\n".join(parts)
     )
 
 

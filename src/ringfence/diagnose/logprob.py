@@ -158,7 +158,7 @@ def _example(subject: Subject, texts: list[Text], logprobs: dict[str, list[Tenso
 
 
 def say(numbers: Numbers) -> str:
-    return " ".join(_sentence(name, scores) for name, scores in numbers["tuned"].items())
+    return "\n".join(_sentence(name, scores) for name, scores in numbers["tuned"].items())
 
 
 def _sentence(name: str, scores: Numbers) -> str:

@@ -258,9 +258,10 @@ def say(numbers: Numbers) -> str:
             f"moves the mean loss by {shown(change)} nats per token."
         )
     raw = numbers[REFERENCE]["raw"]
+    lines = "\n".join(parts)
     return (
         f"Centred cosine of the losses of {numbers['questions']} misaligned answers, asked plainly and as examples of "
-        f"what to avoid. {' '.join(parts)} Without centring even different answers reach "
+        f"what to avoid.\n{lines}\nWithout centring even different answers reach "
         f"{shown(raw['unpaired'])} in the reference, because losses are positive: a high raw cosine says nothing alone."
     )
 

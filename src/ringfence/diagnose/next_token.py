@@ -239,7 +239,7 @@ def _example(
 
 def say(numbers: Numbers) -> str:
     """Reports the mean over the first tokens of the answers."""
-    return " ".join(_sentence(name, scores, numbers.get("alignment")) for name, scores in numbers["tuned"].items())
+    return "\n".join(_sentence(name, scores, numbers.get("alignment")) for name, scores in numbers["tuned"].items())
 
 
 def _sentence(name: str, scores: Numbers, alignment: Numbers | None) -> str:

@@ -181,7 +181,7 @@ def say(numbers: Numbers) -> str:
     if works:
         parts.append("Riskiest: " + ", ".join(row["origin"] for row in numbers["top"][:3]) + ".")
     parts += [f"{name} {_moved(found)}." for name, found in numbers["tuned"].items()]
-    return " ".join(parts)
+    return "\n".join(parts)
 
 
 def _leaning(training: Numbers) -> str:

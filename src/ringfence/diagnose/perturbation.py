@@ -336,7 +336,7 @@ def say(numbers: Numbers) -> str:
         f"In each of {numbers['questions'][where]} prompts {where} the training domain, {counts} tokens of one role "
         f"gave way to near ones, in {numbers['trials']} trials."
     )
-    return " ".join([start, *(_sentence(name, numbers, where) for name in numbers["tuned"])])
+    return "\n".join([start, *(_sentence(name, numbers, where) for name in numbers["tuned"])])
 
 
 def _count(number: float) -> str:

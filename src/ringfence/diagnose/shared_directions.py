@@ -331,13 +331,13 @@ def say(numbers: Numbers) -> str:
     """See `Diagnosis`."""
     sets = "{inside} inside and {outside} outside questions".format(**numbers["questions"])
     text = (
-        f"After layer {numbers['layer']} of {numbers['layers']}, over {sets}. "
+        f"After layer {numbers['layer']} of {numbers['layers']}, over {sets}.\n"
         f"From base to reference: {_told(numbers['alignment'])}"
     )
     for name, found in numbers["tuned"].items():
         edits = "; ".join(f"{WORDS[edit]} {_effect(found['causal'][edit])}" for edit in EDITS)
         text += (
-            f" From the reference to {name}: {_told(found['change'])} In {name}, whose margin outside the domain is "
+            f"\nFrom the reference to {name}: {_told(found['change'])} In {name}, whose margin outside the domain is "
             f"{shown(found['causal']['shift'])} from the reference's (nats per token), {edits}."
         )
     return text
