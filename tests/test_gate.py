@@ -28,6 +28,7 @@ from ringfence.gate import (
     read_row,
 )
 from ringfence.measures import NAMES, measures
+from ringfence.report.answers import JudgedBy
 from ringfence.report.summary import Paired, Row
 from ringfence.stats import Interval, mean_interval
 from test_report import REFERENCE, parts_of, write_all, write_run
@@ -177,9 +178,9 @@ def test_time_is_against_a_baseline(folders: list[Path]) -> None:
 
 
 def test_a_benign_task_is_held_against_plain_fine_tuning(folders: list[Path]) -> None:
-    """The guarded twin has items 1 to 3 right; the undefended one, of the same four, the first two and the last."""
+    """The guarded twin has items 1 to 3 right; the undefended one, of the same four, the first and the last."""
     results = json.loads((folders[2].parent / "guarded-benign" / "results.json").read_text())
-    for item, exact in zip(results["parts"]["opswap_tier1"], (True, True, False, True)):
+    for item, exact in zip(results["parts"]["opswap_tier1"], (True, False, False, True)):
         item["exact"] = exact
     twin = folders[1].parent / "plain-benign"
     shutil.copytree(folders[2].parent / "guarded-benign", twin)
@@ -189,11 +190,24 @@ def test_a_benign_task_is_held_against_plain_fine_tuning(folders: list[Path]) ->
     row = read_row(folders[2], baseline=folders[1])
     found = measures(row)["opswap_tier1.change"]
     assert found.kind == "change"
-    assert found.interval.mean == 0.0
-    assert found.interval == mean_interval([0.0, 0.0, 1.0, -1.0]), "paired: one item lost, one won"
+    assert found.interval == mean_interval([0.0, 1.0, 1.0, -1.0]), "paired: two items won, one lost"
     results["parts"]["opswap_tier1"][0]["prompt"] = "another"
     (twin / "results.json").write_text(json.dumps(results))
     assert "opswap_tier1.change" not in measures(read_row(folders[2], baseline=folders[1])), "other items"
+
+
+@pytest.mark.parametrize(("missing", "word"), [("hold", "HOLD"), ("skip", "SHIP")])
+def test_what_a_weak_judge_says_is_no_proof(row: Row, missing: str, word: str) -> None:
+    rules = policy(
+        {"measure": "answers.general.misaligned", "max": 0.05, "missing": missing}, {"measure": "values", "max": 9}
+    )
+    for weak in (False, True):
+        clean = {"general.misaligned": Interval(0.0, 0.0, 0.01, 40)}
+        judged = JudgedBy("tiny", "hash", clean, {}, {"weak": weak}, {})
+        decision = decide(replace(row, judged=[judged]), rules)
+        assert decision.verdicts[0].status == ("missing" if weak else "pass")
+        assert decision.word == (word if weak else "SHIP")
+    assert "by tiny, a weak judge" in decision.verdicts[0].sentence
 
 
 def test_tasks_and_held_out_rows_are_measures_too(row: Row) -> None:

@@ -7,6 +7,7 @@ same command goes on where it stopped).
 import json
 import re
 import sys
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -134,7 +135,8 @@ def diagnose(
     from .diagnose.folder import DIAGNOSES
     from .run import diagnose_targets
 
-    names = [text for text in targets if text in DIAGNOSES and not Path(text).exists()]
+    # A misspelt name is one too, so that it is not looked for among models.
+    names = [text for text in targets if get_close_matches(text, DIAGNOSES, 1, 0.8) and not Path(text).exists()]
     models = [text for text in targets if text not in names]
     print(f"{diagnose_targets(models, names, base, reference, output, questions)}/diagnosis.json")
 
