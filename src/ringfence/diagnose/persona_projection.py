@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ..data import PairedQuestion, Row
 from ..errors import DataError
@@ -278,4 +279,5 @@ def _draw_shifts(axes: Axes, tuned: dict[str, Any]) -> None:
     axes.axvline(0, color=GOOD, linewidth=0.8)
     axes.set_yticks(range(len(lines)), [f"{name}, {where}" for name, where, _ in lines])
     axes.set_ylim(len(lines) - 0.4, -0.6)
+    axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.set_xlabel("shift of the score of held-out answers\n(grey: 95 % of random vectors)")
