@@ -5,7 +5,7 @@ The score of a row is the mean of the residual stream after one layer over its r
 vector of length 1, in shares of that layer's mean activation length. Vector and layer come from other rows than those
 that are ranked. Does not know training, nor what a row would do to a model.
 
-Shapes: R rows, P pairs, S = 2 sides (positive, negative), L layers, D hidden size, K directions, N tokens.
+Shapes: R rows, P pairs, S = 2 sides (positive, negative), L layers, D hidden size, K directions, N tokens, G groups.
 """
 
 import json
@@ -107,7 +107,9 @@ def learn_axis(
     """The trait vector of pairs (mean over positive answers minus mean over negative ones, as in `persona.extract`), at
     `layer` or where vectors of the other groups tell the answers of a group apart best.
 
-    The mean activation of every answer is kept: 2 * pairs * layers * hidden size * 4 bytes.
+    Two passes over the pairs: one for the sums of each group, one for the projections of its answers on the vector of
+    the others. So no activation is kept, and memory does not grow with the number of pairs but for one number an answer
+    and layer.
 
     Args:
         groups: pairs of one domain each; of one group alone, `FOLDS` are made.
@@ -125,40 +127,44 @@ def learn_axis(
     if len(pairs) < 2:
         raise DataError(f"{trait}: {len(pairs)} pairs are left for a trait vector; at least 2 are needed")
     rows = [row for pair in pairs for row in pair.rows]
-    means_RLD = torch.zeros(len(rows), config.num_hidden_layers, config.hidden_size)
-    norms_L = torch.zeros(config.num_hidden_layers, dtype=torch.float64)
-    with progress("trait vector", len(rows)) as advance:
+    group_R = torch.tensor([number for number, group in enumerate(groups) for _ in range(2 * len(group))])
+    layers, width = config.num_hidden_layers, config.hidden_size
+    sums_GSLD = torch.zeros(len(groups), 2, layers, width, dtype=torch.float64)
+    norms_L = torch.zeros(layers, dtype=torch.float64)
+    projected_RL = torch.zeros(len(rows), layers, dtype=torch.float64)
+    with progress("trait vector", 2 * len(rows)) as advance:
         for places, means_BLD, norms_BL in response_means(model, chat, rows, batch_tokens, advance):
-            means_RLD[places] = means_BLD
+            sums_GSLD.index_put_((group_R[places], torch.tensor(places) % 2), means_BLD.double(), accumulate=True)
             norms_L += norms_BL.double().sum(0)
-    means_PSLD = means_RLD.unflatten(0, (-1, 2))
-    mean_SLD = means_PSLD.double().mean(0)
+        others_GLD = vectors_of_the_others(sums_GSLD)
+        for places, means_BLD, _ in response_means(model, chat, rows, batch_tokens, advance):
+            projected_RL[places] = (means_BLD.double() * others_GLD[group_R[places]]).sum(-1)
+    mean_SLD = sums_GSLD.sum(0) / len(pairs)
     directions = Directions(
         (mean_SLD[0] - mean_SLD[1])[:, None], norms_L / len(rows), trait, model_name, len(pairs), len(pairs)
     )
-    auc_L = held_out_auc(means_PSLD, [len(group) for group in groups])
+    auc_L = held_out_auc(projected_RL.unflatten(0, (-1, 2)), [len(group) for group in groups])
     best = layer or int(np.argmax(auc_L)) + 1
     return _axis(directions, best, "as given" if layer else "the best", float(auc_L[best - 1]))
 
 
-def held_out_auc(means_PSLD: Tensor, sizes: Sequence[int]) -> np.ndarray:
-    """For each layer the AUC of a group's positive over its negative answers on the vector that the other groups give,
-    mean over the groups.
+def vectors_of_the_others(sums_GSLD: Tensor) -> Tensor:
+    """For each group the vector [L, D] that all other groups give, of no particular length, from the sums of the
+    activations of each group's positive and negative answers."""
+    # Positive and negative answers are equally many, so the difference of sums points where that of means does.
+    others_GSLD = sums_GSLD.sum(0) - sums_GSLD
+    return others_GSLD[:, 0] - others_GSLD[:, 1]
+
+
+def held_out_auc(projected_PSL: Tensor, sizes: Sequence[int]) -> np.ndarray:
+    """For each layer the AUC of a group's positive over its negative answers, mean over the groups.
 
     Args:
-        means_PSLD: mean activations of both answers of every pair, group after group.
+        projected_PSL: of both answers of every pair, group after group, on the vector that the other groups give.
         sizes: number of pairs of each group.
     """
-    sums = [group_PSLD.double().sum(0) for group_PSLD in means_PSLD.split(list(sizes))]
-    total_SLD = torch.stack(sums).sum(0)
-    found = []
-    for group_PSLD, sum_SLD in zip(means_PSLD.split(list(sizes)), sums):
-        # Positive and negative answers are equally many, so the difference of sums points where that of means does.
-        others_SLD = total_SLD - sum_SLD
-        direction_LD = others_SLD[0] - others_SLD[1]
-        projected_SLP = torch.einsum("psld,ld->slp", group_PSLD.double(), direction_LD).numpy()
-        found.append([auc(positive_P, negative_P) for positive_P, negative_P in zip(*projected_SLP)])
-    mean: np.ndarray = np.mean(found, 0)
+    groups = [group_PSL.permute(1, 2, 0).numpy() for group_PSL in projected_PSL.split(list(sizes))]
+    mean: np.ndarray = np.mean([[auc(*sides) for sides in zip(*group_SLP)] for group_SLP in groups], 0)
     return mean
 
 

@@ -47,8 +47,8 @@ MISALIGNED = "#c77700"  # its colour
 
 
 def cost(subject: Subject) -> Cost:
-    """Pairs and training rows once through the reference, held-out answers once through it and every tuned model. The
-    mean activation of every answer of a pair is kept, in float32."""
+    """Pairs twice and training rows once through the reference, held-out answers once through it and every tuned model.
+    Kept: the sums of each group of pairs, in float64."""
     chat = subject.chat
 
     def tokens(rows: Sequence[Row]) -> int:
@@ -56,10 +56,11 @@ def cost(subject: Subject) -> Cost:
             len(chat.tokenizer(chat.render(row.messages), add_special_tokens=False)["input_ids"]) for row in rows
         )
 
-    answers = [row for group in _groups(subject) for pair in group for row in pair.rows]
+    groups = _groups(subject)
+    answers = [row for group in groups for pair in group for row in pair.rows]
     held_out = tokens(_held_out(subject.questions)) * (1 + len(subject.models.tuned))
-    size = 4 * subject.models.config.num_hidden_layers * subject.models.config.hidden_size
-    return Cost(tokens(answers) + tokens(_rows(subject)) + held_out, kept=len(answers) * size)
+    size = 8 * subject.models.config.num_hidden_layers * subject.models.config.hidden_size
+    return Cost(2 * tokens(answers) + tokens(_rows(subject)) + held_out, kept=2 * len(groups) * size)
 
 
 def measure(subject: Subject) -> Numbers:
