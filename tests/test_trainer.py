@@ -79,7 +79,7 @@ def naive_parts(model: Any, configs: tuple[DefenseConfig, ...], items: Items) ->
             assert isinstance(config.layers, tuple)
             parts["ldifs"] = naive_ldifs(model, None, items, config.layers)
         if isinstance(config, TReFT):
-            parts["treft"] = naive_treft(model, None, items, [Role.parse(name) for name in config.roles])
+            parts["treft"] = naive_treft(model, None, items, [Role.parse(name) for name in config.tokens])
     return parts
 
 
