@@ -17,7 +17,7 @@ from ringfence.chat import Chat, Role
 from ringfence.data import PairedQuestion
 from ringfence.diagnose import logprob
 from ringfence.diagnose.diagnosis import Numbers, Subject
-from ringfence.diagnose.logprob import typical, visible, whisker
+from ringfence.diagnose.logprob import typical, visible
 from ringfence.diagnose.models import REFERENCE, Models
 from ringfence.errors import DataError
 from ringfence.models import load_tokenizer
@@ -271,9 +271,9 @@ def test_one_set_or_one_question_is_enough_and_none_is_an_error(loaded: dict[str
 
 
 def test_whiskers_reach_as_far_as_the_interval() -> None:
-    assert whisker({"mean": 2.0, "low": 1.5, "high": 4.0, "n": 3}) == [[0.5], [2.0]]
-    assert whisker({"mean": 0.3, "low": 0.3 + 1e-16, "high": 0.3 - 1e-16, "n": 3}) == [[0.0], [0.0]]
-    assert whisker({"mean": 0.3, "low": -np.inf, "high": np.inf, "n": 1}) is None
+    assert plots.whisker({"mean": 2.0, "low": 1.5, "high": 4.0, "n": 3}) == [[0.5], [2.0]]
+    assert plots.whisker({"mean": 0.3, "low": 0.3 + 1e-16, "high": 0.3 - 1e-16, "n": 3}) == [[0.0], [0.0]]
+    assert plots.whisker({"mean": 0.3, "low": -np.inf, "high": np.inf, "n": 1}) is None
 
 
 def test_the_table_has_a_row_for_each_model_and_set(numbers: Numbers) -> None:

@@ -21,7 +21,7 @@ from .config import load_recipe
 from .errors import ChatError, DefenseError, ModelError, RecipeError
 from .evaluate.config import EvaluateConfig
 from .evaluate.parts import disguises
-from .models import Precision, adapter_base, load_model, load_tokenizer, resolve
+from .models import Precision, adapter_base, load_config, load_model, load_tokenizer, resolve
 from .prefix import FrozenPrefix, StoredPrefix, Until, find_header, read_frozen_prefix, read_stored_prefix
 from .taps import prefix_kv
 
@@ -205,9 +205,7 @@ def _system_prompts(chat: Chat, systems: Sequence[str]) -> list[str | None]:
 
 
 def _check_shapes(folder: Path, reference: str) -> None:
-    from transformers import AutoConfig
-
-    tuned, aligned = (AutoConfig.from_pretrained(resolve(name)).get_text_config() for name in (str(folder), reference))
+    tuned, aligned = (load_config(name).get_text_config() for name in (str(folder), reference))
     for field in (
         "model_type",
         "num_hidden_layers",

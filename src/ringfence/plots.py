@@ -1,7 +1,7 @@
 """One look for all figures: colours, style, SVG. Imports no torch."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,6 +34,12 @@ def style() -> Iterator[None]:
 
 def colour(place: int) -> str:
     return COLOURS[place % len(COLOURS)]
+
+
+def whisker(interval: Mapping[str, float]) -> list[list[float]] | None:
+    """How far an interval reaches below and above its mean, as errorbar wants it; None for one cluster alone."""
+    below, above = interval["mean"] - interval["low"], interval["high"] - interval["mean"]
+    return [[max(0.0, below)], [max(0.0, above)]] if interval["n"] > 1 else None  # equal values: below 0 by rounding
 
 
 def svg(figure: Figure) -> bytes:

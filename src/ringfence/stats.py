@@ -136,6 +136,24 @@ def draws(n: int, seed: int | np.random.Generator = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(n, size=(RESAMPLES, n))
 
 
+def times_drawn(clusters_N: np.ndarray, seed: int | np.random.Generator = 0) -> np.ndarray:
+    """Bootstrap draws of clusters, as how often each value was drawn, [RESAMPLES, N].
+
+    Args:
+        clusters_N: of each value, the number of its cluster, from 0.
+    """
+    number = int(clusters_N.max()) + 1
+    counts_RC = np.stack([np.bincount(drawn, minlength=number) for drawn in draws(number, seed)])
+    counts_RN: np.ndarray = counts_RC[:, clusters_N]
+    return counts_RN
+
+
+def drawn_interval(value: float, drawn_R: np.ndarray, n: int) -> Interval:
+    """A statistic with the widened percentiles of what bootstrap draws of `n` clusters gave; draws in which it is not
+    defined are left out."""
+    return Interval(value, *bounds(drawn_R[np.isfinite(drawn_R)], n, widen=True), n)
+
+
 def _resampled(sums: np.ndarray, counts: np.ndarray, draws: np.ndarray) -> np.ndarray:
     resampled: np.ndarray = sums[draws].sum(1) / counts[draws].sum(1)
     return resampled
@@ -180,8 +198,7 @@ def auc_interval(values_R: np.ndarray, is_first_R: np.ndarray, clusters: Sequenc
     for _ in range(RESAMPLES):
         times_C = np.bincount(random.integers(len(names), size=len(names)), minlength=len(names))
         found.append(_weighted_auc(levels_R, number, is_first_R, times_C[cluster_R]))
-    drawn = np.array(found)
-    return Interval(mean, *bounds(drawn[np.isfinite(drawn)], len(names), widen=True), len(names))
+    return drawn_interval(mean, np.array(found), len(names))
 
 
 def _levels(values: np.ndarray) -> tuple[np.ndarray, int]:
@@ -226,7 +243,7 @@ def paired_difference(
     drawn = draws(len(order), seed)
     with np.errstate(invalid="ignore"):
         means = _resampled(a_C, an_C, drawn) - _resampled(b_C, bn_C, drawn)
-    interval = Interval(mean, *bounds(means[np.isfinite(means)], len(order), widen=True), len(order))
+    interval = drawn_interval(mean, means, len(order))
     pooled = (a_C.sum() + b_C.sum()) / (an_C.sum() + bn_C.sum())
     # Parts of the difference; without `pooled`, a cluster with more values in one run would have a part in it by that.
     part_C = (a_C - pooled * an_C) / an_C.sum() - (b_C - pooled * bn_C) / bn_C.sum()

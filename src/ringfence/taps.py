@@ -226,10 +226,23 @@ def patched_states(model: Any, layer: int, states_ND: Tensor, mask_BT: Tensor) -
     """In forwards without a cache, the residual stream after `layer` (from 1) is `states_ND` at the N tokens of the
     mask."""
 
+    def put(hidden_BTD: Tensor) -> Tensor:
+        patched_BTD = hidden_BTD.clone()
+        patched_BTD[mask_BT] = states_ND.to(patched_BTD)
+        return patched_BTD
+
+    with edited_states(model, layer, put):
+        yield
+
+
+@contextmanager
+def edited_states(model: Any, layer: int, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """In forwards, the residual stream [B, T, D] after `layer` (from 1) is what `edit` makes of it."""
+
     def hook(_module: Any, _inputs: Any, output: Any) -> Any:
-        hidden_BTD = (output if isinstance(output, Tensor) else output[0]).clone()
-        hidden_BTD[mask_BT] = states_ND.to(hidden_BTD)
-        return hidden_BTD if isinstance(output, Tensor) else (hidden_BTD, *output[1:])
+        if isinstance(output, Tensor):
+            return edit(output)
+        return edit(output[0]), *output[1:]
 
     handle = decoder_layers(model)[layer - 1].register_forward_hook(hook)
     try:

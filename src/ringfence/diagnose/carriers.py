@@ -31,7 +31,7 @@ from ..batch import Batch
 from ..chat import Role
 from ..errors import DataError, ModelError
 from ..losses import find_head
-from ..plots import colour
+from ..plots import colour, whisker
 from ..stats import mean_interval, ratio_interval
 from ..taps import Needs, causal_lm, forward, patched_kv, patched_states
 from .diagnosis import Cost, Numbers, Subject, Table, shown
@@ -459,8 +459,7 @@ def _draw_nothing(numbers: Numbers) -> Figure:
     axes.axvline(0, color="#444444", linewidth=0.8)
     for place, values in enumerate(numbers["tuned"].values()):
         shift = values[OUTSIDE]["shift"]
-        error = [[shift["mean"] - shift["low"]], [shift["high"] - shift["mean"]]] if shift["n"] > 1 else None
-        axes.errorbar(shift["mean"], place, xerr=error, fmt="o", color=colour(place), capsize=3)
+        axes.errorbar(shift["mean"], place, xerr=whisker(shift), fmt="o", color=colour(place), capsize=3)
     axes.set_yticks(range(len(numbers["tuned"])), list(numbers["tuned"]))
     axes.set_ylim(len(numbers["tuned"]) - 0.5, -0.5)
     axes.set_xlabel("nothing to recover: margin shift outside the domain, nats per token (95 % interval)")

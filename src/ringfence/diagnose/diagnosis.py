@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from ..chat import Chat
 from ..data import PairedQuestion, Row
 from ..stats import Interval
-from .models import Models
+from .models import REFERENCE, Models
 
 Numbers = dict[str, Any]
 
@@ -94,6 +94,16 @@ def shown(interval: dict[str, float] | Interval, digits: int = 2, sign: bool = T
     form = f"{'+' if sign else ''}.{digits}f"
     mean, low, high = (format(values[name], form) for name in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]" if values["n"] > 1 else f"{mean} [one alone]"
+
+
+def p_value(p: float) -> str:
+    """`= 0.031`, `< 0.001`"""
+    return "< 0.001" if p < 0.001 else f"= {p:.3f}"
+
+
+def by_model(numbers: Numbers) -> Numbers:
+    """What was found of the reference, then of each tuned model."""
+    return {REFERENCE: numbers[REFERENCE], **numbers["tuned"]}
 
 
 def clusters(questions: Sequence[PairedQuestion]) -> list[str]:

@@ -29,7 +29,7 @@ from ..data import PairedQuestion
 from ..directions import Directions
 from ..errors import DataError, ModelError
 from ..plots import colour
-from ..stats import Interval, bounds, draws
+from ..stats import Interval, drawn_interval, times_drawn
 from .diagnosis import Cost, Numbers, Subject, Table, clusters, shown
 from .models import BASE, REFERENCE, Models
 from .texts import SIDES, Side, Text, pair_texts
@@ -82,7 +82,7 @@ def measure(subject: Subject) -> Numbers:
         reference_SLD = mean_SLD if name == REFERENCE else reference_SLD
         across[name] = _across(mean_SLD - reference_SLD, units_SLD)
     gap_SQL = along[REFERENCE] - along[BASE]
-    gaps = [_gaps(gap_QL, _weights(len(held), subject.seed)) for gap_QL in gap_SQL]
+    gaps = [_gaps(gap_QL, times_drawn(np.arange(len(held)), subject.seed)) for gap_QL in gap_SQL]
     return {
         "fitted": len(fit),
         "measured": len(held),
@@ -203,26 +203,15 @@ def _projections(
 # ------------------------------------------------------------------ fractions
 
 
-def _weights(questions: int, seed: int) -> np.ndarray:
-    """How often each question was drawn, [R, Q]."""
-    drawn_RQ = draws(questions, seed)
-    rows_R1 = np.arange(len(drawn_RQ))[:, None] * questions
-    return np.bincount((drawn_RQ + rows_R1).ravel(), minlength=drawn_RQ.size).reshape(drawn_RQ.shape).astype(float)
-
-
 def _ratio(top_Q: np.ndarray, bottom_Q: np.ndarray, weights_RQ: np.ndarray) -> tuple[float, np.ndarray]:
     """sum(top) / sum(bottom), and the same in every bootstrap draw, [R]."""
     return float(top_Q.sum() / bottom_Q.sum()), (weights_RQ @ top_Q) / (weights_RQ @ bottom_Q)
 
 
-def _interval(value: float, drawn_R: np.ndarray, n: int) -> Interval:
-    return Interval(value, *bounds(drawn_R, n, widen=True), n)
-
-
 def _gaps(gap_QL: np.ndarray, weights_RQ: np.ndarray) -> list[Interval]:
     """Mean of reference - base along the direction, layer by layer."""
     ones_Q = np.ones(len(gap_QL))
-    return [_interval(*_ratio(gap_Q, ones_Q, weights_RQ), len(gap_QL)) for gap_Q in gap_QL.T]
+    return [drawn_interval(*_ratio(gap_Q, ones_Q, weights_RQ), len(gap_QL)) for gap_Q in gap_QL.T]
 
 
 def _eroded(
@@ -230,7 +219,7 @@ def _eroded(
 ) -> Numbers:
     """What is reported of one tuned model: `lost` is reference - tuned, `gap` reference - base along the direction."""
     n = gap_SQL.shape[1]
-    weights_RQ = _weights(n, seed)
+    weights_RQ = times_drawn(np.arange(n), seed)
     first, last = middle(gap_SQL.shape[2])
     found: Numbers = {"difference": None}
     headlines: list[tuple[float, np.ndarray]] = []
@@ -240,16 +229,16 @@ def _eroded(
             for lost_Q, gap_Q, gap in zip(lost_SQL[place].T, gap_SQL[place].T, gaps[place])
         ]
         across = [size / gap.mean if gap.low > 0 else None for size, gap in zip(across_SL[place].tolist(), gaps[place])]
-        erosion = [None if ratio is None else _interval(*ratio, n).to_dict() for ratio in ratios]
+        erosion = [None if ratio is None else drawn_interval(*ratio, n).to_dict() for ratio in ratios]
         found[side] = {"erosion": erosion, "across": across, "headline": None, "across_headline": None}
         chosen = [ratio for ratio in ratios[first - 1 : last] if ratio is not None]
         if len(chosen) == last - first + 1:
             headlines.append((float(np.mean([value for value, _ in chosen])), np.mean([r for _, r in chosen], axis=0)))
-            found[side]["headline"] = _interval(*headlines[-1], n).to_dict()
+            found[side]["headline"] = drawn_interval(*headlines[-1], n).to_dict()
             found[side]["across_headline"] = float(np.mean(across[first - 1 : last]))  # type: ignore[arg-type]
     if len(headlines) == len(SIDES):
         (unsound, unsound_R), (sound, sound_R) = headlines
-        found["difference"] = _interval(unsound - sound, unsound_R - sound_R, n).to_dict()
+        found["difference"] = drawn_interval(unsound - sound, unsound_R - sound_R, n).to_dict()
     return found
 
 

@@ -28,9 +28,9 @@ from ..data import Example
 from ..errors import DataError, ModelError
 from ..losses import cross_entropy_sum, find_head
 from ..plots import colour
-from ..stats import RESAMPLES, Interval, bounds, draws
+from ..stats import RESAMPLES, drawn_interval, times_drawn
 from ..taps import causal_lm, decoder_layers, forward
-from .diagnosis import Cost, Numbers, Subject, Table, shown
+from .diagnosis import Cost, Numbers, Subject, Table, by_model, p_value, shown
 from .models import REFERENCE
 from .texts import Text, pair_texts
 
@@ -259,14 +259,14 @@ def group_means(cosines_EE: np.ndarray, groups: Sequence[int], questions: Sequen
     number = min(len(set(names_E[inside_E])), len(set(names_E[~inside_E])))
     counts_RE = np.zeros((RESAMPLES, len(groups_E)))
     for side_E in (inside_E, ~inside_E):
-        counts_RE[:, side_E] = _drawn(names_E[side_E], rng)
+        counts_RE[:, side_E] = times_drawn(np.unique(names_E[side_E], return_inverse=True)[1], rng)
     drawn_RGG = _means(cosines_EE, apart_EE, counts_RE[:, None] * _members(groups_E))
     _, question_E = np.unique(names_E, return_inverse=True)
     swapped_RE = rng.integers(2, size=(RESAMPLES, question_E.max() + 1))[:, question_E]
     null_RGG = _means(cosines_EE, apart_EE, _members(groups_E ^ swapped_RE))
 
     def judged(found: float, drawn_R: np.ndarray, null_R: np.ndarray) -> Numbers:
-        interval = Interval(found, *bounds(drawn_R[np.isfinite(drawn_R)], number, widen=True), number)
+        interval = drawn_interval(found, drawn_R, number)
         low, high = np.percentile(null_R, [2.5, 97.5])
         as_far = np.abs(null_R - null_R.mean()) >= abs(found - null_R.mean()) - 1e-12
         p = float((1 + as_far.sum()) / (1 + RESAMPLES))
@@ -308,14 +308,6 @@ def _means(cosines_EE: np.ndarray, apart_EE: np.ndarray, weights_RGE: np.ndarray
 def _members(groups_E: np.ndarray) -> np.ndarray:
     """One where a text belongs to a group: [..., E] -> [..., G, E]."""
     return (groups_E[..., None, :] == np.arange(len(GROUPS))[:, None]).astype(float)
-
-
-def _drawn(names_E: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Bootstrap draws of questions, as how often each text was drawn [R, E]."""
-    different, question_E = np.unique(names_E, return_inverse=True)
-    counts_RQ = np.stack([np.bincount(draw, minlength=len(different)) for draw in draws(len(different), rng)])
-    counts_RE: np.ndarray = counts_RQ[:, question_E]
-    return counts_RE
 
 
 # ------------------------------------------------------------------ the diagnosis
@@ -371,13 +363,9 @@ def measure(subject: Subject, weights: Weights = "o_proj") -> Numbers:
     }
 
 
-def _by_model(numbers: Numbers) -> dict[str, Numbers]:
-    return {REFERENCE: numbers[REFERENCE], **numbers["tuned"]}
-
-
 def say(numbers: Numbers) -> str:
     where = "the last layer's attention output projection" if numbers["weights"] == "o_proj" else "all linear layers"
-    parts = [_said(name, found["uncentred"]) for name, found in _by_model(numbers).items()]
+    parts = [_said(name, found["uncentred"]) for name, found in by_model(numbers).items()]
     return (
         f"Gradients with respect to {where}, {numbers['inside']} questions inside and {numbers['outside']} outside.\n"
         + "\n".join(parts)
@@ -405,7 +393,7 @@ def _said(name: str, found: Numbers) -> str:
     return (
         f"{name}: a step on misaligned answers inside {effect} (cosine {shown(transfer)}), against "
         f"{shown(found['control'])} of one on aligned answers inside (control); the difference is {shown(extra, 3)}, "
-        f"p {_p(extra['p'])}, and on aligned answers outside {shown(found['aligned_extra'], 3)}: {verdict}."
+        f"p {p_value(extra['p'])}, and on aligned answers outside {shown(found['aligned_extra'], 3)}: {verdict}."
     )
 
 
@@ -413,15 +401,11 @@ def _is_real(contrast: Numbers) -> bool:
     return bool(contrast["p"] <= 0.05 and (contrast["low"] > 0 or contrast["high"] < 0))
 
 
-def _p(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"= {p:.3f}"
-
-
 def table(numbers: Numbers) -> Table:
     columns = ["Model", "Misaligned in, misaligned out", "Aligned in, misaligned out (control)", "Difference", "p"]
     columns += ["Difference on aligned out", "Difference of both", "p", "Centred: misaligned in, misaligned out"]
     rows = []
-    for name, of_model in _by_model(numbers).items():
+    for name, of_model in by_model(numbers).items():
         found = of_model["uncentred"]
         rows.append(
             [
@@ -429,10 +413,10 @@ def table(numbers: Numbers) -> Table:
                 shown(found["transfer"]),
                 shown(found["control"]),
                 shown(found["extra"], 3),
-                _p(found["extra"]["p"]).removeprefix("= "),
+                p_value(found["extra"]["p"]).removeprefix("= "),
                 shown(found["aligned_extra"], 3),
                 shown(found["specific"], 3),
-                _p(found["specific"]["p"]).removeprefix("= "),
+                p_value(found["specific"]["p"]).removeprefix("= "),
                 shown(of_model["centred"]["transfer"]),
             ]
         )
@@ -445,7 +429,7 @@ _PAIRS = ((_IM, _OM), (_IA, _OM), (_IM, _OA), (_IA, _OA))  # rows of the figure,
 def draw(numbers: Numbers) -> Figure:
     """Left: mean cosine of each group inside with each group outside, hollow: centred. Right: what a misaligned text
     inside has more than an aligned one. Bands: 95 % after the answers of each question changed sides at random."""
-    models = _by_model(numbers)
+    models = by_model(numbers)
     step = 0.8 / len(models)
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(9, 2.2 + 0.7 * len(models)), width_ratios=(1.5, 1), layout="constrained"

@@ -25,6 +25,7 @@ from ..activations import batches
 from ..chat import Role
 from ..data import PairedQuestion
 from ..errors import DataError
+from ..plots import whisker
 from ..stats import mean_interval
 from .diagnosis import Cost, Numbers, Subject, Table, clusters, shown
 from .models import BASE, REFERENCE
@@ -234,12 +235,6 @@ def model_colours(tuned: Iterable[str], has_base: bool) -> dict[str, str]:
     """Colour of the base (where there is one) and of each tuned model."""
     base = {BASE: "#9aa5b1"} if has_base else {}
     return {**base, **{name: plots.colour(place) for place, name in enumerate(tuned)}}
-
-
-def whisker(interval: dict[str, float]) -> list[list[float]] | None:
-    """How far the interval reaches below and above its mean, as errorbar wants it; None for one cluster alone."""
-    below, above = interval["mean"] - interval["low"], interval["high"] - interval["mean"]
-    return [[max(0.0, below)], [max(0.0, above)]] if interval["n"] > 1 else None  # equal values: below 0 by rounding
 
 
 def _heat_maps(figure: Figure, panels: list[Axes], example: Numbers, shades: dict[str, str]) -> None:

@@ -20,8 +20,8 @@ from ..chat import Chat, Messages, Role
 from ..data import Example
 from ..errors import DataError
 from ..plots import colour
-from ..stats import FLIPS, Interval, bounds, draws
-from .diagnosis import Cost, Numbers, Subject, Table, shown
+from ..stats import FLIPS, drawn_interval, times_drawn
+from .diagnosis import Cost, Numbers, Subject, Table, by_model, p_value, shown
 from .models import REFERENCE
 from .texts import Text, pair_texts, response_logprobs
 
@@ -69,9 +69,9 @@ def compare_framings(
     _check(plain, framed, names)
     a, b = (loss_vectors(model, chat, examples, batch_tokens) for examples in (plain, framed))
     means_2N = np.array([[vector.mean() for vector in vectors] for vectors in (a, b)])
-    counts_RN = _drawn_rows(names, seed)
+    counts_RN = times_drawn(_numbered(names), seed)
     change_N = means_2N[1] - means_2N[0]
-    change = _interval(float(change_N.mean()), counts_RN @ change_N / counts_RN.sum(1), names)
+    change = drawn_interval(float(change_N.mean()), counts_RN @ change_N / counts_RN.sum(1), len(set(names)))
     return {
         "centred": summary(cosines(a, b, centred=True), names, seed),
         "raw": summary(cosines(a, b, centred=False), names, seed),
@@ -119,7 +119,7 @@ def summary(cosines_NN: np.ndarray, clusters: Sequence[str], seed: int = 0) -> N
         bootstrap interval over clusters. `null`: mean and middle 95 % of the paired mean after the framed rows were
         shuffled; `p`: how often it is then as high as was found.
     """
-    counts_RN = _drawn_rows(clusters, seed)
+    counts_RN = times_drawn(_numbered(clusters), seed)
     apart_NN = np.not_equal.outer(np.array(clusters), np.array(clusters)).astype(float)
 
     def means(weights_RN: np.ndarray) -> np.ndarray:
@@ -132,7 +132,7 @@ def summary(cosines_NN: np.ndarray, clusters: Sequence[str], seed: int = 0) -> N
 
     found, drawn = means(np.ones((1, len(cosines_NN))))[:, 0], means(counts_RN)
     intervals = {
-        name: _interval(float(mean), draws_R, clusters).to_dict()
+        name: drawn_interval(float(mean), draws_R, len(set(clusters))).to_dict()
         for name, mean, draws_R in zip(("paired", "unpaired", "difference"), found, drawn)
     }
     rng, rows = np.random.default_rng(seed), np.arange(len(cosines_NN))
@@ -155,17 +155,10 @@ def _padded(vectors: Sequence[np.ndarray], width: int) -> tuple[np.ndarray, np.n
     return values_NP, has_NP
 
 
-def _drawn_rows(clusters: Sequence[str], seed: int) -> np.ndarray:
-    """Bootstrap draws of clusters, as how often each row was drawn [R, N]."""
+def _numbered(clusters: Sequence[str]) -> np.ndarray:
+    """The number of each row's cluster, [N]."""
     places = {name: place for place, name in enumerate(dict.fromkeys(clusters))}
-    counts_RC = np.stack([np.bincount(draw, minlength=len(places)) for draw in draws(len(places), seed)])
-    counts_RN: np.ndarray = counts_RC[:, [places[name] for name in clusters]]
-    return counts_RN
-
-
-def _interval(mean: float, draws_R: np.ndarray, clusters: Sequence[str]) -> Interval:
-    number = len(set(clusters))
-    return Interval(mean, *bounds(draws_R[np.isfinite(draws_R)], number, widen=True), number)
+    return np.array([places[name] for name in clusters])
 
 
 def _check(plain: Sequence[Example], framed: Sequence[Example], clusters: Sequence[str]) -> None:
@@ -234,10 +227,6 @@ def measure(subject: Subject) -> Numbers:
     return {"questions": len(plain), "framing": FRAMING[0]["content"], REFERENCE: found.pop(REFERENCE), "tuned": found}
 
 
-def _by_model(numbers: Numbers) -> dict[str, Numbers]:
-    return {REFERENCE: numbers[REFERENCE], **numbers["tuned"]}
-
-
 def _is_apart(found: Numbers) -> bool:
     """Whether the same answer is closer than another one."""
     return bool(found["difference"]["low"] > 0 and found["p"] <= 0.05)
@@ -245,7 +234,7 @@ def _is_apart(found: Numbers) -> bool:
 
 def say(numbers: Numbers) -> str:
     parts = []
-    for name, of_model in _by_model(numbers).items():
+    for name, of_model in by_model(numbers).items():
         found, change = of_model["centred"], of_model["loss"]["change"]
         verdict = (
             "the losses follow the answer through the change of framing"
@@ -254,7 +243,7 @@ def say(numbers: Numbers) -> str:
         )
         parts.append(
             f"{name}: {shown(found['paired'])} for the same answer under the two framings, {shown(found['unpaired'])} "
-            f"for different answers (control), p {_p(found['p'])} against shuffled pairs: {verdict}; the framing "
+            f"for different answers (control), p {p_value(found['p'])} against shuffled pairs: {verdict}; the framing "
             f"moves the mean loss by {shown(change)} nats per token."
         )
     raw = numbers[REFERENCE]["raw"]
@@ -264,10 +253,6 @@ def say(numbers: Numbers) -> str:
         f"what to avoid.\n{lines}\nWithout centring even different answers reach "
         f"{shown(raw['unpaired'])} in the reference, because losses are positive: a high raw cosine says nothing alone."
     )
-
-
-def _p(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"= {p:.3f}"
 
 
 def table(numbers: Numbers) -> Table:
@@ -282,7 +267,7 @@ def table(numbers: Numbers) -> Table:
         "Loss, nats",
     ]
     rows = []
-    for name, found in _by_model(numbers).items():
+    for name, found in by_model(numbers).items():
         centred, raw, loss = found["centred"], found["raw"], found["loss"]
         rows.append(
             [
@@ -290,7 +275,7 @@ def table(numbers: Numbers) -> Table:
                 shown(centred["paired"]),
                 shown(centred["unpaired"]),
                 shown(centred["difference"]),
-                _p(centred["p"]).removeprefix("= "),
+                p_value(centred["p"]).removeprefix("= "),
                 shown(raw["paired"]),
                 shown(raw["unpaired"]),
                 f"{loss['plain']:.2f} plain, {loss['framed']:.2f} framed",
@@ -302,7 +287,7 @@ def table(numbers: Numbers) -> Table:
 def draw(numbers: Numbers) -> Figure:
     """Left: centred cosines (the headline), right: raw ones. A row a model: the same answer under both framings,
     different answers, and the band of shuffled pairs."""
-    models = _by_model(numbers)
+    models = by_model(numbers)
     figure, axes = plt.subplots(1, 2, figsize=(9, 1.5 + 0.62 * len(models)), sharey=True, layout="constrained")
     for axis, form in zip(axes, ("centred", "raw")):
         for place, (name, found) in enumerate(models.items()):

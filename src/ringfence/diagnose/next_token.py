@@ -28,10 +28,11 @@ from ..chat import Role
 from ..data import Example, PairedQuestion
 from ..errors import ModelError
 from ..losses import TILE_ELEMENTS, find_head
+from ..plots import whisker
 from ..stats import mean_interval, paired_difference, ratio_interval
 from ..taps import causal_lm, forward
 from .diagnosis import Cost, Numbers, Subject, Table, clusters, shown
-from .logprob import in_sets, model_colours, question_sets, question_title, typical, visible, whisker
+from .logprob import in_sets, model_colours, question_sets, question_title, typical, visible
 from .models import BASE, REFERENCE
 from .texts import pair_texts
 

@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from ..data import PairedQuestion, Row
 from ..errors import DataError
 from ..persona import Pair
-from ..plots import colour
+from ..plots import colour, whisker
 from ..screen import (
     GOOD,
     RANDOM_GREY,
@@ -274,9 +274,10 @@ def _draw_shifts(axes: Axes, tuned: dict[str, Any]) -> None:
     for height, (name, where, part) in enumerate(lines):
         shade, shift = colour(list(tuned).index(name)), part["shift"]
         axes.barh(height, part["random"][1] - part["random"][0], 0.6, part["random"][0], color=RANDOM_GREY, alpha=0.5)
-        error = [[shift["mean"] - shift["low"]], [shift["high"] - shift["mean"]]] if shift["n"] > 1 else None
         filled = shade if where == "inside" else "white"
-        axes.errorbar(shift["mean"], height, xerr=error, fmt="o", color=shade, mfc=filled, capsize=2, elinewidth=1.6)
+        axes.errorbar(
+            shift["mean"], height, xerr=whisker(shift), fmt="o", color=shade, mfc=filled, capsize=2, elinewidth=1.6
+        )
     axes.axvline(0, color=GOOD, linewidth=0.8)
     axes.set_yticks(range(len(lines)), [f"{name}, {where}" for name, where, _ in lines])
     axes.set_ylim(len(lines) - 0.4, -0.6)

@@ -34,7 +34,7 @@ from ..errors import DataError
 from ..losses import find_head
 from ..stats import mean_interval
 from ..taps import causal_lm
-from .diagnosis import Cost, Numbers, Subject, Table, clusters, shown
+from .diagnosis import Cost, Numbers, Subject, Table, by_model, clusters, shown
 from .models import REFERENCE
 from .texts import Text, margins, pair_texts, response_logprobs
 
@@ -380,7 +380,7 @@ def table(numbers: Numbers) -> Table:
         "random tokens (control)", "best of ten (flatters)", "ten tokens where there are",
     ]  # fmt: skip
     rows = []
-    for name, scores in _models(numbers).items():
+    for name, scores in by_model(numbers).items():
         for where, questions in numbers["questions"].items():
             for role, count in numbers["tokens"]["near"].items():
                 near, random, ten = (scores["change"][setting][role][where] for setting in SETTINGS)
@@ -391,16 +391,12 @@ def table(numbers: Numbers) -> Table:
     return Table(columns, rows)
 
 
-def _models(numbers: Numbers) -> dict[str, Numbers]:
-    return {REFERENCE: numbers[REFERENCE], **numbers["tuned"]}
-
-
 # ------------------------------------------------------------------ figure
 
 
 def draw(numbers: Numbers) -> Figure:
     """A panel for each set of questions, a group for each role, in it the reference and each tuned model."""
-    models, sets = _models(numbers), list(numbers["questions"])
+    models, sets = by_model(numbers), list(numbers["questions"])
     figure, panels = plt.subplots(
         1, len(sets), figsize=(9 if len(sets) > 1 else 5.5, 4), sharey=True, squeeze=False, layout="constrained"
     )
@@ -439,7 +435,6 @@ def _panel(axes: Axes, numbers: Numbers, where: str, models: dict[str, Numbers],
 def _mark(axes: Axes, at: float, shift: float, near: Numbers, random: Numbers, shade: str) -> None:
     """One model at one role; its control stands a little beside it."""
     mean = near["mean"]
-    reach = [[mean["mean"] - mean["low"]], [mean["high"] - mean["mean"]]] if mean["n"] > 1 else None
     axes.plot(at + shift, random["mean"]["mean"], "x", color="#999999", markersize=5)
-    axes.errorbar(at, mean["mean"], yerr=reach, fmt="o", color=shade, markersize=5.5, elinewidth=1.6)
+    axes.errorbar(at, mean["mean"], yerr=plots.whisker(mean), fmt="o", color=shade, markersize=5.5, elinewidth=1.6)
     axes.plot(at, near["best"]["mean"], "o", color=shade, markersize=5.5, markerfacecolor="white")

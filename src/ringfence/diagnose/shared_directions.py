@@ -31,7 +31,7 @@ from ..errors import DataError, ModelError
 from ..evaluate.scoring import score_answers
 from ..plots import colour
 from ..stats import mean_interval
-from ..taps import causal_lm, decoder_layers
+from ..taps import causal_lm, edited_states
 from .diagnosis import Cost, Numbers, Subject, Table, clusters, shown
 from .erosion import example_means
 from .models import BASE, REFERENCE
@@ -246,17 +246,8 @@ EDITS: dict[str, Callable[[Tensor, Tensor, float, Tensor], Tensor]] = {"taken_ou
 @contextmanager
 def edited(model: Any, layer: int, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """In forwards, the residual stream [B, T, D] after `layer` (from 1) is what `edit` makes of it, in float32."""
-
-    def hook(_module: Any, _inputs: Any, output: Any) -> Any:
-        hidden_BTD = output if isinstance(output, Tensor) else output[0]
-        new_BTD = edit(hidden_BTD.float()).to(hidden_BTD.dtype)
-        return new_BTD if isinstance(output, Tensor) else (new_BTD, *output[1:])
-
-    handle = decoder_layers(model)[layer - 1].register_forward_hook(hook)
-    try:
+    with edited_states(model, layer, lambda hidden_BTD: edit(hidden_BTD.float()).to(hidden_BTD.dtype)):
         yield
-    finally:
-        handle.remove()
 
 
 def random_units(unit_D: Tensor, number: int, seed: int) -> list[Tensor]:

@@ -5,7 +5,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ..plots import colour, style, svg
+from ..plots import colour, style, svg, whisker
 from ..stats import Interval
 from .summary import Records, Row, has_effects
 
@@ -38,7 +38,7 @@ def pareto(rows: list[Row]) -> bytes:
         for place, row in enumerate(rows):
             x, y = row.sets["in_domain"].headline, row.sets["out_of_domain"].headline
             axes.errorbar(
-                x.mean, y.mean, xerr=_error(x), yerr=_error(y),
+                x.mean, y.mean, xerr=whisker(x.to_dict()), yerr=whisker(y.to_dict()),
                 fmt="o", color=colour(place), capsize=2, markersize=6, linewidth=1.2, label=row.name,
             )  # fmt: skip
         _zero(axes.axhline)
@@ -77,14 +77,9 @@ def _smooth(values: list[float], width: int = 5) -> list[float]:
     return [sum(values[max(0, i - width + 1) : i + 1]) / (i - max(0, i - width + 1) + 1) for i in range(len(values))]
 
 
-def _error(interval: Interval) -> list[list[float]] | None:
-    return [[interval.mean - interval.low], [interval.high - interval.mean]] if interval.n > 1 else None
-
-
 def _whisker(axes: Axes, interval: Interval, height: float, place: int) -> None:
-    axes.errorbar(
-        interval.mean, height, xerr=_error(interval), fmt="o", color=colour(place), markersize=4, elinewidth=1.6
-    )
+    error = whisker(interval.to_dict())
+    axes.errorbar(interval.mean, height, xerr=error, fmt="o", color=colour(place), markersize=4, elinewidth=1.6)
 
 
 def _legend(figure: Figure, axes: Axes, rows: list[Row]) -> None:
