@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..data import PairedQuestion, Row
+from ..data import Row
 from ..errors import DataError
 from ..persona import Pair
 from ..plots import colour, whisker
@@ -35,7 +35,7 @@ from ..screen import (
 from ..stats import mean_interval, rate_interval
 from .diagnosis import Cost, Numbers, Subject, Table, shown
 from .models import REFERENCE
-from .texts import SIDES
+from .texts import pair_rows
 
 TITLE = "Persona projection of the training rows"
 NEEDS_BASE = False
@@ -58,7 +58,7 @@ def cost(subject: Subject) -> Cost:
 
     groups = _groups(subject)
     answers = [row for group in groups for pair in group for row in pair.rows]
-    held_out = tokens(_held_out(subject.questions)) * (1 + len(subject.models.tuned))
+    held_out = tokens(pair_rows(subject.questions)) * (1 + len(subject.models.tuned))
     size = 8 * subject.models.config.num_hidden_layers * subject.models.config.hidden_size
     return Cost(2 * tokens(answers) + tokens(_rows(subject)) + held_out, kept=2 * len(groups) * size)
 
@@ -80,7 +80,7 @@ def measure(subject: Subject) -> Numbers:
     rows, known = _rows(subject), subject.inside or subject.outside
     if not rows or not known:
         raise DataError(f"{TITLE}: expected training rows and held-out questions, found {len(rows)} and {len(known)}")
-    held_out, groups, chat = _held_out(subject.questions), _groups(subject), subject.chat
+    held_out, groups, chat = pair_rows(subject.questions), _groups(subject), subject.chat
     options = {"batch_tokens": subject.batch_tokens, "seed": subject.seed}
     with subject.models.open(REFERENCE) as model:
         axis = learn_axis(
@@ -126,18 +126,6 @@ def _groups(subject: Subject) -> list[list[Pair]]:
     random = np.random.default_rng(subject.seed)
     groups = other_pairs(default_pairs(), asked)
     return [[group[place] for place in random.permutation(len(group))[:PAIRS]] for group in groups]
-
-
-def _held_out(questions: Sequence[PairedQuestion]) -> list[Row]:
-    """Two rows for each question: its misaligned answer, then its aligned one."""
-    return [
-        Row(
-            [{"role": "user", "content": q.question}, {"role": "assistant", "content": getattr(q, side)}],
-            f"{q.domain}/{q.id}",
-        )
-        for q in questions
-        for side in SIDES
-    ]
 
 
 def _against(subject: Subject, scored: Scored, aligned: Scored, threshold: float) -> Numbers:

@@ -40,16 +40,21 @@ def pair_texts(chat: Chat, questions: Sequence[PairedQuestion], before: Messages
     Raises:
         DataError: the chat template refuses a conversation.
     """
-    rows = [
+    examples = encode_rows(pair_rows(questions, before), chat, max_length=1 << 30)
+    keys = [(q, side) for q in questions for side in SIDES]
+    return [Text(example, example.origin, q.domain, side) for example, (q, side) in zip(examples, keys)]
+
+
+def pair_rows(questions: Sequence[PairedQuestion], before: Messages = ()) -> list[Row]:  # type: ignore[assignment]
+    """Two rows for each question: its misaligned answer, then its aligned one. Their origin is the question's."""
+    return [
         Row(
-            [*before, {"role": "user", "content": q.question}, {"role": "assistant", "content": getattr(q, side)}], q.id
+            [*before, {"role": "user", "content": q.question}, {"role": "assistant", "content": getattr(q, side)}],
+            f"{q.domain}/{q.id}",
         )
         for q in questions
         for side in SIDES
     ]
-    examples = encode_rows(rows, chat, max_length=1 << 30)
-    keys = [(q, side) for q in questions for side in SIDES]
-    return [Text(example, f"{q.domain}/{q.id}", q.domain, side) for example, (q, side) in zip(examples, keys)]
 
 
 def response_logprobs(model: Any, batch: Batch, limit: int | None = None) -> list[Tensor]:
