@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from conftest import mixed_items, tiny, with_lora
 from ringfence import losses
 from ringfence.errors import ModelError
-from ringfence.losses import Head, cross_entropy_sum, find_head, kl_sum, token_logprobs
+from ringfence.losses import Head, cross_entropy_sum, find_head, kl_sum, token_logprobs, top_k
 
 N, D, V = 36, 16, 50
 TILES = [1, 7, 9, 35, 36, 1000]  # 1, 9 and 36 divide the number of tokens
@@ -154,6 +154,23 @@ def test_token_logprobs_equal_the_naive_form(head: Head) -> None:
     found = token_logprobs(head, hidden_states(1), targets())
     torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-5)
     assert token_logprobs(head, hidden_states(1)[:0], targets()[:0]).shape == (0,)
+
+
+@pytest.mark.usefixtures("tile_rows")
+def test_top_k_are_the_largest_of_the_naive_form(head: Head) -> None:
+    expected = naive_logits(head, hidden_states(1)).log_softmax(-1).detach()
+    found = top_k(head, hidden_states(1), 4)
+    assert not found.logprobs_NK.requires_grad
+    torch.testing.assert_close(
+        found.logprobs_NK, expected.sort(-1, descending=True).values[:, :4], rtol=1e-5, atol=1e-5
+    )
+    torch.testing.assert_close(found.logprobs_NK, expected.gather(1, found.token_ids_NK), rtol=1e-5, atol=1e-5)
+    some = torch.arange(N) % 3 == 1
+    assert torch.equal(found[some].token_ids_NK, found.token_ids_NK[some])
+    assert torch.equal(found[some].logprobs_NK, found.logprobs_NK[some])
+    none = top_k(head, hidden_states(1)[:0], 4)
+    assert len(none) == 0
+    assert none.token_ids_NK.shape == none.logprobs_NK.shape == (0, 4)
 
 
 # ---------------------------------------------------------------- heads of models

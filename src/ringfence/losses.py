@@ -3,7 +3,7 @@
 A [tokens, vocabulary] tensor never exists: each tile's logits are made, its loss and gradient taken, and the logits
 dropped. Values and gradients equal the naive form. Does not know roles, defenses or training.
 
-Shapes: N tokens, D hidden size, V vocabulary.
+Shapes: N tokens, D hidden size, V vocabulary, K most probable tokens.
 """
 
 from collections.abc import Callable
@@ -117,6 +117,35 @@ def token_logprobs(head: Head, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
             for hidden, target in zip(hidden_ND.split(size), target_N.split(size))
         ]
     return torch.cat(tiles) if tiles else hidden_ND.new_zeros(0, dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The K most probable next tokens at N places, ids [N, K] and natural log-probabilities [N, K] (float32), the most
+    probable first. All other tokens together are one more bucket, the tail."""
+
+    token_ids_NK: Tensor
+    logprobs_NK: Tensor
+
+    def __len__(self) -> int:
+        return len(self.token_ids_NK)
+
+    def __getitem__(self, places: Tensor) -> "TopK":
+        """At some of the places, by a mask [N] or indices."""
+        return TopK(self.token_ids_NK[places], self.logprobs_NK[places])
+
+
+def top_k(head: Head, hidden_ND: Tensor, k: int) -> TopK:
+    """The `k` most probable next tokens and their log-probabilities, without gradient (k <= V)."""
+    ids = [torch.empty(0, k, dtype=torch.long, device=hidden_ND.device)]
+    logprobs = [torch.empty(0, k, device=hidden_ND.device)]
+    with torch.no_grad():
+        for hidden in hidden_ND.split(_tile_size(head)) if len(hidden_ND) else ():
+            logits_NV = head(hidden)
+            largest_NK, ids_NK = logits_NV.topk(k)
+            ids.append(ids_NK)
+            logprobs.append(largest_NK - logits_NV.logsumexp(-1, keepdim=True))
+    return TopK(torch.cat(ids), torch.cat(logprobs))
 
 
 def _tile_size(head: Head) -> int:

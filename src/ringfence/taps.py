@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .errors import DefenseError
-from .losses import Head
+from .losses import Head, TopK
 
 SeeKV = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -69,7 +69,8 @@ class Taps:
     """What one forward gave.
 
     `kv[l]` = (keys [N, E], values [N, E]) of layer l at the tokens of `needs.kv_BT`; `states[l]` = residual stream
-    [N, D] after layer l (from 1) at those of `needs.states_BT`.
+    [N, D] after layer l (from 1) at those of `needs.states_BT`. `top_k` may stand in for a reference's final hidden
+    states: its most probable next tokens at the tokens of `needs.hidden_BT`, row by row; hidden_BTD may then be empty.
     """
 
     head: Head
@@ -77,6 +78,7 @@ class Taps:
     needs: Needs = Needs()
     kv: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     states: dict[int, Tensor] = field(default_factory=dict)
+    top_k: TopK | None = None
 
 
 def causal_lm(model: Any) -> Any:
