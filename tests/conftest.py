@@ -32,10 +32,10 @@ from ringfence.batch import collate
 from ringfence.chat import Role
 from ringfence.data import Example
 from ringfence.defenses import Defense
-from ringfence.losses import find_head
+from ringfence.losses import find_head, weighted_sum
 from ringfence.reference import Reference
 from ringfence.stream import TrainStream
-from ringfence.taps import causal_lm, forward
+from ringfence.taps import Taps, causal_lm, forward
 from ringfence.trainer import DefendedTrainer
 
 Items = list[tuple[Example, bool]]
@@ -317,7 +317,15 @@ def penalty_of(defense: Defense, model: Any, batch: dict[str, Tensor], reference
     """The mean penalty of one batch, through the contract of a defense."""
     needs = defense.needs(batch)
     student = forward(model, find_head(causal_lm(model)), batch, needs)
-    return defense.penalty(student, reference.taps(batch, needs), batch) / defense.count(batch)
+    return total_of(defense, student, reference.taps(batch, needs), batch) / defense.count(batch)
+
+
+def total_of(defense: Defense, student: Taps, reference: Taps, batch: dict[str, Tensor]) -> Tensor:
+    """The sum over the penalty's tokens, whichever way the defense gives it."""
+    logit_loss = defense.logit_loss(batch, reference)
+    if logit_loss is None:
+        return defense.penalty(student, reference, batch)
+    return weighted_sum(student.head, student.hidden_BTD, [(1.0, logit_loss)])[0]
 
 
 def gradients(loss: Tensor, model: Any) -> dict[str, Tensor]:

@@ -30,6 +30,7 @@ from conftest import (
     penalty_of,
     row_logits,
     tiny,
+    total_of,
     training_rows,
     with_lora,
 )
@@ -385,7 +386,7 @@ def test_a_shared_reference_forward_gives_each_defense_its_own_numbers(where: st
         shared = reference.taps(batch, reduce(or_, needs))
         for defense in defenses:
             alone = penalty_of(defense, model, batch, reference)
-            together = defense.penalty(student, shared, batch) / defense.count(batch)
+            together = total_of(defense, student, shared, batch) / defense.count(batch)
             torch.testing.assert_close(together, alone, rtol=1e-4, atol=0)
 
 

@@ -1,12 +1,15 @@
-"""Cross-entropy and KL from final hidden states, in tiles of tokens.
+"""Cross-entropy, KL and other losses on next-token distributions from final hidden states, in tiles of tokens.
 
-A [tokens, vocabulary] tensor never exists: each tile's logits are made, its loss and gradient taken, and the logits
-dropped. Values and gradients equal the naive form. Does not know roles, defenses or training.
+A [tokens, vocabulary] tensor never exists: each tile's logits are made once for all losses of a step, the losses and
+their gradient taken, and the logits dropped. A loss gives its derivative in closed form, so autograd keeps nothing of
+the vocabulary's size but the log-probabilities of one tile. Values and gradients equal the naive form. Does not know
+roles, defenses or training.
 
 Shapes: N tokens, D hidden size, V vocabulary, K most probable tokens.
 """
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -76,47 +79,47 @@ def find_head(causal_lm: Any) -> Head:
 _HEADS: "WeakKeyDictionary[nn.Module, Head]" = WeakKeyDictionary()
 
 
-def cross_entropy_sum(head: Head, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
-    """Sum over tokens of -log p(target)."""
+class LogitLoss(ABC):
+    """A loss on the student's next-token distributions: a sum over the N tokens of `mask`, row by row.
 
-    def tile(hidden: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(head(hidden), target, reduction="sum")
-
-    return _sum_over_tiles(tile, head, (hidden_ND, target_N))
-
-
-def kl_sum(
-    student_head: Head,
-    student_ND: Tensor,
-    reference_head: Head,
-    reference_ND: Tensor,
-    direction: Direction = "reverse",
-) -> Tensor:
-    """Sum over tokens of the KL divergence of next-token distributions, in nats.
-
-    Args:
-        direction: `reverse` = KL(student || reference), `forward` = KL(reference || student).
+    `mask` has the shape of the hidden states without D: true where a token's distribution is looked at.
     """
 
-    def tile(student: Tensor, reference: Tensor) -> Tensor:
-        log_p = F.log_softmax(student_head(student), dim=-1)
-        with torch.no_grad():
-            log_q = F.log_softmax(reference_head(reference), dim=-1)
-        inner, outer = (log_q, log_p) if direction == "reverse" else (log_p, log_q)
-        return F.kl_div(inner, outer, reduction="sum", log_target=True)
+    mask: Tensor
 
-    return _sum_over_tiles(tile, student_head, (student_ND, reference_ND.detach()))
+    @abstractmethod
+    def at(self, places_N: Tensor, logp_NV: Tensor, slope_NV: Tensor | None, weight: float) -> Tensor:
+        """Sum of the loss over some of its tokens (a scalar), without autograd.
+
+        Args:
+            places_N: which of the loss's own tokens these are, from 0.
+            logp_NV: the student's log-probabilities there. Other losses read them too: they must stay as they are.
+            slope_NV: takes `weight` times the derivative in each log-probability, added to what stands there, as if
+                log-probabilities were free of each other: `weighted_sum` goes on to the logits from there. None where
+                no gradient is wanted.
+        """
 
 
-def token_logprobs(head: Head, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
-    """log p(target) of each token, [N], without gradient."""
-    size = _tile_size(head)
-    with torch.no_grad():
-        tiles = [
-            -F.cross_entropy(head(hidden), target, reduction="none")
-            for hidden, target in zip(hidden_ND.split(size), target_N.split(size))
-        ]
-    return torch.cat(tiles) if tiles else hidden_ND.new_zeros(0, dtype=torch.float32)
+@dataclass(frozen=True)
+class CrossEntropy(LogitLoss):
+    """-log p(target)."""
+
+    mask: Tensor
+    target_N: Tensor
+
+    def at(self, places_N: Tensor, logp_NV: Tensor, slope_NV: Tensor | None, weight: float) -> Tensor:
+        target_N1 = self.target_N[places_N, None]
+        if slope_NV is not None:
+            slope_NV.scatter_add_(1, target_N1, slope_NV.new_full(target_N1.shape, -weight))
+        return -logp_NV.gather(1, target_N1).sum()
+
+
+@dataclass(frozen=True)
+class States:
+    """A reference by its final hidden states [N, D] and its head."""
+
+    head: Head
+    hidden_ND: Tensor
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,111 @@ class TopK:
     def __getitem__(self, places: Tensor) -> "TopK":
         """At some of the places, by a mask [N] or indices."""
         return TopK(self.token_ids_NK[places], self.logprobs_NK[places])
+
+
+@dataclass(frozen=True)
+class Divergence(LogitLoss):
+    """KL divergence from or to a reference at the same N tokens, in nats.
+
+    Of a `TopK` reference it compares K + 1 buckets: never negative, and never above the KL of the whole distributions.
+
+    Attributes:
+        direction: `reverse` = KL(student || reference), `forward` = KL(reference || student).
+    """
+
+    mask: Tensor
+    reference: States | TopK
+    direction: Direction = "reverse"
+
+    def at(self, places_N: Tensor, logp_NV: Tensor, slope_NV: Tensor | None, weight: float) -> Tensor:
+        if isinstance(self.reference, TopK):
+            return self._at_top_k(self.reference[places_N], logp_NV, slope_NV, weight)
+        logq_NV = self.reference.head(self.reference.hidden_ND[places_N]).log_softmax(-1)
+        total, ours_NV = _divergence(logp_NV, logq_NV, self.direction)
+        if slope_NV is not None:
+            slope_NV.add_(ours_NV, alpha=weight)
+        return total
+
+    def _at_top_k(self, top: TopK, logp_NV: Tensor, slope_NV: Tensor | None, weight: float) -> Tensor:
+        ids_NK, logq_NK = top.token_ids_NK.long(), top.logprobs_NK.float()
+        if ids_NK.shape[1] == logp_NV.shape[1]:
+            total, ours_NK = _divergence(logp_NV.gather(1, ids_NK), logq_NK.clone(), self.direction)
+            if slope_NV is not None:
+                slope_NV.scatter_add_(1, ids_NK, weight * ours_NK)
+            return total
+        # The student's tail is summed up, not taken as 1 - top: next to a sure student that would be rounding error.
+        tail_NV = logp_NV.exp().scatter_(1, ids_NK, 0.0)
+        tail_N1 = tail_NV.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        buckets_logp = torch.cat([logp_NV.gather(1, ids_NK), tail_N1.log()], dim=-1)
+        total, ours = _divergence(buckets_logp, torch.cat([logq_NK, _log_tail(logq_NK)], dim=-1), self.direction)
+        if slope_NV is not None:
+            slope_NV.scatter_add_(1, ids_NK, weight * ours[:, :-1])
+            slope_NV.addcmul_(tail_NV, ours[:, -1:] / tail_N1, value=weight)
+        return total
+
+
+def _divergence(logp: Tensor, logq: Tensor, direction: Direction) -> tuple[Tensor, Tensor]:
+    """Sum of the KL divergences of rows of log-probabilities, and its derivative in `logp`, up to a multiple of p (a
+    normalised p does not see that). Overwrites `logq`."""
+    if direction == "reverse":
+        slope = logp.exp().mul_(torch.sub(logp, logq, out=logq))
+        return slope.sum(), slope
+    q = logq.exp()
+    return logq.sub_(logp).mul_(q).sum(), q.neg_()
+
+
+def _log_tail(logq_NK: Tensor) -> Tensor:
+    """log(1 - sum of q), [N, 1]; float32 log-probabilities do not tell a smaller tail than its precision from none."""
+    rest_N1 = 1 - logq_NK.double().exp().sum(-1, keepdim=True)
+    return rest_N1.clamp(min=torch.finfo(torch.float32).eps).log().float()
+
+
+def weighted_sum(
+    head: Head, hidden: Tensor, losses: Sequence[tuple[float, LogitLoss]]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """All losses in one pass: the student's logits are made once, wherever any loss looks at them.
+
+    Args:
+        hidden: the student's final hidden states, [..., D].
+        losses: pairs of weight and loss.
+
+    Returns:
+        The sum of weight * loss, with gradient in the hidden states and the head; and each loss without its weight,
+        without gradient.
+    """
+    want_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden, *head.trainable))
+    total, values = _WeightedSum.apply(head, losses, want_grad, hidden.flatten(0, -2), *head.trainable)
+    return total, values.unbind()
+
+
+def cross_entropy_sum(head: Head, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
+    """Sum over tokens of -log p(target)."""
+    everywhere_N = torch.ones_like(target_N, dtype=torch.bool)
+    return weighted_sum(head, hidden_ND, [(1.0, CrossEntropy(everywhere_N, target_N))])[0]
+
+
+def kl_sum(
+    student_head: Head,
+    student_ND: Tensor,
+    reference_head: Head,
+    reference_ND: Tensor,
+    direction: Direction = "reverse",
+) -> Tensor:
+    """Sum over tokens of the KL divergence of next-token distributions, in nats; see `Divergence`."""
+    everywhere_N = torch.ones(len(student_ND), dtype=torch.bool, device=student_ND.device)
+    loss = Divergence(everywhere_N, States(reference_head, reference_ND), direction)
+    return weighted_sum(student_head, student_ND, [(1.0, loss)])[0]
+
+
+def token_logprobs(head: Head, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
+    """log p(target) of each token, [N], without gradient."""
+    size = _tile_size(head)
+    with torch.no_grad():
+        tiles = [
+            -F.cross_entropy(head(hidden), target, reduction="none")
+            for hidden, target in zip(hidden_ND.split(size), target_N.split(size))
+        ]
+    return torch.cat(tiles) if tiles else hidden_ND.new_zeros(0, dtype=torch.float32)
 
 
 def top_k(head: Head, hidden_ND: Tensor, k: int) -> TopK:
@@ -152,41 +260,49 @@ def _tile_size(head: Head) -> int:
     return max(1, TILE_ELEMENTS // head.vocabulary)
 
 
-def _sum_over_tiles(tile: Callable[..., Tensor], head: Head, inputs: tuple[Tensor, ...]) -> Tensor:
-    """Sum of `tile(*slices)` over slices of the inputs; gradients reach the first input and the head's parameters."""
-    return _TiledSum.apply(tile, _tile_size(head), torch.is_grad_enabled(), len(inputs), *inputs, *head.trainable)
+def _tiles(losses: Sequence[tuple[float, LogitLoss]], size: int) -> Iterator[tuple[Tensor, dict[int, Tensor]]]:
+    """At most `size` tokens at a time, all of which the same losses look at: their places among all tokens, and by loss
+    among its own."""
+    masks_LN = torch.stack([loss.mask.flatten() for _, loss in losses])
+    own_LN = masks_LN.cumsum(1) - 1
+    bits_L1 = 2 ** torch.arange(len(losses), device=masks_LN.device)[:, None]
+    looking_N = (masks_LN * bits_L1).sum(0)
+    for code in looking_N.unique().tolist():
+        which = [index for index in range(len(losses)) if code >> index & 1]
+        for places_N in (looking_N == code).nonzero()[:, 0].split(size) if which else ():
+            yield places_N, {index: own_LN[index, places_N] for index in which}
 
 
-class _TiledSum(torch.autograd.Function):
+class _WeightedSum(torch.autograd.Function):
     """Takes each tile's gradient in the forward pass, so that no tile's logits outlive it."""
 
     @staticmethod
-    def forward(ctx: Any, tile: Any, size: int, want_grad: bool, n_inputs: int, *tensors: Tensor) -> Tensor:
-        inputs, parameters = tensors[:n_inputs], tensors[n_inputs:]
-        total = torch.zeros((), dtype=torch.float32, device=inputs[0].device)
-        hidden_grads, parameter_grads = [], [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
-        for slices in zip(*(t.split(size) for t in inputs)):
-            if not want_grad:
-                total += tile(*slices)
-                continue
-            with torch.enable_grad():
-                hidden = slices[0].detach().requires_grad_()
-                value = tile(hidden, *slices[1:])
-                hidden_grad, *grads = torch.autograd.grad(value, (hidden, *parameters))
-            total += value.detach()
-            hidden_grads.append(hidden_grad)
-            for sum_, grad in zip(parameter_grads, grads):
-                sum_ += grad
-        if want_grad:
-            hidden_grad = torch.cat(hidden_grads) if hidden_grads else torch.zeros_like(inputs[0])
-            ctx.save_for_backward(hidden_grad, *parameter_grads)
-            ctx.parameter_types = [p.dtype for p in parameters]
-            ctx.n_inputs = n_inputs
-        return total
+    def forward(  # type: ignore[override]
+        ctx: Any, head: Head, losses: Any, want_grad: bool, hidden_ND: Tensor, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        values_L = torch.zeros(len(losses), dtype=torch.float32, device=hidden_ND.device)
+        hidden_grad_ND = torch.zeros_like(hidden_ND) if want_grad else None
+        grads = [torch.zeros_like(p, dtype=torch.float32) for p in parameters] if want_grad else []
+        for places_N, own in _tiles(losses, _tile_size(head)):
+            tile_ND = hidden_ND[places_N].requires_grad_(want_grad)
+            with torch.set_grad_enabled(want_grad):
+                logp_NV = head(tile_ND).log_softmax(-1)
+            slope_NV = torch.zeros_like(logp_NV, requires_grad=False) if want_grad else None
+            for index, own_N in own.items():
+                weight, loss = losses[index]
+                values_L[index] += loss.at(own_N, logp_NV.detach(), slope_NV, weight)
+            if hidden_grad_ND is not None:
+                hidden_grad_ND[places_N], *tile_grads = torch.autograd.grad(logp_NV, (tile_ND, *parameters), slope_NV)
+                for grad, tile_grad in zip(grads, tile_grads):
+                    grad += tile_grad
+        ctx.save_for_backward(hidden_grad_ND, *grads)
+        ctx.parameter_types = [p.dtype for p in parameters]
+        ctx.mark_non_differentiable(values_L)
+        weights_L = torch.tensor([weight for weight, _ in losses], device=values_L.device)
+        return (weights_L * values_L).sum(), values_L
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Any:  # type: ignore[override]
-        hidden_grad, *parameter_grads = ctx.saved_tensors
-        others = [None] * (ctx.n_inputs - 1)
-        scaled = [(grad * grad_output).to(dtype) for grad, dtype in zip(parameter_grads, ctx.parameter_types)]
-        return None, None, None, None, (hidden_grad * grad_output).to(hidden_grad.dtype), *others, *scaled
+    def backward(ctx: Any, grad_total: Tensor, _: Any) -> Any:  # type: ignore[override]
+        hidden_grad_ND, *grads = ctx.saved_tensors
+        scaled = [(grad * grad_total).to(dtype) for grad, dtype in zip(grads, ctx.parameter_types)]
+        return None, None, None, (hidden_grad_ND * grad_total).to(hidden_grad_ND.dtype), *scaled

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
@@ -24,10 +25,10 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from .batch import Batch, collate
 from .defenses import Defense
 from .errors import DefenseError
-from .losses import cross_entropy_sum, find_head
+from .losses import CrossEntropy, LogitLoss, find_head, weighted_sum
 from .reference import Reference
 from .stream import TrainStream
-from .taps import Needs, Taps, causal_lm, forward
+from .taps import Needs, causal_lm, forward
 
 
 class DefendedTrainer(Trainer):
@@ -88,18 +89,26 @@ class DefendedTrainer(Trainer):
         for defense in self.defenses:
             self._hooks.enter_context(defense.wrap(self._plain_model(), inputs))
         student = forward(model, self.head, inputs, needs, prefix)
-        losses = {"ce": (1.0, self._cross_entropy(student, inputs))}
+        logit_losses: dict[str, LogitLoss] = {"ce": _cross_entropy(inputs)}
+        penalties: dict[str, Tensor] = {}
         for defense in active:
             assert reference is not None
-            total = defense.penalty(student, reference, inputs)
-            if torch.is_grad_enabled() and not total.requires_grad:
+            logit_loss = defense.logit_loss(inputs, reference)
+            if logit_loss is None:
+                penalties[defense.name] = defense.penalty(student, reference, inputs)
+            else:
+                logit_losses[defense.name] = logit_loss
+        factors = {"ce": 1.0} | {defense.name: defense.weight * defense.every for defense in active}
+        shares = {name: factor / self._step_counts[name] for name, factor in factors.items()}
+        weighted = [(shares[name], logit_loss) for name, logit_loss in logit_losses.items()]
+        loss, sums = weighted_sum(self.head, student.hidden_BTD, weighted)
+        for defense in active:
+            if torch.is_grad_enabled() and not penalties.get(defense.name, loss).requires_grad:
                 raise DefenseError(f"defenses.{defense.name}: its penalty has no gradient")
-            losses[defense.name] = (defense.weight * defense.every, total)
-        loss = torch.zeros((), device=student.hidden_BTD.device)
-        for name, (weight, total) in losses.items():
-            mean = total / self._step_counts[name]
-            loss = loss + weight * mean
-            self._step_sums[name] = self._step_sums[name] + mean.detach()
+        for name, total in penalties.items():
+            loss = loss + shares[name] * total
+        for name, total in (penalties | dict(zip(logit_losses, sums))).items():
+            self._step_sums[name] = self._step_sums[name] + total.detach() / self._step_counts[name]
         # Gradients are averaged over ranks, while the counts are sums over them.
         return loss * self.accelerator.num_processes
 
@@ -114,11 +123,6 @@ class DefendedTrainer(Trainer):
     def _due(self) -> list[Defense]:
         """Defenses whose penalty acts in this optimiser step."""
         return [d for d in self.defenses if d.has_penalty and self.state.global_step % d.every == 0]
-
-    def _cross_entropy(self, student: Taps, inputs: Batch) -> Tensor:
-        target_BT = inputs["labels"][:, 1:]
-        chosen_BT = target_BT != -100
-        return cross_entropy_sum(self.head, student.hidden_BTD[:, :-1][chosen_BT], target_BT[chosen_BT])
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor | int | None:
         """Token counts of one optimiser step, over its micro-batches and all ranks: the divisors of every mean."""
@@ -202,6 +206,13 @@ class DefendedTrainer(Trainer):
         if self.is_world_process_zero():
             states = {defense.name: defense.state_dict() for defense in self.defenses}
             (Path(output_dir) / "defenses.json").write_text(json.dumps(states))
+
+
+def _cross_entropy(batch: Batch) -> CrossEntropy:
+    """On the positions that predict a labelled token."""
+    target_BT = batch["labels"][:, 1:]
+    chosen_BT = target_BT != -100
+    return CrossEntropy(F.pad(chosen_BT, (0, 1)), target_BT[chosen_BT])
 
 
 class _StepEnd(TrainerCallback):

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..batch import Batch
 from ..chat import Chat, Messages
 from ..data import Example
+from ..losses import LogitLoss
 from ..taps import Needs, Taps
 
 
@@ -34,6 +35,9 @@ class Setup:
 
 class Defense:
     """Base of all defenses. The defaults do nothing.
+
+    A defense that adds to the loss has a `penalty`; or, where that is a loss on the student's next-token distributions,
+    a `logit_loss`: such losses share one pass over the student's logits with the cross-entropy.
 
     Attributes:
         name: the key in the recipe and in the logs.
@@ -65,6 +69,10 @@ class Defense:
     def penalty(self, student: Taps, reference: Taps, batch: Batch) -> Tensor:
         """Sum of the penalty over its tokens in this batch (a scalar with gradient)."""
         raise NotImplementedError
+
+    def logit_loss(self, batch: Batch, reference: Taps) -> LogitLoss | None:
+        """The penalty as a loss on next-token distributions, summed over the tokens of its mask [B, T]; or None."""
+        return None
 
     def cached_prefix(self, model: Any, batch: Batch, needs: Needs) -> Any:
         """A transformers cache of the tokens that all rows begin with, if they need not be computed; else None."""
@@ -99,7 +107,7 @@ class Defense:
 
     @property
     def has_penalty(self) -> bool:
-        return type(self).penalty is not Defense.penalty
+        return type(self).penalty is not Defense.penalty or type(self).logit_loss is not Defense.logit_loss
 
 
 class DefenseConfig(BaseModel):

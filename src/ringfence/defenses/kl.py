@@ -8,7 +8,7 @@ from torch import Tensor
 from ..batch import Batch
 from ..chat import Role
 from ..errors import DefenseError
-from ..losses import Direction, kl_sum
+from ..losses import Direction, Divergence, States, TopK
 from ..taps import Needs, Taps
 from .base import Penalty, PenaltyConfig, Setup
 
@@ -47,15 +47,15 @@ class KLDefense(Penalty):
     def count(self, batch: Batch) -> int:
         return int(self._mask(batch).sum())
 
-    def penalty(self, student: Taps, reference: Taps, batch: Batch) -> Tensor:
+    def logit_loss(self, batch: Batch, reference: Taps) -> Divergence:
         mask_BT = self._mask(batch)
-        return kl_sum(
-            student.head,
-            student.hidden_BTD[mask_BT],
-            reference.head,
-            reference.hidden_BTD[mask_BT],
-            self.config.direction,
-        )
+        if reference.top_k is None:
+            then: States | TopK = States(reference.head, reference.hidden_BTD[mask_BT])
+        else:
+            tapped_BT = reference.needs.hidden_BT
+            assert tapped_BT is not None
+            then = reference.top_k[mask_BT[tapped_BT]]
+        return Divergence(mask_BT, then, self.config.direction)
 
     def _mask(self, batch: Batch) -> Tensor:
         """Positions that predict a token of the chosen kind, [B, T]."""
