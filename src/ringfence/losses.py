@@ -249,10 +249,9 @@ def top_k(head: Head, hidden_ND: Tensor, k: int) -> TopK:
     logprobs = [torch.empty(0, k, device=hidden_ND.device)]
     with torch.no_grad():
         for hidden in hidden_ND.split(_tile_size(head)) if len(hidden_ND) else ():
-            logits_NV = head(hidden)
-            largest_NK, ids_NK = logits_NV.topk(k)
+            largest_NK, ids_NK = head(hidden).log_softmax(-1).topk(k)
             ids.append(ids_NK)
-            logprobs.append(largest_NK - logits_NV.logsumexp(-1, keepdim=True))
+            logprobs.append(largest_NK)
     return TopK(torch.cat(ids), torch.cat(logprobs))
 
 
