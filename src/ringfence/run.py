@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 from rich.console import Console
+from transformers.utils import is_flash_attn_2_available
 
 from . import opswap
 from .chat import Chat, Messages
@@ -163,6 +164,11 @@ def prepare(recipe: Recipe) -> tuple[Chat, list[Example], list[Example], Setup]:
     """Everything that can go wrong before a model is loaded: tokenizer, data, roles."""
     if adapter_base(resolve(recipe.model)):
         _check_adapter(recipe)
+    if recipe.train.attention == "flash_attention_2" and not is_flash_attn_2_available():
+        raise RecipeError(
+            "train.attention: flash_attention_2 needs a CUDA device and the package flash-attn (accepted here: sdpa, "
+            "eager)"
+        )
     if read_stored_prefix(resolve(recipe.model)):
         raise RecipeError(
             f"model: {recipe.model} is a patched model (`ringfence patch`); what is trained on would lose the patch: "
@@ -222,6 +228,7 @@ def train_run(recipe: Recipe) -> Run:
         defenses,
         chat.tokenizer.pad_token_id,
         run.folder / "metrics.jsonl",
+        recipe.train.layout,
     )
     monitor = _monitor(recipe, chat)
     if monitor:
@@ -318,11 +325,13 @@ def _trainable_model(recipe: Recipe) -> Any:
         from peft import PeftModel
 
         folder = resolve(recipe.model)
-        model = PeftModel.from_pretrained(load_model(base, recipe.train.precision), folder, is_trainable=True)
+        loaded = load_model(base, recipe.train.precision, recipe.train.attention)
+        model = PeftModel.from_pretrained(loaded, folder, is_trainable=True)
         model.load_adapter(folder, adapter_name=REFERENCE_ADAPTER)
         return model
     # Full fine-tuning keeps float32 weights (bf16 would swallow small updates) and computes under autocast.
-    model = load_model(recipe.model, "fp32" if method == "full" else recipe.train.precision)
+    precision = "fp32" if method == "full" else recipe.train.precision
+    model = load_model(recipe.model, precision, recipe.train.attention)
     if method == "full":
         return model
     import peft

@@ -6,24 +6,31 @@ layer's input norm, the projection with its adapters, any key norm and the rotar
 own cache holds. Works under (non-re-entrant) activation checkpointing, where the cache itself is off. Does not know
 defenses.
 
+A batch is padded; how it is computed is a *layout*, and what a forward gives is the same in each:
+padded: as it is. packed: all rows one after another in one row, without padding; transformers sees from position ids
+that restart that rows are not to see each other. shared: the tokens that all rows begin with are computed once, as one
+row, with gradient; attention of the rest reads their keys and values.
+
 Shapes: B rows, T tokens, D hidden size, N chosen tokens (row by row), E = key heads x head size.
 """
 
+import copy
 import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .errors import DefenseError
+from .errors import DefenseError, ModelError
 from .losses import Head, TopK
 
+Layout = Literal["padded", "packed", "shared"]
 SeeKV = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -95,39 +102,163 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     return next(lists)
 
 
-def forward(model: nn.Module, head: Head, batch: dict[str, Tensor], needs: Needs = Needs(), prefix: Any = None) -> Taps:
+@dataclass(frozen=True)
+class CommonPrefix:
+    """The P tokens that all rows of a batch begin with, computed as one row.
+
+    Attributes:
+        cache: their keys and values, as transformers keeps them.
+        hidden_1PD: final hidden states.
+        states: residual stream [1, P, D] after the layers that were asked for.
+    """
+
+    cache: DynamicCache
+    hidden_1PD: Tensor
+    states: dict[int, Tensor]
+
+    def cache_of(self, rows: int) -> DynamicCache:
+        """A cache for so many rows, which may grow. Gradients of the rows add up in the one row."""
+        wide = copy.copy(self.cache)
+        wide.layers = [copy.copy(layer) for layer in self.cache.layers]
+        for layer in wide.layers:
+            keys, values = cast(Tensor, layer.keys), cast(Tensor, layer.values)
+            layer.keys, layer.values = (states.expand(rows, -1, -1, -1) for states in (keys, values))
+        return wide
+
+
+def forward(
+    model: nn.Module,
+    head: Head,
+    batch: dict[str, Tensor],
+    needs: Needs = Needs(),
+    prefix: CommonPrefix | None = None,
+    layout: Layout = "padded",
+) -> Taps:
     """One forward of `model` on `batch` (input_ids, attention_mask, position_ids), with what was asked.
 
-    `prefix` is a transformers cache of the tokens that all rows begin with. They are not computed again: their hidden
-    states are zero here.
+    `prefix` is what all rows begin with, where it is known already: it is not computed again. In the packed layout
+    hidden states are zero at padding, and masks of `needs` choose real tokens.
 
     Raises:
         DefenseError: keys were asked for and no attention layer gave them, or they carry no gradient although the
             model trains (re-entrant checkpointing does that): a penalty on them would silently be zero.
     """
+    if layout == "packed":
+        return _packed_forward(model, head, batch, needs)
+    if layout == "shared" and prefix is None:
+        length = common_length(batch)
+        # The plain model: a DDP wrapper wants one forward for each backward.
+        plain = getattr(model, "module", model)
+        prefix = compute_prefix(plain, batch["input_ids"][0, :length], needs.layers) if length else None
+    return _forward(model, head, batch, needs, prefix)
+
+
+def common_length(batch: dict[str, Tensor]) -> int:
+    """Number of tokens that all rows begin with, less than the shortest row has; 0 where there is but one row, or rows
+    are padded on the left."""
+    ids_BT, real_BT = batch["input_ids"], batch["attention_mask"].bool()
+    if len(ids_BT) < 2 or not real_BT[:, 0].all():
+        return 0
+    common = (ids_BT == ids_BT[0]).all(0).int().cumprod(0).sum()
+    return int(torch.minimum(common, real_BT.sum(1).min() - 1))
+
+
+def compute_prefix(model: nn.Module, ids_P: Tensor, layers: tuple[int, ...] = ()) -> CommonPrefix:
+    """One forward of tokens that rows begin with; `layers` are those whose residual stream is kept."""
+    inner, ids = causal_lm(model), ids_P[None]
+    cache = DynamicCache()  # made without a config, it keeps every token, those outside a sliding window too
+    with (
+        _outputs({0: inner.get_decoder()}) as decoder,
+        _outputs({number: decoder_layers(model)[number - 1] for number in layers}) as states,
+    ):
+        model(input_ids=ids, past_key_values=cache, use_cache=False, **_no_logits(inner, ids))
+    return CommonPrefix(cache, decoder[0], states)
+
+
+def _packed_forward(model: nn.Module, head: Head, batch: dict[str, Tensor], needs: Needs) -> Taps:
+    real_BT = batch["attention_mask"].bool()
+    hidden, kv, states = (
+        None if mask is None else mask[real_BT][None] for mask in (needs.hidden_BT, needs.kv_BT, needs.states_BT)
+    )
+    # Without an attention mask transformers looks where positions restart, and masks row from row.
+    packed: dict[str, Any] = {name: batch[name][real_BT][None] for name in ("input_ids", "position_ids")}
+    taps = _forward(model, head, packed | {"attention_mask": None}, Needs(hidden, kv, states, needs.layers), None)
+    hidden_BTD = taps.hidden_BTD.new_zeros(*real_BT.shape, taps.hidden_BTD.shape[-1])
+    hidden_BTD[real_BT] = taps.hidden_BTD[0]
+    return Taps(head, hidden_BTD, needs, taps.kv, taps.states)
+
+
+def _forward(model: nn.Module, head: Head, batch: dict[str, Any], needs: Needs, prefix: CommonPrefix | None) -> Taps:
     inner = causal_lm(model)
     inputs: dict[str, Any] = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
-    start = 0
     if prefix is not None:
-        start = prefix.get_seq_length()
+        start = prefix.hidden_1PD.shape[1]
         inputs |= {name: inputs[name][:, start:] for name in ("input_ids", "position_ids")}
-        inputs["past_key_values"] = prefix
-    if "logits_to_keep" in inspect.signature(inner.forward).parameters:
-        # None: the losses make the logits they need, in tiles.
-        inputs["logits_to_keep"] = batch["input_ids"].new_zeros(0)
+        inputs["past_key_values"] = prefix.cache_of(len(inputs["input_ids"]))
     with (
         _outputs({0: inner.get_decoder()}) as decoder,
         _outputs({number: decoder_layers(model)[number - 1] for number in needs.layers}) as layers,
         _keys_and_values(inner, needs.kv_BT is not None) as found,
     ):
-        model(**inputs, use_cache=False)
-    taps = Taps(head, F.pad(decoder[0], (0, 0, start, 0)), needs)
+        model(**inputs, use_cache=False, **_no_logits(inner, inputs["input_ids"]))
+    if prefix is not None:
+        decoder = {0: _behind(prefix.hidden_1PD, decoder[0])}
+        layers = {number: _behind(prefix.states[number], layers[number]) for number in needs.layers}
+    taps = Taps(head, decoder[0], needs)
     if needs.kv_BT is not None:
         taps.kv = [_at(found[index], needs.kv_BT) for index in sorted(found)]
         _check_kv(taps.kv, inner, taps.hidden_BTD.requires_grad)
     if needs.states_BT is not None:
-        taps.states = {number: F.pad(layers[number], (0, 0, start, 0))[needs.states_BT] for number in needs.layers}
+        taps.states = {number: layers[number][needs.states_BT] for number in needs.layers}
     return taps
+
+
+def _behind(prefix_1PD: Tensor, rest_BSD: Tensor) -> Tensor:
+    """The prefix on every row, and the rest behind it, [B, P + S, D]."""
+    return torch.cat([prefix_1PD.expand(len(rest_BSD), -1, -1), rest_BSD], 1)
+
+
+def _no_logits(inner: Any, ids: Tensor) -> dict[str, Tensor]:
+    """No logits come from a forward: the losses make those they need, in tiles."""
+    wanted = "logits_to_keep" in inspect.signature(inner.forward).parameters
+    return {"logits_to_keep": ids.new_zeros(0)} if wanted else {}
+
+
+def check_layout(model: nn.Module, head: Head, layout: Layout) -> None:
+    """Two short rows in the layout against each alone.
+
+    Raises:
+        ModelError: final hidden states differ. Recurrent layers, convolutions or custom attention may take the end of
+            one row for the beginning of the next, or not go on from a prefix.
+    """
+    if layout == "padded":
+        return
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            off, tolerance = _misfit(model, head, layout)
+        problem = f"final hidden states are off by {off:.0%}" if off > tolerance else None
+    except Exception as error:  # of many kinds, in models that were not made for this
+        problem = str(error)
+    finally:
+        model.train(was_training)
+    if problem:
+        field = {"packed": "train.packing", "shared": "train.share_prefix"}[layout]
+        why = "would see each other" if layout == "packed" else "do not go on from a prefix that is computed once"
+        raise ModelError(f"{field}: rows of {type(causal_lm(model)).__name__} {why} ({problem}); leave {field} out")
+
+
+def _misfit(model: nn.Module, head: Head, layout: Layout) -> tuple[float, float]:
+    """Largest relative error in the second of two rows, and what rounding may leave."""
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6], [1, 2, 7, 8, 0, 0]], device=causal_lm(model).device)
+    real = ids != 0
+    batch = {"input_ids": ids, "attention_mask": real.long(), "position_ids": real.cumsum(1) - 1}
+    alone = {name: tensor[1:, :4] for name, tensor in batch.items()}
+    found_ND = forward(model, head, batch, layout=layout).hidden_BTD[1, :4]
+    expected_ND = forward(model, head, alone).hidden_BTD[0]
+    off_N = (found_ND - expected_ND).float().norm(dim=-1) / expected_ND.float().norm(dim=-1)
+    return float(off_N.max()), 1e-3 if found_ND.dtype == torch.float32 else 0.1
 
 
 def _check_kv(kv: list[tuple[Tensor, Tensor]], inner: Any, trains: bool) -> None:

@@ -24,11 +24,11 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from .batch import Batch, collate
 from .defenses import Defense
-from .errors import DefenseError
+from .errors import DefenseError, ModelError
 from .losses import CrossEntropy, LogitLoss, find_head, weighted_sum
 from .reference import Reference
 from .stream import TrainStream
-from .taps import Needs, causal_lm, forward
+from .taps import Layout, Needs, causal_lm, check_layout, forward
 
 
 class DefendedTrainer(Trainer):
@@ -41,6 +41,7 @@ class DefendedTrainer(Trainer):
         defenses: built defenses; penalties are token means over the whole optimiser step, as cross-entropy is.
         pad_id: token that fills rows up.
         log_file: a line of JSON for every log; lines after the step from which a run resumes are dropped.
+        layout: how batches are computed (see taps); ModelError where the model cannot.
     """
 
     # compute_loss divides by the token count of the whole step itself.
@@ -54,6 +55,7 @@ class DefendedTrainer(Trainer):
         defenses: list[Defense],
         pad_id: int,
         log_file: Path,
+        layout: Layout = "padded",
         **kwargs: Any,
     ) -> None:
         super().__init__(model, args, train_dataset=stream, data_collator=partial(collate, pad_id=pad_id), **kwargs)
@@ -61,7 +63,8 @@ class DefendedTrainer(Trainer):
         self.defenses = defenses
         self.log_file = log_file
         self.head = find_head(causal_lm(model))
-        self.reference = Reference(model) if any(d.has_penalty for d in defenses) else None
+        self._set_layout(layout)
+        self.reference = Reference(model, layout) if any(d.has_penalty for d in defenses) else None
         self.add_callback(_StepEnd(self._end_step))
         self._hooks = ExitStack()
         self._step_counts: dict[str, int] = {}
@@ -69,6 +72,19 @@ class DefendedTrainer(Trainer):
         self._log_sums: dict[str, float] = defaultdict(float)
         self._log_steps: dict[str, int] = defaultdict(int)
         self._started = time.monotonic()
+
+    def _set_layout(self, layout: Layout) -> None:
+        if layout == "shared" and (
+            self.args.gradient_checkpointing or self.is_fsdp_enabled or self.is_deepspeed_enabled
+        ):
+            raise ModelError(
+                "train.share_prefix: not with gradient checkpointing (it turns caches off), nor in a model that FSDP "
+                "or DeepSpeed has sharded (ranks would make unlike numbers of forwards): leave it out"
+            )
+        check_layout(cast(nn.Module, self.model), self.head, layout)
+        self.layout = layout
+        whole_rows = layout == "shared" and any(defense.whole_rows for defense in self.defenses)
+        self.student_layout: Layout = "padded" if whole_rows else layout
 
     # -------------------------------------------------------------- loss
 
@@ -84,11 +100,12 @@ class DefendedTrainer(Trainer):
         needs = reduce(or_, [defense.needs(inputs) for defense in active], Needs())
         # What is the reference's comes first: hooks of defenses are the student's alone.
         reference = self.reference.taps(inputs, needs) if self.reference and active else None
-        prefixes = (defense.cached_prefix(self._plain_model(), inputs, needs) for defense in self.defenses)
+        givers = [] if self.layout == "packed" else self.defenses
+        prefixes = (defense.cached_prefix(self._plain_model(), inputs, needs) for defense in givers)
         prefix = next((prefix for prefix in prefixes if prefix is not None), None)
         for defense in self.defenses:
             self._hooks.enter_context(defense.wrap(self._plain_model(), inputs))
-        student = forward(model, self.head, inputs, needs, prefix)
+        student = forward(model, self.head, inputs, needs, prefix, self.student_layout)
         logit_losses: dict[str, LogitLoss] = {"ce": _cross_entropy(inputs)}
         penalties: dict[str, Tensor] = {}
         for defense in active:

@@ -19,7 +19,7 @@ from ..batch import Batch
 from ..chat import Chat, Messages
 from ..data import Example
 from ..losses import LogitLoss
-from ..taps import Needs, Taps
+from ..taps import CommonPrefix, Needs, Taps
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,15 @@ class Defense:
         weight: factor of the penalty in the loss.
         every: the penalty acts on every k-th optimiser step, multiplied by k.
         riders: retain rows that ride in the batch for each training row; the cross-entropy does not see them.
+        whole_rows: what it does to a token depends on the whole row, so the student's rows may not share the
+            computation of tokens that they begin with, beyond what `cached_prefix` gives.
     """
 
     name: str
     weight: float = 0.0
     every: int = 1
     riders: float = 0.0
+    whole_rows: bool = False
 
     def change_data(self, examples: list[Example], rng: random.Random) -> list[Example]:
         """The training rows of one epoch. Called anew each epoch; must return equally many rows each time."""
@@ -74,8 +77,8 @@ class Defense:
         """The penalty as a loss on next-token distributions, summed over the tokens of its mask [B, T]; or None."""
         return None
 
-    def cached_prefix(self, model: Any, batch: Batch, needs: Needs) -> Any:
-        """A transformers cache of the tokens that all rows begin with, if they need not be computed; else None."""
+    def cached_prefix(self, model: Any, batch: Batch, needs: Needs) -> CommonPrefix | None:
+        """The tokens that all rows begin with, if they need not be computed; else None. Packed rows have none."""
         return None
 
     def wrap(self, model: Any, batch: Batch) -> AbstractContextManager[Any]:

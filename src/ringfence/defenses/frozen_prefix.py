@@ -1,7 +1,6 @@
 """Frozen prefix: the prefix keeps the reference's keys and values exactly, in training and in use. The limit of TReFT
 for an infinite weight, without a penalty."""
 
-import copy
 import random
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ from ..chat import Role
 from ..data import Example
 from ..errors import DefenseError, ModelError
 from ..prefix import FrozenPrefix as Prefix
-from ..prefix import Until, find_header, prefix_cache
-from ..taps import Needs, causal_lm
+from ..prefix import Until, find_header, reference_prefix
+from ..taps import CommonPrefix, Needs, causal_lm
 from .base import Defense, DefenseConfig, Setup
 
 
@@ -36,10 +35,11 @@ class FrozenPrefix(DefenseConfig):
 
 class FrozenPrefixDefense(Defense):
     name = "frozen_prefix"
+    whole_rows = True
 
     def __init__(self, prefix: Prefix) -> None:
         self.prefix = prefix
-        self._caches: dict[tuple[int, ...], Any] = {}
+        self._computed: dict[Any, CommonPrefix] = {}
 
     def check(self, examples: list[Example]) -> None:
         """Raises DefenseError where the header does not show where a row's prefix ends."""
@@ -68,7 +68,7 @@ class FrozenPrefixDefense(Defense):
     def start(self, model: Any) -> None:
         self.prefix.attach(model)
 
-    def cached_prefix(self, model: Any, batch: Batch, needs: Needs) -> Any:
+    def cached_prefix(self, model: Any, batch: Batch, needs: Needs) -> CommonPrefix | None:
         lengths_B = self.prefix.lengths(batch["input_ids"])
         length = int(lengths_B[0])
         ids_BP = batch["input_ids"][:, :length]
@@ -81,12 +81,10 @@ class FrozenPrefixDefense(Defense):
             or any(mask[:, :length].any() for mask in asked)
         ):
             return None
-        key = tuple(ids_BP[0].tolist())
-        if key not in self._caches:
-            self._caches = {key: prefix_cache(model, ids_BP[0])}
-        cache = copy.deepcopy(self._caches[key])
-        cache.batch_repeat_interleave(len(ids_BP))
-        return cache
+        key = (tuple(ids_BP[0].tolist()), needs.layers)
+        if key not in self._computed:
+            self._computed = {key: reference_prefix(model, ids_BP[0], needs.layers)}
+        return self._computed[key]
 
     def save(self, folder: Path) -> None:
         self.prefix.save(folder)

@@ -43,6 +43,8 @@ class StreamEditConfig(DefenseConfig):
 class StreamEdit(Defense):
     """Hooks on decoder layers: their output h becomes `edit(h, layer)` at the chosen tokens."""
 
+    whole_rows = True  # retain rows are not edited
+
     def __init__(self, config: StreamEditConfig) -> None:
         self.directions = Directions.load(Path(config.vectors))
         self.layers = self.directions.chosen(self.name, config.layers)
@@ -58,11 +60,12 @@ class StreamEdit(Defense):
 
     def wrap(self, model: Any, batch: Batch) -> ExitStack:
         mask_BT1 = self._mask(batch)[..., None]
+        packed_1N1 = mask_BT1[batch["roles"] != Role.PAD][None]
         self._has_edited = self._has_edited or bool(mask_BT1.any())
         layers = decoder_layers(model)
         hooks = ExitStack()
         for number in self.layers:
-            handle = layers[number - 1].register_forward_hook(self._hook(number, mask_BT1))
+            handle = layers[number - 1].register_forward_hook(self._hook(number, mask_BT1, packed_1N1))
             hooks.callback(handle.remove)
         return hooks
 
@@ -80,12 +83,13 @@ class StreamEdit(Defense):
             chosen = torch.isin(roles_BT, torch.tensor(self.roles, device=roles_BT.device))
         return chosen & ~batch["retain"][:, None]
 
-    def _hook(self, layer: int, mask_BT1: Tensor) -> Any:
+    def _hook(self, layer: int, mask_BT1: Tensor, packed_1N1: Tensor) -> Any:
         def hook(_module: Any, _inputs: Any, output: Any) -> Any:
             hidden_BTD = output if isinstance(output, Tensor) else output[0]
             with torch.autocast(hidden_BTD.device.type, enabled=False):  # a projection in bf16 would leave a rest
                 edited_BTD = self.edit(hidden_BTD.float(), layer).to(hidden_BTD.dtype)
-            edited_BTD = torch.where(mask_BT1, edited_BTD, hidden_BTD)
+            is_padded = hidden_BTD.shape[:2] == mask_BT1.shape[:2]
+            edited_BTD = torch.where(mask_BT1 if is_padded else packed_1N1, edited_BTD, hidden_BTD)
             return edited_BTD if isinstance(output, Tensor) else (edited_BTD, *output[1:])
 
         return hook
