@@ -387,6 +387,38 @@ def test_a_frozen_prefix_is_given_where_prefixes_are_shared(files: dict[str, str
     assert len(widths) == 3  # the prefix, and what stands behind it in two steps
 
 
+def test_a_frozen_prefix_gives_the_layers_that_are_asked_for() -> None:
+    model = with_lora(tiny(), size=0.5)
+    defense = FrozenPrefixDefense(Prefix(HEADER))
+    defense.start(model)
+    batch = batch_of([(row, False) for row in rows("LML")])
+    response_BT = batch["roles"] == Role.RESPONSE
+    head = find_head(causal_lm(model))
+    for needs in (
+        Needs(),
+        Needs(response_BT, response_BT, response_BT, (1,)),
+        Needs(states_BT=response_BT, layers=(2,)),
+    ):
+        expected = forward(model, head, batch, needs)
+        found = forward(model, head, batch, needs, defense.cached_prefix(model, batch, needs))
+        real_BT = batch["roles"] != Role.PAD
+        assert_same(flat(found, real_BT), flat(expected, real_BT))
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_mixed_precision_reaches_all_that_is_computed(
+    layout: Layout, method: str, files: dict[str, str], make_trainer: Any
+) -> None:
+    model = with_lora(tiny(layers=LAYERS)) if method == "lora" else tiny(layers=LAYERS)
+    trainer = make_trainer(model, build("treft", files), rows("LLLL"), rows=4, layout=layout, bf16=True)
+    types = []
+    down = causal_lm(model).model.layers[0].mlp.down_proj
+    down.register_forward_hook(lambda _m, _i, output: types.append(output.dtype) if model.training else None)
+    trainer.train()
+    assert types == [torch.bfloat16] * (1 if layout == "packed" else 2)
+
+
 # ---------------------------------------------------------------- a frozen prefix in packed rows
 
 

@@ -97,9 +97,9 @@ class FrozenPrefix:
                 keep[0] = None
                 return
             ids_BT = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-            positions = kwargs.get("position_ids")
-            packed = cache is None and kwargs.get("attention_mask") is None and positions is not None
-            row_BT = find_packed_sequence_indices(positions) if packed else None
+            positions, row_BT = kwargs.get("position_ids"), None
+            if positions is not None and cache is None and kwargs.get("attention_mask") is None:
+                row_BT = find_packed_sequence_indices(positions)
             keep[0] = ~self.mask(ids_BT, row_BT)[..., None]
 
         def mask(_module: Any, _args: Any, output: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 from rich.console import Console
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from . import opswap
 from .chat import Chat, Messages

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -119,10 +119,10 @@ class CommonPrefix:
     def cache_of(self, rows: int) -> DynamicCache:
         """A cache for so many rows, which may grow. Gradients of the rows add up in the one row."""
         wide = copy.copy(self.cache)
-        wide.layers = [copy.copy(layer) for layer in self.cache.layers]
-        for layer in wide.layers:
-            keys, values = cast(Tensor, layer.keys), cast(Tensor, layer.values)
-            layer.keys, layer.values = (states.expand(rows, -1, -1, -1) for states in (keys, values))
+        layers: list[Any] = [copy.copy(layer) for layer in self.cache.layers]
+        for layer in layers:
+            layer.keys, layer.values = (states.expand(rows, -1, -1, -1) for states in (layer.keys, layer.values))
+        wide.layers = layers
         return wide
 
 
