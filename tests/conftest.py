@@ -359,6 +359,7 @@ def make_trainer(tmp_path: Path) -> Callable[..., DefendedTrainer]:
         seed: int = 0,
         callbacks: Any = None,
         layout: Layout = "padded",
+        cache: Any = None,
         **arguments: Any,
     ) -> DefendedTrainer:
         stream = TrainStream(examples, list(retain), defenses, rows * accumulation, seed)
@@ -383,7 +384,7 @@ def make_trainer(tmp_path: Path) -> Callable[..., DefendedTrainer]:
             **{**settings, **arguments},
         )
         log_file = tmp_path / f"{folder}.jsonl"
-        return DefendedTrainer(model, args, stream, defenses, PAD, log_file, layout, callbacks=callbacks)
+        return DefendedTrainer(model, args, stream, defenses, PAD, log_file, layout, cache, callbacks=callbacks)
 
     return make
 

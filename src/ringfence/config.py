@@ -69,6 +69,12 @@ class TrainConfig(Strict):
     attention: Attention | None = Field(
         None, description="implementation of attention in training; null = the model's own choice, sdpa in most"
     )
+    reference_cache: Literal["none", "states", "top_k"] = Field(
+        "none",
+        description="what the reference says for defenses.kl: none = computed in every step; computed once and read "
+        "from disk: states (exact) or top_k (small)",
+    )
+    top_k: int = Field(64, ge=1, description="for reference_cache top_k: so many most probable next tokens")
     save_steps: int = Field(50, ge=1, description="steps between checkpoints")
 
     @property

@@ -14,7 +14,7 @@ import torch
 
 from .config import Recipe
 from .defenses.base import PenaltyConfig
-from .models import load_config
+from .models import empty_model, load_config
 
 
 def environment(seed: int) -> dict[str, Any]:
@@ -63,13 +63,8 @@ def peak_memory() -> int:
 
 def memory_estimate(recipe: Recipe, longest: int) -> str:
     """Weights, gradients, optimiser and the largest batch's activations, in GiB, from the model's shape alone."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    config = load_config(recipe.model)
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config)
-    text = config.get_text_config()
+    model = empty_model(recipe.model)
+    text = model.config.get_text_config()
     weights = sum(p.numel() for p in model.parameters())
     full = recipe.train.method == "full"
     byte = 4 if full or recipe.train.precision == "fp32" else 2
@@ -81,7 +76,9 @@ def memory_estimate(recipe: Recipe, longest: int) -> str:
     kept = 1 if recipe.train.gradient_checkpointing else 34
     activations = recipe.train.batch_size * longest * text.num_hidden_layers * text.hidden_size * kept * byte
     penalties = any(isinstance(config, PenaltyConfig) for config in recipe.defenses.configs())
-    copy = weights * byte if full and penalties else 0
+    head = model.get_output_embeddings().weight.numel()
+    copied = {"none": weights, "states": head, "top_k": 0}[recipe.train.reference_cache]
+    copy = copied * byte if full and penalties else 0
     parts = {
         "weights": weights * stored,
         "reference copy": copy,
@@ -90,3 +87,13 @@ def memory_estimate(recipe: Recipe, longest: int) -> str:
     }
     shown = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in parts.items() if value)
     return f"memory, estimated: {sum(parts.values()) / 2**30:.2f} GiB ({shown})"
+
+
+def position_bytes(recipe: Recipe) -> int:
+    """What one position takes in the reference's cache: a final hidden state in the type of the weights, or the ids (4
+    bytes) and log-probabilities (4 bytes) of tokens."""
+    train = recipe.train
+    if train.reference_cache == "top_k":
+        return 8 * train.top_k
+    byte = 4 if train.method == "full" or train.precision == "fp32" else 2
+    return byte * int(load_config(recipe.model).get_text_config().hidden_size)

@@ -198,6 +198,15 @@ def load_config(model: str) -> Any:
     return _loading(lambda: AutoConfig.from_pretrained(resolve(adapter_base(source) or source)), model, "config")
 
 
+def empty_model(model: str) -> Any:
+    """The model of a folder or hub id (of an adapter folder: its base) without weights: its shape."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights():
+        return AutoModelForCausalLM.from_config(load_config(model))
+
+
 def device() -> torch.device:
     """The accelerator, or the CPU."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

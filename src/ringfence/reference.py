@@ -1,22 +1,24 @@
 """The reference: the aligned model before this fine-tune.
 
 For LoRA it is the same weights with the adapter off, so it costs no memory; where an adapter is trained further, a
-frozen copy of that adapter; for full fine-tuning a frozen copy of the model. Does not know defenses; it is asked for
-taps.
+frozen copy of that adapter; for full fine-tuning a frozen copy of the model. With a cache on disk its states are
+computed before training, and no copy of the model is kept. Does not know defenses; it is asked for taps.
 """
 
 import copy
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .batch import Batch
 from .chat import Role
-from .losses import Head, find_head
+from .errors import DefenseError, RecipeError
+from .losses import Head, TopK, find_head, top_k
+from .reference_cache import ReferenceCache, Wanted
 from .taps import Layout, Needs, Taps, causal_lm, forward, prefix_kv
 
 PREFIXES_KEPT = 64
@@ -25,18 +27,62 @@ ADAPTER = "reference"  # name of the frozen copy in the peft model
 
 class Reference:
     """Gives taps of the aligned model, computed in a layout (see taps). Make it before training changes a full-weight
-    model."""
+    model.
 
-    def __init__(self, model: Any, layout: Layout = "padded") -> None:
+    With a `cache`, `fill` comes before training too: final hidden states (or the most probable next tokens) are read
+    from then on, and a full-weight model is let go of.
+    """
+
+    def __init__(self, model: Any, layout: Layout = "padded", cache: ReferenceCache | None = None) -> None:
         self.layout = layout
         self._adapter_model = model if hasattr(model, "disable_adapter") else None
-        self.model = model if self._adapter_model else copy.deepcopy(model).eval().requires_grad_(False)
+        copied = self._adapter_model is None and cache is None
+        self.model = copy.deepcopy(model).eval().requires_grad_(False) if copied else model
         self.head = _without_adapter(find_head(causal_lm(self.model)))
+        self.cache = cache
+        if cache and cache.kind == "top_k" and cache.k > self.head.vocabulary:
+            raise RecipeError(f"train.top_k: the model has {self.head.vocabulary} tokens, found {cache.k}")
+        if cache and cache.kind == "states" and self.head.trainable:
+            frozen = copy.deepcopy(self.head.module).requires_grad_(False)
+            self.head = dataclasses.replace(self.head, module=frozen)
         self._prefixes: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
+
+    def fill(self, wanted: Wanted) -> None:
+        """Before training: what is wanted is computed, unless it lies in the cache; prefixes' keys and values are kept.
+
+        Raises:
+            RecipeError: the disk has too little space, or a fully tuned model has more prefixes than are kept.
+        """
+        assert self.cache is not None
+        if self._adapter_model is None and len(wanted.prefixes) > PREFIXES_KEPT:
+            raise RecipeError(
+                f"train.reference_cache: with train.method: full the keys and values of at most {PREFIXES_KEPT} "
+                f"prefixes are kept, found {len(wanted.prefixes)} system prompts; set it to none, or leave "
+                "defenses.treft out"
+            )
+        self.cache.fill(wanted.rows, self._cacheable)
+        for ids in sorted(wanted.prefixes)[:PREFIXES_KEPT]:
+            self._prefix(ids)
+        if self._adapter_model is None:
+            self.model = None
+
+    def _cacheable(self, batch: Batch, mask_BT: Tensor) -> tuple[Tensor, ...]:
+        assert self.cache is not None
+        device = self.model.device
+        batch, mask_BT = {name: tensor.to(device) for name, tensor in batch.items()}, mask_BT.to(device)
+        with self.active() as model:
+            hidden_ND = forward(model, self.head, batch, Needs(hidden_BT=mask_BT)).hidden_BTD[mask_BT]
+        if self.cache.kind == "states":
+            return (hidden_ND,)
+        with torch.autocast(device.type, enabled=False):  # as losses make logits
+            found = top_k(self.head, hidden_ND, self.cache.k)
+        return found.token_ids_NK.int(), found.logprobs_NK
 
     @contextmanager
     def active(self) -> Iterator[Any]:
         """The reference model, in evaluation mode and without gradient."""
+        if self.model is None:
+            raise DefenseError("train.reference_cache: something is asked of the reference that is not cached")
         was_training = self.model.training
         self.model.eval()
         with torch.no_grad(), self._adapter_off():
@@ -60,14 +106,15 @@ class Reference:
     def taps(self, batch: Batch, needs: Needs) -> Taps:
         """Taps laid out as the student's (hidden states are zero on rows where nothing is wanted).
 
-        Prefix keys and values depend on the prefix alone (attention is causal): where nothing else is asked for, they
-        come from memory; the last 64 distinct prefixes are kept.
+        Prefix keys and values depend on the prefix alone (attention is causal), so they come from memory; the last 64
+        distinct prefixes are kept. Hidden states come from the cache, if there is one. A forward is made where neither
+        is enough.
         """
         rows_B = needs.rows_B()
         if rows_B is None:
             return Taps(self.head, torch.empty(0), needs)
-        if self._from_memory(batch, needs):
-            return Taps(self.head, torch.empty(0), needs, self._prefix_kv(batch, cast(Tensor, needs.kv_BT)))
+        if self._at_hand(batch, needs):
+            return self._without_forward(batch, needs)
         part = {name: tensor[rows_B] for name, tensor in batch.items()}
         with self.active() as model:
             taps = forward(model, self.head, part, needs.of_rows(rows_B), layout=self.layout)
@@ -75,25 +122,46 @@ class Reference:
         hidden_BTD[rows_B] = taps.hidden_BTD
         return dataclasses.replace(taps, hidden_BTD=hidden_BTD, needs=needs)
 
-    @staticmethod
-    def _from_memory(batch: Batch, needs: Needs) -> bool:
-        if needs.kv_BT is None or any(mask is not None and mask.any() for mask in (needs.hidden_BT, needs.states_BT)):
+    def _at_hand(self, batch: Batch, needs: Needs) -> bool:
+        if _any(needs.states_BT) or (_any(needs.hidden_BT) and self.cache is None):
             return False
-        return bool((batch["roles"][needs.kv_BT] == Role.PREFIX).all())
+        return needs.kv_BT is None or bool((batch["roles"][needs.kv_BT] == Role.PREFIX).all())
+
+    def _without_forward(self, batch: Batch, needs: Needs) -> Taps:
+        taps = Taps(self.head, torch.empty(0), needs)
+        if needs.kv_BT is not None:
+            taps.kv = self._prefix_kv(batch, needs.kv_BT)
+        if self.cache is None or needs.hidden_BT is None or not _any(needs.hidden_BT):
+            return taps
+        found = self.cache.read(batch, needs.hidden_BT)
+        if self.cache.kind == "top_k":
+            taps.top_k = TopK(found[0].long(), found[1])
+        else:
+            taps.hidden_BTD = found[0].new_zeros(*needs.hidden_BT.shape, found[0].shape[-1])
+            taps.hidden_BTD[needs.hidden_BT] = found[0]
+        return taps
 
     def _prefix_kv(self, batch: Batch, mask_BT: Tensor) -> list[tuple[Tensor, Tensor]]:
         rows = []
         for row in mask_BT.any(1).nonzero()[:, 0].tolist():
-            ids = batch["input_ids"][row][batch["roles"][row] == Role.PREFIX]
-            key = tuple(ids.tolist())
-            if key not in self._prefixes:
-                if len(self._prefixes) == PREFIXES_KEPT:
-                    self._prefixes.pop(next(iter(self._prefixes)))
-                with self.active() as model:
-                    self._prefixes[key] = prefix_kv(model, ids)
-            chosen = mask_BT[row][batch["roles"][row] == Role.PREFIX]
-            rows.append([(k[chosen], v[chosen]) for k, v in self._prefixes[key]])
+            is_prefix = batch["roles"][row] == Role.PREFIX
+            kv = self._prefix(tuple(batch["input_ids"][row][is_prefix].tolist()))
+            chosen = mask_BT[row][is_prefix]
+            rows.append([(k[chosen], v[chosen]) for k, v in kv])
         return [(torch.cat([k for k, _ in layer]), torch.cat([v for _, v in layer])) for layer in zip(*rows)]
+
+    def _prefix(self, ids: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
+        if ids not in self._prefixes:
+            with self.active() as model:
+                kv = prefix_kv(model, torch.tensor(ids, device=model.device))
+            if len(self._prefixes) == PREFIXES_KEPT:
+                self._prefixes.pop(next(iter(self._prefixes)))
+            self._prefixes[ids] = kv
+        return self._prefixes[ids]
+
+
+def _any(mask_BT: Tensor | None) -> bool:
+    return mask_BT is not None and bool(mask_BT.any())
 
 
 def _without_adapter(head: Head) -> Head:

@@ -32,11 +32,13 @@ from .errors import RecipeError, RingfenceError
 from .evaluate.config import EvaluateConfig
 from .evaluate.evaluation import FILE as EVALUATION
 from .evaluate.evaluation import Evaluation, check_evaluation, evaluate_folder
-from .machine import environment, memory_estimate, peak_memory, reset_peak_memory
-from .models import adapter_base, load_model, load_tokenizer, resolve
+from .journal import fingerprint
+from .machine import environment, memory_estimate, peak_memory, position_bytes, reset_peak_memory
+from .models import adapter_base, empty_model, load_model, load_tokenizer, resolve
 from .monitor import DriftMonitor
 from .prefix import read_frozen_prefix, read_stored_prefix
 from .reference import ADAPTER as REFERENCE_ADAPTER
+from .reference_cache import ReferenceCache, wanted
 from .report.summary import Row, read_run, summarise
 from .show import show_tokens
 from .stream import TrainStream
@@ -212,15 +214,18 @@ def train_run(recipe: Recipe) -> Run:
     if run.trained:
         return run
     defenses = _with_carriers(recipe).defenses.build(setup)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    stream = TrainStream(
+        examples, retain, defenses, recipe.train.batch_size * recipe.train.accumulation * world, recipe.seed
+    )
+    cache = _reference_cache(recipe)
+    if cache:
+        wanted(stream, 1)  # what cannot be cached is refused before a model is loaded
     torch.manual_seed(recipe.seed)
     model = _trainable_model(recipe)
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / "recipe.yaml").write_text(dump_recipe(recipe))
     (run.folder / "environment.json").write_text(json.dumps({**environment(recipe.seed), "rows": digest}, indent=1))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    stream = TrainStream(
-        examples, retain, defenses, recipe.train.batch_size * recipe.train.accumulation * world, recipe.seed
-    )
     trainer = DefendedTrainer(
         model,
         _training_arguments(recipe, run.folder / "checkpoints"),
@@ -229,10 +234,12 @@ def train_run(recipe: Recipe) -> Run:
         chat.tokenizer.pad_token_id,
         run.folder / "metrics.jsonl",
         recipe.train.layout,
+        cache,
     )
     monitor = _monitor(recipe, chat)
     if monitor:
         trainer.add_callback(monitor)
+    trainer.fill_cache()
     _train(trainer, run, recipe)
     for defense in defenses:
         defense.finish(trainer.accelerator.unwrap_model(trainer.model))
@@ -248,6 +255,23 @@ def train_run(recipe: Recipe) -> Run:
     return run
 
 
+def _reference_cache(recipe: Recipe) -> ReferenceCache | None:
+    """Named by all that the reference's states depend on beside the rows."""
+    train = recipe.train
+    if train.reference_cache == "none":
+        return None
+    source = resolve(recipe.model)
+    base = adapter_base(source)
+    reference = {
+        "model": fingerprint(base or source),
+        "adapter": fingerprint(source) if base else None,
+        "weights": "fp32" if train.method == "full" else train.precision,
+        "precision": train.precision,
+        "attention": empty_model(recipe.model).config._attn_implementation,
+    }
+    return ReferenceCache(train.reference_cache, reference, train.top_k)
+
+
 def _with_carriers(recipe: Recipe) -> Recipe:
     """With the roles in the place of `treft.tokens: auto` that carry the shift of an undefended pilot: a short run on
     the first rows, in RUN/pilot. The choice and what speaks for it are kept in RUN/carriers.json."""
@@ -255,7 +279,8 @@ def _with_carriers(recipe: Recipe) -> Recipe:
     if treft is None or not treft.is_auto:
         return recipe
     rows = min(PILOT_ROWS, recipe.data.max_rows or PILOT_ROWS)
-    plain = {"output": f"{recipe.output}/pilot", "defenses": Defenses(), "monitor": None}
+    train = recipe.train.model_copy(update={"reference_cache": "none"})
+    plain = {"output": f"{recipe.output}/pilot", "defenses": Defenses(), "monitor": None, "train": train}
     pilot = recipe.model_copy(update={**plain, "data": recipe.data.model_copy(update={"max_rows": rows})})
     weights = str(train_run(pilot).weights)
     file = Path(recipe.output) / CARRIERS
@@ -488,6 +513,10 @@ def dry_run(recipe: Recipe, console: Console) -> None:
         f"that defenses add, and {sum(map(len, stream.riders))} retain rows that ride along"
     )
     console.print(memory_estimate(recipe, longest), highlight=False)
+    cache = _reference_cache(recipe)
+    if cache:
+        steps = math.ceil(recipe.train.epochs * stream.steps_per_epoch)
+        console.print(cache.plan(wanted(stream, steps).rows, position_bytes(recipe)), highlight=False, soft_wrap=True)
 
 
 # ------------------------------------------------------------------ evaluation

@@ -27,6 +27,7 @@ from .defenses import Defense
 from .errors import DefenseError, ModelError
 from .losses import CrossEntropy, LogitLoss, find_head, weighted_sum
 from .reference import Reference
+from .reference_cache import ReferenceCache, wanted
 from .stream import TrainStream
 from .taps import Layout, Needs, causal_lm, check_layout, forward
 
@@ -42,6 +43,7 @@ class DefendedTrainer(Trainer):
         pad_id: token that fills rows up.
         log_file: a line of JSON for every log; lines after the step from which a run resumes are dropped.
         layout: how batches are computed (see taps); ModelError where the model cannot.
+        cache: where the reference's states lie; filled before training.
     """
 
     # compute_loss divides by the token count of the whole step itself.
@@ -56,6 +58,7 @@ class DefendedTrainer(Trainer):
         pad_id: int,
         log_file: Path,
         layout: Layout = "padded",
+        cache: ReferenceCache | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(model, args, train_dataset=stream, data_collator=partial(collate, pad_id=pad_id), **kwargs)
@@ -64,7 +67,8 @@ class DefendedTrainer(Trainer):
         self.log_file = log_file
         self.head = find_head(causal_lm(model))
         self._set_layout(layout)
-        self.reference = Reference(model, layout) if any(d.has_penalty for d in defenses) else None
+        self.cache, self._cache_filled = cache, False
+        self.reference = Reference(model, layout, cache) if any(d.has_penalty for d in defenses) else None
         self.add_callback(_StepEnd(self._end_step))
         self._hooks = ExitStack()
         self._step_counts: dict[str, int] = {}
@@ -99,7 +103,8 @@ class DefendedTrainer(Trainer):
         active = [defense for defense in self._due() if defense.count(inputs)]
         needs = reduce(or_, [defense.needs(inputs) for defense in active], Needs())
         # What is the reference's comes first: hooks of defenses are the student's alone.
-        reference = self.reference.taps(inputs, needs) if self.reference and active else None
+        with self.accelerator.autocast():  # a frozen copy computes as the student does
+            reference = self.reference.taps(inputs, needs) if self.reference and active else None
         givers = [] if self.layout == "packed" else self.defenses
         prefixes = (defense.cached_prefix(self._plain_model(), inputs, needs) for defense in givers)
         prefix = next((prefix for prefix in prefixes if prefix is not None), None)
@@ -211,12 +216,25 @@ class DefendedTrainer(Trainer):
 
     def start_defenses(self, checkpoint: str | None) -> None:
         """Before any weight is trained or loaded."""
+        self.fill_cache()
         for defense in self.defenses:
             defense.start(self.model)
         if checkpoint:
             states = json.loads((Path(checkpoint) / "defenses.json").read_text())
             for defense in self.defenses:
                 defense.load_state_dict(states[defense.name])
+
+    def fill_cache(self) -> None:
+        """Computes what the run will ask of its reference, unless it lies in the cache. Once, before training."""
+        if self.cache is None or self._cache_filled:
+            return
+        stream = cast(TrainStream, self.train_dataset)
+        steps = self.args.max_steps if self.args.max_steps > 0 else self.args.num_train_epochs * stream.steps_per_epoch
+        asked = wanted(stream, math.ceil(steps))
+        assert self.reference is not None
+        with self.accelerator.autocast():
+            self.reference.fill(asked)
+        self._cache_filled = True
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
