@@ -26,7 +26,7 @@ from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers.integrations import is_fsdp_enabled
+from transformers.integrations.fsdp import is_fsdp_enabled
 
 from .batch import Batch, collate
 from .chat import Role

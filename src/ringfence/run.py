@@ -267,7 +267,7 @@ def _reference_cache(recipe: Recipe) -> ReferenceCache | None:
         "adapter": fingerprint(source) if base else None,
         "weights": "fp32" if train.method == "full" else train.precision,
         "precision": train.precision,
-        "attention": empty_model(recipe.model).config._attn_implementation,
+        "attention": train.attention or empty_model(recipe.model).config._attn_implementation,
     }
     return ReferenceCache(train.reference_cache, reference, train.top_k)
 
