@@ -390,6 +390,13 @@ def test_a_shared_reference_forward_gives_each_defense_its_own_numbers(where: st
             torch.testing.assert_close(together, alone, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("defense", [KL(where="train"), TReFT(tokens=("prefix", "postfix")), LDIFS()], ids=str)
+def test_what_is_needed_is_known_without_waiting_for_the_device(defense: Any, items: Items) -> None:
+    """Meta tensors have no values: whatever had to look at one would fail."""
+    batch = {name: tensor.to("meta") for name, tensor in batch_of(items).items()}
+    assert defense.build(SETUP).needs(batch).rows_B().shape == (len(items),)
+
+
 # ---------------------------------------------------------------- interleave and the union
 
 

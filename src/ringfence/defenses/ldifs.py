@@ -58,11 +58,11 @@ class LDIFSDefense(Penalty):
     def penalty(self, student: Taps, reference: Taps, batch: Batch) -> Tensor:
         tapped_BT = student.needs.states_BT
         assert tapped_BT is not None
-        ours_N = self._mask(batch)[tapped_BT]
+        ours_N = self._mask(batch)[tapped_BT].nonzero()[:, 0]  # places: each use of a mask would wait for the device
         drifts = []
         for layer in self.layers:
-            then_ND = reference.states[layer][ours_N].float()
-            drift_ND = student.states[layer][ours_N].float() - then_ND
+            then_ND = reference.states[layer].index_select(0, ours_N).float()
+            drift_ND = student.states[layer].index_select(0, ours_N).float() - then_ND
             drifts.append((drift_ND.square().sum(-1) / then_ND.square().sum(-1)).sum())
         return torch.stack(drifts).sum()
 

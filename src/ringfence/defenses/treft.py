@@ -1,7 +1,6 @@
 """TReFT, token-regularised fine-tuning (arXiv 2606.06667): keys and values of the template tokens stay near the
 reference's, because the behaviour of an aligned model hangs on them."""
 
-from collections import Counter
 from typing import Any, Literal
 
 import torch
@@ -70,8 +69,9 @@ class TReFTDefense(Penalty):
         weight_BT = self._weights(batch)
         tapped_BT = student.needs.kv_BT
         assert tapped_BT is not None
-        ours_N = (weight_BT > 0)[tapped_BT]
-        weight_N = weight_BT[tapped_BT][ours_N].float()
+        tapped_weight_N = weight_BT[tapped_BT]
+        ours_N = tapped_weight_N.nonzero()[:, 0]  # places, found once: each use of a mask would wait for the device
+        weight_N = tapped_weight_N[ours_N].float()
         total = weight_N.new_zeros(())
         for student_layer, reference_layer in zip(student.kv, reference.kv, strict=True):
             for now_NE, then_NE in zip(student_layer, reference_layer):
@@ -87,17 +87,19 @@ class TReFTDefense(Penalty):
         Rows with the same prefix have the same prefix keys and values (attention is causal), so one of them stands for
         all: its prefix tokens count once for each such row, theirs not at all.
         """
-        rows = [row for row in range(len(batch["roles"])) if not batch["retain"][row]]
-        weight_BT = torch.zeros_like(batch["roles"])
-        for role in self.roles:
-            weight_BT[rows] += (batch["roles"][rows] == role).to(weight_BT.dtype)
-        if Role.PREFIX in self.roles:
-            is_prefix = batch["roles"] == Role.PREFIX
-            prefixes = {row: tuple(batch["input_ids"][row][is_prefix[row]].tolist()) for row in rows}
-            remaining = Counter(prefixes.values())
-            for row in rows:
-                weight_BT[row][is_prefix[row]] = remaining.pop(prefixes[row], 0)
-        return weight_BT
+        roles_BT, is_trained_B = batch["roles"], ~batch["retain"]
+        is_held_BT = torch.stack([roles_BT == role for role in self.roles]).any(0)
+        weight_BT = (is_held_BT & is_trained_B[:, None]).to(roles_BT.dtype)
+        if Role.PREFIX not in self.roles:
+            return weight_BT
+        is_prefix_BT = roles_BT == Role.PREFIX
+        # Each row's prefix first, so that padding on the left does not matter.
+        order_BT = (~is_prefix_BT).byte().argsort(dim=1, stable=True)
+        prefix_BT = batch["input_ids"].where(is_prefix_BT, -1).gather(1, order_BT)
+        same_BB = (prefix_BT[:, None] == prefix_BT).all(-1) & is_trained_B
+        is_first_B = same_BB.byte().argmax(1) == torch.arange(len(prefix_BT), device=prefix_BT.device)
+        times_B = same_BB.sum(1) * is_first_B
+        return torch.where(is_prefix_BT, times_B[:, None], weight_BT)
 
 
 def _relative_drift(now_NE: Tensor, then_NE: Tensor) -> Tensor:
