@@ -12,10 +12,12 @@ import pytest
 import torch
 import yaml
 from pydantic import ValidationError
+from torch import Tensor
 
 from conftest import (
     PREFIX_A,
     PREFIX_B,
+    VOCABULARY,
     Items,
     assert_same,
     batch_of,
@@ -40,9 +42,9 @@ from ringfence.data import Example
 from ringfence.defenses import KL, LDIFS, Defense, Defenses, Interleave, Setup, TReFT
 from ringfence.defenses.ldifs import chosen_layers
 from ringfence.errors import DefenseError, RecipeError
-from ringfence.losses import find_head
+from ringfence.losses import CrossEntropy, LogitLoss, find_head, top_k
 from ringfence.reference import Reference
-from ringfence.taps import forward
+from ringfence.taps import Taps, forward
 
 SETUP = Setup(cast(Chat, None), training_rows(3), lambda source: training_rows(2, seed=int(source)), "model")
 NO_RETAIN = replace(SETUP, retain=[])
@@ -236,6 +238,34 @@ def test_an_adapted_head_is_off_in_the_reference(config: dict[str, Any], items: 
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+@pytest.mark.parametrize("where", ["train", "retain"])
+def test_kl_takes_the_most_probable_tokens_of_the_reference(
+    where: str, direction: str, side: str, items: Items
+) -> None:
+    """They stand for more tokens than this penalty's own, as another may ask for hidden states too."""
+    model, _, reference = trained_model("lora", "gemma2")
+    defense, batch = KL(where=where, direction=direction).build(SETUP), batch_of(items, side)
+    other = KL(where="train", tokens="all").build(SETUP)
+    needs = defense.needs(batch) | other.needs(batch)
+    then = reference.taps(batch, needs)
+
+    def total(reference_taps: Taps) -> Tensor:
+        return total_of(defense, forward(model, then.head, batch, needs), reference_taps, batch)
+
+    expected = total(then)
+    slopes = gradients(expected, model)
+    for k in (VOCABULARY, VOCABULARY - 1, 3):
+        listed = top_k(then.head, then.hidden_BTD[needs.hidden_BT], k)
+        found = total(replace(then, hidden_BTD=torch.empty(0), top_k=listed))
+        if k == 3:
+            assert 0.01 * expected < found < 0.999 * expected
+        else:
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+            assert_same(gradients(found, model), slopes, 1e-4)
+
+
 def test_kl_on_retain_rows_needs_retain_rows() -> None:
     with pytest.raises(DefenseError, match="retain"):
         KL().build(NO_RETAIN)
@@ -367,6 +397,29 @@ def test_weight_and_budget_exclude_each_other(config: Any) -> None:
         config(weight=2.5, budget=0.1)
     with pytest.raises(ValidationError):
         config(budget=0.0)
+
+
+class Sharpen(Defense):
+    """A loss of one's own: minus the log-probability of token 7 on all positions."""
+
+    name = "sharpen"
+    weight = 0.5
+
+    def count(self, batch: dict[str, Tensor]) -> int:
+        return batch["roles"].numel()
+
+    def logit_loss(self, batch: dict[str, Tensor], reference: Taps) -> LogitLoss:
+        everywhere_BT = torch.ones_like(batch["roles"], dtype=torch.bool)
+        return CrossEntropy(everywhere_BT, torch.full((everywhere_BT.numel(),), 7))
+
+
+def test_a_logit_loss_alone_is_a_penalty(items: Items) -> None:
+    assert Sharpen().has_penalty
+    assert not Defense().has_penalty
+    model, _, reference = trained_model("lora", "llama")
+    batch = batch_of([items[1]])
+    expected = -row_logits(model, items[1][0]).log_softmax(-1)[:, 7].mean()
+    torch.testing.assert_close(penalty_of(Sharpen(), model, batch, reference), expected)
 
 
 # ---------------------------------------------------------------- several at once

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,11 +26,12 @@ from conftest import (
     training_rows,
     with_lora,
 )
+from ringfence import trainer as trainer_module
 from ringfence.chat import Chat, Role
 from ringfence.data import Example
 from ringfence.defenses import KL, LDIFS, Defense, DefenseConfig, Interleave, Setup, TReFT
 from ringfence.errors import DefenseError
-from ringfence.taps import causal_lm
+from ringfence.taps import causal_lm, forward
 
 RETAIN = training_rows(5, seed=50)
 SETUP = Setup(cast(Chat, None), RETAIN, lambda source: RETAIN, "model")
@@ -63,6 +65,7 @@ SETS: dict[str, tuple[DefenseConfig, ...]] = {
     "none": (),
     "kl-train": (KL(weight=0.7, where="train", tokens="all"),),
     "kl-retain": (KL(weight=0.7, where="retain", retain_ratio=0.5),),
+    "kl-same-tokens": (KL(weight=0.7, where="train", tokens="response", direction="forward"),),
     "treft": (TReFT(weight=3.0),),
     "ldifs": (LDIFS(weight=0.4, layers=(1, 2)),),
     "all": ALL,
@@ -224,6 +227,16 @@ def test_a_penalty_without_gradient_raises(llama_lora: Any, make_trainer: Any) -
         make_trainer(llama_lora, [Silent(TReFT())], training_rows(2)).train()
 
 
+def test_a_logit_loss_without_gradient_raises(llama_lora: Any, make_trainer: Any, monkeypatch: Any) -> None:
+    def without_gradient(*args: Any) -> Any:
+        taps = forward(*args)
+        return replace(taps, hidden_BTD=taps.hidden_BTD.detach())
+
+    monkeypatch.setattr(trainer_module, "forward", without_gradient)
+    with pytest.raises(DefenseError, match=r"defenses\.kl: its penalty has no gradient"):
+        make_trainer(llama_lora, build(KL(where="train")), training_rows(2)).train()
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_reentrant_checkpointing_raises(method: str, make_trainer: Any) -> None:
     model = with_lora(tiny("llama")) if method == "lora" else tiny("llama")
@@ -300,6 +313,23 @@ def test_prefix_treft_needs_one_reference_forward_for_each_prefix_in_a_run(metho
     assert len(steps) == 6
     assert all(count["student"] == 1 for count in steps.values())
     assert sum(count["reference"] for count in steps.values()) == 2
+
+
+@pytest.mark.parametrize(("where", "tokens"), [("train", "response"), ("train", "all"), ("retain", "response")])
+def test_each_students_logits_are_made_once(where: str, tokens: str, llama_lora: Any, make_trainer: Any) -> None:
+    """Cross-entropy and KL look at the same tokens, at some of the same, or at others."""
+    kl = KL(where=where, tokens=tokens, retain_ratio=1.0)
+    trainer = make_trainer(llama_lora, build(kl), training_rows(4), RETAIN, 4)
+    counts: Counter[bool] = Counter()
+    head = llama_lora.get_output_embeddings()
+    head.register_forward_hook(lambda _m, _i, output: counts.update({output.requires_grad: output[..., 0].numel()}))
+    trainer.train()
+    items = step_items(trainer, 0)
+    responses = {r: sum(row.roles.count(Role.RESPONSE) for row, is_retain in items if is_retain == r) for r in (0, 1)}
+    predicted = sum(len(row) - 1 for row, is_retain in items if not is_retain)
+    compared = responses[1] if where == "retain" else responses[0] if tokens == "response" else predicted
+    assert counts[False] == compared
+    assert counts[True] == (responses[0] + compared if where == "retain" else compared)
 
 
 def test_steps_that_no_penalty_is_due_on_cost_no_reference_forward(llama_lora: Any, make_trainer: Any) -> None:
