@@ -27,7 +27,7 @@ from .chat import Chat, Messages
 from .config import LoraConfig, Recipe, dump_recipe, load_recipe, parse_recipe
 from .console import console, progress
 from .data import Example, PairedQuestion, encode_rows, load_questions, load_rows
-from .defenses import DefenseConfig, Defenses, Setup
+from .defenses import Defense, DefenseConfig, Defenses, Setup
 from .errors import RecipeError, RingfenceError
 from .evaluate.config import EvaluateConfig
 from .evaluate.evaluation import FILE as EVALUATION
@@ -46,6 +46,7 @@ from .strict_yaml import read_mapping, set_value, validate
 
 if TYPE_CHECKING:
     from .diagnose.diagnosis import Subject  # its figures need matplotlib, which training does not
+    from .trainer import DefendedTrainer
 
 
 CARRIERS = "carriers.json"
@@ -206,36 +207,22 @@ def train_run(recipe: Recipe) -> Run:
     """
     run = Run(Path(recipe.output))
     _check_folder(run, recipe)
-    from .trainer import DefendedTrainer
-
     chat, examples, retain, setup = prepare(recipe)
     digest = _digest(examples + retain)
     _check_rows(run, digest)
     if run.trained:
         return run
     defenses = _with_carriers(recipe).defenses.build(setup)
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    stream = TrainStream(
-        examples, retain, defenses, recipe.train.batch_size * recipe.train.accumulation * world, recipe.seed
-    )
+    stream = training_stream(recipe, examples, retain, defenses)
     cache = _reference_cache(recipe)
     if cache:
         wanted(stream, 1)  # what cannot be cached is refused before a model is loaded
     torch.manual_seed(recipe.seed)
-    model = _trainable_model(recipe)
+    model = trainable_model(recipe)
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / "recipe.yaml").write_text(dump_recipe(recipe))
     (run.folder / "environment.json").write_text(json.dumps({**environment(recipe.seed), "rows": digest}, indent=1))
-    trainer = DefendedTrainer(
-        model,
-        _training_arguments(recipe, run.folder / "checkpoints"),
-        stream,
-        defenses,
-        chat.tokenizer.pad_token_id,
-        run.folder / "metrics.jsonl",
-        recipe.train.layout,
-        cache,
-    )
+    trainer = build_trainer(recipe, model, stream, chat.tokenizer.pad_token_id, cache)
     monitor = _monitor(recipe, chat)
     if monitor:
         trainer.add_callback(monitor)
@@ -343,7 +330,41 @@ def _check_adapter(recipe: Recipe) -> None:
         raise RecipeError(f"model: {recipe.model}: only a LoRA adapter that leaves the head alone is trained further")
 
 
-def _trainable_model(recipe: Recipe) -> Any:
+def training_stream(
+    recipe: Recipe, examples: list[Example], retain: list[Example], defenses: list[Defense]
+) -> TrainStream:
+    """Rows in the order of training, with all that defenses add."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    step_rows = recipe.train.batch_size * recipe.train.accumulation * world
+    return TrainStream(examples, retain, defenses, step_rows, recipe.seed)
+
+
+def build_trainer(
+    recipe: Recipe, model: Any, stream: TrainStream, pad_id: int, cache: ReferenceCache | None = None
+) -> "DefendedTrainer":
+    """The trainer of a recipe, for a model and rows that are there already. It writes to the recipe's run folder.
+
+    Args:
+        model: as `train.method` wants it: with its adapter, or whole.
+        stream: the rows, and the defenses.
+        pad_id: token that fills rows up.
+        cache: where the reference's states lie.
+    """
+    from .trainer import DefendedTrainer
+
+    folder = Path(recipe.output)
+    arguments = _training_arguments(recipe, folder / "checkpoints")
+    return DefendedTrainer(
+        model, arguments, stream, stream.defenses, pad_id, folder / "metrics.jsonl", recipe.train.layout, cache
+    )
+
+
+def trainable_model(recipe: Recipe) -> Any:
+    """The model of a recipe as it is before training: whole, with a new adapter, or with one that is trained further.
+
+    Raises:
+        RingfenceError: it cannot be loaded, or has no modules for the adapter.
+    """
     method = recipe.train.method
     base = adapter_base(resolve(recipe.model))
     if base:
@@ -357,11 +378,17 @@ def _trainable_model(recipe: Recipe) -> Any:
     # Full fine-tuning keeps float32 weights (bf16 would swallow small updates) and computes under autocast.
     precision = "fp32" if method == "full" else recipe.train.precision
     model = load_model(recipe.model, precision, recipe.train.attention)
-    if method == "full":
-        return model
+    return model if method == "full" else with_new_adapter(model, recipe.train.lora)
+
+
+def with_new_adapter(model: Any, lora: LoraConfig) -> Any:
+    """The model with an adapter that changes nothing yet.
+
+    Raises:
+        RecipeError: no module of the model has such a name.
+    """
     import peft
 
-    lora = recipe.train.lora
     config = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -501,16 +528,15 @@ def dry_run(recipe: Recipe, console: Console) -> None:
     """Checks recipe, data and roles; prints the resolved recipe, token counts, a coloured row, a memory estimate."""
     chat, examples, retain, setup = prepare(recipe)
     defenses = recipe.defenses.build(setup)
-    rows = recipe.train.batch_size * recipe.train.accumulation
-    stream = TrainStream(examples, retain, defenses, rows, recipe.seed)
+    stream = training_stream(recipe, examples, retain, defenses)
     console.print(dump_recipe(recipe), highlight=False, markup=False, soft_wrap=True)
     show_tokens(chat.encode(_as_trained(recipe, load_rows(recipe.data.train)[0].messages)), console)
     tokens, longest = sum(len(e) for e in examples), max(len(e) for e in examples)
     answered = sum(e.response_tokens for e in examples)
     console.print(
         f"\ntrain: {len(examples)} rows, {tokens} tokens ({answered} of responses), longest {longest}; retain: "
-        f"{len(retain)} rows\nan epoch: {stream.steps_per_epoch} steps of {rows} rows, {len(stream)} rows with those "
-        f"that defenses add, and {sum(map(len, stream.riders))} retain rows that ride along"
+        f"{len(retain)} rows\nan epoch: {stream.steps_per_epoch} steps of {stream.step_rows} rows, {len(stream)} rows with "
+        f"those that defenses add, and {sum(map(len, stream.riders))} retain rows that ride along"
     )
     console.print(memory_estimate(recipe, longest), highlight=False)
     cache = _reference_cache(recipe)
