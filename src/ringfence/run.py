@@ -535,8 +535,8 @@ def dry_run(recipe: Recipe, console: Console) -> None:
     answered = sum(e.response_tokens for e in examples)
     console.print(
         f"\ntrain: {len(examples)} rows, {tokens} tokens ({answered} of responses), longest {longest}; retain: "
-        f"{len(retain)} rows\nan epoch: {stream.steps_per_epoch} steps of {stream.step_rows} rows, {len(stream)} rows with "
-        f"those that defenses add, and {sum(map(len, stream.riders))} retain rows that ride along"
+        f"{len(retain)} rows\nan epoch: {stream.steps_per_epoch} steps of {stream.step_rows} rows, {len(stream)} rows "
+        f"with those that defenses add, and {sum(map(len, stream.riders))} retain rows that ride along"
     )
     console.print(memory_estimate(recipe, longest), highlight=False)
     cache = _reference_cache(recipe)

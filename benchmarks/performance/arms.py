@@ -1,0 +1,177 @@
+"""What the benchmarks of training compare: the arms, and what they train.
+
+A workload is a model and rows; it makes the trainer of any arm as `ringfence train` does. Does not know what is
+measured.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from ringfence.chat import Role
+from ringfence.config import Recipe, parse_recipe
+from ringfence.data import Example
+from ringfence.defenses import Setup
+from ringfence.models import device
+from ringfence.run import build_trainer, prepare, trainable_model, with_new_adapter
+from ringfence.trainer import DefendedTrainer
+
+Bound = Callable[[int, float], float]
+
+KL = {"kl": {"weight": 0.1, "where": "train"}}
+TREFT = {"treft": {"weight": 10.0}}
+CHECKPOINTING = {"gradient_checkpointing": True}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to train.
+
+    Attributes:
+        train, defenses: what its recipe says, beside the workload's.
+        against: the arm that its time is a ratio to.
+        bound: what the ratio should stay below, from the operations of the plain step (times weights and tokens: 2
+            forward, 2 backward to the activations, 2 for the second forward under checkpointing) and the retain tokens
+            for each training token. A reference pass adds 2.
+        every: its penalty acts on every k-th step; only k steps together say what it costs.
+    """
+
+    train: dict[str, Any] = field(default_factory=dict)
+    defenses: dict[str, Any] = field(default_factory=dict)
+    against: str = "plain"
+    bound: Bound | None = None
+    every: int = 1
+
+
+def _every(k: int) -> Arm:
+    return Arm(defenses={"kl": KL["kl"] | {"every": k}}, bound=lambda step, _: 1 + 2 / step / k + 0.03, every=k)
+
+
+ARMS: dict[str, Arm] = {
+    "plain": Arm(),
+    "plain, shared prefix": Arm(train={"share_prefix": True}),
+    "plain, packing": Arm(train={"packing": True}),
+    "treft": Arm(defenses=TREFT, bound=lambda *_: 1.02),
+    "treft, shared prefix": Arm(train={"share_prefix": True}, defenses=TREFT, bound=lambda *_: 1.0),
+    "frozen_prefix": Arm(defenses={"frozen_prefix": {}}, bound=lambda *_: 1.0),
+    "kl": Arm(defenses=KL, bound=lambda step, _: 1.05 * (1 + 2 / step)),
+    "kl, cached states": Arm(train={"reference_cache": "states"}, defenses=KL, bound=lambda *_: 1.1),
+    "kl, cached top_k": Arm(train={"reference_cache": "top_k"}, defenses=KL, bound=lambda *_: 1.1),
+    "kl on retain rows": Arm(defenses={"kl": {}}, bound=lambda step, rho: 1.05 * (1 + rho * (step + 2) / step)),
+    "ldifs": Arm(defenses={"ldifs": {}}),
+    "ldifs + kl + treft": Arm(defenses={"ldifs": {}, **KL, **TREFT}, against="kl", bound=lambda *_: 1.05),
+    "interleave": Arm(defenses={"interleave": {"ratio": 0.1}}),
+    "plain, checkpointing": Arm(train=CHECKPOINTING),
+    "kl, checkpointing": Arm(
+        train=CHECKPOINTING, defenses=KL, against="plain, checkpointing", bound=lambda *_: 1.05 * (1 + 2 / 6)
+    ),
+    "kl every 4": _every(4),
+    "kl every 8": _every(8),
+}
+
+SHAPES: dict[str, dict[str, int]] = {
+    # Llama 3.1 8B
+    "8b": {
+        "num_hidden_layers": 32,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+    "small": {
+        "num_hidden_layers": 4,
+        "hidden_size": 128,
+        "intermediate_size": 448,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "vocab_size": 4096,
+    },
+}
+PREFIX, HEADER, POSTFIX = 64, (2, 3, 4, 5), (6, 7, 8)  # tokens of a prefix, and what ends it; ids from 10 are content
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained.
+
+    Attributes:
+        shape: `default` = the embedded model on the demo's rows; else a random model of that shape on random rows.
+        batch: rows in a step.
+        tokens: in each random row.
+        steps: that the rows suffice for.
+    """
+
+    shape: str
+    batch: int
+    tokens: int
+    steps: int
+    checkpointing: bool = False
+
+    def trainer(self, arm: Arm, folder: Path) -> DefendedTrainer:
+        """A new model, and the trainer of an arm for it."""
+        recipe = self._recipe(arm, folder)
+        torch.manual_seed(0)
+        if self.shape == "default":
+            chat, examples, retain, setup = prepare(recipe)
+            model, pad_id = trainable_model(recipe), chat.tokenizer.pad_token_id
+        else:
+            examples = random_rows(self.batch * self.steps, self.tokens, SHAPES[self.shape]["vocab_size"], 0)
+            retain = random_rows(64, self.tokens, SHAPES[self.shape]["vocab_size"], 1)
+            setup = Setup(_Template(), retain, lambda _: retain, "random")  # type: ignore[arg-type]
+            model, pad_id = with_new_adapter(random_model(self.shape), recipe.train.lora), 0
+        folder.mkdir(parents=True, exist_ok=True)
+        return build_trainer(recipe, model, examples, retain, recipe.defenses.build(setup), pad_id)
+
+    def _recipe(self, arm: Arm, folder: Path) -> Recipe:
+        train = {"batch_size": self.batch, "gradient_checkpointing": self.checkpointing, "save_steps": 10**6}
+        return parse_recipe(
+            {
+                "output": str(folder),
+                "data": {"max_rows": self.batch * self.steps},
+                "train": train | arm.train,
+                "defenses": arm.defenses,
+            }
+        )
+
+
+def random_model(shape: str) -> Any:
+    """Random weights in bf16, made where they stay: the CPU's memory need not hold them."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=8192, tie_word_embeddings=False, dtype="bfloat16")
+    with torch.device(device()):
+        return LlamaForCausalLM._from_config(config).eval()
+
+
+def random_rows(count: int, tokens: int, vocabulary: int, seed: int) -> list[Example]:
+    """Rows of one length: a prefix that all have, a query, a postfix, and a response that is half of the row."""
+    rng = random.Random(seed)
+    query = tokens - PREFIX - len(POSTFIX) - tokens // 2
+    lengths = {Role.PREFIX: PREFIX, Role.QUERY: query, Role.POSTFIX: len(POSTFIX), Role.RESPONSE: tokens // 2}
+    roles = [role for role, length in lengths.items() for _ in range(length)]
+
+    def content(length: int) -> list[int]:
+        return rng.choices(range(10, vocabulary), k=length)
+
+    def row() -> list[int]:
+        return [*_prefix(""), *content(query), *POSTFIX, *content(tokens // 2)]
+
+    return [Example(row(), roles, f"random:{seed}:{number}") for number in range(count)]
+
+
+class _Template:
+    """As much of a chat template as `frozen_prefix` asks for: the prefix under a system prompt."""
+
+    def encode(self, messages: list[dict[str, str]], generation: bool) -> Any:
+        system = "".join(message["content"] for message in messages if message["role"] == "system")
+        return SimpleNamespace(input_ids=_prefix(system), prefix_length=PREFIX)
+
+
+def _prefix(system: str) -> list[int]:
+    return [10 + len(system)] * (PREFIX - len(HEADER)) + list(HEADER)
