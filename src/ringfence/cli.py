@@ -4,6 +4,7 @@ Exit codes: 0 done; 2 something in the input is wrong (the message says what); 3
 same command goes on where it stopped).
 """
 
+import io
 import json
 import re
 import sys
@@ -16,6 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from .errors import RingfenceError
+from .ranks import is_main
 
 app = typer.Typer(
     help="Fine-tune an aligned language model on a narrow task, and keep it aligned everywhere else.",
@@ -35,6 +37,8 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and sh
 def main() -> None:
     """Entry point: errors a user can mend are printed as one message, without a traceback."""
     _quiet_libraries()
+    if not is_main():  # one of several processes speaks; errors are everyone's
+        sys.stdout = io.StringIO()
     try:
         app(standalone_mode=True)
     except RingfenceError as error:
@@ -67,7 +71,8 @@ def run(recipe: RecipeFile = None, overrides: Overrides = None, dry_run: DryRun 
     if dry_run:
         return _dry_run(loaded)
     done = run_recipe(loaded)
-    _report([done.folder], None, done.folder / "report.html")
+    if is_main():
+        _report([done.folder], None, done.folder / "report.html")
 
 
 @app.command()

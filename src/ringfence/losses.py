@@ -33,7 +33,8 @@ class Head:
     softcap: float | None = None
 
     def __call__(self, hidden_ND: Tensor) -> Tensor:
-        logits_NV = self.module(hidden_ND).float()
+        # Not called, so that no hook runs: a sharded head is whole after a forward, and tiles differ between ranks.
+        logits_NV = self.module.forward(hidden_ND).float()
         if self.scale != 1.0:
             logits_NV = logits_NV * self.scale
         return self.softcap * torch.tanh(logits_NV / self.softcap) if self.softcap else logits_NV

@@ -117,13 +117,19 @@ def load_tokenizer(model: str) -> Any:
     return tokenizer
 
 
-def load_model(model: str, precision: Precision = "bf16", attention: Attention | None = None) -> Any:
+def load_model(
+    model: str,
+    precision: Precision = "bf16",
+    attention: Attention | None = None,
+    place: str | torch.device | None = None,
+) -> Any:
     """A causal language model on the best device, in evaluation mode.
 
     Args:
         model: `default`, a local folder, a hub id, or the folder of a peft adapter (loaded on its base).
         precision: of the weights, those of an adapter too; nf4 = the base in 4 bits (QLoRA), the rest in bf16.
         attention: its implementation; None = the model's own choice.
+        place: another device than the best.
 
     Raises:
         ModelError: it cannot be found or read, or nf4 is asked for without bitsandbytes.
@@ -136,7 +142,7 @@ def load_model(model: str, precision: Precision = "bf16", attention: Attention |
     start = resolve(base) if base else source
     options = {
         "dtype": dtype,
-        "device_map": {"": device()},
+        "device_map": {"": place or device()},
         "attn_implementation": attention,
         **(_four_bits() if precision == "nf4" else {}),
     }

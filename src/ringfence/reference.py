@@ -18,6 +18,7 @@ from .batch import Batch
 from .chat import Role
 from .errors import DefenseError, RecipeError
 from .losses import Head, TopK, find_head, top_k
+from .ranks import is_sharded, largest, reshard
 from .reference_cache import ReferenceCache, Wanted
 from .taps import Layout, Needs, Taps, causal_lm, forward, prefix_kv
 
@@ -78,6 +79,13 @@ class Reference:
             found = top_k(self.head, hidden_ND, self.cache.k)
         return found.token_ids_NK.int(), found.logprobs_NK
 
+    def shard(self, accelerator: Any) -> None:
+        """Shards a frozen copy as accelerate shards the student (an adapter's reference is in the student)."""
+        if not self._adapter_model and self.model is not None:
+            from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+            self.model = fsdp2_prepare_model(accelerator, self.model)
+
     @contextmanager
     def active(self) -> Iterator[Any]:
         """The reference model, in evaluation mode and without gradient."""
@@ -98,19 +106,23 @@ class Reference:
             trained = model.active_adapter
             model.set_adapter(ADAPTER, inference_mode=True)
             yield
+            reshard(model)
             model.set_adapter(trained)
         else:
             with model.disable_adapter():
                 yield
+                reshard(model)  # else peft would mark as trained what is whole for the moment, not what is kept
 
     def taps(self, batch: Batch, needs: Needs) -> Taps:
         """Taps laid out as the student's (hidden states are zero on rows where nothing is wanted).
 
         Prefix keys and values depend on the prefix alone (attention is causal), so they come from memory; the last 64
         distinct prefixes are kept. Hidden states come from the cache, if there is one. A forward is made where neither
-        is enough.
+        is enough. In a sharded model every rank must ask, also where it wants nothing.
         """
         rows_B = needs.rows_B()
+        if is_sharded(self.model):
+            self._keep_step(batch, needs)
         if rows_B is None:
             return Taps(self.head, torch.empty(0), needs)
         if self._at_hand(batch, needs):
@@ -121,6 +133,21 @@ class Reference:
         hidden_BTD = taps.hidden_BTD.new_zeros(*batch["input_ids"].shape, taps.hidden_BTD.shape[-1])
         hidden_BTD[rows_B] = taps.hidden_BTD
         return dataclasses.replace(taps, hidden_BTD=hidden_BTD, needs=needs)
+
+    def _keep_step(self, batch: Batch, needs: Needs) -> None:
+        """All ranks must run a sharded model equally often: this one makes up for what others run more."""
+        own = int(needs.rows_B() is not None)
+        if own and self._at_hand(batch, needs):
+            own = 0 if needs.kv_BT is None else len(self._new_prefixes(batch, needs.kv_BT))
+        row = {name: tensor[:1] for name, tensor in batch.items()}
+        for _ in range(largest(own, row["input_ids"].device) - own):
+            with self.active() as model:
+                forward(model, self.head, row)
+
+    def _new_prefixes(self, batch: Batch, mask_BT: Tensor) -> set[tuple[int, ...]]:
+        rows = mask_BT.any(1).nonzero()[:, 0].tolist()
+        keys = {tuple(batch["input_ids"][row][batch["roles"][row] == Role.PREFIX].tolist()) for row in rows}
+        return keys - self._prefixes.keys()
 
     def _at_hand(self, batch: Batch, needs: Needs) -> bool:
         if _any(needs.states_BT) or (_any(needs.hidden_BT) and self.cache is None):
@@ -148,15 +175,14 @@ class Reference:
             kv = self._prefix(tuple(batch["input_ids"][row][is_prefix].tolist()))
             chosen = mask_BT[row][is_prefix]
             rows.append([(k[chosen], v[chosen]) for k, v in kv])
+        while len(self._prefixes) > PREFIXES_KEPT:
+            self._prefixes.pop(next(iter(self._prefixes)))
         return [(torch.cat([k for k, _ in layer]), torch.cat([v for _, v in layer])) for layer in zip(*rows)]
 
     def _prefix(self, ids: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
         if ids not in self._prefixes:
             with self.active() as model:
-                kv = prefix_kv(model, torch.tensor(ids, device=model.device))
-            if len(self._prefixes) == PREFIXES_KEPT:
-                self._prefixes.pop(next(iter(self._prefixes)))
-            self._prefixes[ids] = kv
+                self._prefixes[ids] = prefix_kv(model, torch.tensor(ids, device=model.device))
         return self._prefixes[ids]
 
 

@@ -26,7 +26,6 @@ from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers.integrations.fsdp import is_fsdp_enabled
 
 from .batch import Batch, collate
 from .chat import Role
@@ -102,8 +101,7 @@ def wanted(stream: TrainStream, steps: int) -> Wanted:
         if not due:
             continue
         start = step % stream.steps_per_epoch * stream.step_rows
-        # Several ranks fill a short last step up with the first rows of the epoch.
-        places = [place % len(stream) for place in range(start, start + stream.step_rows)]
+        places = range(start, min(start + stream.step_rows, len(stream)))
         batch = collate([stream[place] for place in places], pad_id=0)
         needs = Needs()
         for defense in due:
@@ -199,8 +197,6 @@ class ReferenceCache:
                 console.print(line, highlight=False, soft_wrap=True)
         everything = list(rows)
         mine = everything[state.process_index :: state.num_processes]
-        if is_fsdp_enabled():  # its memory-saving loading leaves all but a machine's first rank without weights as yet
-            mine = everything = everything if state.is_local_main_process else []
         for names in (mine, everything):  # the second time: what other machines wrote on disks of their own
             self._build(self.missing({name: rows[name] for name in names}), compute)
             state.wait_for_everyone()

@@ -6,10 +6,10 @@ import gc
 import hashlib
 import json
 import math
-import os
 import shutil
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +37,7 @@ from .machine import environment, memory_estimate, peak_memory, position_bytes, 
 from .models import adapter_base, empty_model, load_model, load_tokenizer, resolve
 from .monitor import DriftMonitor
 from .prefix import read_frozen_prefix, read_stored_prefix
+from .ranks import is_main, is_sharded, join, largest, leave, main_first, shards, wait, whole_state, world
 from .reference import ADAPTER as REFERENCE_ADAPTER
 from .reference_cache import ReferenceCache, wanted
 from .report.summary import Row, read_run, summarise
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 
 CARRIERS = "carriers.json"
 PILOT_ROWS, PILOT_QUESTIONS = 200, 24  # of `treft.tokens: auto`
+AGAIN = 2.0  # seconds between a first and a second signal
 
 
 class Interrupted(RingfenceError):
@@ -125,13 +127,20 @@ def fine_tune(
 
 
 def run_recipe(recipe: Recipe) -> Run:
-    """Trains, measures, and does the same for the benign twin if the recipe asks for one."""
+    """Trains, measures, and does the same for the benign twin if the recipe asks for one.
+
+    Of several ranks the main process alone measures, when all has been trained.
+    """
+    join()
     if recipe.evaluate.benign:
-        prepare(benign_twin(recipe))
+        with main_first():
+            prepare(benign_twin(recipe))
     run = train_run(recipe)
-    evaluate_run(run)
-    if recipe.evaluate.benign:
-        evaluate_run(train_run(benign_twin(recipe)))
+    trained = [run, train_run(benign_twin(recipe))] if recipe.evaluate.benign else [run]
+    leave()
+    if is_main():
+        for each in trained:
+            evaluate_run(each)
     return run
 
 
@@ -201,16 +210,25 @@ def _as_trained(recipe: Recipe, messages: Messages) -> Messages:
 def train_run(recipe: Recipe) -> Run:
     """Trains after a recipe, or goes on with the run in its folder. Does nothing when it is trained already.
 
+    Started by `accelerate launch` or `torchrun`, all ranks train together, and the main process writes the folder.
+
     Raises:
         RecipeError: the folder holds a run of another recipe.
         Interrupted: the user pressed Ctrl-C; a checkpoint is kept.
     """
     run = Run(Path(recipe.output))
-    _check_folder(run, recipe)
-    chat, examples, retain, setup = prepare(recipe)
-    digest = _digest(examples + retain)
-    _check_rows(run, digest)
-    if run.trained:
+    join()
+    if shards() and recipe.train.precision == "nf4":
+        raise RecipeError("train.precision: nf4: weights in 4 bits cannot be sharded (FSDP); accepted: bf16, fp32")
+    if shards() and recipe.train.method == "full" and recipe.monitor:
+        raise RecipeError("monitor: with train.method: full it copies the head, which cannot be sharded (FSDP)")
+    with main_first():
+        _check_folder(run, recipe)
+        chat, examples, retain, setup = prepare(recipe)
+        digest = _digest(examples + retain)
+        _check_rows(run, digest)
+        trained = run.trained
+    if trained:
         return run
     defenses = _with_carriers(recipe).defenses.build(setup)
     stream = training_stream(recipe, examples, retain, defenses)
@@ -219,9 +237,11 @@ def train_run(recipe: Recipe) -> Run:
         wanted(stream, 1)  # what cannot be cached is refused before a model is loaded
     torch.manual_seed(recipe.seed)
     model = trainable_model(recipe)
-    run.folder.mkdir(parents=True, exist_ok=True)
-    (run.folder / "recipe.yaml").write_text(dump_recipe(recipe))
-    (run.folder / "environment.json").write_text(json.dumps({**environment(recipe.seed), "rows": digest}, indent=1))
+    if is_main():
+        run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / "recipe.yaml").write_text(dump_recipe(recipe))
+        about = {**environment(recipe.seed), "rows": digest, "ranks": world()}
+        (run.folder / "environment.json").write_text(json.dumps(about, indent=1))
     trainer = build_trainer(recipe, model, stream, chat.tokenizer.pad_token_id, cache)
     monitor = _monitor(recipe, chat)
     if monitor:
@@ -230,13 +250,14 @@ def train_run(recipe: Recipe) -> Run:
     _train(trainer, run, recipe)
     for defense in defenses:
         defense.finish(trainer.accelerator.unwrap_model(trainer.model))
-    only_trained = {} if recipe.train.method == "full" else {"selected_adapters": ["default"]}
-    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(run.weights, **only_trained)
-    chat.tokenizer.save_pretrained(run.weights)
-    for defense in defenses:
-        defense.save(run.weights)
-    _record_training(run, recipe, trainer, examples, monitor)
-    shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+    _save_weights(trainer, run)
+    if is_main():
+        chat.tokenizer.save_pretrained(run.weights)
+        for defense in defenses:
+            defense.save(run.weights)
+        _record_training(run, recipe, trainer, examples, monitor)
+        shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+    wait()
     del trainer, model
     gc.collect()  # a trainer and its model refer to each other; the next run in this process needs the memory
     return run
@@ -259,6 +280,17 @@ def _reference_cache(recipe: Recipe) -> ReferenceCache | None:
     return ReferenceCache(train.reference_cache, reference, train.top_k)
 
 
+def _save_weights(trainer: Any, run: Run) -> None:
+    """Adapter or whole model, as one process would save it, wherever its pieces lie."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    is_adapter = hasattr(model, "peft_config")
+    options: dict[str, Any] = {"selected_adapters": ["default"]} if is_adapter else {}
+    if is_sharded(model):
+        options["state_dict"] = whole_state(model, trained_only=is_adapter)
+    if is_main():
+        model.save_pretrained(run.weights, **options)
+
+
 def _with_carriers(recipe: Recipe) -> Recipe:
     """With the roles in the place of `treft.tokens: auto` that carry the shift of an undefended pilot: a short run on
     the first rows, in RUN/pilot. The choice and what speaks for it are kept in RUN/carriers.json."""
@@ -271,13 +303,14 @@ def _with_carriers(recipe: Recipe) -> Recipe:
     pilot = recipe.model_copy(update={**plain, "data": recipe.data.model_copy(update={"max_rows": rows})})
     weights = str(train_run(pilot).weights)
     file = Path(recipe.output) / CARRIERS
-    if not file.is_file():
+    if is_main() and not file.is_file():
         from .diagnose.carriers import best_role, measure
 
         subject = _subject(pilot, recipe.model, {"pilot": weights}, None, PILOT_QUESTIONS)
         choice = best_role(measure(subject, by_layer=False)["tuned"]["pilot"])
         console.print(f"treft.tokens: auto: {choice.sentence}", highlight=False, soft_wrap=True)
         file.write_text(json.dumps({"rows": rows, **asdict(choice)}, indent=1))
+    wait()
     held = treft.model_copy(update={"tokens": (json.loads(file.read_text())["role"],)})
     return recipe.model_copy(update={"defenses": recipe.defenses.model_copy(update={"treft": held})})
 
@@ -292,7 +325,7 @@ def _check_folder(run: Run, recipe: Recipe) -> None:
                     f"{run.folder} holds a run of another recipe ({field}: {getattr(there, field)!r} there, "
                     f"{getattr(recipe, field)!r} here); choose another output, or delete the folder"
                 )
-        if run.trained:
+        if run.trained and is_main():
             file.write_text(dump_recipe(recipe))  # what is measured may change
 
 
@@ -303,8 +336,14 @@ def _monitor(recipe: Recipe, chat: Chat) -> DriftMonitor | None:
 
 def _check_rows(run: Run, digest: str) -> None:
     file = run.folder / "environment.json"
-    if file.is_file() and json.loads(file.read_text())["rows"] != digest:
+    there = json.loads(file.read_text()) if file.is_file() else {"rows": digest, "ranks": world()}
+    if there["rows"] != digest:
         raise RecipeError(f"{run.folder}: the rows have changed since; choose another output, or delete the folder")
+    if not run.trained and there.get("ranks", 1) != world():
+        raise RecipeError(
+            f"{run.folder}: begun by {there.get('ranks', 1)} processes, found {world()}; a step would have other rows: "
+            "start as many, or choose another output"
+        )
 
 
 def _digest(examples: list[Example]) -> str:
@@ -334,8 +373,7 @@ def training_stream(
     recipe: Recipe, examples: list[Example], retain: list[Example], defenses: list[Defense]
 ) -> TrainStream:
     """Rows in the order of training, with all that defenses add."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    step_rows = recipe.train.batch_size * recipe.train.accumulation * world
+    step_rows = recipe.train.batch_size * recipe.train.accumulation * world()
     return TrainStream(examples, retain, defenses, step_rows, recipe.seed)
 
 
@@ -367,17 +405,18 @@ def trainable_model(recipe: Recipe) -> Any:
     """
     method = recipe.train.method
     base = adapter_base(resolve(recipe.model))
+    place = "cpu" if shards() else None  # the whole of it need not fit on one device
     if base:
         from peft import PeftModel
 
         folder = resolve(recipe.model)
-        loaded = load_model(base, recipe.train.precision, recipe.train.attention)
+        loaded = load_model(base, recipe.train.precision, recipe.train.attention, place)
         model = PeftModel.from_pretrained(loaded, folder, is_trainable=True)
         model.load_adapter(folder, adapter_name=REFERENCE_ADAPTER)
         return model
     # Full fine-tuning keeps float32 weights (bf16 would swallow small updates) and computes under autocast.
     precision = "fp32" if method == "full" else recipe.train.precision
-    model = load_model(recipe.model, precision, recipe.train.attention)
+    model = load_model(recipe.model, precision, recipe.train.attention, place)
     return model if method == "full" else with_new_adapter(model, recipe.train.lora)
 
 
@@ -445,31 +484,38 @@ def _train(trainer: Any, run: Run, recipe: Recipe) -> None:
         console.print(f"{run.folder}: goes on from step {done}")
     steps = math.ceil(recipe.train.epochs * trainer.train_dataset.steps_per_epoch)
     with progress(f"{run.folder.name}: training", steps, done) as advance, _stop_at_signal() as stopped:
-        trainer.add_callback(_step_callback(advance, stopped))
+        callback = _step_callback(advance, stopped)
+        trainer.add_callback(callback)
         reset_peak_memory()
-        if done < steps:
+        if done < steps or shards():  # a sharded model is loaded after it has been sharded
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         else:
             trainer.start_defenses(str(last))
             trainer._load_from_checkpoint(str(last))
-    if stopped and trainer.state.global_step < steps:
+    wait()  # a rank that ends early may have the others killed while they save
+    if callback.stopped and trainer.state.global_step < steps:
         raise Interrupted(
             f"{run.folder}: stopped at step {trainer.state.global_step}; the same command goes on from there"
         )
 
 
 @contextmanager
-def _stop_at_signal() -> Iterator[list[int]]:
-    """Ctrl-C (or a polite kill) once: the step is finished and saved. A second time: at once."""
-    caught: list[int] = []
+def _stop_at_signal() -> Iterator[list[float]]:
+    """Ctrl-C (or a polite kill) once: the step is finished and saved. A second time: at once.
+
+    Within two seconds it is the same one: a terminal tells every process, and the launcher tells its ranks again.
+    """
+    caught: list[float] = []
     if threading.current_thread() is not threading.main_thread():  # signals reach the main thread alone
         yield caught
         return
 
     def handler(number: int, _frame: Any) -> None:
-        if caught:
+        if caught and time.monotonic() - caught[0] > AGAIN:
             raise KeyboardInterrupt
-        caught.append(number)
+        if caught:
+            return
+        caught.append(time.monotonic())
         console.print("stopping after this step (once more: at once)")
 
     before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -480,13 +526,16 @@ def _stop_at_signal() -> Iterator[list[int]]:
             signal.signal(number, old)
 
 
-def _step_callback(advance: Any, stopped: list[int]) -> Any:
+def _step_callback(advance: Any, stopped: list[float]) -> Any:
     from transformers import TrainerCallback
 
     class StepCallback(TrainerCallback):
+        stopped = False
+
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             advance(1)
-            if stopped:
+            self.stopped = bool(largest(len(stopped), args.device))  # a signal may reach one rank alone
+            if self.stopped:
                 control.should_save = control.should_training_stop = True
 
     return StepCallback()

@@ -25,6 +25,7 @@ from torch import Tensor
 from .console import progress
 from .errors import ModelError, RecipeError
 from .models import adapter_base, device, resolve
+from .ranks import whole, write
 
 Projector = Literal["scaled", "exact"]
 
@@ -303,13 +304,13 @@ def project_updates(
         new_OX, cosine, kept = _project_update(update, base, aligned, rule)
         is_below = rule.threshold is not None and cosine <= rule.threshold
         if is_below:
-            update.tensor_OX.copy_(new_OX)
+            write(update.tensor_OX, new_OX)
         elif rule.lowest:
             waiting = sorted([*waiting, (cosine, update, new_OX)], key=lambda item: item[0])[: rule.lowest]
         layers[update.name] = Projected(cosine, kept, is_below)
         advance(1)
     for _, update, new_OX in waiting:
-        update.tensor_OX.copy_(new_OX)
+        write(update.tensor_OX, new_OX)
         layers[update.name] = replace(layers[update.name], projected=True)
     return layers
 
@@ -322,12 +323,13 @@ def _project_update(update: Update, base: Checkpoint, aligned: Checkpoint, rule:
         for weight in (checkpoint.read(update.name).to(place) for checkpoint in (aligned, base))
     )
     difference_OI = aligned_OI.to(torch.float32, copy=True).sub_(base_OI)
-    matrix_OX = update.tensor_OX.float()
+    matrix_OX = whole(update.tensor_OX).float()
     if update.lora_A_RI is None:
         matrix_OX = matrix_OX - aligned_OI
         gram_RR = None
     else:
-        gram_RR = update.lora_A_RI.float() @ update.lora_A_RI.float().T
+        a_RI = whole(update.lora_A_RI).float()
+        gram_RR = a_RI @ a_RI.T
     projected_OX = project_matrix(matrix_OX, difference_OI, rule.projector, rule.tolerance)
     cosine, kept = likeness(projected_OX, matrix_OX, gram_RR)
     if not math.isfinite(kept):

@@ -5,9 +5,9 @@ So a resumed run sees exactly the rows that an uninterrupted one would.
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
 from .batch import Bundle
 from .data import Example
@@ -102,6 +102,30 @@ class TrainStream(Dataset[Bundle]):
 
     def __getitem__(self, place: int) -> Bundle:
         return [(self.rows[place], False)] + [(rider, True) for rider in self.riders[place]]
+
+
+class RankBatches(Sampler[list[int]]):
+    """Places in the stream of one rank's batches; each optimiser step has the rows that one process would train on.
+
+    Every rank has equally many batches. Those of the last step of an epoch may be smaller, and where it has fewer rows
+    than there are ranks, empty.
+
+    Args:
+        stream: read anew for each epoch; has step_rows = rows * accumulation * world.
+        rows: in a full batch.
+    """
+
+    def __init__(self, stream: TrainStream, rows: int, rank: int, world: int) -> None:
+        self.stream, self.rows, self.rank, self.world = stream, rows, rank, world
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.stream) / (self.rows * self.world))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        together = self.rows * self.world
+        for start in range(0, len(self.stream), together):
+            # Neighbours are of like length, so taking turns keeps ranks equally busy.
+            yield list(range(start, min(start + together, len(self.stream))))[self.rank :: self.world]
 
 
 def _whole(ratio: float, rows: int) -> int:

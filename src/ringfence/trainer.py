@@ -17,18 +17,21 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from accelerate.data_loader import prepare_data_loader
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
-from torch.utils.data import SequentialSampler
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from .batch import Batch, collate
+from .batch import Batch, Bundle, collate
+from .chat import Role
 from .defenses import Defense
 from .errors import DefenseError, ModelError
 from .losses import CrossEntropy, LogitLoss, find_head, weighted_sum
+from .ranks import is_sharded, reshard, shard_on_cpu
 from .reference import Reference
 from .reference_cache import ReferenceCache, wanted
-from .stream import TrainStream
+from .stream import RankBatches, TrainStream
 from .taps import Layout, Needs, causal_lm, check_layout, forward
 
 
@@ -61,7 +64,7 @@ class DefendedTrainer(Trainer):
         cache: ReferenceCache | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(model, args, train_dataset=stream, data_collator=partial(collate, pad_id=pad_id), **kwargs)
+        super().__init__(model, args, train_dataset=stream, data_collator=partial(_collate, stream, pad_id), **kwargs)
         self.remove_callback(PrinterCallback)
         self.defenses = defenses
         self.log_file = log_file
@@ -90,6 +93,11 @@ class DefendedTrainer(Trainer):
         whole_rows = layout == "shared" and any(defense.whole_rows for defense in self.defenses)
         self.student_layout: Layout = "padded" if whole_rows else layout
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        shard_on_cpu(self.accelerator)
+        self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
+
     # -------------------------------------------------------------- loss
 
     def compute_loss(  # type: ignore[override]
@@ -103,9 +111,12 @@ class DefendedTrainer(Trainer):
         active = [defense for defense in self._due() if defense.count(inputs)]
         needs = reduce(or_, [defense.needs(inputs) for defense in active], Needs())
         # What is the reference's comes first: hooks of defenses are the student's alone.
+        sharded = is_sharded(self.model)
+        asks = active or (sharded and self._due())  # where the model is sharded, with the other ranks
         with self.accelerator.autocast():  # a frozen copy computes as the student does
-            reference = self.reference.taps(inputs, needs) if self.reference and active else None
-        givers = [] if self.layout == "packed" else self.defenses
+            reference = self.reference.taps(inputs, needs) if self.reference and asks else None
+        # A prefix is computed by a part of the model, which in a sharded one cannot run alone.
+        givers = [] if sharded or self.layout == "packed" else self.defenses
         prefixes = (defense.cached_prefix(self._plain_model(), inputs, needs) for defense in givers)
         prefix = next((prefix for prefix in prefixes if prefix is not None), None)
         for defense in self.defenses:
@@ -183,8 +194,19 @@ class DefendedTrainer(Trainer):
                 defense.observe(means[defense.name])
             defense.after_step(self._plain_model(), self.state.global_step)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        return SequentialSampler(cast(TrainStream, self.train_dataset))  # the stream has its own order
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The stream has its own order; ranks share each step's rows (accelerate would repeat some to even out the last
+        step, so it is told that this loader is for one process)."""
+        stream = cast(TrainStream, self.train_dataset)
+        rows, rank, world = self.args.train_batch_size, self.args.process_index, self.args.world_size
+        loader: DataLoader[Any] = DataLoader(
+            stream,
+            batch_sampler=RankBatches(stream, rows, rank, world),
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0, put_on_device=True)
 
     # -------------------------------------------------------------- records
 
@@ -210,9 +232,13 @@ class DefendedTrainer(Trainer):
         self._started = time.monotonic()
         if self.is_world_process_zero():
             self._started -= _drop_lines_after(self.log_file, step)
+        if self.reference and self.accelerator.is_fsdp2:
+            self.reference.shard(self.accelerator)
         # Autocast takes inputs in any type; peft would copy each to fp32 first, and autocast back to bf16.
         with disable_input_dtype_casting(cast(nn.Module, self.model), active=self.args.bf16):
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            done = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        reshard(self.model)
+        return done
 
     def start_defenses(self, checkpoint: str | None) -> None:
         """Before any weight is trained or loaded."""
@@ -248,6 +274,16 @@ def _cross_entropy(batch: Batch) -> CrossEntropy:
     target_BT = batch["labels"][:, 1:]
     chosen_BT = target_BT != -100
     return CrossEntropy(F.pad(chosen_BT, (0, 1)), target_BT[chosen_BT])
+
+
+def _collate(stream: TrainStream, pad_id: int, bundles: list[Bundle]) -> Batch:
+    if bundles:
+        return collate(bundles, pad_id)
+    # No row is left for this rank, but it must run the model as often as the others: on one that counts for nothing.
+    batch = collate([stream[0][:1]], pad_id)
+    batch["roles"].fill_(Role.PAD)
+    batch["labels"].fill_(-100)
+    return batch
 
 
 class _StepEnd(TrainerCallback):

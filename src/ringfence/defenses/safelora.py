@@ -83,11 +83,6 @@ def _updates(model: Any) -> list[Update]:
     found = list(_lora_updates(model) if is_adapted else _dense_updates(model))
     seen = {id(parameter) for _, parameters in found for parameter in parameters}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and hasattr(parameter, "full_tensor"):
-            raise DefenseError(
-                f"defenses.safelora: {name} is sharded over ranks; train without safelora, and project the saved "
-                "adapter with `ringfence project`"
-            )
         # Full fine-tuning moves norms, biases, embeddings and the head as well; the method leaves them alone.
         if parameter.requires_grad and id(parameter) not in seen and (is_adapted or parameter.ndim > 2):
             raise DefenseError(

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..directions import Directions
 from ..errors import DefenseError
+from ..ranks import whole, write
 from ..taps import causal_lm, decoder_layers
 from .base import Defense, DefenseConfig, Setup
 
@@ -98,8 +99,10 @@ class _Lock:
     def restore(self) -> None:
         """W <- W - Q (Q^T W - target)."""
         weight = self._weight()
-        drift = self._basis_DR.T @ weight.float() - self._target
-        weight.sub_((self._basis_DR @ drift).to(weight.dtype))
+        now = whole(weight)
+        basis_DR, target = self._basis_DR.to(now.device), self._target.to(now.device)
+        drift = basis_DR.T @ now.float() - target
+        write(weight, now - (basis_DR @ drift).to(now.dtype))
 
 
 def _locks(place: str, writer: nn.Module, basis_DR: Tensor) -> Iterator[_Lock]:

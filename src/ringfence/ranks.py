@@ -1,0 +1,155 @@
+"""Training on several processes, called ranks: who speaks and writes, and weights that lie in pieces on all ranks.
+
+accelerate is the engine: `accelerate launch` and `torchrun` say by environment variables how many ranks there are and
+how the model is spread. Does not know recipes, defenses, or what is trained.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import RingfenceError
+
+WAIT = timedelta(hours=1)  # the main process may measure a pilot while the others wait
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def world() -> int:
+    """Number of ranks."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main() -> bool:
+    """The main process alone prints and writes files that are not pieces of a checkpoint."""
+    return rank() == 0
+
+
+def shards() -> bool:
+    """Was this process started to train a model whose weights are sharded by FSDP?"""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1") and world() > 1
+
+
+def join() -> None:
+    """Meets the other ranks; every rank gets its own device.
+
+    Raises:
+        RingfenceError: accelerate's config asks for a kind of sharding that is not supported.
+    """
+    if world() == 1:
+        return
+    if shards():
+        _check_fsdp()
+        # Defenses copy and check whole weights before these are sharded; else ranks above 0 would have empty ones.
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    from accelerate import PartialState
+
+    if not dist.is_initialized():
+        PartialState(cpu=not torch.accelerator.is_available(), timeout=WAIT)
+
+
+def _check_fsdp() -> None:
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise RingfenceError(f"accelerate's config: fsdp_version: expected 2, found {version}")
+    if os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower() in ("true", "1"):
+        raise RingfenceError(
+            "accelerate's config: fsdp_activation_checkpointing: set it to false, and train.gradient_checkpointing in "
+            "the recipe to true"
+        )
+
+
+def shard_on_cpu(accelerator: Any) -> None:
+    """accelerate would leave FSDP's settings unread where there is no accelerator; torch shards on CPUs as well."""
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    if shards() and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        accelerator.state.distributed_type = DistributedType.FSDP
+
+
+def leave() -> None:
+    """Closes the group of ranks, so that the main process can go on alone."""
+    if dist.is_initialized():
+        from accelerate.state import AcceleratorState
+
+        dist.barrier()
+        dist.destroy_process_group()
+        AcceleratorState._reset_state(True)
+
+
+def wait() -> None:
+    """Until every rank is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """The main process goes first (it may fetch what all will read); none goes on before all are through."""
+    if not is_main():
+        wait()
+    yield
+    if is_main():
+        wait()
+    wait()
+
+
+def largest(number: int, device: Any) -> int:
+    """The largest of the ranks' numbers; every rank must ask."""
+    if not dist.is_initialized():
+        return number
+    found = torch.tensor(number, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
+
+
+# ------------------------------------------------------------------ sharded weights
+
+
+def is_sharded(model: Any) -> bool:
+    """Do this model's weights lie in pieces on all ranks (FSDP2)? Then all must run it equally often."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(model, FSDPModule)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be in pieces; every rank must ask. A whole tensor is given back as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def write(tensor: Tensor, values: Tensor) -> None:
+    """Puts whole values, which every rank has, in the place of a tensor that may be in pieces."""
+    if hasattr(tensor, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+        values = distribute_tensor(values.to(tensor.dtype), mesh, placements, src_data_rank=None)
+    tensor.copy_(values)
+
+
+def reshard(model: Any) -> None:
+    """After forwards without a backward, sharded layers may be whole for the moment; what is written to them would be
+    lost."""
+    if is_sharded(model):
+        for module in model.modules():
+            if is_sharded(module):
+                module.reshard()
+
+
+def whole_state(model: Any, trained_only: bool) -> dict[str, Tensor]:
+    """Weights of a sharded model by name, whole, in main memory, on the main process (others get nothing); every rank
+    must ask."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
+    return get_model_state_dict(model, options=options)
