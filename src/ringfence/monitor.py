@@ -323,6 +323,9 @@ def _kv_drift(now: Snapshot, then: Snapshot) -> float | None:
 def _on(head: Head, device: torch.device) -> Iterator[Head]:
     """A head that may be kept in main memory, for the moment on the device."""
     home = next(head.module.parameters()).device
+    if home == device:  # a sharded head, whole for the moment, would be put in pieces by a move
+        yield head
+        return
     head.module.to(device)
     yield head
     head.module.to(home)

@@ -72,7 +72,10 @@ def shard_on_cpu(accelerator: Any) -> None:
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
     if shards() and accelerator.distributed_type == DistributedType.MULTI_CPU:
-        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        plugin = FullyShardedDataParallelPlugin()
+        if accelerator.mixed_precision != "no":
+            plugin.set_mixed_precision(accelerator.mixed_precision)
+        accelerator.state.fsdp_plugin = plugin
         accelerator.state.distributed_type = DistributedType.FSDP
 
 
@@ -148,8 +151,10 @@ def reshard(model: Any) -> None:
 
 def whole_state(model: Any, trained_only: bool) -> dict[str, Tensor]:
     """Weights of a sharded model by name, whole, in main memory, on the main process (others get nothing); every rank
-    must ask."""
+    must ask. A tied weight has its first name alone."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
-    return get_model_state_dict(model, options=options)
+    tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
+    state = get_model_state_dict(model, options=options)
+    return {name: tensor for name, tensor in state.items() if name not in tied}
