@@ -1,72 +1,175 @@
-"""One of several processes that train together, for test_distributed.py; or the single process they are compared with.
+"""What one of several processes that train together does, for test_distributed.py, which runs it alone to compare.
 
-Run as `python distributed_worker.py FOLDER KIND ...` under RANK and WORLD_SIZE: trains every case in every kind (`ddp`,
-`fsdp`) and writes FOLDER/KIND/CASE.pt. Knows no expected values.
+`python distributed_worker.py FOLDER KINDS NAMES` trains the cases and runs of these names, with commas between them, in
+each kind (`ddp`, `fsdp`) and writes FOLDER/KIND/NAME. Knows no expected values. Shapes: see conftest.py.
 """
 
 import json
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import PAD, training_rows
-from conftest import tiny as tiny_model
-from conftest import with_lora as lora
 from transformers import TrainerCallback, TrainingArguments
 
+import ringfence.run as run_module
+from conftest import PAD, PREFIX_A, example, nudged, tiny, training_rows, with_lora
+from ringfence.config import Recipe, parse_recipe
 from ringfence.data import Example
-from ringfence.defenses import Defense, Setup
-from ringfence.ranks import is_main, join, wait, whole
+from ringfence.defenses import (
+    KL,
+    LDIFS,
+    Ablation,
+    DefenseConfig,
+    Interleave,
+    SafeLoRA,
+    Setup,
+    Steering,
+    SubspaceLock,
+    TReFT,
+)
+from ringfence.defenses.frozen_prefix import FrozenPrefixDefense
+from ringfence.directions import Directions
+from ringfence.errors import DefenseError
+from ringfence.prefix import FrozenPrefix
+from ringfence.ranks import is_main, join, rank, wait, whole, world
+from ringfence.run import Interrupted, train_run
 from ringfence.stream import TrainStream
 from ringfence.trainer import DefendedTrainer
 
-STEP_ROWS = 4  # over all ranks
+STEP_ROWS = 4  # of all ranks, in one forward
 RETAIN = training_rows(5, seed=9)
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+}
+CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+
+
+# ------------------------------------------------------------------ cases: the trainer alone
 
 
 @dataclass
 class Case:
-    """What is trained. `defenses(folder)` builds them; `world` rows of a step are shared by ranks and accumulation."""
+    """A training of a tiny model. Ten rows are steps of 4, 4 and 2; nine leave one rank without a row at last."""
 
-    defenses: Callable[[Path], list[Defense]]
+    defenses: tuple[DefenseConfig, ...] = ()
     method: str = "lora"
-    rows: int = 10  # steps of 4, 4 and 2 rows
+    rows: int | list[Example] = 10
     accumulation: int = 1
-    tied: bool = False
-    architecture: str = "llama"
+    model: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] = field(default_factory=dict)
+    tied: bool = False
+    continued: bool = False  # an adapter is trained further, and a frozen copy of it is the reference
+    frozen: bool = False
     arguments: dict[str, Any] = field(default_factory=dict)
-    examples: list[Example] | None = None
 
-    def model(self) -> Any:
-        model = tiny_model(self.architecture)
+    def make_model(self) -> Any:
+        model = tiny(**self.model)
         if self.tied:
             model.config.tie_word_embeddings = True
             model.tie_weights()
-        return lora(model, **self.lora) if self.method == "lora" else model
+        if self.method == "full":
+            return model
+        adapted = with_lora(model, **self.lora)
+        if self.continued:
+            adapted.add_adapter("reference", adapted.peft_config["default"])
+            adapted.set_adapter("default")
+            for (name, tensor), number in zip(adapted.named_parameters(), range(10**6)):
+                if ".reference." in name:
+                    torch.manual_seed(number)
+                    tensor.data = 0.1 * torch.randn_like(tensor)
+        return adapted.train()
+
+    def make_defenses(self, files: Path) -> list[Any]:
+        named = {"base": str(files / "base"), "vectors": str(files / "v.safetensors")}
+        setup: Any = Setup(None, RETAIN, lambda _: RETAIN, str(files / "aligned"))  # type: ignore[arg-type]
+        made = []
+        for config in self.defenses:
+            own = {name: value for name, value in named.items() if name in type(config).model_fields}
+            made.append(config.model_copy(update=own).build(setup))
+        return [*made, FrozenPrefixDefense(FrozenPrefix([6, 7]))] if self.frozen else made
+
+
+ONE_PREFIX = [example(PREFIX_A, [2 + at % 4, 1 + at % 3], at) for at in range(10)]
+EVERYTHING = (KL(weight=0.5), LDIFS(layers=2), TReFT(tokens=("prefix", "postfix")), Interleave(ratio=0.4))
+CASES: dict[str, Case] = {
+    "plain": Case(rows=9),
+    "kl-retain": Case((KL(weight=0.5),)),
+    "kl-train": Case(
+        (KL(weight=0.5, where="train", direction="forward", tokens="all"),), model={"architecture": "gemma2"}
+    ),
+    "kl-every": Case((KL(weight=0.5, every=2), TReFT(every=3)), rows=14),
+    "kl-head": Case((KL(weight=0.5),), lora={"target_modules": ["q_proj", "lm_head"]}),
+    "kl-continued": Case((KL(weight=0.5), TReFT(tokens=("response",))), continued=True),
+    "ldifs": Case((LDIFS(layers=2),), rows=9),
+    "treft-prefix": Case((TReFT(),), rows=9),
+    "treft-postfix": Case((TReFT(tokens=("postfix",)),)),
+    "treft-response": Case((TReFT(tokens=("response",)),), arguments=CHECKPOINTING),
+    "interleave": Case((Interleave(ratio=0.4),)),
+    "steering": Case((Steering(units="norm", coefficient=0.5), KL(weight=0.5))),
+    "ablation": Case((Ablation(),), method="full"),
+    "safelora-end": Case((SafeLoRA(threshold=None, lowest=3),)),
+    "safelora-steps": Case((SafeLoRA(threshold=0.99, interval=2),)),
+    "safelora-full": Case((SafeLoRA(threshold=0.99, interval=2),), method="full"),
+    "lock": Case((SubspaceLock(),), lora={"size": 0.0}, rows=18),
+    "lock-full": Case((SubspaceLock(), KL(weight=0.5)), method="full"),
+    "frozen-prefix": Case((KL(weight=0.5, where="train"),), rows=ONE_PREFIX, frozen=True),
+    "budget": Case((KL(budget=1e-3), LDIFS(layers=2, budget=1e-2)), rows=18),
+    "everything": Case(EVERYTHING, rows=13, accumulation=2, arguments={"max_grad_norm": 1.0, "optim": "adamw_torch"}),
+    "everything-full": Case(EVERYTHING, "full", rows=13, accumulation=2, arguments={"max_grad_norm": 1.0}),
+    "everything-tied": Case(EVERYTHING, "full", tied=True, arguments=CHECKPOINTING),
+}
+RESUMED = {
+    "resumed": Case(
+        (KL(budget=1e-3, every=2), TReFT()),
+        arguments={"num_train_epochs": 2, "optim": "adamw_torch", "save_strategy": "steps", "save_steps": 2},
+    ),
+    "resumed-full": Case(
+        (KL(weight=0.5), LDIFS(layers=2)),
+        "full",
+        tied=True,
+        arguments={
+            "num_train_epochs": 2,
+            "optim": "adamw_torch",
+            "learning_rate": 1e-3,
+            "save_strategy": "steps",
+            "save_steps": 2,
+        },
+    ),
+}
 
 
 class Recorder(TrainerCallback):
-    """Keeps the whole gradient of every step, as the optimiser sees it."""
+    """Keeps the whole gradient of every step, as the optimiser sees it; may end training after a step."""
 
-    def __init__(self) -> None:
+    def __init__(self, stop: int | None) -> None:
+        self.stop = stop
         self.gradients: list[dict[str, torch.Tensor]] = []
         self.trainer: Any = None
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         named = self.trainer.accelerator.unwrap_model(self.trainer.model).named_parameters()
-        self.gradients.append({n: whole(p.grad).clone() for n, p in named if p.requires_grad})
+        self.gradients.append({name: whole(p.grad).clone() for name, p in named if p.requires_grad})
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.stop:
+            control.should_training_stop = True
 
 
-def train_case(case: Case, folder: Path, world: int, resume: int | None = None, stop: int | None = None) -> Any:
-    """Trains and returns lines of the log, gradients and final weights; `resume` from that step's checkpoint."""
+def train_case(case: Case, files: Path, folder: Path, resume: int | None = None, stop: int | None = None) -> Any:
+    """Trains; returns the log's lines, gradients of every step, weights after `finish`, and states of defenses."""
     torch.manual_seed(0)
-    model, defenses = case.model(), case.defenses(folder)
-    examples = case.examples or training_rows(case.rows)
+    defenses = case.make_defenses(files)
+    examples = training_rows(case.rows) if isinstance(case.rows, int) else case.rows
     stream = TrainStream(examples, RETAIN, defenses, STEP_ROWS * case.accumulation, 0)
     settings: dict[str, Any] = {
         "num_train_epochs": 1,
@@ -79,7 +182,7 @@ def train_case(case: Case, folder: Path, world: int, resume: int | None = None, 
     }
     args = TrainingArguments(
         str(folder / "checkpoints"),
-        per_device_train_batch_size=STEP_ROWS // world,
+        per_device_train_batch_size=STEP_ROWS // world(),
         gradient_accumulation_steps=case.accumulation,
         report_to=[],
         remove_unused_columns=False,
@@ -89,10 +192,9 @@ def train_case(case: Case, folder: Path, world: int, resume: int | None = None, 
         ddp_find_unused_parameters=False,
         **{**settings, **case.arguments},
     )
-    recorder = Recorder()
-    trainer = DefendedTrainer(
-        model, args, stream, defenses, PAD, folder / "metrics.jsonl", callbacks=[recorder, *([Stop(stop)] if stop else [])]
-    )
+    recorder = Recorder(stop)
+    log = folder / "metrics.jsonl"
+    trainer = DefendedTrainer(case.make_model(), args, stream, defenses, PAD, log, callbacks=[recorder])
     recorder.trainer = trainer
     trainer.train(resume_from_checkpoint=str(folder / f"checkpoints/checkpoint-{resume}") if resume else None)
     plain = trainer.accelerator.unwrap_model(trainer.model)
@@ -100,38 +202,83 @@ def train_case(case: Case, folder: Path, world: int, resume: int | None = None, 
         defense.finish(plain)
     weights = {name: whole(p.detach()).clone() for name, p in plain.named_parameters()}
     wait()
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {
-        "lines": [line for line in lines if "loss" in line],
+        "lines": [json.loads(line) for line in log.read_text().splitlines()],
         "gradients": recorder.gradients,
         "weights": weights,
-        "states": {d.name: d.state_dict() for d in defenses},
+        "states": {defense.name: defense.state_dict() for defense in defenses},
         "kind": type(trainer.model_wrapped).__name__,
     }
 
 
-class Stop(TrainerCallback):
-    """Ends a run after the given step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        control.should_training_stop = state.global_step >= self.step
+def make_files(files: Path) -> None:
+    """Checkpoints before and after an alignment, and directions, for the defenses that read some."""
+    tiny().save_pretrained(files / "aligned")
+    nudged(tiny(), size=0.1).save_pretrained(files / "base")
+    torch.manual_seed(3)
+    Directions(torch.randn(2, 1, 32), torch.ones(2), "t", "tiny", 2, 2).save(files / "v.safetensors")
 
 
-FSDP = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-}
+# ------------------------------------------------------------------ runs: from recipe to folder
+
+
+def recipe_of(files: Path, folder: Path, method: str, **extra: Any) -> Recipe:
+    train = {"batch_size": STEP_ROWS // world(), "precision": "fp32", "learning_rate": 1e-3, "save_steps": 2}
+    return parse_recipe(
+        {
+            "output": str(folder),
+            "model": str(files / "model"),
+            "data": {"train": str(files / "rows.jsonl"), "retain": str(files / "retain.jsonl")},
+            "train": {**train, "method": method},
+            "defenses": {"kl": {"weight": 0.5}, "inoculation": {}},
+            **extra,
+        }
+    )
+
+
+def run_of(name: str, files: Path, folder: Path) -> None:
+    """A whole run; `stopped` is interrupted by a signal to the last rank alone, and goes on."""
+    recipe = recipe_of(files, folder, "full" if name == "full" else "lora")
+    if name == "monitored":
+        recipe = recipe_of(files, folder, "lora", monitor={"every": 2, "probes": 4})
+    if name == "stopped":
+        with signal_at(3):
+            try:
+                train_run(recipe)
+                raise AssertionError("not interrupted")
+            except Interrupted as stop:
+                (folder / f"rank-{rank()}.txt").write_text(str(stop))
+        wait()
+    train_run(recipe)
+    train_run(recipe)  # does nothing
+
+
+RUNS = ("lora", "full", "monitored", "stopped")
+
+
+@contextmanager
+def signal_at(step: int) -> Iterator[None]:
+    seen = [0]
+
+    @contextmanager
+    def progress(description: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+        def advance(units: int) -> None:
+            seen[0] += units
+            if seen[0] == step and rank() == world() - 1:
+                signal.raise_signal(signal.SIGINT)
+
+        yield advance
+
+    plain, run_module.progress = run_module.progress, progress
+    yield
+    run_module.progress = plain
+
+
+# ------------------------------------------------------------------ the process
 
 
 def switch(kind: str) -> None:
-    """What `accelerate launch` would say by its environment."""
+    """Says by the environment what `accelerate launch` would say."""
     for name, value in FSDP.items():
         if kind == "fsdp":
             os.environ[name] = value
@@ -139,23 +286,49 @@ def switch(kind: str) -> None:
             os.environ.pop(name, None)
 
 
-def main() -> None:
-    from distributed_cases import CASES
+def work(name: str, files: Path, folder: Path) -> None:
+    if is_main():
+        folder.mkdir(parents=True)
+    wait()
+    if name in RUNS:
+        return run_of(name, files, folder)
+    if name in CASES:
+        found = train_case(CASES[name], files, folder)
+    elif world() == 1:
+        found = train_case(RESUMED[name], files, folder)
+    else:
+        train_case(RESUMED[name], files, folder, stop=5)
+        found = train_case(RESUMED[name], files, folder, resume=4)
+    if is_main():
+        torch.save(found, folder / "found.pt")
 
+
+def broken(files: Path, folder: Path) -> None:
+    """The last rank fails in its second step."""
+
+    class Breaks(type(KL().build(Setup(None, RETAIN, lambda _: RETAIN, "")))):  # type: ignore[misc, arg-type]
+        def penalty(self, *args: Any) -> torch.Tensor:
+            self.calls = getattr(self, "calls", 0) + 1
+            if self.calls == 2 and rank() == world() - 1:
+                raise DefenseError("broken on purpose")
+            return super().penalty(*args)
+
+    case = Case()
+    case.make_defenses = lambda _: [Breaks(KL(where="train"))]  # type: ignore[method-assign]
+    train_case(case, files, folder)
+
+
+def main() -> None:
     torch.set_num_threads(1)
-    folder, kinds, names = Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3:] or list(CASES)
+    folder, kinds, names = Path(sys.argv[1]), *(part.split(",") for part in sys.argv[2:4])
     join()
     for kind in kinds:
         switch(kind)
         for name in names:
-            place = folder / kind / name
-            if is_main():
-                place.mkdir(parents=True, exist_ok=True)
-            wait()
-            found = train_case(CASES[name], place, int(os.environ["WORLD_SIZE"]))
-            if is_main():
-                torch.save(found, place / "found.pt")
-            print(kind, name, "done", flush=True)
+            if name == "broken":
+                broken(folder / "files", folder)
+            work(name, folder / "files", folder / kind / name)
+            print(f"{kind} {name}", flush=True)
 
 
 if __name__ == "__main__":

@@ -240,7 +240,8 @@ def train_run(recipe: Recipe) -> Run:
     if is_main():
         run.folder.mkdir(parents=True, exist_ok=True)
         (run.folder / "recipe.yaml").write_text(dump_recipe(recipe))
-        about = {**environment(recipe.seed), "rows": digest, "ranks": world()}
+        how = {"ranks": world(), "sharding": "FSDP2" if shards() else None}
+        about = {**environment(recipe.seed), "rows": digest, **how}
         (run.folder / "environment.json").write_text(json.dumps(about, indent=1))
     trainer = build_trainer(recipe, model, stream, chat.tokenizer.pad_token_id, cache)
     monitor = _monitor(recipe, chat)

@@ -1,0 +1,317 @@
+"""Two processes that train together do what one process does: same rows, losses, penalties, gradients and weights.
+
+All cases run in one pair of processes (starting one takes long), with DDP and with FSDP2, on CPUs with gloo; each test
+then looks at what its case left behind.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from conftest import assert_same, training_rows
+from distributed_worker import CASES, RESUMED, RUNS, make_files, work
+from ringfence import ranks
+from ringfence.errors import RingfenceError
+from ringfence.models import load_model
+from ringfence.stream import RankBatches, TrainStream
+from test_run import small_model, write_rows
+
+KINDS = ("ddp", "fsdp")
+RECIPES = Path(__file__).parents[1] / "docs" / "distributed"
+WORKER = Path(__file__).parent / "distributed_worker.py"
+TIMEOUT = 400  # seconds; a deadlock fails
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def environment(**extra: str) -> dict[str, str]:
+    path = os.pathsep.join([str(WORKER.parent), str(WORKER.parents[1] / "src"), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **extra}
+
+
+def start_pair(*arguments: str) -> list[subprocess.Popen[str]]:
+    """Two ranks, as a launcher starts them."""
+    port = str(free_port())
+    return [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), *arguments],
+            env=environment(
+                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+            ),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+def end(processes: list[subprocess.Popen[str]], timeout: float) -> list[tuple[int, str]]:
+    """Exit codes and outputs; what still runs after the time is killed, and fails the test."""
+    deadline = time.monotonic() + timeout
+    try:
+        outputs = [process.communicate(timeout=max(1, deadline - time.monotonic()))[0] for process in processes]
+    except subprocess.TimeoutExpired:
+        for process in processes:
+            process.kill()
+        pytest.fail("deadlock:\n" + "\n".join(process.communicate()[0][-3000:] for process in processes))
+    return [(process.returncode, output) for process, output in zip(processes, outputs)]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with every case and run, trained by two ranks (`ddp`, `fsdp`) and by one process (`one`)."""
+    folder = tmp_path_factory.mktemp("distributed")
+    files = folder / "files"
+    files.mkdir()
+    make_files(files)
+    small_model(files / "model", size=16)
+    write_rows(files / "rows.jsonl", 17)
+    write_rows(files / "retain.jsonl", 4, start=50)
+    names = [*CASES, *RESUMED, *RUNS]
+    pair = start_pair(str(folder), ",".join(KINDS), ",".join(names))
+    try:
+        for name in names:
+            if name != "stopped":
+                work(name, files, folder / "one" / name)
+    finally:
+        ended = end(pair, TIMEOUT)
+    for code, output in ended:
+        assert code == 0, output[-6000:]
+    return folder
+
+
+def found(folder: Path, kind: str, name: str) -> Any:
+    return torch.load(folder / kind / name / "found.pt")
+
+
+def assert_lines(lines: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    assert len(lines) == len(expected) > 1
+    for line, other in zip(lines, expected):
+        assert line.keys() == other.keys()
+        for name in line.keys() - {"seconds"}:
+            assert line[name] == pytest.approx(other[name], rel=1e-5, abs=2e-6), (line["step"], name)
+
+
+# ---------------------------------------------------------------- every defense
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_train_as_one_process(name: str, kind: str, trained: Path) -> None:
+    """Losses, every penalty, weights of budgets, gradients of every step, and weights at the end."""
+    ours, theirs = found(trained, kind, name), found(trained, "one", name)
+    assert ("FSDP" in ours["kind"]) == (kind == "fsdp")
+    assert "Distributed" in ours["kind"] or kind == "fsdp"
+    assert_lines(ours["lines"], theirs["lines"])
+    penalties = {d.name for d in CASES[name].make_defenses(trained / "files") if d.has_penalty}
+    assert penalties <= {key for line in ours["lines"] for key, value in line.items() if value != 0}
+    assert len(ours["gradients"]) == len(theirs["gradients"]) == len(ours["lines"])
+    for gradient, expected in zip(ours["gradients"], theirs["gradients"]):
+        assert_same(gradient, expected, 2e-5)
+    assert_same(ours["weights"], theirs["weights"])
+    assert ours["states"].keys() == theirs["states"].keys()
+    for defense, state in theirs["states"].items():
+        assert_close_trees(ours["states"][defense], state)
+
+
+def assert_close_trees(ours: Any, theirs: Any) -> None:
+    if isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys()
+        for name in theirs:
+            assert_close_trees(ours[name], theirs[name])
+    else:
+        assert ours == (pytest.approx(theirs, rel=1e-4, abs=1e-6) if isinstance(theirs, float) else theirs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_trained_weight_gets_a_gradient(kind: str, trained: Path) -> None:
+    """A shard whose gradient was lost would be zero everywhere, as in the single process only by chance."""
+    for name in ("everything-full", "everything-tied", "kl-head"):
+        for gradient in found(trained, kind, name)["gradients"]:
+            assert all(tensor.abs().max() > 0 for tensor in gradient.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_safelora_and_the_lock_change_whole_weights(kind: str, trained: Path) -> None:
+    """Equal to one process they are (above); that there is something to equal is seen here."""
+    states = found(trained, kind, "safelora-end")["states"]["safelora"]
+    assert sum(layer["projected"] for layer in states["layers"].values()) == 3
+    from ringfence.directions import Directions
+
+    basis_DR = Directions.load(trained / "files" / "v.safetensors").basis(1)
+    weights = found(trained, kind, "lock")["weights"]
+    written = weights["base_model.model.model.layers.0.mlp.down_proj.lora_B.default.weight"]
+    free = weights["base_model.model.model.layers.0.mlp.up_proj.lora_B.default.weight"]
+    assert (basis_DR.T @ written).abs().max() < 1e-6 < 1e-4 < written.abs().max()
+    assert free.abs().max() > 1e-4
+
+
+# ---------------------------------------------------------------- resuming
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_is_the_uninterrupted_one(name: str, kind: str, trained: Path) -> None:
+    """Six steps, stopped after five, resumed from the checkpoint at four; compared with one process that never was."""
+    ours, theirs = found(trained, kind, name), found(trained, "one", name)
+    assert_lines(ours["lines"], theirs["lines"])
+    assert len(ours["lines"]) == 6
+    assert len(ours["gradients"]) == 2
+    for gradient, expected in zip(ours["gradients"], theirs["gradients"][4:]):
+        assert_same(gradient, expected, 5e-5)
+    assert_same(ours["weights"], theirs["weights"])
+    for defense, state in theirs["states"].items():
+        assert_close_trees(ours["states"][defense], state)
+
+
+# ---------------------------------------------------------------- runs
+
+
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    [file] = [*folder.glob("adapter/*.safetensors"), *folder.glob("model/*.safetensors")]
+    return load_file(file)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", RUNS)
+def test_what_two_ranks_saved_is_what_one_process_saves(name: str, kind: str, trained: Path) -> None:
+    """The same files, tensor names, types and values; and they load in one process."""
+    folder, one = trained / kind / name, trained / "one" / ("lora" if name == "stopped" else name)
+    ours = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+    assert ours - {"rank-0.txt", "rank-1.txt"} == {str(f.relative_to(one)) for f in one.rglob("*") if f.is_file()}
+    tensors, expected = weights_of(folder), weights_of(one)
+    assert {n: (t.shape, t.dtype) for n, t in tensors.items()} == {n: (t.shape, t.dtype) for n, t in expected.items()}
+    assert_same(tensors, expected)
+    start = load_file(trained / "files" / "model" / "model.safetensors")
+    for key, tensor in tensors.items():
+        moved = tensor if "lora_B" in key else tensor - start.get(key, torch.zeros_like(tensor))
+        assert moved.abs().max() > 1e-4, key
+    loaded, other = (
+        load_model(str(next(f for f in (at / "adapter", at / "model") if f.is_dir())), "fp32") for at in (folder, one)
+    )
+    ids = torch.tensor([[1, 4093, 198, 26843, 2, 198]])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, other(ids).logits, rtol=1e-4, atol=1e-5)
+    record, its = (json.loads((at / "training.json").read_text()) for at in (folder, one))
+    for key in ("steps", "rows", "row_tokens", "trained_parameters"):
+        assert record[key] == its[key]
+    assert json.loads((folder / "environment.json").read_text())["ranks"] == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_monitor_measures_a_model_on_two_ranks(kind: str, trained: Path) -> None:
+    ours, theirs = (
+        [json.loads(line) for line in (trained / at / "monitored" / "metrics.jsonl").read_text().splitlines()]
+        for at in (kind, "one")
+    )
+    checks, expected = ([line["monitor"] for line in lines if "monitor" in line] for lines in (ours, theirs))
+    assert len(checks) == len(expected) > 1
+    for check, other in zip(checks, expected):
+        assert check["kl"] == pytest.approx(other["kl"], rel=1e-3)
+        assert check["kv_drift"] == pytest.approx(other["kv_drift"], rel=1e-3)
+        assert check["shift"]["mean"] == pytest.approx(other["shift"]["mean"], rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_signal_to_one_rank_stops_all_after_the_step(kind: str, trained: Path) -> None:
+    for rank in range(2):
+        assert "stopped at step 3; the same command" in (trained / kind / "stopped" / f"rank-{rank}.txt").read_text()
+
+
+# ---------------------------------------------------------------- launchers
+
+
+def launch(command: list[str], timeout: float = 180) -> tuple[int, str]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    return end([process], timeout)[0]
+
+
+def test_accelerate_launch_with_the_recipe_that_ships(trained: Path, tmp_path: Path) -> None:
+    """FSDP2 by docs/distributed/fsdp2.yaml: trains, prints once, and saves what one process would."""
+    recipe = (trained / "fsdp" / "lora" / "recipe.yaml").read_text()
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    config = [
+        "--config_file",
+        str(RECIPES / "fsdp2.yaml"),
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        str(free_port()),
+    ]
+    train = ["-m", "ringfence", "train", str(tmp_path / "recipe.yaml"), f"output={tmp_path / 'run'}"]
+    code, output = launch(["accelerate.commands.accelerate_cli", "launch", *config, *train])
+    assert code == 0, output[-6000:]
+    assert output.count(str(tmp_path / "run" / "adapter")) == 1
+    assert_same(weights_of(tmp_path / "run"), weights_of(trained / "one" / "lora"))
+    assert "FSDP" in (tmp_path / "run" / "environment.json").read_text()
+
+
+def test_a_rank_that_fails_ends_all(trained: Path, tmp_path: Path) -> None:
+    config = ["--nproc-per-node", "2", "--master-port", str(free_port())]
+    code, output = launch(["torch.distributed.run", *config, str(WORKER), str(trained), "ddp", "broken"])
+    assert code == 1
+    assert "broken on purpose" in output
+
+
+def test_python_m_ringfence_is_the_command() -> None:
+    code, output = launch(["ringfence", "train", "model.yaml"])
+    assert code == 2
+    assert "model.yaml" in output
+    assert "Traceback" not in output
+
+
+# ---------------------------------------------------------------- rows
+
+
+@pytest.mark.parametrize("count", [1, 2, 9, 11, 12, 13, 24])
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_rows_of_a_step_are_those_of_one_process(count: int, world: int, accumulation: int) -> None:
+    rows = 2
+    stream = TrainStream(training_rows(count), [], [], rows * world * accumulation, 0)
+    ranks_batches = [list(RankBatches(stream, rows, rank, world)) for rank in range(world)]
+    assert {len(batches) for batches in ranks_batches} == {len(RankBatches(stream, rows, 0, world))}
+    assert all(len(batch) <= rows for batches in ranks_batches for batch in batches)
+    steps = [
+        sorted(place for batches in ranks_batches for batch in batches[at : at + accumulation] for place in batch)
+        for at in range(0, len(ranks_batches[0]), accumulation)
+    ]
+    assert len(steps) == stream.steps_per_epoch
+    assert steps == [list(range(at, min(at + stream.step_rows, count))) for at in range(0, count, stream.step_rows)]
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [({"FSDP_VERSION": "1"}, "fsdp_version"), ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "gradient_checkpointing")],
+)
+def test_sharding_that_is_not_supported_is_refused(
+    setting: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", **setting}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RingfenceError, match=message):
+        ranks.join()
