@@ -23,6 +23,7 @@ from ringfence.losses import (
     cross_entropy_sum,
     find_head,
     kl_sum,
+    relative_drift,
     token_logprobs,
     top_k,
     weighted_sum,
@@ -495,3 +496,9 @@ def test_find_head_leaves_the_mode_and_the_gradients_alone(training: bool) -> No
     find_head(model)
     assert model.training is training
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_token_without_keys_has_not_drifted() -> None:
+    """All that a model makes of a padding token's embedding is zero; 0 / 0 would stop a run."""
+    now, then = torch.tensor([[0.0, 0.0], [3.0, 5.0]]), torch.tensor([[0.0, 0.0], [3.0, 4.0]])
+    assert relative_drift(now, then).tolist() == pytest.approx([0.0, 1 / 25])

@@ -69,6 +69,10 @@ class TrainConfig(Strict):
     attention: Attention | None = Field(
         None, description="implementation of attention in training; null = the model's own choice, sdpa in most"
     )
+    compile: bool = Field(
+        False,
+        description="compile the decoder's layers (torch.compile): a slow first step, faster ones after",
+    )
     reference_cache: Literal["none", "states", "top_k"] = Field(
         "none",
         description="what the reference says for defenses.kl: none = computed in every step; computed once and read "

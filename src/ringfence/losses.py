@@ -233,6 +233,14 @@ def kl_sum(
     return weighted_sum(student_head, student_ND, [(1.0, loss)])[0]
 
 
+def relative_drift(now_ND: Tensor, then_ND: Tensor) -> Tensor:
+    """||now - then||^2 / ||then||^2 of each token, [N], float32. What was zero and is still (as all that a model makes
+    of a padding token's embedding may be) has not drifted."""
+    then = then_ND.float()
+    size_N = then.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+    return (now_ND.float() - then).square().sum(-1) / size_N
+
+
 def token_logprobs(head: Head, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
     """log p(target) of each token, [N], without gradient."""
     size = _tile_size(head)

@@ -31,7 +31,7 @@ from .data import Example, PairedQuestion, load_questions
 from .directions import Directions
 from .errors import ChatError, DataError
 from .evaluate.config import EvaluateConfig
-from .losses import Head, find_head, kl_sum, token_logprobs
+from .losses import Head, find_head, kl_sum, relative_drift, token_logprobs
 from .reference import Reference
 from .stats import mean_interval
 from .taps import Needs, causal_lm, forward, prefix_kv
@@ -315,7 +315,7 @@ def _kv_drift(now: Snapshot, then: Snapshot) -> float | None:
         for side in ("key", "value"):
             of_side = sorted(name for name in names if name.startswith(f"kv.{layer}.{side}."))
             now_TE, then_TE = (torch.cat([snapshot[name] for name in of_side]).double() for snapshot in (now, then))
-            total += float(((now_TE - then_TE).square().sum(-1) / then_TE.square().sum(-1)).mean())
+            total += float(relative_drift(now_TE, then_TE).mean())
     return total / len(layers)
 
 

@@ -44,6 +44,7 @@ from .report.summary import Row, read_run, summarise
 from .show import show_tokens
 from .stream import TrainStream
 from .strict_yaml import read_mapping, set_value, validate
+from .taps import decoder_layers
 
 if TYPE_CHECKING:
     from .diagnose.diagnosis import Subject  # its figures need matplotlib, which training does not
@@ -218,10 +219,8 @@ def train_run(recipe: Recipe) -> Run:
     """
     run = Run(Path(recipe.output))
     join()
-    if shards() and recipe.train.precision == "nf4":
-        raise RecipeError("train.precision: nf4: weights in 4 bits cannot be sharded (FSDP); accepted: bf16, fp32")
-    if shards() and recipe.train.method == "full" and recipe.monitor:
-        raise RecipeError("monitor: with train.method: full it copies the head, which cannot be sharded (FSDP)")
+    if shards():
+        _check_sharded(recipe)
     with main_first():
         _check_folder(run, recipe)
         chat, examples, retain, setup = prepare(recipe)
@@ -316,6 +315,15 @@ def _with_carriers(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"defenses": recipe.defenses.model_copy(update={"treft": held})})
 
 
+def _check_sharded(recipe: Recipe) -> None:
+    if recipe.train.precision == "nf4":
+        raise RecipeError("train.precision: nf4: weights in 4 bits cannot be sharded (FSDP); accepted: bf16, fp32")
+    if recipe.train.compile:
+        raise RecipeError("train.compile: not with sharded weights (FSDP); set it to false")
+    if recipe.train.method == "full" and recipe.monitor:
+        raise RecipeError("monitor: with train.method: full it copies the head, which cannot be sharded (FSDP)")
+
+
 def _check_folder(run: Run, recipe: Recipe) -> None:
     file = run.folder / "recipe.yaml"
     if file.is_file():
@@ -391,6 +399,9 @@ def build_trainer(
     """
     from .trainer import DefendedTrainer
 
+    if recipe.train.compile:
+        for layer in decoder_layers(model):
+            layer.compile(dynamic=True)
     folder = Path(recipe.output)
     arguments = _training_arguments(recipe, folder / "checkpoints")
     return DefendedTrainer(

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..batch import Batch
 from ..chat import Role
 from ..errors import DefenseError
+from ..losses import relative_drift
 from ..taps import Needs, Taps, decoder_layers
 from .base import Penalty, PenaltyConfig, Setup
 
@@ -61,9 +62,8 @@ class LDIFSDefense(Penalty):
         ours_N = self._mask(batch)[tapped_BT].nonzero()[:, 0]  # places: each use of a mask would wait for the device
         drifts = []
         for layer in self.layers:
-            then_ND = reference.states[layer].index_select(0, ours_N).float()
-            drift_ND = student.states[layer].index_select(0, ours_N).float() - then_ND
-            drifts.append((drift_ND.square().sum(-1) / then_ND.square().sum(-1)).sum())
+            now_ND, then_ND = (taps.states[layer].index_select(0, ours_N) for taps in (student, reference))
+            drifts.append(relative_drift(now_ND, then_ND).sum())
         return torch.stack(drifts).sum()
 
     def _mask(self, batch: Batch) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..batch import Batch
 from ..chat import Role
+from ..losses import relative_drift
 from ..taps import Needs, Taps
 from .base import Penalty, PenaltyConfig, Setup
 
@@ -75,7 +76,7 @@ class TReFTDefense(Penalty):
         total = weight_N.new_zeros(())
         for student_layer, reference_layer in zip(student.kv, reference.kv, strict=True):
             for now_NE, then_NE in zip(student_layer, reference_layer):
-                total = total + (weight_N * _relative_drift(now_NE[ours_N], then_NE[ours_N])).sum()
+                total = total + (weight_N * relative_drift(now_NE[ours_N], then_NE[ours_N])).sum()
         return total / len(student.kv)
 
     def record(self) -> dict[str, Any]:
@@ -100,8 +101,3 @@ class TReFTDefense(Penalty):
         is_first_B = same_BB.byte().argmax(1) == torch.arange(len(prefix_BT), device=prefix_BT.device)
         times_B = same_BB.sum(1) * is_first_B
         return torch.where(is_prefix_BT, times_B[:, None], weight_BT)
-
-
-def _relative_drift(now_NE: Tensor, then_NE: Tensor) -> Tensor:
-    then = then_NE.float()
-    return (now_NE.float() - then).square().sum(-1) / then.square().sum(-1)

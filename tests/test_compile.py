@@ -1,0 +1,47 @@
+"""Compiled layers: the same training."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import random_model
+from ringfence.config import parse_recipe
+from ringfence.models import load_tokenizer
+from ringfence.run import train_run
+
+pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+
+DEFENSES = {"kl": {"where": "train"}, "ldifs": {"layers": [1]}, "treft": {"weight": 10.0}}
+
+
+def metrics(tmp_path: Path, compile: bool) -> tuple[list[dict[str, float]], bool]:
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    recipe = {
+        "output": str(tmp_path / f"run-{compile}"),
+        "model": str(tmp_path / "model"),
+        "data": {"max_rows": 9},
+        "train": {"batch_size": 3, "precision": "fp32", "learning_rate": 1e-2, "compile": compile},
+        "defenses": DEFENSES,
+    }
+    run = train_run(parse_recipe(recipe))
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    return lines, torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+def test_compiled_layers_train_alike(tmp_path: Path) -> None:
+    model: Any = random_model(num_hidden_layers=1)
+    model.save_pretrained(tmp_path / "model")
+    load_tokenizer("default").save_pretrained(tmp_path / "model")
+    (plain, was_compiled), (compiled, is_compiled) = metrics(tmp_path, False), metrics(tmp_path, True)
+    assert is_compiled
+    assert not was_compiled
+    assert len(plain) == 3
+    for before, after in zip(plain, compiled, strict=True):
+        for name in ("loss", "kl", "ldifs", "treft"):
+            assert after[name] == pytest.approx(before[name], rel=1e-3, abs=1e-6), name
+    assert plain[2]["treft"] > plain[0]["treft"] == 0  # the tapped keys carry a gradient, and drift
