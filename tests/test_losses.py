@@ -36,6 +36,7 @@ TILES = [1, 7, 9, 35, 36, 1000]  # 1, 9 and 36 divide the number of tokens
 @pytest.fixture(params=TILES)
 def tile_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(losses, "TILE_ELEMENTS", request.param * V)
+    monkeypatch.setattr(losses, "BLOCK_ELEMENTS", 4 * V)
     return int(request.param)
 
 

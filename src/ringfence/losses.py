@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from .errors import ModelError
 
 Direction = Literal["reverse", "forward"]
-TILE_ELEMENTS = 2**24  # logits alive at once: 64 MiB in float32
+TILE_ELEMENTS = 2**25  # logits made at once: 128 MiB in float32; fewer rows would make the head's product slow
+BLOCK_ELEMENTS = 2**22  # compared at once: what lies between stays in or near the cache
 
 
 @dataclass(frozen=True)
@@ -156,10 +157,14 @@ class Divergence(LogitLoss):
     def at(self, places_N: Tensor, logp_NV: Tensor, slope_NV: Tensor | None, weight: float) -> Tensor:
         if isinstance(self.reference, TopK):
             return self._at_top_k(self.reference[places_N], logp_NV, slope_NV, weight)
-        logq_NV = self.reference.head(self.reference.hidden_ND[places_N]).log_softmax(-1)
-        total, ours_NV = _divergence(logp_NV, logq_NV, self.direction)
-        if slope_NV is not None:
-            slope_NV.add_(ours_NV, alpha=weight)
+        logits_NV = self.reference.head(self.reference.hidden_ND[places_N])
+        total = logp_NV.new_zeros(())
+        for rows in range(0, len(logp_NV), size := _rows_of(BLOCK_ELEMENTS, self.reference.head)):
+            block = slice(rows, rows + size)
+            value, ours_NV = _divergence(logp_NV[block], logits_NV[block].log_softmax(-1), self.direction)
+            total += value
+            if slope_NV is not None:
+                slope_NV[block].add_(ours_NV, alpha=weight)
         return total
 
     def _at_top_k(self, top: TopK, logp_NV: Tensor, slope_NV: Tensor | None, weight: float) -> Tensor:
@@ -243,7 +248,7 @@ def relative_drift(now_ND: Tensor, then_ND: Tensor) -> Tensor:
 
 def token_logprobs(head: Head, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
     """log p(target) of each token, [N], without gradient."""
-    size = _tile_size(head)
+    size = _rows_of(TILE_ELEMENTS, head)
     with torch.no_grad():
         tiles = [
             -F.cross_entropy(head(hidden), target, reduction="none")
@@ -257,15 +262,15 @@ def top_k(head: Head, hidden_ND: Tensor, k: int) -> TopK:
     ids = [torch.empty(0, k, dtype=torch.long, device=hidden_ND.device)]
     logprobs = [torch.empty(0, k, device=hidden_ND.device)]
     with torch.no_grad():
-        for hidden in hidden_ND.split(_tile_size(head)) if len(hidden_ND) else ():
+        for hidden in hidden_ND.split(_rows_of(TILE_ELEMENTS, head)) if len(hidden_ND) else ():
             largest_NK, ids_NK = head(hidden).log_softmax(-1).topk(k)
             ids.append(ids_NK)
             logprobs.append(largest_NK)
     return TopK(torch.cat(ids), torch.cat(logprobs))
 
 
-def _tile_size(head: Head) -> int:
-    return max(1, TILE_ELEMENTS // head.vocabulary)
+def _rows_of(elements: int, head: Head) -> int:
+    return max(1, elements // head.vocabulary)
 
 
 def _tiles(losses: Sequence[tuple[float, LogitLoss]], size: int) -> Iterator[tuple[Tensor, dict[int, Tensor]]]:
@@ -291,7 +296,7 @@ class _WeightedSum(torch.autograd.Function):
         values_L = torch.zeros(len(losses), dtype=torch.float32, device=hidden_ND.device)
         hidden_grad_ND = torch.zeros_like(hidden_ND) if want_grad else None
         grads = [torch.zeros_like(p, dtype=torch.float32) for p in parameters] if want_grad else []
-        for places_N, own in _tiles(losses, _tile_size(head)):
+        for places_N, own in _tiles(losses, _rows_of(TILE_ELEMENTS, head)):
             tile_ND = hidden_ND[places_N].requires_grad_(want_grad)
             with torch.set_grad_enabled(want_grad):
                 logp_NV = head(tile_ND).log_softmax(-1)
