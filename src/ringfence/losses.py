@@ -286,6 +286,26 @@ def _tiles(losses: Sequence[tuple[float, LogitLoss]], size: int) -> Iterator[tup
             yield places_N, {index: own_LN[index, places_N] for index in which}
 
 
+def _take_tile(
+    head: Head,
+    losses: Sequence[tuple[float, LogitLoss]],
+    own: dict[int, Tensor],
+    tile_ND: Tensor,
+    parameters: tuple[Tensor, ...],
+    values_L: Tensor,
+) -> list[Tensor]:
+    """Adds the losses of a tile to `values_L`; the gradients of their weighted sum in the tile and the parameters, if
+    the tile wants one. What is as large as the logits is dropped at the end."""
+    want_grad = tile_ND.requires_grad
+    with torch.set_grad_enabled(want_grad):
+        logp_NV = head(tile_ND).log_softmax(-1)
+    slope_NV = torch.zeros_like(logp_NV) if want_grad else None
+    for index, own_N in own.items():
+        weight, loss = losses[index]
+        values_L[index] += loss.at(own_N, logp_NV.detach(), slope_NV, weight)
+    return list(torch.autograd.grad(logp_NV, (tile_ND, *parameters), slope_NV)) if want_grad else []
+
+
 class _WeightedSum(torch.autograd.Function):
     """Takes each tile's gradient in the forward pass, so that no tile's logits outlive it."""
 
@@ -298,14 +318,9 @@ class _WeightedSum(torch.autograd.Function):
         grads = [torch.zeros_like(p, dtype=torch.float32) for p in parameters] if want_grad else []
         for places_N, own in _tiles(losses, _rows_of(TILE_ELEMENTS, head)):
             tile_ND = hidden_ND[places_N].requires_grad_(want_grad)
-            with torch.set_grad_enabled(want_grad):
-                logp_NV = head(tile_ND).log_softmax(-1)
-            slope_NV = torch.zeros_like(logp_NV, requires_grad=False) if want_grad else None
-            for index, own_N in own.items():
-                weight, loss = losses[index]
-                values_L[index] += loss.at(own_N, logp_NV.detach(), slope_NV, weight)
+            tile_grads = _take_tile(head, losses, own, tile_ND, parameters, values_L)
             if hidden_grad_ND is not None:
-                hidden_grad_ND[places_N], *tile_grads = torch.autograd.grad(logp_NV, (tile_ND, *parameters), slope_NV)
+                hidden_grad_ND[places_N], *tile_grads = tile_grads
                 for grad, tile_grad in zip(grads, tile_grads):
                     grad += tile_grad
         ctx.save_for_backward(hidden_grad_ND, *grads)
