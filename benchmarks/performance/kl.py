@@ -102,7 +102,8 @@ def trl(inputs: Inputs) -> Tensor:
 def liger(inputs: Inputs) -> Tensor:
     from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
 
-    mean = LigerFusedLinearJSD(jsd_beta=1.0)(inputs.student_ND, inputs.weight, inputs.reference_ND, inputs.weight)
+    fused = LigerFusedLinearJSD(jsd_beta=1.0)
+    mean = fused(inputs.student_ND, inputs.weight, inputs.reference_ND, inputs.weight, None)
     return mean * len(inputs.student_ND)
 
 
