@@ -152,7 +152,7 @@ def extra_memory(way: str, shape: tuple[int, int, int]) -> int:
     command = [sys.executable, __file__, "--memory-of", way, "--tile-bits", *TILE_BITS]
     for name, size in zip(("--tokens", "--vocabulary", "--hidden"), shape):
         command += [name, str(size)]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    return int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1])
 
 
 def measure_memory(way: str, shape: tuple[int, int, int]) -> int:
