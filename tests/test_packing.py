@@ -217,7 +217,7 @@ def test_the_reference_in_a_layout(layout: Layout, method: str) -> None:
     wanted_BT = (batch["roles"] != Role.PAD) & ~batch["retain"][:, None]
     needs = Needs(wanted_BT, wanted_BT, wanted_BT, (1,))
     expected = Reference(model).taps(batch, needs)
-    reference = Reference(model, layout)
+    reference = Reference(model, layout=layout)
     widths = []
     layer = causal_lm(reference.model).model.layers[0]
     layer.register_forward_pre_hook(lambda _m, args: widths.append(args[0].shape[1]))

@@ -60,7 +60,7 @@ class StreamEdit(Defense):
 
     def wrap(self, model: Any, batch: Batch) -> ExitStack:
         mask_BT1 = self._mask(batch)[..., None]
-        packed_1N1 = mask_BT1[batch["roles"] != Role.PAD][None]
+        packed_1N1 = mask_BT1[batch["attention_mask"].bool()][None]
         self._has_edited = self._has_edited or bool(mask_BT1.any())
         layers = decoder_layers(model)
         hooks = ExitStack()
