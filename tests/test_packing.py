@@ -190,6 +190,9 @@ def test_the_common_prefix() -> None:
     assert common_length(batch_of(items("LLSL"))) == 1
     assert common_length(batch_of(items("L"))) == 0
     assert common_length(batch_of(items("LLL"), "left")) == 0
+    left = batch_of(items("MSS"), "left")
+    assert not left["attention_mask"][1:, 0].any()
+    assert common_length({name: tensor[1:] for name, tensor in left.items()}) == 0
     again = [(rows("L")[0], False)] * 3
     assert common_length(batch_of(again)) == len(rows("L")[0]) - 1
     # Padding that looks like a token of another row is none.
