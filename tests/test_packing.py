@@ -408,13 +408,13 @@ def test_a_frozen_prefix_gives_the_layers_that_are_asked_for() -> None:
         assert_same(flat(found, real_BT), flat(expected, real_BT))
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize(("method", "names"), [("lora", "treft"), ("full", "treft"), ("lora", "frozen")])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_mixed_precision_reaches_all_that_is_computed(
-    layout: Layout, method: str, files: dict[str, str], make_trainer: Any
+    layout: Layout, method: str, names: str, files: dict[str, str], make_trainer: Any
 ) -> None:
     model = with_lora(tiny(layers=LAYERS)) if method == "lora" else tiny(layers=LAYERS)
-    trainer = make_trainer(model, build("treft", files), rows("LLLL"), rows=4, layout=layout, bf16=True)
+    trainer = make_trainer(model, build(names, files), rows("LLLL"), rows=4, layout=layout, bf16=True)
     types = []
     down = causal_lm(model).model.layers[0].mlp.down_proj
     down.register_forward_hook(lambda _m, _i, output: types.append(output.dtype) if model.training else None)

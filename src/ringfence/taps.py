@@ -238,7 +238,7 @@ def check_layout(model: nn.Module, head: Head, layout: Layout) -> None:
     try:
         with torch.no_grad():
             off, tolerance = _misfit(model, head, layout)
-        problem = f"final hidden states are off by {off:.0%}" if off > tolerance else None
+        problem = None if off <= tolerance else f"final hidden states are off by {off:.0%}"  # nan is a problem
     except Exception as error:  # of many kinds, in models that were not made for this
         problem = str(error)
     finally:
