@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    DefaultFlowCallback,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from ringfence import plots
 from ringfence.chat import Chat, Role
@@ -50,6 +58,7 @@ from ringfence.diagnose.diagnosis import Subject
 from ringfence.diagnose.models import Models
 from ringfence.directions import Directions
 from ringfence.evaluate.scoring import score_answers
+from ringfence.losses import TILE_ELEMENTS
 from ringfence.machine import environment, peak_memory, reset_peak_memory
 from ringfence.models import load_tokenizer
 from ringfence.monitor import DriftMonitor, MonitorConfig
@@ -87,8 +96,8 @@ class Shape:
         return self.layers * self.rank * (8 * self.hidden + 3 * (self.hidden + self.inner))
 
     def step(self, rows: int, width: int, labelled: int) -> float:
-        """Forward 2 operations a weight and token, backward 2 for the inputs and, of what is trained, 2 for the weights.
-        Attention: of 7 products (2 forward, 5 backward) over width^2 / 2 places. Head: `labelled` tokens alone."""
+        """Forward 2 operations a weight and token, backward 2 for its input and 2 for itself if it is trained.
+        Attention: 7 products (2 forward, 5 backward) over width^2 / 2 places. Head: `labelled` tokens alone."""
         tokens = rows * width
         attention = 7 * self.layers * self.hidden * rows * width**2
         return tokens * (4 * self.linear + 6 * self.adapter) + attention + 4 * self.head(labelled)
@@ -164,11 +173,13 @@ def training(
         report_to=[],
         disable_tqdm=True,
     )
-    trainer = DefendedTrainer(model, arguments, TrainStream(examples, examples, built, rows, 0), built, 0, folder / "log")
+    trainer = DefendedTrainer(
+        model, arguments, TrainStream(examples, examples, built, rows, 0), built, 0, folder / "log"
+    )
     trainer.start_defenses(None)
     trainer.model_wrapped, optimizer = trainer.accelerator.prepare(model, trainer.create_optimizer())
     batches = endless(trainer.get_train_dataloader())
-    trainer.callback_handler.callbacks = [c for c in trainer.callback_handler.callbacks if type(c).__name__ == "_StepEnd"]
+    trainer.remove_callback(DefaultFlowCallback)  # when to log and save; there is no whole run here
 
     def step() -> None:
         [batch], number = trainer.get_batch_samples(batches, 1, trainer.args.device)
@@ -222,7 +233,9 @@ WITHOUT_REFERENCE = 4
 def directions(folder: Path) -> str:
     torch.manual_seed(0)
     file = folder / "directions.safetensors"
-    Directions(torch.randn(SHAPE.layers, 1, SHAPE.hidden), torch.ones(SHAPE.layers), "random", "random", 1, 1).save(file)
+    Directions(torch.randn(SHAPE.layers, 1, SHAPE.hidden), torch.ones(SHAPE.layers), "random", "random", 1, 1).save(
+        file
+    )
     return str(file)
 
 
@@ -255,7 +268,9 @@ BATCH_TOKENS = 1024
 def questions(number: int) -> list[PairedQuestion]:
     """The same eight over and over, under other names: equally many tokens for each eight."""
     eight = load_questions("shipped:values")[:8]
-    return [replace(eight[place % 8], id=str(place), domain=("inside", "outside")[place % 2]) for place in range(number)]
+    return [
+        replace(eight[place % 8], id=str(place), domain=("inside", "outside")[place % 2]) for place in range(number)
+    ]
 
 
 def evaluation(number: int, folder: Path) -> Work:
@@ -343,7 +358,11 @@ def of_vocabulary(vocabulary: int) -> Shape:
     return replace(SHAPE, vocabulary=vocabulary)
 
 
-LABELLED_ROWS = 16  # x 128 tokens, half of them labelled: one tile of logits at the smallest vocabulary
+def memory_with_kl(vocabulary: int) -> float:
+    """As `composed_memory`, but no more logits than a tile holds."""
+    tile = min(TILE_ELEMENTS, labelled(ROWS, WIDTH) * vocabulary)
+    return 34 * SHAPE.layers * SHAPE.hidden * ROWS * WIDTH + (3 + 2) * tile
+
 
 SWEEPS: dict[str, Sweep] = {
     "sequence": Sweep(
@@ -358,23 +377,24 @@ SWEEPS: dict[str, Sweep] = {
     ),
     "vocabulary": Sweep(
         "vocabulary, with kl", "tokens in the vocabulary", (16384, 32768, 65536, 131072),
-        lambda v, folder: training(folder, LABELLED_ROWS, WIDTH, of_vocabulary(v), [KL(where="train")]),
+        lambda v, folder: training(folder, ROWS, WIDTH, of_vocabulary(v), [KL(where="train")]),
         lambda v: sum(
-            count(LABELLED_ROWS, WIDTH, labelled(LABELLED_ROWS, WIDTH))
+            count(ROWS, WIDTH, labelled(ROWS, WIDTH))
             for count in (of_vocabulary(v).step, of_vocabulary(v).reference)
         ),
-        "linear by the head's share", "flat: logits live in tiles",
-        naive=lambda v, folder: naive_kl(folder, LABELLED_ROWS, WIDTH, of_vocabulary(v)),
+        "linear by the head's share", "flat once a tile is full", memory_with_kl,
+        naive=lambda v, folder: naive_kl(folder, ROWS, WIDTH, of_vocabulary(v)),
     ),
     "defenses": Sweep(
         "defenses together", "", tuple(range(len(STACK) + 1)), composed, composed_law,
-        "1, with a reference pass about 1.5", "a KL adds 2 copies of its logits", composed_memory, labels=("plain", *(f"+ {name}" for name, _ in STACK)),
+        "1, with a reference pass about 1.5", "a KL adds 2 copies of its logits", composed_memory,
+        labels=("plain", *(f"+ {name}" for name, _ in STACK)),
     ),
     "evaluation": Sweep(
         "paired evaluation", "questions", (8, 16, 32, 64), evaluation, float, "linear", "flat: batch by batch",
     ),
     "monitor": Sweep(
-        "check of the drift monitor", "probe questions", (8, 16, 32, 64), check_of_monitor, float, "linear",
+        "check of the drift monitor", "probe questions", (8, 16, 32), check_of_monitor, float, "linear",
         "flat: batch by batch",
     ),
     "erosion": Sweep(
@@ -382,7 +402,7 @@ SWEEPS: dict[str, Sweep] = {
         "flat: only sums are kept",
     ),
     "gradient_cosine": Sweep(
-        "diagnosis: gradient cosine", "questions", (8, 16, 32, 64), diagnosis(gradient_cosine), float, "linear",
+        "diagnosis: gradient cosine", "questions", (8, 16, 32), diagnosis(gradient_cosine), float, "linear",
         "flat: no gradient is held in full",
     ),
 }  # fmt: skip
@@ -478,7 +498,7 @@ def held_against(points: Sequence[int], values: Sequence[float], law: list[float
 def measure(sweep: Sweep, repeats: int, clock: Callable[[], float]) -> dict[str, Any]:
     floor = (0,) if sweep.has_floor else ()
     taken = forked(lambda: seconds(sweep, [*floor, *sweep.points], repeats, clock))
-    kept = {point: forked(lambda: mebibytes(sweep.make, point)) for point in [*floor, *sweep.points]}
+    kept = {point: forked(partial(mebibytes, sweep.make, point)) for point in [*floor, *sweep.points]}
     quartiles = {point: [float(q) for q in np.quantile(values, (0.25, 0.5, 0.75))] for point, values in taken.items()}
     medians, peaks = [quartiles[point][1] for point in sweep.points], [kept[point] for point in sweep.points]
     time_law = fit(sweep.points, medians, sweep.time_law, quartiles[0][1] if floor else 0.0)
@@ -494,8 +514,7 @@ def measure(sweep: Sweep, repeats: int, clock: Callable[[], float]) -> dict[str,
     if floor:
         found["floor"] = {"seconds": round(quartiles[0][1], 4), "mebibytes": round(kept[0], 1)}
     if sweep.naive:
-        naive = sweep.naive
-        peaks = [forked(lambda: mebibytes(naive, point)) for point in sweep.points]
+        peaks = [forked(partial(mebibytes, sweep.naive, point)) for point in sweep.points]
         law = fit(sweep.points, peaks, float)
         found["naive"] = {
             "mebibytes": [round(value, 1) for value in peaks],
@@ -510,7 +529,10 @@ def measure(sweep: Sweep, repeats: int, clock: Callable[[], float]) -> dict[str,
 def show(name: str, found: dict[str, Any]) -> None:
     sweep = SWEEPS[name]
     print(f"\n{sweep.title}  (time: {sweep.time_words}; memory: {sweep.memory_words})")
-    print(f"{sweep.axis or 'defenses':>26} {'seconds':>9} {'law':>9} {'MiB':>9} {'law':>9}" + " naive MiB" * ("naive" in found))
+    print(
+        f"{sweep.axis or 'defenses':>26} {'seconds':>9} {'law':>9} {'MiB':>9} {'law':>9}"
+        + " naive MiB" * ("naive" in found)
+    )
     for place, point in enumerate(found["points"]):
         label = sweep.labels[point].replace("\n", " ") if sweep.labels else str(point)
         line = f"{label:>26} {found['seconds'][place][1]:9.3f} {found['time']['expected'][place]:9.3f}"
@@ -588,7 +610,9 @@ def finish(axes: Axes, name: str, found: dict[str, Any], judged: dict[str, Any],
     axes.set_ylim(0, 1.12 * axes.get_ylim()[1])
     axes.tick_params(labelsize=8)
     if sweep.labels:
-        axes.set_xticks(range(len(sweep.labels)), sweep.labels, rotation=60, ha="right", rotation_mode="anchor", fontsize=7.5)
+        axes.set_xticks(
+            range(len(sweep.labels)), sweep.labels, rotation=60, ha="right", rotation_mode="anchor", fontsize=7.5
+        )
     else:
         axes.set_xlim(0, 1.06 * found["points"][-1])
         shown = [point for point in found["points"] if point >= found["points"][-1] / 8]
@@ -599,7 +623,13 @@ def finish(axes: Axes, name: str, found: dict[str, Any], judged: dict[str, Any],
 
 def legend(axes: Axes, entries: list[tuple[str, str, str]]) -> None:
     handles = [
-        Line2D([], [], color=colour, label=label, **({"linestyle": form} if "-" in form else {"marker": form, "linestyle": ""}))  # type: ignore[arg-type]
+        Line2D(
+            [],
+            [],
+            color=colour,
+            label=label,
+            **({"linestyle": form} if "-" in form else {"marker": form, "linestyle": ""}),
+        )  # type: ignore[arg-type]
         for form, colour, label in entries
     ]
     axes.legend(handles=handles, loc="center", fontsize=8.5)
@@ -609,7 +639,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer points and repeats; writes to --output only")
     parser.add_argument("--only", choices=list(SWEEPS), action="append", help="a sweep; may be given several times")
-    parser.add_argument("--clock", choices=["wall", "process"], default="wall", help="process: on a machine that is not quiet")
+    parser.add_argument(
+        "--clock", choices=["wall", "process"], default="wall", help="process: on a machine that is not quiet"
+    )
     parser.add_argument("--repeats", type=int, default=0, help="timed turns (default 5, quick 2)")
     parser.add_argument("--output", type=Path, default=RESULT, help="file of the results")
     parser.add_argument("--figures", type=Path, default=FIGURES, help="folder of the figures")
