@@ -38,6 +38,12 @@ def shards() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1") and world() > 1
 
 
+def deepspeed_stage() -> int | None:
+    """ZeRO's stage, where DeepSpeed was asked for."""
+    asked = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)) if asked else None
+
+
 def join() -> None:
     """Meets the other ranks; every rank gets its own device.
 
@@ -46,6 +52,8 @@ def join() -> None:
     """
     if world() == 1:
         return
+    if deepspeed_stage() == 3:
+        raise RingfenceError("accelerate's config: zero_stage: 3 is not supported; accepted: 0 to 2, or FSDP2 instead")
     if shards():
         _check_fsdp()
         # Defenses copy and check whole weights before these are sharded; else ranks above 0 would have empty ones.

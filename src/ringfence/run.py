@@ -37,7 +37,19 @@ from .machine import environment, memory_estimate, peak_memory, position_bytes, 
 from .models import adapter_base, empty_model, load_model, load_tokenizer, resolve
 from .monitor import DriftMonitor
 from .prefix import read_frozen_prefix, read_stored_prefix
-from .ranks import is_main, is_sharded, join, largest, leave, main_first, shards, wait, whole_state, world
+from .ranks import (
+    deepspeed_stage,
+    is_main,
+    is_sharded,
+    join,
+    largest,
+    leave,
+    main_first,
+    shards,
+    wait,
+    whole_state,
+    world,
+)
 from .reference import ADAPTER as REFERENCE_ADAPTER
 from .reference_cache import ReferenceCache, wanted
 from .report.summary import Row, read_run, summarise
@@ -219,8 +231,7 @@ def train_run(recipe: Recipe) -> Run:
     """
     run = Run(Path(recipe.output))
     join()
-    if shards():
-        _check_sharded(recipe)
+    _check_ranks(recipe)
     with main_first():
         _check_folder(run, recipe)
         chat, examples, retain, setup = prepare(recipe)
@@ -315,13 +326,18 @@ def _with_carriers(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"defenses": recipe.defenses.model_copy(update={"treft": held})})
 
 
-def _check_sharded(recipe: Recipe) -> None:
-    if recipe.train.precision == "nf4":
+def _check_ranks(recipe: Recipe) -> None:
+    """What cannot be done with sharded weights."""
+    if shards() and recipe.train.precision == "nf4":
         raise RecipeError("train.precision: nf4: weights in 4 bits cannot be sharded (FSDP); accepted: bf16, fp32")
-    if recipe.train.compile:
+    if shards() and recipe.train.compile:
         raise RecipeError("train.compile: not with sharded weights (FSDP); set it to false")
-    if recipe.train.method == "full" and recipe.monitor:
+    if shards() and recipe.train.method == "full" and recipe.monitor:
         raise RecipeError("monitor: with train.method: full it copies the head, which cannot be sharded (FSDP)")
+    safelora, lock = recipe.defenses.safelora, recipe.defenses.subspace_lock
+    if deepspeed_stage() is not None and (lock or (safelora and safelora.interval)):
+        name = "subspace_lock" if lock else "safelora.interval"
+        raise RecipeError(f"defenses.{name}: DeepSpeed would undo it after each step; accepted: DDP, FSDP2")
 
 
 def _check_folder(run: Run, recipe: Recipe) -> None:
