@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import ModelError
+from .ranks import is_sharded
 
 Direction = Literal["reverse", "forward"]
 TILE_ELEMENTS = 2**25  # logits made at once: 128 MiB in float32; fewer rows would make the head's product slow
@@ -34,8 +35,10 @@ class Head:
     softcap: float | None = None
 
     def __call__(self, hidden_ND: Tensor) -> Tensor:
-        # Not called, so that no hook runs: a sharded head is whole after a forward, and tiles differ between ranks.
-        logits_NV = self.module.forward(hidden_ND).float()
+        # A sharded head is whole after a forward; its hooks would gather it anew for each tile, of which ranks have
+        # unlike numbers.
+        compute = self.module.forward if is_sharded(self.module) else self.module
+        logits_NV = compute(hidden_ND).float()
         if self.scale != 1.0:
             logits_NV = logits_NV * self.scale
         return self.softcap * torch.tanh(logits_NV / self.softcap) if self.softcap else logits_NV
