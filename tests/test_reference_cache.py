@@ -260,19 +260,30 @@ def stream_of(*configs: DefenseConfig, rows: int = 10, step_rows: int = 4) -> Tr
     return TrainStream(training_rows(rows), RETAIN, build(*configs), step_rows, 0)
 
 
-def test_exactly_the_rows_that_a_run_asks_for_are_wanted() -> None:
-    """With every: 2 on retain rows: the riders of the due steps of three epochs."""
-    stream = stream_of(KL(retain_ratio=0.5, every=2), step_rows=5)
+@pytest.mark.parametrize(("where", "every"), [("retain", 2), ("train", 6), ("train", 5)])
+def test_exactly_the_rows_that_a_run_asks_for_are_wanted(where: Any, every: int) -> None:
+    """The rows, or riders, of the due steps of three epochs of two steps."""
+    stream = stream_of(KL(where=where, retain_ratio=0.5, every=every), step_rows=5)
     asked = set()
     for epoch in range(3):
         stream.set_epoch(epoch)
         for step in range(2):
-            if (epoch * 2 + step) % 2 == 0:
-                places = range(step * 5, step * 5 + 5)
-                asked |= {tuple(row.input_ids) for at in places for row, retain in stream[at] if retain}
+            if (epoch * 2 + step) % every == 0:
+                bundles = [stream[at] for at in range(step * 5, step * 5 + 5)]
+                asked |= {tuple(r.input_ids) for b in bundles for r, retain in b if retain == (where == "retain")}
     found = wanted(stream, 6)
     assert {tuple(row.ids_T.tolist()) for row in found.rows.values()} == asked
     assert [row.origin for row in stream.rows] == [row.origin for row in stream_of(KL(), step_rows=5).rows]
+
+
+def test_a_short_last_step_is_filled_up_as_several_ranks_do() -> None:
+    """The last step of the second epoch has two rows, and takes the first three of that epoch again."""
+    stream = stream_of(KL(where="train", every=3), rows=7, step_rows=5)
+    first = {tuple(row.input_ids) for row in stream.rows[:5]}
+    stream.set_epoch(1)
+    asked = {tuple(stream.rows[at].input_ids) for at in (5, 6, 0, 1, 2)}
+    assert {tuple(row.ids_T.tolist()) for row in wanted(stream, 4).rows.values()} == first | asked
+    assert asked - first
 
 
 def test_every_epoch_is_wanted() -> None:
@@ -609,7 +620,7 @@ def test_a_dry_run_says_what_will_be_written_and_what_is_there(command: Any, mod
     assert "8 rows are there" in command(model, "--dry-run")[1]
     code, shown = command(model, f"output={tmp_path / 'again'}", "train.epochs=2")
     assert code == 0
-    assert "rows are there" not in shown  # nothing to compute, nothing to say
+    assert "8 rows are there; 0.0 MiB to write" in shown
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -190,11 +190,10 @@ class ReferenceCache:
             RecipeError: the disk has too little space.
         """
         state = PartialState()
-        missing = self.missing(rows)
-        if missing:
-            line = self.plan(rows, sum(tensor[0].nbytes for tensor in compute(*_padded(missing[:1]))))
-            if state.is_main_process:
-                console.print(line, highlight=False, soft_wrap=True)
+        one = self.missing(rows)[:1]
+        line = self.plan(rows, sum(tensor[0].nbytes for tensor in compute(*_padded(one))) if one else 0)
+        if state.is_main_process:
+            console.print(line, highlight=False, soft_wrap=True)
         everything = list(rows)
         mine = everything[state.process_index :: state.num_processes]
         for names in (mine, everything):  # the second time: what other machines wrote on disks of their own
