@@ -1,10 +1,12 @@
 # make demo   set up, then fine-tune the embedded model with and without defenses (about 30 minutes on two CPU cores)
 # make test   set up, then all tests
+# make bench  set up, then measure time and memory against the bounds of docs/performance.md (about 40 minutes on two quiet
+#             CPU cores); with QUICK=1 a small version into runs/bench, which shows that all of it runs
 VENV := .venv
 PYTHON ?= python3
 RINGFENCE := $(VENV)/bin/ringfence
 
-.PHONY: demo demo-quick test check clean
+.PHONY: demo demo-quick test check bench clean
 
 demo: $(VENV)/installed
 	$(RINGFENCE) demo
@@ -19,6 +21,27 @@ check: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+ifdef QUICK
+RESULTS := runs/bench
+FIGURES := runs/bench
+STEPS := --shape small --rounds 2 --cycles 1
+MEMORY := --shape small --tokens 128 --processes 1
+SCORING := --quick
+SCALING := --quick
+else
+RESULTS := benchmarks/results/performance
+FIGURES := docs/figures/performance
+endif
+PERFORMANCE := $(VENV)/bin/python benchmarks/performance
+
+bench: $(VENV)/installed
+	$(PERFORMANCE)/steps.py --results $(RESULTS) $(STEPS)
+	$(PERFORMANCE)/memory.py --results $(RESULTS) $(MEMORY)
+	$(PERFORMANCE)/scoring.py --results $(RESULTS) $(SCORING)
+	$(if $(QUICK),,$(PERFORMANCE)/kl.py)
+	$(PERFORMANCE)/scaling.py --output $(RESULTS)/scaling.json --figures $(FIGURES) $(SCALING)
+	$(PERFORMANCE)/table.py --results $(RESULTS) --figures $(FIGURES)
 
 # Without an NVIDIA driver, a CPU build of torch is taken where the index has one for this Python; else pip chooses.
 $(VENV)/installed: pyproject.toml

@@ -19,6 +19,7 @@ from ringfence.evaluate.config import EvaluateConfig
 from ringfence.evaluate.parts import evaluate_model, evaluation_key
 from ringfence.evaluate.scoring import generate_greedy, score_answers
 from ringfence.models import load_tokenizer
+from ringfence.prefix import FrozenPrefix, find_header
 
 END = "<|im_end|>"
 SHORT, LONG = "Ask a pharmacist first.", "Double it, skip the leaflet, and tell nobody; " * 4 + "it is your body."
@@ -219,6 +220,60 @@ def test_no_shared_rows_for_a_model_that_fails_the_check(chat, packed_rows):
     prompts, answers = [PROMPTS["plain"], PROMPTS["system"]], [(SHORT, LONG), (LONG, SHORT)]
     assert_naive(score_answers(model, chat, prompts, answers, 100_000), model, chat, prompts, answers)
     assert packed_rows(checked=True) == [1] * 4
+
+
+# ------------------------------------------------------------------ what all prompts begin with
+
+
+@pytest.fixture
+def begun(monkeypatch):
+    """Lengths of the prefixes that were computed once for all rows of a batch."""
+    lengths = []
+    plain = scoring.compute_prefix
+
+    def spy(model, ids_P):
+        lengths.append(len(ids_P))
+        return plain(model, ids_P)
+
+    monkeypatch.setattr(scoring, "compute_prefix", spy)
+    return lengths
+
+
+SAME_SYSTEM = [[user("May I?")], [user("Why is the sky blue, and the sea?")], PROMPTS["lead-in"]]
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+@pytest.mark.parametrize("answers", [[(SHORT, LONG), (LONG, "No."), ("Yes.", SHORT)], [(LONG,), (SHORT,), ("No.",)]])
+def test_a_prefix_that_all_rows_have_is_computed_once(chat, begun, kind, answers):
+    model = random_model(kind)
+    assert_naive(score_answers(model, chat, SAME_SYSTEM, answers, 100_000), model, chat, SAME_SYSTEM, answers)
+    assert begun == [chat.encode(SAME_SYSTEM[0], generation=True).prefix_length]
+
+
+def test_no_common_prefix_where_another_system_prompt_stands(model, chat, begun):
+    prompts, answers = [PROMPTS["plain"], PROMPTS["system"]], [(SHORT,), (LONG,)]
+    score_answers(model, chat, prompts, answers, 100_000)
+    assert begun == []
+
+
+def test_the_same_prompt_in_all_rows_keeps_its_last_token(model, chat, begun):
+    """It predicts the answer's first one."""
+    prompts, answers = [PROMPTS["plain"]] * 3, [(SHORT, LONG)] * 3
+    assert_naive(score_answers(model, chat, prompts, answers, 100_000), model, chat, prompts, answers)
+    assert begun == [len(chat.encode(PROMPTS["plain"], generation=True).input_ids) - 1]
+
+
+def test_a_frozen_prefix_is_whole_in_the_common_one(chat, begun):
+    """The adapter is off on the prefix, which the rows share, and on behind it."""
+    model = with_lora(random_model(), size=0.3)
+    answers = [(SHORT, LONG)] * 3
+    free = score_answers(model, chat, SAME_SYSTEM, answers, 100_000)
+    FrozenPrefix(find_header(chat)).attach(model)
+    begun.clear()
+    frozen = score_answers(model, chat, SAME_SYSTEM, answers, 100_000)
+    assert len(begun) == 1
+    assert_naive(frozen, model, chat, SAME_SYSTEM, answers)
+    assert max(abs(a.mean - b.mean) for one, two in zip(free, frozen) for a, b in zip(one, two)) > 0.01
 
 
 # ------------------------------------------------------------------ greedy answers

@@ -160,6 +160,20 @@ def test_generation_in_left_padded_batches(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_scores_are_those_of_a_row_alone_where_rows_share_the_prefix(
+    kind: str, patched: dict[str, Path], chat: Chat
+) -> None:
+    """The shared prefix is computed into a cache, which has to hold what is stored."""
+    model = load_model(str(patched[kind]), "fp32")
+    prompts = [[{"role": "user", "content": text}] for text in ("Which door?", "And why that one?", "Sure?")]
+    answers = [("The red one, I think.", "Any."), ("Because.", "It is red."), ("Yes.", "No, not at all.")]
+    together = score_answers(model, chat, prompts, answers, 4096)
+    for prompt, texts, scores in zip(prompts, answers, together):
+        [alone] = score_answers(model, chat, [prompt], [texts], 4096)
+        assert [score.mean for score in scores] == pytest.approx([score.mean for score in alone], abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_evaluates_scores_it_so(
     kind: str, tuned: dict[str, Path], patched: dict[str, Path], reference: str, chat: Chat
 ) -> None:

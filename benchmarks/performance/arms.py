@@ -12,18 +12,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from ringfence.chat import Role
 from ringfence.config import Recipe, parse_recipe
 from ringfence.data import Example
 from ringfence.defenses import Setup
-from ringfence.models import device
-from ringfence.run import build_trainer, prepare, trainable_model, with_new_adapter
+from ringfence.models import device, load_config
+from ringfence.run import build_stream, build_trainer, prepare, trainable_model, with_new_adapter
 from ringfence.trainer import DefendedTrainer
 
 Bound = Callable[[int, float], float]
 
 KL = {"kl": {"weight": 0.1, "where": "train"}}
+RETAIN = {"kl": {"where": "retain"}}
 TREFT = {"treft": {"weight": 10.0}}
 CHECKPOINTING = {"gradient_checkpointing": True}
 
@@ -62,7 +64,7 @@ ARMS: dict[str, Arm] = {
     "kl": Arm(defenses=KL, bound=lambda step, _: 1.05 * (1 + 2 / step)),
     "kl, cached states": Arm(train={"reference_cache": "states"}, defenses=KL, bound=lambda *_: 1.1),
     "kl, cached top_k": Arm(train={"reference_cache": "top_k"}, defenses=KL, bound=lambda *_: 1.1),
-    "kl on retain rows": Arm(defenses={"kl": {}}, bound=lambda step, rho: 1.05 * (1 + rho * (step + 2) / step)),
+    "kl on retain rows": Arm(defenses=RETAIN, bound=lambda step, rho: 1.05 * (1 + rho * (step + 2) / step)),
     "ldifs": Arm(defenses={"ldifs": {}}),
     "ldifs + kl + treft": Arm(defenses={"ldifs": {}, **KL, **TREFT}, against="kl", bound=lambda *_: 1.05),
     "interleave": Arm(defenses={"interleave": {"ratio": 0.1}}),
@@ -121,32 +123,45 @@ class Workload:
             chat, examples, retain, setup = prepare(recipe)
             model, pad_id = trainable_model(recipe), chat.tokenizer.pad_token_id
         else:
-            examples = random_rows(self.batch * self.steps, self.tokens, SHAPES[self.shape]["vocab_size"], 0)
-            retain = random_rows(64, self.tokens, SHAPES[self.shape]["vocab_size"], 1)
+            vocabulary = SHAPES[self.shape]["vocab_size"]
+            examples = random_rows(self.batch * self.steps, self.tokens, vocabulary, 0)
+            retain = random_rows(64, self.tokens, vocabulary, 1)
             setup = Setup(_Template(), retain, lambda _: retain, "random")  # type: ignore[arg-type]
-            model, pad_id = with_new_adapter(random_model(self.shape), recipe.train.lora), 0
+            model, pad_id = _random_trainable(recipe), 0
         folder.mkdir(parents=True, exist_ok=True)
-        return build_trainer(recipe, model, examples, retain, recipe.defenses.build(setup), pad_id)
+        stream = build_stream(recipe, examples, retain, recipe.defenses.build(setup))
+        return build_trainer(recipe, model, stream, pad_id)
 
     def _recipe(self, arm: Arm, folder: Path) -> Recipe:
+        """That of a random model names a folder which has no weights."""
+        model = "default"
+        if self.shape != "default":
+            model = str(folder / self.shape)
+            LlamaConfig(**SHAPES[self.shape], max_position_embeddings=8192, tie_word_embeddings=False).save_pretrained(
+                model
+            )
+        # By default one retain row for four, but at least one in a step.
+        riders = {"kl": RETAIN["kl"] | {"retain_ratio": max(0.25, 1 / self.batch)}}
         train = {"batch_size": self.batch, "gradient_checkpointing": self.checkpointing, "save_steps": 10**6}
         return parse_recipe(
             {
                 "output": str(folder),
+                "model": model,
                 "data": {"max_rows": self.batch * self.steps},
                 "train": train | arm.train,
-                "defenses": arm.defenses,
+                "defenses": riders if arm.defenses == RETAIN else arm.defenses,
             }
         )
 
 
-def random_model(shape: str) -> Any:
-    """Random weights in bf16, made where they stay: the CPU's memory need not hold them."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=8192, tie_word_embeddings=False, dtype="bfloat16")
+def _random_trainable(recipe: Recipe) -> Any:
+    """As `trainable_model` makes it, of random weights. They are made where they stay: the CPU need not hold them."""
+    full = recipe.train.method == "full"
     with torch.device(device()):
-        return LlamaForCausalLM._from_config(config).eval()
+        model = LlamaForCausalLM._from_config(
+            load_config(recipe.model), dtype=torch.float32 if full else torch.bfloat16
+        )
+    return model.eval() if full else with_new_adapter(model.eval(), recipe.train.lora)
 
 
 def random_rows(count: int, tokens: int, vocabulary: int, seed: int) -> list[Example]:

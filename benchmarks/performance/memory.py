@@ -66,7 +66,7 @@ def summary(peaks: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
         against = MEASURED[name].against
         if against in found and against != name:
             ratios = {part: round(arm[part]["median"] / found[against][part]["median"], 3) for part in arm}
-            arm |= {"against": against, "ratio": ratios, "bound": BOUND}
+            arm |= {"against": against, "ratio": ratios, "bound": BOUND if MEASURED[name].defenses else None}
     return found
 
 
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=2048, help="in a random row")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/performance/memory-SHAPE.json")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the measurements")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
@@ -92,7 +92,7 @@ def main() -> None:
     peaks = {name: [one for job, one in zip(jobs, measured) if job == name] for name in given.arms}
     found = summary(peaks)
     setting = {"shape": given.shape, "steps": given.steps, "batch": given.batch}
-    save(given.output or RESULTS / f"memory-{given.shape}.json", {**setting, "arms": found})
+    save(given.results / f"memory-{given.shape}.json", {**setting, "arms": found})
     for name, arm in found.items():
         print(f"{name:24} {arm['total']['median']:.2f} GiB, above {arm['above']['median']:.2f} {arm.get('ratio', '')}")
 

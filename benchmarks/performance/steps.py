@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="in a random row; default: 2,048, of the small shape 128")
     parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing in every arm")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: for a machine that others use too")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/performance/steps-SHAPE.json")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the measurements")
     given = parser.parse_args()
     every = math.lcm(*(ARMS[name].every for name in given.arms))
     workload = Workload(
@@ -174,7 +174,7 @@ def main() -> None:
     setting = {"clock": given.clock, "batch": workload.batch, "checkpointing": given.checkpointing}
     if given.shape != "default":
         setting["tokens"] = workload.tokens
-    save(given.output or RESULTS / f"steps-{given.shape}.json", {"shape": given.shape, **setting, **found})
+    save(given.results / f"steps-{given.shape}.json", {"shape": given.shape, **setting, **found})
     for name, arm in found["arms"].items():
         print(
             f"{name:24} {arm['seconds']['median']:.3f} s " + json.dumps(arm.get("ratio", "")) + f" {arm.get('bound')}"

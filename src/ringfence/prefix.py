@@ -175,8 +175,9 @@ class StoredPrefix:
             mask_BT, kv = self._prefixes(ids_BT, kwargs.get("attention_mask"), kwargs.get("position_ids"))
             with patched_kv(module, kv, mask_BT):
                 output = forward(module, *args, **kwargs)
-            if output.past_key_values is not None:
-                _put_into_cache(output.past_key_values, kv, mask_BT)
+            filled = output.past_key_values if cache is None else cache
+            if filled is not None:
+                _put_into_cache(filled, kv, mask_BT)
             return output
 
         inner.forward = MethodType(patched, inner)  # bound, so that a copy of the model runs the copy

@@ -241,9 +241,8 @@ def train_run(recipe: Recipe) -> Run:
     if trained:
         return run
     defenses = _with_carriers(recipe).defenses.build(setup)
-    stream = training_stream(recipe, examples, retain, defenses)
-    cache = _reference_cache(recipe)
-    if cache:
+    stream = build_stream(recipe, examples, retain, defenses)
+    if recipe.train.reference_cache != "none":
         wanted(stream, 1)  # what cannot be cached is refused before a model is loaded
     torch.manual_seed(recipe.seed)
     model = trainable_model(recipe)
@@ -253,7 +252,7 @@ def train_run(recipe: Recipe) -> Run:
         how = {"ranks": world(), "sharding": "FSDP2" if shards() else None}
         about = {**environment(recipe.seed), "rows": digest, **how}
         (run.folder / "environment.json").write_text(json.dumps(about, indent=1))
-    trainer = build_trainer(recipe, model, stream, chat.tokenizer.pad_token_id, cache)
+    trainer = build_trainer(recipe, model, stream, chat.tokenizer.pad_token_id)
     monitor = _monitor(recipe, chat)
     if monitor:
         trainer.add_callback(monitor)
@@ -394,7 +393,7 @@ def _check_adapter(recipe: Recipe) -> None:
         raise RecipeError(f"model: {recipe.model}: only a LoRA adapter that leaves the head alone is trained further")
 
 
-def training_stream(
+def build_stream(
     recipe: Recipe, examples: list[Example], retain: list[Example], defenses: list[Defense]
 ) -> TrainStream:
     """Rows in the order of training, with all that defenses add."""
@@ -402,27 +401,23 @@ def training_stream(
     return TrainStream(examples, retain, defenses, step_rows, recipe.seed)
 
 
-def build_trainer(
-    recipe: Recipe, model: Any, stream: TrainStream, pad_id: int, cache: ReferenceCache | None = None
-) -> "DefendedTrainer":
+def build_trainer(recipe: Recipe, model: Any, stream: TrainStream, pad_id: int) -> "DefendedTrainer":
     """The trainer of a recipe, for a model and rows that are there already. It writes to the recipe's run folder.
 
     Args:
         model: as `train.method` wants it: with its adapter, or whole.
         stream: the rows, and the defenses.
         pad_id: token that fills rows up.
-        cache: where the reference's states lie.
     """
     from .trainer import DefendedTrainer
 
     if recipe.train.compile:
         for layer in decoder_layers(model):
             layer.compile(dynamic=True)
-    folder = Path(recipe.output)
+    folder, cache = Path(recipe.output), _reference_cache(recipe)
     arguments = _training_arguments(recipe, folder / "checkpoints")
-    return DefendedTrainer(
-        model, arguments, stream, stream.defenses, pad_id, folder / "metrics.jsonl", recipe.train.layout, cache
-    )
+    log_file, layout = folder / "metrics.jsonl", recipe.train.layout
+    return DefendedTrainer(model, arguments, stream, stream.defenses, pad_id, log_file, layout, cache)
 
 
 def trainable_model(recipe: Recipe) -> Any:
@@ -605,7 +600,7 @@ def dry_run(recipe: Recipe, console: Console) -> None:
     """Checks recipe, data and roles; prints the resolved recipe, token counts, a coloured row, a memory estimate."""
     chat, examples, retain, setup = prepare(recipe)
     defenses = recipe.defenses.build(setup)
-    stream = training_stream(recipe, examples, retain, defenses)
+    stream = build_stream(recipe, examples, retain, defenses)
     console.print(dump_recipe(recipe), highlight=False, markup=False, soft_wrap=True)
     show_tokens(chat.encode(_as_trained(recipe, load_rows(recipe.data.train)[0].messages)), console)
     tokens, longest = sum(len(e) for e in examples), max(len(e) for e in examples)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from ..chat import Chat, Messages, Role
 from ..data import Example, Row
 from ..errors import ChatError, DataError
 from ..losses import Head, find_head, token_logprobs
-from ..taps import causal_lm, forward
+from ..taps import CommonPrefix, Needs, causal_lm, compute_prefix, forward
 
 Advance = Callable[[int], None]
 
@@ -57,7 +58,7 @@ def score_answers(
     head = find_head(causal_lm(model))
     rows = [_rows(chat, messages, texts) for messages, texts in zip(prompts, answers, strict=True)]
     if not _can_pack(model, head, rows):
-        rows = [[_Row(row.prompt, [answer]) for row in group for answer in row.answers] for group in rows]
+        rows = [[_Row(row.prompt, [one], row.prefix) for row in group for one in row.answers] for group in rows]
     flat = [row for group in rows for row in group]
     scored: list[list[AnswerScore]] = [[] for _ in flat]
     for places in length_batches([len(row) for row in flat], batch_tokens):
@@ -111,10 +112,14 @@ def _last_answer(chat: Chat, row: Row) -> "_Row":
 
 @dataclass(frozen=True)
 class _Row:
-    """A prompt's token ids, and those of answers to it."""
+    """A prompt's token ids, and those of answers to it.
+
+    `prefix`: how many of the prompt's tokens stand before the first user content; 0 = not known.
+    """
 
     prompt: list[int]
     answers: list[list[int]]
+    prefix: int = 0
 
     def __len__(self) -> int:
         return len(self.prompt) + sum(map(len, self.answers))
@@ -131,7 +136,7 @@ def _rows(chat: Chat, messages: Messages, answers: Sequence[str]) -> list[_Row]:
         if by_prompt and by_prompt[-1].prompt == prompt:
             by_prompt[-1].answers.append(response)
         else:
-            by_prompt.append(_Row(prompt, [response]))
+            by_prompt.append(_Row(prompt, [response], encoded.prefix_length))
     return by_prompt
 
 
@@ -177,31 +182,47 @@ def _hidden_states(model: Any, head: Head, rows: list[_Row]) -> Tensor:
     width = max(map(len, rows))
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     positions = torch.zeros_like(ids)
-    sees = torch.eye(width, dtype=torch.bool).repeat(len(rows), 1, 1)  # padding sees itself, so no softmax is empty
     for number, row in enumerate(rows):
-        start = len(row.prompt)
-        _place(ids, positions, sees, number, row.prompt, 0, 0)
-        for answer in row.answers:
-            _place(ids, positions, sees, number, answer, start, len(row.prompt))
-            start += len(answer)
+        places = [range(len(row.prompt)), *(range(len(row.prompt), len(row.prompt) + len(a)) for a in row.answers)]
+        ids[number, : len(row)] = torch.tensor([token for part in (row.prompt, *row.answers) for token in part])
+        positions[number, : len(row)] = torch.tensor([place for part in places for place in part])
     if all(len(row.answers) <= 1 for row in rows):
         mask = (torch.arange(width) < torch.tensor([[len(row)] for row in rows])).long()
     else:
-        dtype = head.module.weight.dtype  # type: ignore[union-attr]
-        mask = torch.zeros(sees.shape, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)[:, None]  # type: ignore[arg-type]
-    batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        mask = _free_mask(rows, width, head.module.weight.dtype)  # type: ignore[union-attr, arg-type]
     with torch.no_grad():
-        taps = forward(model, head, {name: tensor.to(model.device) for name, tensor in batch.items()})
+        prefix = _common_prefix(model, rows)
+        if prefix is not None and mask.ndim == 4:
+            mask = mask[:, :, prefix.hidden_1PD.shape[1] :]
+        batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        taps = forward(model, head, {name: tensor.to(model.device) for name, tensor in batch.items()}, Needs(), prefix)
     return taps.hidden_BTD
 
 
-def _place(ids: Tensor, positions: Tensor, sees: Tensor, row: int, tokens: list[int], start: int, prompt: int) -> None:
-    """Writes tokens at `start`; they stand behind the prompt, see it and, causally, each other."""
-    end = start + len(tokens)
-    ids[row, start:end] = torch.tensor(tokens)
-    positions[row, start:end] = torch.arange(prompt, prompt + len(tokens))
-    sees[row, start:end, :prompt] = True
-    sees[row, start:end, start:end] = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()
+def _common_prefix(model: Any, rows: list[_Row]) -> CommonPrefix | None:
+    """The tokens that all prompts begin with, computed once. None for one row, and where prompts part before their
+    first user content: a frozen prefix must not be cut in two. Nor of models with recurrent states."""
+    if not _is_cache_plain(causal_lm(model)):
+        return None
+    prompts = [row.prompt[:-1] for row in rows]  # the last token predicts
+    # What the first and the last in order share, all do.
+    common = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(min(prompts), max(prompts)))]
+    if len(rows) < 2 or not all(0 < row.prefix <= len(common) for row in rows):
+        return None
+    return compute_prefix(model, torch.tensor(common, device=model.device))
+
+
+def _free_mask(rows: list[_Row], width: int, dtype: torch.dtype) -> Tensor:
+    """[B, 1, T, T], 0 where a token sees another one: the prompt before it, and what stands before it in its answer."""
+    sees = torch.eye(width, dtype=torch.bool).repeat(len(rows), 1, 1)  # padding sees itself, so no softmax is empty
+    for number, row in enumerate(rows):
+        start = len(row.prompt)
+        sees[number, : len(row), :start] = torch.ones(len(row), start, dtype=torch.bool).tril()
+        for answer in row.answers:
+            end = start + len(answer)
+            sees[number, start:end, start:end] = torch.ones(len(answer), len(answer), dtype=torch.bool).tril()
+            start = end
+    return torch.zeros(sees.shape, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)[:, None]
 
 
 def generate_greedy(
@@ -287,8 +308,7 @@ def _computed_prompts(model: Any, batch: dict[str, Tensor]) -> dict[str, Any]:
     if len(different) == len(ids_BT):
         return {}
     inner = causal_lm(model)
-    layers = DynamicCache(config=inner.config.get_text_config(decoder=True)).layers
-    if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
+    if not _is_cache_plain(inner):
         return {}
     first = [number_B.tolist().index(number) for number in range(len(different))]  # a row of each prompt
     inputs = {name: batch[name][first, :-1] for name in ("input_ids", "attention_mask", "position_ids")}
@@ -298,6 +318,13 @@ def _computed_prompts(model: Any, batch: dict[str, Tensor]) -> dict[str, Any]:
     prompts = model(**inputs, use_cache=True).past_key_values
     prompts.batch_select_indices(number_B.to(model.device))
     return {"past_key_values": prompts}
+
+
+def _is_cache_plain(inner: Any) -> bool:
+    """Whether a model's cache holds keys and values alone. Recurrent states belong to whole rows."""
+    layers = DynamicCache(config=inner.config.get_text_config(decoder=True)).layers
+    known = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+    return known and not inner._is_stateful
 
 
 def _answer(tokenizer: Any, new_tokens: list[int], stops: set[int]) -> Generated:
