@@ -1,6 +1,6 @@
 """Peak memory of training in each way, against plain fine-tuning. Every measurement is a process of its own.
 
-    python benchmarks/performance/memory.py               # the embedded model on CPU; about 7 minutes on two cores
+    python benchmarks/performance/memory.py               # the embedded model on CPU; about 9 minutes on two cores
     python benchmarks/performance/memory.py --shape 8b    # an accelerator
 
 Each process trains a few steps on the same rows. The peak is that of resident memory (VmHWM), on an accelerator that of
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=["default", *SHAPES], default="default")
     parser.add_argument("--arms", nargs="+", choices=MEASURED, default=list(MEASURED))
     parser.add_argument("--processes", type=int, default=3, help="for each arm")
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=2048, help="in a random row")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the measurements")

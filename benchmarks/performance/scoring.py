@@ -163,10 +163,10 @@ def paired(chat: Chat, questions: list[PairedQuestion], turns: int) -> dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true", help="a few rows, two turns")
+    parser.add_argument("--quick", action="store_true", help="a few rows, one turn")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the measurements")
     given = parser.parse_args()
-    rows, from_file, each, turns = (6, 1, 1, 2) if given.quick else (32, 4, 8, 5)
+    rows, from_file, each, turns = (4, 1, 1, 1) if given.quick else (24, 3, 6, 5)
     chat, config = Chat(load_tokenizer(MODEL)), EvaluateConfig()
     sources = [*config.in_domain, *config.out_of_domain, *config.values]
     questions = [question for source in sources for question in load_questions(source, "test")[:each]]

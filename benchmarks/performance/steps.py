@@ -1,6 +1,6 @@
 """Time of an optimiser step in each way to train, against plain fine-tuning in the same alternating series.
 
-    python benchmarks/performance/steps.py                # the embedded model on CPU; about 12 minutes on two cores
+    python benchmarks/performance/steps.py                # the embedded model on CPU; about 10 minutes on two cores
     python benchmarks/performance/steps.py --shape 8b     # the shape of Llama 3.1 8B, random weights; an accelerator
     python benchmarks/performance/steps.py --shape small --rounds 1 --arms plain treft
 
@@ -153,7 +153,7 @@ def measure(names: list[str], workload: Workload, rounds: int, cycles: int, cloc
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--shape", choices=["default", *SHAPES], default="default")
-    parser.add_argument("--rounds", type=int, default=12, help="of one step")
+    parser.add_argument("--rounds", type=int, default=10, help="of one step")
     parser.add_argument("--cycles", type=int, default=5, help="rounds of the second series")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--batch", type=int, help="rows in a step; default: 8, of the 8b shape 2")

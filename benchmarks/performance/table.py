@@ -69,7 +69,7 @@ def steps(found: dict[str, Any]) -> Table:
     for name, arm in found["arms"].items():
         if "ratio" in arm:
             ratio = arm["ratio"]
-            what = f"{name} (plain: {arm['against']})" if arm["against"] != "plain" else name
+            what = f"{name} (against {arm['against']})" if arm["against"] != "plain" else name
             lines.append(Line(what, ratio["median"], ratio["low"], ratio["high"], arm["bound"]))
     plain = found["arms"]["plain"]["seconds"]["median"]
     rows = f"{found['batch']} rows" + (f" of {found['tokens']} tokens" if "tokens" in found else "")
@@ -85,7 +85,7 @@ def memory(found: dict[str, Any]) -> Table:
             against = found["arms"][arm["against"]]["total"]["median"]
             low, high = arm["total"]["low"] / against, arm["total"]["high"] / against
             above = f"above the loaded model {arm['ratio']['above']:.2f}"
-            what = f"{name} (plain: {arm['against']}; {above})" if arm["against"] != "plain" else f"{name} ({above})"
+            what = f"{name} (against {arm['against']}; {above})" if arm["against"] != "plain" else f"{name} ({above})"
             lines.append(Line(what, arm["ratio"]["total"], low, high, arm["bound"]))
     plain = found["arms"]["plain"]["total"]["median"]
     title = f"Peak memory, {found['shape']} model, {found['batch']} rows, {found['machine']['device']}"
