@@ -39,8 +39,10 @@ from ringfence.directions import Directions
 from ringfence.errors import DefenseError
 from ringfence.prefix import FrozenPrefix
 from ringfence.ranks import is_main, join, rank, wait, whole, world
+from ringfence.reference_cache import Kind, ReferenceCache
 from ringfence.run import Interrupted, train_run
 from ringfence.stream import TrainStream
+from ringfence.taps import Layout
 from ringfence.trainer import DefendedTrainer
 
 STEP_ROWS = 4  # of all ranks, in one forward
@@ -71,6 +73,8 @@ class Case:
     tied: bool = False
     continued: bool = False  # an adapter is trained further, and a frozen copy of it is the reference
     frozen: bool = False
+    layout: Layout = "padded"
+    cached: Kind | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def make_model(self) -> Any:
@@ -124,6 +128,10 @@ CASES: dict[str, Case] = {
     "lock": Case((SubspaceLock(),), lora={"size": 0.0}, rows=18),
     "lock-full": Case((SubspaceLock(), KL(weight=0.5)), method="full"),
     "frozen-prefix": Case((KL(weight=0.5, where="train"),), rows=ONE_PREFIX, frozen=True),
+    "packed": Case(EVERYTHING, layout="packed", arguments=CHECKPOINTING),
+    "cached": Case((KL(weight=0.5), TReFT()), cached="states"),
+    "cached-full": Case((KL(weight=0.5, where="train"), TReFT()), "full", cached="states"),
+    "cached-top-k": Case((KL(weight=0.5),), "full", tied=True, cached="top_k"),
     "budget": Case((KL(budget=1e-3), LDIFS(layers=2, budget=1e-2)), rows=18),
     "everything": Case(EVERYTHING, rows=13, accumulation=2, arguments={"max_grad_norm": 1.0, "optim": "adamw_torch"}),
     "everything-full": Case(EVERYTHING, "full", rows=13, accumulation=2, arguments={"max_grad_norm": 1.0}),
@@ -195,7 +203,10 @@ def train_case(case: Case, files: Path, folder: Path, resume: int | None = None,
     )
     recorder = Recorder(stop)
     log = folder / "metrics.jsonl"
-    trainer = DefendedTrainer(case.make_model(), args, stream, defenses, PAD, log, callbacks=[recorder])
+    cache = ReferenceCache(case.cached, {}, k=8, root=folder / "cache") if case.cached else None
+    trainer = DefendedTrainer(
+        case.make_model(), args, stream, defenses, PAD, log, case.layout, cache, callbacks=[recorder]
+    )
     recorder.trainer = trainer
     trainer.train(resume_from_checkpoint=str(folder / f"checkpoints/checkpoint-{resume}") if resume else None)
     plain = trainer.accelerator.unwrap_model(trainer.model)
@@ -308,11 +319,11 @@ def broken(files: Path, folder: Path) -> None:
     """The last rank fails in its second step."""
 
     class Breaks(type(KL().build(Setup(None, RETAIN, lambda _: RETAIN, "")))):  # type: ignore[misc, arg-type]
-        def penalty(self, *args: Any) -> torch.Tensor:
+        def logit_loss(self, *args: Any) -> Any:
             self.calls = getattr(self, "calls", 0) + 1
             if self.calls == 2 and rank() == world() - 1:
                 raise DefenseError("broken on purpose")
-            return super().penalty(*args)
+            return super().logit_loss(*args)
 
     case = Case()
     case.make_defenses = lambda _: [Breaks(KL(where="train"))]  # type: ignore[method-assign]

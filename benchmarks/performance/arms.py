@@ -58,6 +58,7 @@ ARMS: dict[str, Arm] = {
     "plain": Arm(),
     "plain, shared prefix": Arm(train={"share_prefix": True}),
     "plain, packing": Arm(train={"packing": True}),
+    "plain, compiled": Arm(train={"compile": True}),
     "treft": Arm(defenses=TREFT, bound=lambda *_: 1.02),
     "treft, shared prefix": Arm(train={"share_prefix": True}, defenses=TREFT, bound=lambda *_: 1.0),
     "frozen_prefix": Arm(defenses={"frozen_prefix": {}}, bound=lambda *_: 1.0),

@@ -113,7 +113,7 @@ class DefendedTrainer(Trainer):
         # What is the reference's comes first: hooks of defenses are the student's alone.
         sharded = is_sharded(self.model)
         asks = active or (sharded and self._due())  # where the model is sharded, with the other ranks
-        with self.accelerator.autocast():  # a frozen copy computes as the student does
+        with self._autocast():  # a frozen copy computes as the student does
             reference = self.reference.taps(inputs, needs) if self.reference and asks else None
         # A prefix is computed by a part of the model, which in a sharded one cannot run alone.
         givers = [] if sharded or self.layout == "packed" else self.defenses
@@ -149,6 +149,10 @@ class DefendedTrainer(Trainer):
         """Hooks stay until the backward pass is over: checkpointed layers run again there."""
         with self._hooks:
             return super().training_step(*args, **kwargs)
+
+    def _autocast(self) -> torch.autocast:
+        """As the student computes. (accelerate's own context forgets, on its way, that the model is to be sharded.)"""
+        return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16)
 
     def _plain_model(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
@@ -258,7 +262,7 @@ class DefendedTrainer(Trainer):
         steps = self.args.max_steps if self.args.max_steps > 0 else self.args.num_train_epochs * stream.steps_per_epoch
         asked = wanted(stream, math.ceil(steps))
         assert self.reference is not None
-        with self.accelerator.autocast():
+        with self._autocast():
             self.reference.fill(asked)
         self._cache_filled = True
 
