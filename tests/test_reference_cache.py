@@ -430,11 +430,12 @@ def test_a_damaged_or_foreign_file_is_passed_over_and_its_rows_computed_anew(
     torch.testing.assert_close(found.hidden_BTD[needs.hidden_BT], expected.hidden_BTD[needs.hidden_BT])
 
 
+@pytest.mark.parametrize("disks", [1, 2])
 def test_ranks_share_the_work_and_have_everything_in_the_end(
-    tmp_path: Path, items: Items, monkeypatch: pytest.MonkeyPatch
+    disks: int, tmp_path: Path, items: Items, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two ranks as threads with a true barrier. Each computes half; some rows lie there already."""
-    filled(tmp_path, items[2:3])
+    """Two ranks as threads with a true barrier; one row lies there already. On disks of their own each computes all."""
+    filled(tmp_path / "0", items[2:3])
     barrier, rank = threading.Barrier(2), threading.local()
 
     def state() -> Any:
@@ -452,7 +453,7 @@ def test_ranks_share_the_work_and_have_everything_in_the_end(
 
     def fill(number: int) -> None:
         rank.number = number
-        cache = caches[number] = cache_in(tmp_path)
+        cache = caches[number] = cache_in(tmp_path / str(number % disks))
         barrier.wait(30)  # both look before either writes
 
         def compute(batch: Any, mask_BT: Tensor) -> tuple[Tensor, ...]:
@@ -466,7 +467,8 @@ def test_ranks_share_the_work_and_have_everything_in_the_end(
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert [computed[number] - 1 for number in range(2)] in ([2, 3], [3, 2])  # one row each to know the size
+    rows = [computed[number] - 1 for number in range(2)]  # one row each to know the size
+    assert rows in ([[2, 3], [3, 2]] if disks == 1 else [[5, 6]])
     assert all(not cache.missing(asked) for cache in caches.values())
 
 
