@@ -206,10 +206,12 @@ def _forward(model: nn.Module, head: Head, batch: dict[str, Any], needs: Needs, 
         layers = {number: _behind(prefix.states[number], layers[number]) for number in needs.layers}
     taps = Taps(head, decoder[0], needs)
     if needs.kv_BT is not None:
-        taps.kv = [_at(found[index], needs.kv_BT) for index in sorted(found)]
+        chosen = needs.kv_BT.nonzero(as_tuple=True)  # once: a device must be waited for
+        taps.kv = [_at(found[index], chosen) for index in sorted(found)]
         _check_kv(taps.kv, inner, taps.hidden_BTD.requires_grad)
     if needs.states_BT is not None:
-        taps.states = {number: layers[number][needs.states_BT] for number in needs.layers}
+        chosen = needs.states_BT.nonzero(as_tuple=True)
+        taps.states = {number: layers[number][chosen] for number in needs.layers}
     return taps
 
 
@@ -384,9 +386,10 @@ def edited_states(model: Any, layer: int, edit: Callable[[Tensor], Tensor]) -> I
         handle.remove()
 
 
-def _at(pair: tuple[Tensor, Tensor], mask_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values [B, heads, T, size] -> [N, heads * size] at the tokens of the mask."""
-    key, value = (states.transpose(1, 2)[mask_BT].flatten(1) for states in pair)
+def _at(pair: tuple[Tensor, Tensor], chosen: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, heads, T, size] -> [N, heads * size] at the chosen tokens, given by row and place."""
+    rows_N, places_N = chosen
+    key, value = (states[rows_N, :, places_N].flatten(1) for states in pair)
     return key, value
 
 
@@ -396,4 +399,5 @@ def prefix_kv(model: nn.Module, prefix_ids: Tensor) -> list[tuple[Tensor, Tensor
     ids = prefix_ids[None]
     with torch.no_grad(), _keys_and_values(inner, True) as layers:
         model(input_ids=ids, use_cache=False)
-    return [_at(layers[index], torch.ones_like(ids, dtype=torch.bool)) for index in sorted(layers)]
+    chosen = torch.ones_like(ids).nonzero(as_tuple=True)
+    return [_at(layers[index], chosen) for index in sorted(layers)]
