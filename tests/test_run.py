@@ -382,12 +382,18 @@ def test_what_does_not_fit_is_refused_before_training(
     assert not (Path(made.output) / "metrics.jsonl").exists()
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, recipe: Callable[..., Recipe]) -> None:
-    """End of turn is the padding token, embedded as zero: its keys are zero, and TReFT divides by their size."""
+def test_a_loss_that_is_no_number_stops_the_run(recipe: Callable[..., Recipe]) -> None:
+    with pytest.raises(RingfenceError, match="smaller learning rate"):
+        train_run(recipe(defenses={"treft": {}}, learning_rate=1e38))
+
+
+def test_a_template_token_that_is_embedded_as_zero_has_no_drift(tmp_path: Path, recipe: Callable[..., Recipe]) -> None:
+    """End of turn is the padding token here: its first keys are zero, before training and after."""
     made = recipe(defenses={"treft": {}})
     made = made.model_copy(update={"model": small_model(tmp_path / "model", load_tokenizer("default").eos_token_id)})
-    with pytest.raises(RingfenceError, match="treft"):
-        train_run(made)
+    lines = [json.loads(line) for line in (train_run(made).folder / "metrics.jsonl").read_text().splitlines()]
+    drifts = [line["treft"] for line in lines if "treft" in line]
+    assert drifts[0] == 0 < drifts[-1]
 
 
 def test_a_mended_recipe_may_use_the_folder_of_a_refused_one(recipe: Callable[..., Recipe]) -> None:
