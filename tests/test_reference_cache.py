@@ -107,7 +107,7 @@ def test_penalties_and_gradients_are_those_of_the_naive_form(
         KL(where="train", tokens="prompt"),
         TReFT(),
     ]
-    reference = Reference(model, cache_in(tmp_path, kind))
+    reference = Reference(model, cache=cache_in(tmp_path, kind))
     for config in configs:
         reference.fill(wanted_of(build(config), items))
         if method == "full":
@@ -132,7 +132,7 @@ def test_penalties_and_gradients_are_those_of_the_naive_form(
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_states_are_those_of_each_row_alone(side: str, items: Items, tmp_path: Path) -> None:
     model = tiny()
-    reference = Reference(model, cache_in(tmp_path))
+    reference = Reference(model, cache=cache_in(tmp_path))
     batch = batch_of(items, side)
     mask_BT = (batch["roles"] == Role.RESPONSE) | (batch["roles"] == Role.QUERY)
     reference.fill(Wanted({row.name: row for row in rows_of(batch, mask_BT)}, set()))
@@ -148,7 +148,7 @@ def test_states_are_those_of_each_row_alone(side: str, items: Items, tmp_path: P
 @pytest.mark.parametrize("k", [1, 7])
 def test_top_k_are_the_most_probable_tokens_of_each_row_alone(k: int, items: Items, tmp_path: Path) -> None:
     model = with_lora(tiny("gemma2"))
-    reference = Reference(model, cache_in(tmp_path, "top_k", k))
+    reference = Reference(model, cache=cache_in(tmp_path, "top_k", k))
     batch = batch_of(items)
     mask_BT = batch["roles"] == Role.RESPONSE
     reference.fill(Wanted({row.name: row for row in rows_of(batch, mask_BT)}, set()))
@@ -164,7 +164,7 @@ def test_top_k_are_the_most_probable_tokens_of_each_row_alone(k: int, items: Ite
 
 def test_states_keep_the_type_they_come_in(items: Items, tmp_path: Path) -> None:
     model = with_lora(tiny().bfloat16())
-    live, cached = Reference(model), Reference(model, cache_in(tmp_path))
+    live, cached = Reference(model), Reference(model, cache=cache_in(tmp_path))
     batch = batch_of(items[:1])
     needs = Needs(hidden_BT=batch["roles"] == Role.RESPONSE)
     cached.fill(Wanted({row.name: row for row in rows_of(batch, needs.hidden_BT)}, set()))
@@ -339,7 +339,7 @@ def test_another_reference_has_another_folder(change: dict[str, Any], tmp_path: 
 def filled(folder: Path, items: Items, method: str = "lora") -> tuple[Reference, int]:
     """A reference with these rows in its cache, and how many rows had to be computed."""
     model = made(method)
-    reference = Reference(model, cache_in(folder))
+    reference = Reference(model, cache=cache_in(folder))
     forwards = Forwards(model)
     asked = wanted_of(build(KL(where="train"), KL()), items)
     missing = len(reference.cache.missing(asked.rows)) if reference.cache else 0
@@ -391,7 +391,7 @@ def test_a_half_written_file_of_the_day_before_is_cleared_away(tmp_path: Path, i
 
 def test_two_runs_that_fill_at_the_same_time_do_not_harm_each_other(tmp_path: Path, items: Items) -> None:
     """Both have looked before either has written; their rows overlap."""
-    first, second = (Reference(made("lora"), cache_in(tmp_path)) for _ in range(2))
+    first, second = (Reference(made("lora"), cache=cache_in(tmp_path)) for _ in range(2))
     asked = wanted_of(build(KL(where="train"), KL()), items)
     first.fill(asked)
     second.fill(wanted_of(build(KL(where="train"), KL()), [*items, (example(PREFIX_A, [5, 5], 9), False)]))
@@ -495,7 +495,7 @@ def test_a_full_model_is_not_copied(kind: str, copied: int, tmp_path: Path, item
     """Only the head, where it is needed to make logits of cached states."""
     model = tiny()
     before = alive()
-    reference = Reference(model, cache_in(tmp_path, kind))
+    reference = Reference(model, cache=cache_in(tmp_path, kind))
     reference.fill(wanted_of(build(KL(where="train")), items))
     assert alive() - before == copied
     assert reference.model is None
@@ -542,12 +542,12 @@ def test_a_full_model_is_not_asked_once_it_trains(tmp_path: Path, items: Items) 
 
 def test_more_tokens_than_the_vocabulary_has(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=rf"train\.top_k.*{VOCABULARY} tokens, found {VOCABULARY + 1}"):
-        Reference(tiny(), cache_in(tmp_path, "top_k", VOCABULARY + 1))
+        Reference(tiny(), cache=cache_in(tmp_path, "top_k", VOCABULARY + 1))
 
 
 def test_more_prefixes_than_are_kept(tmp_path: Path) -> None:
     prefixes = {(3, number) for number in range(65)}
-    reference = Reference(tiny(), cache_in(tmp_path))
+    reference = Reference(tiny(), cache=cache_in(tmp_path))
     with pytest.raises(RecipeError, match=r"at most 64 prefixes .*found 65"):
         reference.fill(Wanted({}, prefixes))
 

@@ -24,7 +24,7 @@ SCORING = {
     ("gap", "switched"): "perplexity gap, against row by row with a switch of adapters in memory",
     ("gap", "loaded"): "perplexity gap, against row by row with an adapter loaded at each switch",
     ("paired", "one by one"): "paired evaluation, against answer by answer",
-    ("paired", "one by one, reference kept"): "paired evaluation from the second run on: the reference is kept",
+    ("paired", "one by one, reference kept"): "paired evaluation, second run on (twice that: the reference is read)",
 }
 KL_MEMORY, KL_TIME = 1 / 8, 1.0
 
