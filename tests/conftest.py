@@ -346,6 +346,30 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
         )
 
 
+def training_arguments(folder: Path, rows: int, accumulation: int, **arguments: Any) -> TrainingArguments:
+    """Of one epoch on the CPU, without schedule, clipping, checkpoints or, unless told otherwise, any update."""
+    settings: dict[str, Any] = {
+        "num_train_epochs": 1,
+        "learning_rate": 0.0,
+        "optim": "sgd",
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+    }
+    return TrainingArguments(
+        str(folder),
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=accumulation,
+        report_to=[],
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=0,
+        **{**settings, **arguments},
+    )
+
+
 @pytest.fixture
 def make_trainer(tmp_path: Path) -> Callable[..., DefendedTrainer]:
     def make(
@@ -363,26 +387,7 @@ def make_trainer(tmp_path: Path) -> Callable[..., DefendedTrainer]:
         **arguments: Any,
     ) -> DefendedTrainer:
         stream = TrainStream(examples, list(retain), defenses, rows * accumulation, seed)
-        settings: dict[str, Any] = {
-            "num_train_epochs": 1,
-            "learning_rate": 0.0,
-            "optim": "sgd",
-            "lr_scheduler_type": "constant",
-            "max_grad_norm": 0.0,
-            "logging_steps": 1,
-            "save_strategy": "no",
-        }
-        args = TrainingArguments(
-            str(tmp_path / folder),
-            per_device_train_batch_size=rows,
-            gradient_accumulation_steps=accumulation,
-            report_to=[],
-            remove_unused_columns=False,
-            disable_tqdm=True,
-            use_cpu=True,
-            seed=0,
-            **{**settings, **arguments},
-        )
+        args = training_arguments(tmp_path / folder, rows, accumulation, **arguments)
         log_file = tmp_path / f"{folder}.jsonl"
         return DefendedTrainer(model, args, stream, defenses, PAD, log_file, layout, cache, callbacks=callbacks)
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 import ringfence.run as run_module
-from conftest import PAD, PREFIX_A, example, nudged, tiny, training_rows, with_lora
+from conftest import PAD, PREFIX_A, example, nudged, tiny, training_arguments, training_rows, with_lora
 from ringfence.config import Recipe, parse_recipe
 from ringfence.data import Example
 from ringfence.defenses import (
@@ -180,27 +180,8 @@ def train_case(case: Case, files: Path, folder: Path, resume: int | None = None,
     defenses = case.make_defenses(files)
     examples = training_rows(case.rows) if isinstance(case.rows, int) else case.rows
     stream = TrainStream(examples, RETAIN, defenses, STEP_ROWS * case.accumulation, 0)
-    settings: dict[str, Any] = {
-        "num_train_epochs": 1,
-        "learning_rate": 1e-2,
-        "optim": "sgd",
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-    }
-    args = TrainingArguments(
-        str(folder / "checkpoints"),
-        per_device_train_batch_size=STEP_ROWS // world(),
-        gradient_accumulation_steps=case.accumulation,
-        report_to=[],
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        use_cpu=True,
-        seed=0,
-        ddp_find_unused_parameters=False,
-        **{**settings, **case.arguments},
-    )
+    settings = {"learning_rate": 1e-2, "ddp_find_unused_parameters": False, **case.arguments}
+    args = training_arguments(folder / "checkpoints", STEP_ROWS // world(), case.accumulation, **settings)
     recorder = Recorder(stop)
     log = folder / "metrics.jsonl"
     cache = ReferenceCache(case.cached, {}, k=8, root=folder / "cache") if case.cached else None

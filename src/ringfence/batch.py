@@ -38,3 +38,8 @@ def collate(bundles: Sequence[Bundle], pad_id: int, side: str = "right") -> Batc
         "labels": labels,
         "retain": retain,
     }
+
+
+def prefix_of(batch: Batch, row: int) -> tuple[int, ...]:
+    """Token ids of a row's prefix."""
+    return tuple(batch["input_ids"][row][batch["roles"][row] == Role.PREFIX].tolist())

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batch import Batch
+from .batch import Batch, prefix_of
 from .chat import Role
 from .errors import DefenseError, RecipeError
 from .losses import Head, TopK, find_head, top_k
@@ -146,8 +146,7 @@ class Reference:
 
     def _new_prefixes(self, batch: Batch, mask_BT: Tensor) -> set[tuple[int, ...]]:
         rows = mask_BT.any(1).nonzero()[:, 0].tolist()
-        keys = {tuple(batch["input_ids"][row][batch["roles"][row] == Role.PREFIX].tolist()) for row in rows}
-        return keys - self._prefixes.keys()
+        return {prefix_of(batch, row) for row in rows} - self._prefixes.keys()
 
     def _at_hand(self, batch: Batch, needs: Needs) -> bool:
         if _any(needs.states_BT) or (_any(needs.hidden_BT) and self.cache is None):
@@ -171,9 +170,8 @@ class Reference:
     def _prefix_kv(self, batch: Batch, mask_BT: Tensor) -> list[tuple[Tensor, Tensor]]:
         rows = []
         for row in mask_BT.any(1).nonzero()[:, 0].tolist():
-            is_prefix = batch["roles"][row] == Role.PREFIX
-            kv = self._prefix(tuple(batch["input_ids"][row][is_prefix].tolist()))
-            chosen = mask_BT[row][is_prefix]
+            kv = self._prefix(prefix_of(batch, row))
+            chosen = mask_BT[row][batch["roles"][row] == Role.PREFIX]
             rows.append([(k[chosen], v[chosen]) for k, v in kv])
         while len(self._prefixes) > PREFIXES_KEPT:
             self._prefixes.pop(next(iter(self._prefixes)))

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .batch import Batch, collate
+from .batch import Batch, collate, prefix_of
 from .chat import Role
 from .console import console, progress
 from .data import Example
@@ -111,9 +111,7 @@ def wanted(stream: TrainStream, steps: int) -> Wanted:
         if needs.hidden_BT is not None:
             rows |= {row.name: row for row in rows_of(batch, needs.hidden_BT)}
         if needs.kv_BT is not None:
-            is_prefix_BT = batch["roles"] == Role.PREFIX
-            asking = needs.kv_BT.any(1).nonzero()[:, 0].tolist()
-            prefixes |= {tuple(batch["input_ids"][row][is_prefix_BT[row]].tolist()) for row in asking}
+            prefixes |= {prefix_of(batch, row) for row in needs.kv_BT.any(1).nonzero()[:, 0].tolist()}
     stream.set_epoch(0)
     if not rows:
         raise RecipeError(
