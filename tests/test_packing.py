@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GptOssConfig,
@@ -56,7 +58,7 @@ from ringfence.losses import find_head
 from ringfence.prefix import FrozenPrefix as Prefix
 from ringfence.reference import Reference
 from ringfence.run import train_run
-from ringfence.taps import Layout, Needs, Taps, causal_lm, common_length, forward
+from ringfence.taps import Flat, Layout, Needs, Taps, causal_lm, forward
 from test_run import metrics_of, small_model, write_rows
 from test_trainer import lines_of
 
@@ -105,6 +107,9 @@ def made(name: str) -> Any:
     elif name == "window":  # shorter than a packed row, than a row, and than a common prefix
         window = {"sliding_window": 3, "attn_logit_softcapping": 5.0, "attn_implementation": "eager"}
         model = Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8, **window))
+    elif name == "gpt-oss":
+        experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 3, "head_dim": 8}
+        model = GptOssForCausalLM(GptOssConfig(**{**SIZES, "rope_parameters": None}, **experts))
     elif name == "eager":
         return tiny("llama", "eager")
     else:
@@ -130,7 +135,7 @@ def flat(taps: Taps, real_BT: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("prefixes", ["LLMLM", "LSMSL", "L"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["llama", "eager", "qwen3", "gemma2", "window", "cohere", "mixtral"])
+@pytest.mark.parametrize("name", ["llama", "eager", "qwen3", "gemma2", "window", "cohere", "mixtral", "gpt-oss"])
 def test_all_that_a_forward_gives_and_its_gradients(name: str, layout: Layout, prefixes: str) -> None:
     model, batch = made(name), batch_of(items(prefixes))
     real_BT = batch["roles"] != Role.PAD
@@ -171,7 +176,7 @@ def test_packed_rows_do_not_see_each_other_nor_their_place() -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_is_computed(layout: Layout) -> None:
-    """No padding where rows are packed; a common prefix once, and what stands behind it."""
+    """No padding; where it is shared, a common prefix once."""
     model, batch = made("llama"), batch_of(items("LLMLM"))
     shapes = []
     model.model.layers[0].register_forward_pre_hook(lambda _m, args: shapes.append(tuple(args[0].shape[:2])))
@@ -179,26 +184,28 @@ def test_what_is_computed(layout: Layout) -> None:
     shapes.clear()
     taps_of(model, batch, layout)
     real_BT = batch["roles"] != Role.PAD
-    wide = real_BT.shape[1]
-    packed, shared = [(1, int(real_BT.sum()))], [(1, len(LONG)), (5, wide - len(LONG))]
-    assert shapes == (packed if layout == "packed" else shared)
+    assert shapes == [(1, int(real_BT.sum()) - (4 * len(LONG) if layout == "shared" else 0))]
     assert real_BT.sum() < real_BT.numel()
+
+
+def common_length(batch: dict[str, Tensor]) -> int:
+    return Flat.of(batch, share=True).shared
 
 
 def test_the_common_prefix() -> None:
     assert common_length(batch_of(items("LLML"))) == len(LONG)
     assert common_length(batch_of(items("LLSL"))) == 1
-    assert common_length(batch_of(items("L"))) == 0
     assert common_length(batch_of(items("LLL"), "left")) == 0
     left = batch_of(items("MSS"), "left")
     assert not left["attention_mask"][1:, 0].any()
-    assert common_length({name: tensor[1:] for name, tensor in left.items()}) == 0
+    assert common_length(left) == 0
     again = [(rows("L")[0], False)] * 3
-    assert common_length(batch_of(again)) == len(rows("L")[0]) - 1
+    assert common_length(batch_of(again)) == len(rows("L")[0])
     # Padding that looks like a token of another row is none.
     short = Example([3, 4], [Role.PREFIX] * 2, "short")
     longer = Example([3, 4, PAD, PAD, 5], [Role.PREFIX] * 5, "longer")
-    assert common_length(batch_of([(short, False), (longer, False)])) == 1
+    assert common_length(batch_of([(short, False), (longer, False)])) == 2
+    assert Flat.of(batch_of(items("LLML")), share=False).shared == 0
 
 
 def test_rows_padded_on_the_left() -> None:
@@ -225,7 +232,9 @@ def test_the_reference_in_a_layout(layout: Layout, method: str) -> None:
     layer = causal_lm(reference.model).model.layers[0]
     layer.register_forward_pre_hook(lambda _m, args: widths.append(args[0].shape[1]))
     found = reference.taps(batch, needs)
-    assert widths == ([int(wanted_BT.sum())] if layout == "packed" else [len(LONG), wanted_BT.shape[1] - len(LONG)])
+    rows_asked = int(wanted_BT.any(1).sum())
+    saved = (rows_asked - 1) * len(LONG) if layout == "shared" else 0
+    assert widths == [int(wanted_BT.sum()) - saved]
     assert found.hidden_BTD.shape == expected.hidden_BTD.shape
     assert_same(flat(found, wanted_BT), flat(expected, wanted_BT))
 
@@ -357,11 +366,14 @@ def test_losses_gradients_and_weights_with_every_defense(
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("names", TOGETHER)
-def test_packing_under_checkpointing(names: str, method: str, files: dict[str, str], make_trainer: Any) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_under_checkpointing(
+    layout: Layout, names: str, method: str, files: dict[str, str], make_trainer: Any
+) -> None:
     if method == "full" and "frozen" in names:
         pytest.skip("a frozen prefix needs an adapter")
     expected = train("padded", names, method, files, make_trainer, "LSMSLLMSLSML")
-    found = train("packed", names, method, files, make_trainer, "LSMSLLMSLSML", **CHECKPOINTING)
+    found = train(layout, names, method, files, make_trainer, "LSMSLLMSLSML", **CHECKPOINTING)
     assert_trains_the_same(found, expected)
 
 
@@ -419,7 +431,7 @@ def test_mixed_precision_reaches_all_that_is_computed(
     down = causal_lm(model).model.layers[0].mlp.down_proj
     down.register_forward_hook(lambda _m, _i, output: types.append(output.dtype) if model.training else None)
     trainer.train()
-    assert types == [torch.bfloat16] * (1 if layout == "packed" else 2)
+    assert types == [torch.bfloat16] * (2 if names == "frozen" and layout == "shared" else 1)
 
 
 # ---------------------------------------------------------------- a frozen prefix in packed rows
@@ -472,36 +484,26 @@ def refused(name: str) -> Any:
         return MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=8))
     if name == "hybrid":
         return Lfm2ForCausalLM(Lfm2Config(**SIZES, layer_types=["conv", "full_attention"]))
-    # Its masks do not look at positions.
-    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
-    return GptOssForCausalLM(GptOssConfig(**{**SIZES, "rope_parameters": None}, head_dim=8, **experts))
+    return BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4))
 
 
-@pytest.mark.parametrize("name", ["mamba", "hybrid", "masks"])
-def test_models_whose_rows_would_see_each_other_are_refused(name: str, make_trainer: Any) -> None:
+@pytest.mark.parametrize(("layout", "field"), [("packed", "packing"), ("shared", "share_prefix")])
+@pytest.mark.parametrize("name", ["mamba", "hybrid", "alibi"])
+def test_models_whose_rows_would_see_each_other_are_refused(
+    name: str, layout: Layout, field: str, make_trainer: Any
+) -> None:
     model = refused(name).train()
-    with pytest.raises(ModelError, match=r"train\.packing: rows of \w+ would see each other .* off by \d+%"):
-        make_trainer(model, [], training_rows(2), layout="packed")
+    with pytest.raises(ModelError, match=rf"train\.{field}: rows of \w+ would see each other "):
+        make_trainer(model, [], training_rows(2), layout=layout)
     assert model.training
     make_trainer(refused(name), [], training_rows(2))
 
 
-@pytest.mark.parametrize("name", ["mamba", "hybrid"])
-def test_models_that_do_not_go_on_from_a_prefix_are_refused(name: str, make_trainer: Any) -> None:
-    with pytest.raises(ModelError, match=r"train\.share_prefix: rows of \w+ do not go on from a prefix"):
-        make_trainer(refused(name), [], training_rows(2), layout="shared")
-
-
-def test_a_shared_prefix_under_checkpointing_is_refused(make_trainer: Any) -> None:
-    with pytest.raises(ModelError, match=r"train\.share_prefix: not with gradient checkpointing"):
-        make_trainer(tiny(), [], training_rows(2), layout="shared", **CHECKPOINTING)
-
-
-@pytest.mark.parametrize("other", ["packing", "gradient_checkpointing"])
-def test_recipes_that_cannot_be_are_refused(other: str) -> None:
-    with pytest.raises(RecipeError, match=rf"train\.share_prefix and train\.{other}: set one of them"):
-        parse_recipe({"train": {"share_prefix": True, other: True}})
-    parse_recipe({"train": {"packing": True, "gradient_checkpointing": True}})
+def test_recipes_that_cannot_be_are_refused() -> None:
+    with pytest.raises(RecipeError, match=r"train\.share_prefix computes no padding either: leave train\.packing out"):
+        parse_recipe({"train": {"share_prefix": True, "packing": True}})
+    for field in ("packing", "share_prefix"):
+        parse_recipe({"train": {field: True, "gradient_checkpointing": True}})
 
 
 # ---------------------------------------------------------------- recipes

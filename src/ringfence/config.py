@@ -65,7 +65,9 @@ class TrainConfig(Strict):
     )
     gradient_checkpointing: bool = False
     packing: bool = Field(False, description="compute the rows of a forward pass one after another, without padding")
-    share_prefix: bool = Field(False, description="compute the tokens that all rows of a forward pass begin with once")
+    share_prefix: bool = Field(
+        False, description="as packing, and the tokens that all rows of a forward pass begin with are computed once"
+    )
     attention: Attention | None = Field(
         None, description="implementation of attention in training; null = the model's own choice, sdpa in most"
     )
@@ -106,9 +108,8 @@ class Recipe(Strict):
             raise ValueError("train.lora is set but train.method is full")
         if self.train.method == "full" and self.train.precision == "nf4":
             raise ValueError("train.precision: nf4 needs train.method: lora")
-        for field in ("packing", "gradient_checkpointing"):
-            if self.train.share_prefix and getattr(self.train, field):
-                raise ValueError(f"train.share_prefix and train.{field}: set one of them")
+        if self.train.share_prefix and self.train.packing:
+            raise ValueError("train.share_prefix computes no padding either: leave train.packing out")
         in_fp32 = self.train.method == "full" or self.train.precision == "fp32"
         if self.train.attention == "flash_attention_2" and in_fp32:
             raise ValueError("train.attention: flash_attention_2 needs train.method: lora, and bf16 or nf4")

@@ -98,7 +98,9 @@ class FrozenPrefix:
                 return
             ids_BT = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
             positions, row_BT = kwargs.get("position_ids"), None
-            if positions is not None and cache is None and kwargs.get("attention_mask") is None:
+            attends = kwargs.get("attention_mask")
+            has_padding = attends is not None and attends.ndim == 2
+            if positions is not None and cache is None and not has_padding:
                 row_BT = find_packed_sequence_indices(positions)
             keep[0] = ~self.mask(ids_BT, row_BT)[..., None]
 

@@ -7,9 +7,8 @@ own cache holds. Works under (non-re-entrant) activation checkpointing, where th
 defenses.
 
 A batch is padded; how it is computed is a *layout*, and what a forward gives is the same in each:
-padded: as it is. packed: all rows one after another in one row, without padding; transformers sees from position ids
-that restart that rows are not to see each other. shared: the tokens that all rows begin with are computed once, as one
-row, with gradient; attention of the rest reads their keys and values.
+padded: as it is. packed: all rows one after another in one row, without padding. shared: the same, and the tokens that
+all rows begin with stand in it once. Attention alone is computed row by row.
 
 Shapes: B rows, T tokens, D hidden size, N chosen tokens (row by row), E = key heads x head size.
 """
@@ -18,20 +17,23 @@ import copy
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import is_flash_attention_requested
 
 from .errors import DefenseError, ModelError
 from .losses import Head, TopK
 
 Layout = Literal["padded", "packed", "shared"]
 SeeKV = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+AroundAttention = Callable[..., Any]  # (plain attention function, module, query, key, value, mask, options)
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,56 @@ class CommonPrefix:
         return wide
 
 
+@dataclass(frozen=True)
+class Flat:
+    """The tokens of a batch that are computed, one after another.
+
+    Attributes:
+        index_N: where each of them stands in the batch, counted row by row.
+        at_BT: which of them each token of the batch is; at padding, the first.
+        shared: so many tokens, the first, begin every row.
+    """
+
+    index_N: Tensor
+    at_BT: Tensor
+    shared: int
+
+    @classmethod
+    def of(cls, batch: dict[str, Tensor], share: bool) -> "Flat":
+        ids_BT, real_BT = batch["input_ids"], batch["attention_mask"].bool()
+        common_T = ((ids_BT == ids_BT[0]) & real_BT).all(0)
+        shared = int(common_T.int().cumprod(0).sum()) if share else 0
+        computed_BT = real_BT.clone()
+        computed_BT[1:, :shared] = False
+        at_BT = (computed_BT.flatten().cumsum(0) - 1).view_as(real_BT).masked_fill(~real_BT, 0)
+        at_BT[:, :shared] = at_BT[0, :shared].clone()
+        return cls(computed_BT.flatten().nonzero()[:, 0], at_BT, shared)
+
+    def to_rows(self, states_NX: Tensor) -> Tensor:
+        """[N, ...] -> [B, T, ...]; what stands at padding must not be used."""
+        rows: Tensor = _ToRows.apply(states_NX, self)  # type: ignore[no-untyped-call]
+        return rows
+
+    def from_rows(self, states_BTX: Tensor) -> Tensor:
+        """[B, T, ...] -> [N, ...]"""
+        return states_BTX.flatten(0, 1).index_select(0, self.index_N)
+
+
+class _ToRows(torch.autograd.Function):
+    """Indexing, whose own backward pass adds up token by token, in no fixed order on a GPU."""
+
+    @staticmethod
+    def forward(ctx: Any, states_NX: Tensor, flat: Flat) -> Tensor:
+        ctx.flat = flat
+        return states_NX.index_select(0, flat.at_BT.flatten()).unflatten(0, flat.at_BT.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BTX: Tensor) -> tuple[Tensor, None]:
+        grad_NX = ctx.flat.from_rows(grad_BTX)
+        grad_NX[: ctx.flat.shared] += grad_BTX[1:, : ctx.flat.shared].sum(0)
+        return grad_NX, None
+
+
 def forward(
     model: nn.Module,
     head: Head,
@@ -133,84 +185,116 @@ def forward(
     needs: Needs = Needs(),
     prefix: CommonPrefix | None = None,
     layout: Layout = "padded",
+    hooks: ExitStack | None = None,
 ) -> Taps:
     """One forward of `model` on `batch` (input_ids, attention_mask, position_ids), with what was asked.
 
-    `prefix` is what all rows begin with, where it is known already: it is not computed again. In the packed layout
-    hidden states are zero at padding, and masks of `needs` choose real tokens.
+    `prefix` is what all rows begin with, where it is known already: it is not computed again, and the rest is padded.
+    Masks of `needs` choose real tokens; hidden states at padding mean nothing. Where checkpointed layers run again in
+    the backward pass, `hooks` are to be closed after it.
 
     Raises:
         DefenseError: keys were asked for and no attention layer gave them, or they carry no gradient although the
             model trains (re-entrant checkpointing does that): a penalty on them would silently be zero.
     """
-    if layout == "packed":
-        return _packed_forward(model, head, batch, needs)
-    if layout == "shared" and prefix is None:
-        length = common_length(batch)
-        # The plain model: a DDP wrapper wants one forward for each backward.
-        plain = getattr(model, "module", model)
-        prefix = compute_prefix(plain, batch["input_ids"][0, :length], needs.layers) if length else None
-    return _forward(model, head, batch, needs, prefix)
-
-
-def common_length(batch: dict[str, Tensor]) -> int:
-    """Number of tokens that all rows begin with, less than the shortest row has; 0 where there is but one row, or rows
-    are padded on the left."""
-    ids_BT, real_BT = batch["input_ids"], batch["attention_mask"].bool()
-    if len(ids_BT) < 2 or not real_BT[:, 0].all():
-        return 0
-    common = (ids_BT == ids_BT[0]).all(0).int().cumprod(0).sum()
-    return int(torch.minimum(common, real_BT.sum(1).min() - 1))
+    if prefix is not None or layout == "padded":
+        return _padded_forward(model, head, batch, needs, prefix)
+    with nullcontext(hooks) if hooks is not None else ExitStack() as stack:
+        return _flat_forward(model, head, batch, needs, Flat.of(batch, share=layout == "shared"), stack)
 
 
 def compute_prefix(model: nn.Module, ids_P: Tensor, layers: tuple[int, ...] = ()) -> CommonPrefix:
     """One forward of tokens that rows begin with; `layers` are those whose residual stream is kept."""
-    inner, ids = causal_lm(model), ids_P[None]
     cache = DynamicCache()  # made without a config, it keeps every token, those outside a sliding window too
-    with (
-        _outputs({0: inner.get_decoder()}) as decoder,
-        _outputs({number: decoder_layers(model)[number - 1] for number in layers}) as states,
-    ):
-        model(input_ids=ids, past_key_values=cache, use_cache=False, **_no_logits(inner, ids))
-    return CommonPrefix(cache, decoder[0], states)
+    inputs = {"input_ids": ids_P[None], "past_key_values": cache}
+    hidden_1PD, states, _ = _run(model, inputs, Needs(layers=layers))
+    return CommonPrefix(cache, hidden_1PD, states)
 
 
-def _packed_forward(model: nn.Module, head: Head, batch: dict[str, Tensor], needs: Needs) -> Taps:
-    real_BT = batch["attention_mask"].bool()
-    hidden, kv, states = (
-        None if mask is None else mask[real_BT][None] for mask in (needs.hidden_BT, needs.kv_BT, needs.states_BT)
-    )
-    # Without an attention mask transformers looks where positions restart, and masks row from row.
-    packed: dict[str, Any] = {name: batch[name][real_BT][None] for name in ("input_ids", "position_ids")}
-    taps = _forward(model, head, packed | {"attention_mask": None}, Needs(hidden, kv, states, needs.layers), None)
-    hidden_BTD = taps.hidden_BTD.new_zeros(*real_BT.shape, taps.hidden_BTD.shape[-1])
-    hidden_BTD[real_BT] = taps.hidden_BTD[0]
-    return Taps(head, hidden_BTD, needs, taps.kv, taps.states)
-
-
-def _forward(model: nn.Module, head: Head, batch: dict[str, Any], needs: Needs, prefix: CommonPrefix | None) -> Taps:
-    inner = causal_lm(model)
+def _padded_forward(
+    model: nn.Module, head: Head, batch: dict[str, Tensor], needs: Needs, prefix: CommonPrefix | None
+) -> Taps:
     inputs: dict[str, Any] = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
     if prefix is not None:
         start = prefix.hidden_1PD.shape[1]
         inputs |= {name: inputs[name][:, start:] for name in ("input_ids", "position_ids")}
         inputs["past_key_values"] = prefix.cache_of(len(inputs["input_ids"]))
+    hidden_BTD, layers, kv = _run(model, inputs, needs)
+    if prefix is not None:
+        hidden_BTD = _behind(prefix.hidden_1PD, hidden_BTD)
+        layers = {number: _behind(prefix.states[number], layers[number]) for number in needs.layers}
+    return _taps(
+        causal_lm(model), head, needs, hidden_BTD, (layers, kv), lambda mask_BT: mask_BT.nonzero(as_tuple=True)
+    )
+
+
+def _flat_forward(
+    model: nn.Module, head: Head, batch: dict[str, Tensor], needs: Needs, flat: Flat, hooks: ExitStack
+) -> Taps:
+    inner = causal_lm(model)
+    inputs: dict[str, Any] = {name: flat.from_rows(batch[name])[None] for name in ("input_ids", "position_ids")}
+    if is_flash_attention_requested(inner.config) and not flat.shared:
+        inputs["attention_mask"] = None  # its kernel sees from the positions where rows begin
+    else:
+        inputs["attention_mask"] = flat.at_BT.new_zeros(1, 1, 1, 1)  # of four dimensions: the model makes none
+        hooks.enter_context(_attention(inner, _by_rows(inner, batch, flat)))
+    hidden_1ND, layers, kv = _run(model, inputs, needs)
+
+    def places(mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+        at_N = flat.at_BT[mask_BT]
+        return torch.zeros_like(at_N), at_N
+
+    return _taps(inner, head, needs, flat.to_rows(hidden_1ND[0]), (layers, kv), places)
+
+
+def _by_rows(inner: Any, batch: dict[str, Tensor], flat: Flat) -> AroundAttention:
+    """Attention over the rows of a batch, for queries, keys and values [1, heads, N, size] of its flat tokens."""
+    config = inner.config.get_text_config()
+    shape_only_BTD = torch.empty(0, dtype=inner.dtype, device=flat.at_BT.device).expand(*flat.at_BT.shape, 0)
+    masks = create_masks_for_generate(config, shape_only_BTD, batch["attention_mask"], None, batch["position_ids"])
+
+    def attend(
+        plain: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+    ) -> Any:
+        mask = masks[config.layer_types[module.layer_idx]] if isinstance(masks, dict) else masks
+        rows = (flat.to_rows(states[0].transpose(0, 1)).transpose(1, 2) for states in (query, key, value))
+        found_BTHE, weights = plain(module, *rows, mask, **options)
+        return flat.from_rows(found_BTHE)[None], weights
+
+    return attend
+
+
+def _run(
+    model: nn.Module, inputs: dict[str, Any], needs: Needs
+) -> tuple[Tensor, dict[int, Tensor], dict[int, tuple[Tensor, Tensor]]]:
+    """The model's forward: final hidden states, residual streams after layers, keys and values by layer."""
+    inner = causal_lm(model)
     with (
         _outputs({0: inner.get_decoder()}) as decoder,
         _outputs({number: decoder_layers(model)[number - 1] for number in needs.layers}) as layers,
-        _keys_and_values(inner, needs.kv_BT is not None) as found,
+        _keys_and_values(inner, needs.kv_BT is not None) as kv,
     ):
         model(**inputs, use_cache=False, **_no_logits(inner, inputs["input_ids"]))
-    if prefix is not None:
-        decoder = {0: _behind(prefix.hidden_1PD, decoder[0])}
-        layers = {number: _behind(prefix.states[number], layers[number]) for number in needs.layers}
-    taps = Taps(head, decoder[0], needs)
+    return decoder[0], layers, kv
+
+
+def _taps(
+    inner: Any,
+    head: Head,
+    needs: Needs,
+    hidden_BTD: Tensor,
+    found: tuple[dict[int, Tensor], dict[int, tuple[Tensor, Tensor]]],
+    places: Callable[[Tensor], tuple[Tensor, ...]],
+) -> Taps:
+    """`places` of a mask [B, T]: the row and place of each of its tokens in what was found."""
+    layers, kv = found
+    taps = Taps(head, hidden_BTD, needs)
     if needs.kv_BT is not None:
-        chosen = needs.kv_BT.nonzero(as_tuple=True)  # once: a device must be waited for
-        taps.kv = [_at(found[index], chosen) for index in sorted(found)]
-        _check_kv(taps.kv, inner, taps.hidden_BTD.requires_grad)
+        chosen = places(needs.kv_BT)  # once: a device must be waited for
+        taps.kv = [_at(kv[index], chosen) for index in sorted(kv)]
+        _check_kv(taps.kv, inner, hidden_BTD.requires_grad)
     if needs.states_BT is not None:
-        chosen = needs.states_BT.nonzero(as_tuple=True)
+        chosen = places(needs.states_BT)
         taps.states = {number: layers[number][chosen] for number in needs.layers}
     return taps
 
@@ -231,7 +315,7 @@ def check_layout(model: nn.Module, head: Head, layout: Layout) -> None:
 
     Raises:
         ModelError: final hidden states differ. Recurrent layers, convolutions or custom attention may take the end of
-            one row for the beginning of the next, or not go on from a prefix.
+            one row for the beginning of the next.
     """
     if layout == "padded":
         return
@@ -247,8 +331,8 @@ def check_layout(model: nn.Module, head: Head, layout: Layout) -> None:
         model.train(was_training)
     if problem:
         field = {"packed": "train.packing", "shared": "train.share_prefix"}[layout]
-        why = "would see each other" if layout == "packed" else "do not go on from a prefix that is computed once"
-        raise ModelError(f"{field}: rows of {type(causal_lm(model)).__name__} {why} ({problem}); leave {field} out")
+        name = type(causal_lm(model)).__name__
+        raise ModelError(f"{field}: rows of {name} would see each other ({problem}); leave {field} out")
 
 
 def _misfit(model: nn.Module, head: Head, layout: Layout) -> tuple[float, float]:
@@ -308,23 +392,21 @@ def _keys_and_values(inner: Any, wanted: bool) -> Iterator[dict[int, tuple[Tenso
         found[layer] = (key, value)
         return key, value
 
-    with _attention(inner, keep) if wanted else nullcontext():
+    with _attention(inner, _seeing_kv(keep)) if wanted else nullcontext():
         yield found
 
 
 @contextmanager
-def _attention(inner: Any, see: SeeKV) -> Iterator[None]:
-    """Attention functions get the keys and values that `see(layer from 0, key, value)` gives back. Contexts nest: the
-    one opened last sees first."""
+def _attention(inner: Any, around: AroundAttention) -> Iterator[None]:
+    """`around` is called in place of the model's attention function, which it is given. Contexts nest: the one opened
+    last is called first."""
     name = inner.config._attn_implementation
     plain = ALL_ATTENTION_FUNCTIONS.get(name)
 
-    def seeing(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        key, value = see(module.layer_idx, key, value)
-        attention = plain or sys.modules[type(module).__module__].eager_attention_forward
-        return attention(module, query, key, value, *args, **kwargs)
+    def attention(module: Any, *args: Any, **kwargs: Any) -> Any:
+        return around(plain or sys.modules[type(module).__module__].eager_attention_forward, module, *args, **kwargs)
 
-    ALL_ATTENTION_FUNCTIONS[name] = seeing
+    ALL_ATTENTION_FUNCTIONS[name] = attention
     try:
         yield
     finally:
@@ -332,6 +414,15 @@ def _attention(inner: Any, see: SeeKV) -> Iterator[None]:
             del ALL_ATTENTION_FUNCTIONS[name]  # type: ignore[no-untyped-call]
         else:
             ALL_ATTENTION_FUNCTIONS[name] = plain
+
+
+def _seeing_kv(see: SeeKV) -> AroundAttention:
+    """Attention functions get the keys and values that `see(layer from 0, key, value)` gives back."""
+
+    def around(plain: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return plain(module, query, *see(module.layer_idx, key, value), *args, **kwargs)
+
+    return around
 
 
 @contextmanager
@@ -345,7 +436,7 @@ def patched_kv(model: Any, kv: list[tuple[Tensor, Tensor]], mask_BT: Tensor) -> 
     def put(layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         return _put(key, kv[layer][0], mask_BT), _put(value, kv[layer][1], mask_BT)
 
-    with _attention(causal_lm(model), put):
+    with _attention(causal_lm(model), _seeing_kv(put)):
         yield
 
 

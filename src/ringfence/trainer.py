@@ -26,7 +26,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from .batch import Batch, Bundle, collate
 from .chat import Role
 from .defenses import Defense
-from .errors import DefenseError, ModelError
+from .errors import DefenseError
 from .losses import CrossEntropy, LogitLoss, find_head, weighted_sum
 from .ranks import is_sharded, reshard, shard_on_cpu
 from .reference import Reference
@@ -81,13 +81,6 @@ class DefendedTrainer(Trainer):
         self._started = time.monotonic()
 
     def _set_layout(self, layout: Layout) -> None:
-        if layout == "shared" and (
-            self.args.gradient_checkpointing or self.is_fsdp_enabled or self.is_deepspeed_enabled
-        ):
-            raise ModelError(
-                "train.share_prefix: not with gradient checkpointing (it turns caches off), nor in a model that FSDP "
-                "or DeepSpeed has sharded (ranks would make unlike numbers of forwards): leave it out"
-            )
         check_layout(cast(nn.Module, self.model), self.head, layout)
         self.layout = layout
         whole_rows = layout == "shared" and any(defense.whole_rows for defense in self.defenses)
@@ -121,7 +114,7 @@ class DefendedTrainer(Trainer):
         prefix = next((prefix for prefix in prefixes if prefix is not None), None)
         for defense in self.defenses:
             self._hooks.enter_context(defense.wrap(self._plain_model(), inputs))
-        student = forward(model, self.head, inputs, needs, prefix, self.student_layout)
+        student = forward(model, self.head, inputs, needs, prefix, self.student_layout, self._hooks)
         logit_losses: dict[str, LogitLoss] = {"ce": _cross_entropy(inputs)}
         penalties: dict[str, Tensor] = {}
         for defense in active:
