@@ -28,6 +28,7 @@ FIGURES := runs/bench
 STEPS := --shape small --rounds 2 --cycles 1
 MEMORY := --shape small --tokens 128 --processes 1
 SCORING := --quick
+KL := --tokens 64 --vocabulary 8192 --hidden 64 --rounds 1
 SCALING := --quick
 else
 RESULTS := benchmarks/results/performance
@@ -39,7 +40,7 @@ bench: $(VENV)/installed
 	$(PERFORMANCE)/steps.py --results $(RESULTS) $(STEPS)
 	$(PERFORMANCE)/memory.py --results $(RESULTS) $(MEMORY)
 	$(PERFORMANCE)/scoring.py --results $(RESULTS) $(SCORING)
-	$(if $(QUICK),,$(PERFORMANCE)/kl.py)
+	$(PERFORMANCE)/kl.py --results $(RESULTS) $(KL)
 	$(PERFORMANCE)/scaling.py --output $(RESULTS)/scaling.json --figures $(FIGURES) $(SCALING)
 	$(PERFORMANCE)/table.py --results $(RESULTS) --figures $(FIGURES)
 

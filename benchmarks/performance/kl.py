@@ -3,14 +3,14 @@
     python benchmarks/performance/kl.py    # 2,048 tokens, 151,936 words: some minutes on two CPU cores
     python benchmarks/performance/kl.py --tile-bits 22 26
 
-Forward and backward of KL(student || reference), with a frozen head, as a LoRA run has it. The ways take turns; seconds
-are medians. Before anything is timed, each way's value and gradient must agree with the naive form. Extra memory is the
-peak above what the inputs take, each in a process of its own. TRL's chunked kernel (beta 1 is this KL) and Liger's
-fused JSD (likewise) stand beside, where they run. Writes benchmarks/results/performance/kl.json.
+Forward and backward of KL(student || reference), with a frozen head, as a LoRA run has it. The ways take turns; a ratio
+is that of two turns of one round, a figure the median over rounds, its spread the quartiles. Before anything is timed,
+each way's value and gradient must agree with the naive form. Extra memory is the peak above what the inputs take, each
+in a process of its own. TRL's chunked kernel (beta 1 is this KL) and Liger's fused JSD (likewise) stand beside, where
+they run. Writes kl.json into the folder of the measurements.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import time
@@ -18,18 +18,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+from record import RESULTS, save, spread  # type: ignore[import-not-found]
 from torch import Tensor, nn
 
 from ringfence import losses
 from ringfence.losses import CrossEntropy, Divergence, Head, States
-from ringfence.machine import environment, peak_memory, reset_peak_memory
+from ringfence.machine import peak_memory, reset_peak_memory
 
-RESULT = Path(__file__).parents[1] / "results" / "performance" / "kl.json"
 DEVICE = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 TILE = losses.TILE_ELEMENTS
 DTYPE = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16
@@ -164,16 +162,15 @@ def measure_memory(way: str, shape: tuple[int, int, int]) -> int:
     return peak_memory() - before
 
 
-def measure_seconds(ways: list[str], inputs: Inputs, rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds by the clock and of the processor, in turns."""
-    found: dict[str, dict[str, list[float]]] = {way: {"seconds": [], "cpu_seconds": []} for way in ways}
+def measure_seconds(ways: list[str], inputs: Inputs, rounds: int) -> dict[str, list[float]]:
+    """In turns."""
+    found: dict[str, list[float]] = {way: [] for way in ways}
     for round_ in range(-1, rounds):
         for way in ways:
-            start, cpu_start = time.perf_counter(), time.process_time()
+            start = time.perf_counter()
             step(way, inputs)
             if round_ >= 0:  # the first round warms up
-                found[way]["seconds"].append(time.perf_counter() - start)
-                found[way]["cpu_seconds"].append(time.process_time() - cpu_start)
+                found[way].append(time.perf_counter() - start)
     return found
 
 
@@ -187,6 +184,7 @@ def main() -> None:
     arguments.add_argument("--hidden", type=int, default=1024)
     arguments.add_argument("--rounds", type=int, default=5)
     arguments.add_argument("--tile-bits", nargs="*", default=[], help="also with tiles of 2^BITS logits")
+    arguments.add_argument("--results", type=Path, default=RESULTS, help="folder of the measurements")
     arguments.add_argument("--memory-of", metavar="WAY", help="only print this way's extra memory, in bytes")
     chosen = arguments.parse_args()
     TILE_BITS.extend(chosen.tile_bits)
@@ -201,35 +199,21 @@ def main() -> None:
     ways = [way for way, reason in reasons.items() if reason is None]
     seconds = measure_seconds(ways, inputs, chosen.rounds)
     del inputs
-    rows = {way: {name: median(values) for name, values in seconds[way].items()} for way in ways}
-    for way in ways:
-        rows[way]["extra_bytes"] = extra_memory(way, shape)
-    for way in ways:
-        naive = rows[WAYS[way][1]]
-        rows[way] |= {f"{name}_of_naive": rows[way][name] / naive[name] for name in list(naive)[:3]}
-    left_out = {way: reason for way, reason in reasons.items() if reason is not None}
-    result: dict[str, Any] = {
-        "environment": environment(0),
-        **dict(zip(("tokens", "vocabulary", "hidden"), shape)),
-        "dtype": str(DTYPE),
-        "rounds": chosen.rounds,
-        "tile_elements": TILE,
-        "ways": rows,
-        "left_out": left_out,
-        "raw": seconds,
+    extra = {way: extra_memory(way, shape) for way in ways}
+    rows = {
+        way: {
+            "seconds": spread(seconds[way]),
+            "extra_bytes": extra[way],
+            "time": spread([ours / naive for ours, naive in zip(seconds[way], seconds[WAYS[way][1]])]),
+            "memory": extra[way] / extra[WAYS[way][1]],
+        }
+        for way in ways
     }
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    print_table(rows, left_out)
-
-
-def print_table(rows: dict[str, dict[str, float]], left_out: dict[str, str]) -> None:
-    print(f"{'':32} {'seconds':>8} {'of naive':>9} {'CPU s':>8} {'of naive':>9} {'extra MiB':>10} {'of naive':>9}")
+    left_out = {way: reason for way, reason in reasons.items() if reason is not None}
+    setting = dict(zip(("tokens", "vocabulary", "hidden"), shape)) | {"dtype": str(DTYPE), "tile_elements": TILE}
+    save(chosen.results / "kl.json", {**setting, "ways": rows, "left_out": left_out})
     for way, row in rows.items():
-        print(
-            f"{way:32} {row['seconds']:8.3f} {row['seconds_of_naive']:9.3f} {row['cpu_seconds']:8.3f} "
-            f"{row['cpu_seconds_of_naive']:9.3f} {row['extra_bytes'] / 2**20:10.0f} {row['extra_bytes_of_naive']:9.3f}"
-        )
+        print(f"{way:32} time of naive {row['time']['median']:.3f}, memory of naive {row['memory']:.3f}")
     for way, reason in left_out.items():
         print(f"{way}: {reason}")
 

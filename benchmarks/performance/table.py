@@ -104,11 +104,11 @@ def kl(found: dict[str, Any]) -> Table:
     lines = []
     for way, values in found["ways"].items():
         if way != "naive" and "," not in way:
-            bounds = (KL_MEMORY, KL_TIME) if way == "ringfence" else (None, None)
-            for part, name, bound in zip(("extra_bytes", "seconds"), ("memory", "time"), bounds):
-                ratio = values[f"{part}_of_naive"]
-                lines.append(Line(f"{way}, {name}", ratio, ratio, ratio, bound))
-    title = f"KL of {found['tokens']:,} tokens, {found['vocabulary']:,} words, {found['environment']['device']}"
+            memory_bound, time_bound = (KL_MEMORY, KL_TIME) if way == "ringfence" else (None, None)
+            memory, time = values["memory"], values["time"]
+            lines.append(Line(f"{way}, memory", memory, memory, memory, memory_bound))
+            lines.append(Line(f"{way}, time", time["median"], time["low"], time["high"], time_bound))
+    title = f"KL of {found['tokens']:,} tokens, {found['vocabulary']:,} words, {found['machine']['device']}"
     return Table(title, "ratio to the naive form", lines)
 
 
