@@ -218,6 +218,9 @@ def naive_kl(folder: Path, rows: int, width: int, shape: Shape) -> Work:
     return step
 
 
+# Of a tile's size: log-probabilities, the slope in them, and either the reference's logits or the gradient in logits.
+TILE_COPIES = 3
+
 # From left to right one defense more; those without a pass of the reference first.
 STACK: list[tuple[str, Callable[[Path], DefenseConfig]]] = [
     ("treft", lambda _: TReFT()),
@@ -250,13 +253,13 @@ def composed_law(number: int) -> float:
 
 
 def composed_memory(number: int) -> float:
-    """Numbers kept: 34 hidden sizes a token and layer (what a backward pass needs), and three copies of the logits of
-    the labelled tokens (logits, probabilities, gradient). A KL adds the reference's logits and log-probabilities; LDIFS
-    adds, in each of five layers, the student's and the reference's state and their difference."""
-    tokens, logits = ROWS * WIDTH, labelled(ROWS, WIDTH) * SHAPE.vocabulary
-    names = [name for name, _ in STACK[:number]]
-    plain = 34 * SHAPE.layers * SHAPE.hidden * tokens + 3 * logits
-    return plain + 2 * logits * ("kl" in names) + 5 * 3 * SHAPE.hidden * tokens * ("ldifs" in names)
+    """Numbers kept: 34 hidden sizes a token and layer (what a backward pass needs), and `TILE_COPIES` of the logits of
+    the labelled tokens, KL or not. LDIFS adds, in each of five layers, the student's and the reference's state and
+    their difference."""
+    tokens = ROWS * WIDTH
+    plain = 34 * SHAPE.layers * SHAPE.hidden * tokens + TILE_COPIES * labelled(ROWS, WIDTH) * SHAPE.vocabulary
+    ldifs = "ldifs" in [name for name, _ in STACK[:number]]
+    return plain + 5 * 3 * SHAPE.hidden * tokens * ldifs
 
 
 # ------------------------------------------------------------------ questions
@@ -361,7 +364,7 @@ def of_vocabulary(vocabulary: int) -> Shape:
 def memory_with_kl(vocabulary: int) -> float:
     """As `composed_memory`, but no more logits than a tile holds."""
     tile = min(TILE_ELEMENTS, labelled(ROWS, WIDTH) * vocabulary)
-    return 34 * SHAPE.layers * SHAPE.hidden * ROWS * WIDTH + (3 + 2) * tile
+    return 34 * SHAPE.layers * SHAPE.hidden * ROWS * WIDTH + TILE_COPIES * tile
 
 
 SWEEPS: dict[str, Sweep] = {
@@ -387,7 +390,7 @@ SWEEPS: dict[str, Sweep] = {
     ),
     "defenses": Sweep(
         "defenses together", "", tuple(range(len(STACK) + 1)), composed, composed_law,
-        "1, with a reference pass about 1.5", "a KL adds 2 copies of its logits", composed_memory,
+        "1, with a reference pass about 1.5", "flat: they share tiles", composed_memory,
         labels=("plain", *(f"+ {name}" for name, _ in STACK)),
     ),
     "evaluation": Sweep(
