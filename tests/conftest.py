@@ -356,6 +356,7 @@ def training_arguments(folder: Path, rows: int, accumulation: int, **arguments: 
         "max_grad_norm": 0.0,
         "logging_steps": 1,
         "save_strategy": "no",
+        "use_cpu": True,
     }
     return TrainingArguments(
         str(folder),
@@ -364,7 +365,6 @@ def training_arguments(folder: Path, rows: int, accumulation: int, **arguments: 
         report_to=[],
         remove_unused_columns=False,
         disable_tqdm=True,
-        use_cpu=True,
         seed=0,
         **{**settings, **arguments},
     )

@@ -1,7 +1,7 @@
 """What one of several processes that train together does, for test_distributed.py, which runs it alone to compare.
 
 `python distributed_worker.py FOLDER KINDS NAMES` trains the cases and runs of these names, with commas between them, in
-each kind (`ddp`, `fsdp`) and writes FOLDER/KIND/NAME; then one rank fails. Knows no expected values.
+each kind (`ddp`, `fsdp`, `zero1`, `zero2`) and writes FOLDER/KIND/NAME; then one rank fails. Knows no expected values.
 """
 
 import gc
@@ -38,7 +38,7 @@ from ringfence.defenses.frozen_prefix import FrozenPrefixDefense
 from ringfence.directions import Directions
 from ringfence.errors import DefenseError
 from ringfence.prefix import FrozenPrefix
-from ringfence.ranks import is_main, join, rank, wait, whole, world
+from ringfence.ranks import deepspeed_stage, device_settings, is_main, join, rank, wait, whole, world
 from ringfence.reference_cache import Kind, ReferenceCache
 from ringfence.run import Interrupted, train_run
 from ringfence.stream import TrainStream
@@ -53,6 +53,13 @@ FSDP = {
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
     "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+}
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto"}
+SETTINGS: dict[str, dict[str, str]] = {
+    "ddp": {},
+    "fsdp": FSDP,
+    "zero1": ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"},
+    "zero2": ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
 }
 CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
 
@@ -165,13 +172,37 @@ class Recorder(TrainerCallback):
         self.gradients: list[dict[str, torch.Tensor]] = []
         self.trainer: Any = None
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.trainer.is_deepspeed_enabled:  # its step is over when the trainer's begins
+            engine = self.trainer.model_wrapped
+            step = engine.step
+            engine.step = lambda: (self.keep(deepspeed_gradient(args.max_grad_norm)), step())
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        named = self.trainer.accelerator.unwrap_model(self.trainer.model).named_parameters()
-        self.gradients.append({name: whole(p.grad).clone() for name, p in named if p.requires_grad})
+        if not self.trainer.is_deepspeed_enabled:
+            self.keep(lambda parameters: [whole(p.grad) for p in parameters])
+
+    def keep(self, gradients: Callable[[list[Any]], list[torch.Tensor]]) -> None:
+        named = dict(self.trainer.accelerator.unwrap_model(self.trainer.model).named_parameters())
+        trained = {name: p for name, p in named.items() if p.requires_grad}
+        self.gradients.append({name: g.clone() for name, g in zip(trained, gradients([*trained.values()]))})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == self.stop:
             control.should_training_stop = True
+
+
+def deepspeed_gradient(max_norm: float) -> Callable[[list[Any]], list[torch.Tensor]]:
+    """DeepSpeed clips after this is read, so it is clipped here as torch does. (That DeepSpeed clips, and alike, is
+    seen in the weights.)"""
+    from deepspeed.utils import safe_get_full_grad
+
+    def read(parameters: list[Any]) -> list[torch.Tensor]:
+        found = [safe_get_full_grad(p) for p in parameters]
+        norm = torch.stack([g.norm() for g in found]).norm()
+        return [g * min(1.0, max_norm / (norm + 1e-6)) if max_norm else g for g in found]
+
+    return read
 
 
 def train_case(case: Case, files: Path, folder: Path, resume: int | None = None, stop: int | None = None) -> Any:
@@ -180,7 +211,9 @@ def train_case(case: Case, files: Path, folder: Path, resume: int | None = None,
     defenses = case.make_defenses(files)
     examples = training_rows(case.rows) if isinstance(case.rows, int) else case.rows
     stream = TrainStream(examples, RETAIN, defenses, STEP_ROWS * case.accumulation, 0)
-    settings = {"learning_rate": 1e-2, "ddp_find_unused_parameters": False, **case.arguments}
+    device = device_settings()
+    settings = {"use_cpu": device["cpu"], "ddp_backend": device["backend"], "learning_rate": 1e-2}
+    settings |= {"ddp_find_unused_parameters": False, **case.arguments}
     args = training_arguments(folder / "checkpoints", STEP_ROWS // world(), case.accumulation, **settings)
     recorder = Recorder(stop)
     log = folder / "metrics.jsonl"
@@ -201,6 +234,8 @@ def train_case(case: Case, files: Path, folder: Path, resume: int | None = None,
         "weights": weights,
         "states": {defense.name: defense.state_dict() for defense in defenses},
         "kind": type(trainer.model_wrapped).__name__,
+        "optimizer": type(trainer.optimizer.optimizer).__name__,
+        "zero": trainer.model_wrapped.zero_optimization_stage() if trainer.is_deepspeed_enabled else None,
     }
 
 
@@ -272,11 +307,18 @@ def signal_at(step: int) -> Iterator[None]:
 
 def switch(kind: str) -> None:
     """Says by the environment what `accelerate launch` would say."""
-    for name, value in FSDP.items():
-        if kind == "fsdp":
-            os.environ[name] = value
-        else:
+    for settings in SETTINGS.values():
+        for name in settings:
             os.environ.pop(name, None)
+    os.environ.update(SETTINGS[kind])
+
+
+def without_compiled_operations() -> None:
+    """DeepSpeed would compile one that passes tensors between CPUs of one machine, and wait for ever where a compiler
+    was killed before; gloo does the same."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__.clear()
 
 
 def work(name: str, files: Path, folder: Path) -> None:
@@ -315,6 +357,9 @@ def main() -> None:
     torch.set_num_threads(1)
     gc.freeze()  # every training collects garbage, and would look through all that was imported
     folder, kinds, names = Path(sys.argv[1]), *(part.split(",") for part in sys.argv[2:4])
+    switch(kinds[0])
+    if deepspeed_stage() is not None:
+        without_compiled_operations()
     join()
     for kind in kinds:
         switch(kind)

@@ -44,6 +44,20 @@ def deepspeed_stage() -> int | None:
     return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)) if asked else None
 
 
+def sharding() -> str | None:
+    """What spreads the weights, or what is kept for each of them, over the ranks."""
+    stage = deepspeed_stage()
+    return "FSDP2" if shards() else None if stage is None else f"DeepSpeed ZeRO-{stage}"
+
+
+def device_settings() -> dict[str, Any]:
+    """`cpu` and `backend`, as accelerate wants to be told them. Told to stay on the CPU it would leave DeepSpeed's
+    settings unread, and train with DDP instead; where there is no accelerator it finds the CPU by itself."""
+    on_cpu = not torch.accelerator.is_available()
+    deepspeed = deepspeed_stage() is not None
+    return {"cpu": on_cpu and not deepspeed, "backend": "gloo" if on_cpu and deepspeed else None}
+
+
 def join() -> None:
     """Meets the other ranks; every rank gets its own device.
 
@@ -61,7 +75,7 @@ def join() -> None:
     from accelerate import PartialState
 
     if not dist.is_initialized():
-        PartialState(cpu=not torch.accelerator.is_available(), timeout=WAIT)
+        PartialState(**device_settings(), timeout=WAIT)
 
 
 def _check_fsdp() -> None:

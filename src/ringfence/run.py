@@ -39,12 +39,14 @@ from .monitor import DriftMonitor
 from .prefix import read_frozen_prefix, read_stored_prefix
 from .ranks import (
     deepspeed_stage,
+    device_settings,
     is_main,
     is_sharded,
     join,
     largest,
     leave,
     main_first,
+    sharding,
     shards,
     wait,
     whole_state,
@@ -249,7 +251,7 @@ def train_run(recipe: Recipe) -> Run:
     if is_main():
         run.folder.mkdir(parents=True, exist_ok=True)
         (run.folder / "recipe.yaml").write_text(dump_recipe(recipe))
-        how = {"ranks": world(), "sharding": "FSDP2" if shards() else None}
+        how = {"ranks": world(), "sharding": sharding()}
         about = {**environment(recipe.seed), "rows": digest, **how}
         (run.folder / "environment.json").write_text(json.dumps(about, indent=1))
     trainer = build_trainer(recipe, model, stream, chat.tokenizer.pad_token_id)
@@ -468,7 +470,7 @@ def with_new_adapter(model: Any, lora: LoraConfig) -> Any:
 def _training_arguments(recipe: Recipe, folder: Path) -> Any:
     from transformers import TrainingArguments
 
-    train = recipe.train
+    train, device = recipe.train, device_settings()
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=train.batch_size,
@@ -479,7 +481,8 @@ def _training_arguments(recipe: Recipe, folder: Path) -> Any:
         warmup_steps=train.warmup_ratio,
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
-        use_cpu=not torch.accelerator.is_available(),
+        use_cpu=device["cpu"],
+        ddp_backend=device["backend"],
         bf16=train.precision != "fp32",
         gradient_checkpointing=train.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
