@@ -1,7 +1,8 @@
 """What one of several processes that train together does, for test_distributed.py, which runs it alone to compare.
 
 `python distributed_worker.py FOLDER KINDS NAMES` trains the cases and runs of these names, with commas between them, in
-each kind (`ddp`, `fsdp`, `zero1`, `zero2`) and writes FOLDER/KIND/NAME; then one rank fails. Knows no expected values.
+each kind (see SETTINGS; `launched`: as the launcher says) and writes FOLDER/KIND/NAME; then, if not launched, one rank
+fails. Knows no expected values.
 """
 
 import gc
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, training_args
 
 import ringfence.run as run_module
 from conftest import PAD, PREFIX_A, example, nudged, tiny, training_arguments, training_rows, with_lora
@@ -82,10 +83,18 @@ class Case:
     frozen: bool = False
     layout: Layout = "padded"
     cached: Kind | None = None
+    bf16: bool = False  # as `train.precision` means it
     arguments: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def writes_weights(self) -> bool:
+        """Does a defense write to weights between steps? DeepSpeed would overwrite that."""
+        return any(isinstance(d, SubspaceLock) or (isinstance(d, SafeLoRA) and d.interval) for d in self.defenses)
 
     def make_model(self) -> Any:
         model = tiny(**self.model)
+        if self.bf16 and self.method == "lora":
+            model.bfloat16()
         if self.tied:
             model.config.tie_word_embeddings = True
             model.tie_weights()
@@ -143,6 +152,10 @@ CASES: dict[str, Case] = {
     "everything": Case(EVERYTHING, rows=13, accumulation=2, arguments={"max_grad_norm": 1.0, "optim": "adamw_torch"}),
     "everything-full": Case(EVERYTHING, "full", rows=13, accumulation=2, arguments={"max_grad_norm": 1.0}),
     "everything-tied": Case(EVERYTHING, "full", tied=True, arguments=CHECKPOINTING),
+}
+BF16 = {
+    "bf16-lora": Case((KL(weight=0.5), LDIFS(layers=2)), bf16=True, arguments={"max_grad_norm": 1.0}),
+    "bf16-full": Case((KL(weight=0.5), LDIFS(layers=2)), "full", bf16=True),
 }
 RESUMED = {
     "resumed": Case(
@@ -213,7 +226,7 @@ def train_case(case: Case, files: Path, folder: Path, resume: int | None = None,
     stream = TrainStream(examples, RETAIN, defenses, STEP_ROWS * case.accumulation, 0)
     device = device_settings()
     settings = {"use_cpu": device["cpu"], "ddp_backend": device["backend"], "learning_rate": 1e-2}
-    settings |= {"ddp_find_unused_parameters": False, **case.arguments}
+    settings |= {"ddp_find_unused_parameters": False, "bf16": case.bf16, **case.arguments}
     args = training_arguments(folder / "checkpoints", STEP_ROWS // world(), case.accumulation, **settings)
     recorder = Recorder(stop)
     log = folder / "metrics.jsonl"
@@ -307,18 +320,21 @@ def signal_at(step: int) -> Iterator[None]:
 
 def switch(kind: str) -> None:
     """Says by the environment what `accelerate launch` would say."""
+    if kind == "launched":
+        return
     for settings in SETTINGS.values():
         for name in settings:
             os.environ.pop(name, None)
     os.environ.update(SETTINGS[kind])
 
 
-def without_compiled_operations() -> None:
+def deepspeed_on_cpu() -> None:
     """DeepSpeed would compile one that passes tensors between CPUs of one machine, and wait for ever where a compiler
-    was killed before; gloo does the same."""
+    was killed before; gloo does the same. And transformers would not have it compute in bf16 on CPUs."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__.clear()
+    training_args.is_torch_bf16_gpu_available = lambda: True
 
 
 def work(name: str, files: Path, folder: Path) -> None:
@@ -327,8 +343,8 @@ def work(name: str, files: Path, folder: Path) -> None:
     wait()
     if name in RUNS:
         return run_of(name, files, folder)
-    if name in CASES:
-        found = train_case(CASES[name], files, folder)
+    if name in CASES | BF16:
+        found = train_case((CASES | BF16)[name], files, folder)
     elif world() == 1:
         found = train_case(RESUMED[name], files, folder)
     else:
@@ -359,15 +375,18 @@ def main() -> None:
     folder, kinds, names = Path(sys.argv[1]), *(part.split(",") for part in sys.argv[2:4])
     switch(kinds[0])
     if deepspeed_stage() is not None:
-        without_compiled_operations()
+        deepspeed_on_cpu()
     join()
     for kind in kinds:
         switch(kind)
         for name in names:
+            overwritten = name in CASES and CASES[name].writes_weights and deepspeed_stage() is not None
+            if overwritten or (name in BF16 and kind == "fsdp"):
+                continue
             work(name, folder / "files", folder / kind / name)
             print(f"{kind} {name}", flush=True)
     print("all trained", flush=True)
-    if world() > 1:
+    if world() > 1 and kinds != ["launched"]:
         broken(folder / "files", folder)
 
 

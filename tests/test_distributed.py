@@ -1,7 +1,7 @@
 """Two processes that train together do what one process does: same rows, losses, penalties, gradients and weights.
 
 All cases run in one pair of processes (starting one takes long), with DDP and with FSDP2, on CPUs with gloo; each test
-then looks at what its case left behind.
+then looks at what its case left behind. Where deepspeed is installed, a second pair does the same with DeepSpeed.
 """
 
 import gc
@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch import Tensor
 import distributed_worker
 import ringfence.run as run_module
 from conftest import assert_same, training_rows
-from distributed_worker import CASES, RESUMED, RUNS, make_files, work
+from distributed_worker import BF16, CASES, RESUMED, RUNS, make_files, work
 from ringfence import ranks
 from ringfence.config import parse_recipe
 from ringfence.errors import RecipeError, RingfenceError
@@ -33,6 +34,10 @@ from ringfence.stream import RankBatches, TrainStream
 from test_run import small_model, write_rows
 
 KINDS = ("ddp", "fsdp")
+ZERO = ("zero1", "zero2")
+HAS_DEEPSPEED = find_spec("deepspeed") is not None
+needs_deepspeed = pytest.mark.skipif(not HAS_DEEPSPEED, reason="deepspeed is not installed (it has no wheels)")
+ALL_KINDS = [*KINDS, *(pytest.param(kind, marks=needs_deepspeed) for kind in ZERO)]
 RECIPES = Path(__file__).parents[1] / "docs" / "distributed"
 WORKER = Path(__file__).parent / "distributed_worker.py"
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
@@ -81,7 +86,7 @@ def end(processes: list[subprocess.Popen[str]], timeout: float) -> list[tuple[in
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with every case and run, trained by two ranks (`ddp`, `fsdp`) and by one process (`one`).
+    """Folder with every case and run, trained by two ranks (KINDS and ZERO) and by one process (`one`).
 
     `ended.json`: exit codes and outputs of the ranks, one of which fails on purpose after all is trained.
     """
@@ -93,7 +98,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(files / "rows.jsonl", 17)
     write_rows(files / "retain.jsonl", 4, start=50)
     names = [*CASES, *RESUMED, *RUNS]
-    pair = start_pair(str(folder), ",".join(KINDS), ",".join(names))
+    pair = start_pair(str(folder), ",".join(KINDS), ",".join([*names, *BF16]))
     gc.freeze()  # every training collects garbage
     try:
         for name in names:
@@ -102,7 +107,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     finally:
         gc.unfreeze()
         ended = end(pair, TIMEOUT)
-    for _, output in ended:
+    more = end(start_pair(str(folder), ",".join(ZERO), ",".join([*names, *BF16])), TIMEOUT) if HAS_DEEPSPEED else []
+    for _, output in ended + more:
         assert "all trained" in output, output[-6000:]
     (folder / "ended.json").write_text(json.dumps(ended))
     return folder
@@ -123,13 +129,14 @@ def assert_lines(lines: list[dict[str, Any]], expected: list[dict[str, Any]]) ->
 # ---------------------------------------------------------------- every defense
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_train_as_one_process(name: str, kind: str, trained: Path) -> None:
     """Losses, every penalty, weights of budgets, gradients of every step, and weights at the end."""
+    if kind in ZERO and CASES[name].writes_weights:
+        pytest.skip("refused: DeepSpeed would overwrite the weights")
     ours, theirs = found(trained, kind, name), found(trained, "one", name)
-    assert ("FSDP" in ours["kind"]) == (kind == "fsdp")
-    assert "Distributed" in ours["kind"] or kind == "fsdp"
+    assert_trained_by(kind, ours)
     assert_lines(ours["lines"], theirs["lines"])
     penalties = {d.name for d in CASES[name].make_defenses(trained / "files") if d.has_penalty}
     assert penalties <= {key for line in ours["lines"] for key, value in line.items() if value != 0}
@@ -142,6 +149,15 @@ def test_two_ranks_train_as_one_process(name: str, kind: str, trained: Path) -> 
         assert_close_trees(ours["states"][defense], state)
 
 
+def assert_trained_by(kind: str, found: Any) -> None:
+    """accelerate may silently fall back to another way."""
+    if kind in ZERO:
+        assert (found["kind"], found["optimizer"]) == ("DeepSpeedEngine", "DeepSpeedZeroOptimizer")
+        assert found["zero"] == int(kind[-1])
+    else:
+        assert ("FSDP" if kind == "fsdp" else "DistributedDataParallel") in found["kind"]
+
+
 def assert_close_trees(ours: Any, theirs: Any) -> None:
     if isinstance(theirs, dict):
         assert ours.keys() == theirs.keys()
@@ -151,7 +167,7 @@ def assert_close_trees(ours: Any, theirs: Any) -> None:
         assert ours == (pytest.approx(theirs, rel=1e-4, abs=1e-6) if isinstance(theirs, float) else theirs)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_every_trained_weight_gets_a_gradient(kind: str, trained: Path) -> None:
     """A shard whose gradient was lost would be zero everywhere, as in the single process only by chance."""
     for name in ("everything-full", "everything-tied", "kl-head"):
@@ -174,10 +190,27 @@ def test_safelora_and_the_lock_change_whole_weights(kind: str, trained: Path) ->
     assert free.abs().max() > 1e-4
 
 
+@needs_deepspeed
+@pytest.mark.parametrize("kind", ZERO)
+@pytest.mark.parametrize("name", BF16)
+def test_deepspeed_computes_in_bf16_as_ddp_does(name: str, kind: str, trained: Path) -> None:
+    """Trained weights stay in float32, and so does their gradient's sum; the reference is computed as the student."""
+    ours, theirs = found(trained, kind, name), found(trained, "ddp", name)
+    assert_trained_by(kind, ours)
+    assert_lines(ours["lines"], theirs["lines"])
+    for gradient, expected in zip(ours["gradients"], theirs["gradients"], strict=True):
+        assert_same(gradient, expected)
+    assert_same(ours["weights"], theirs["weights"])
+    trained_types = {ours["weights"][name].dtype for name in ours["gradients"][0]}
+    assert trained_types == {torch.float32}
+    if name == "bf16-full":
+        assert ours["lines"][0]["kl"] == 0 < ours["lines"][1]["kl"]
+
+
 # ---------------------------------------------------------------- resuming
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_is_the_uninterrupted_one(name: str, kind: str, trained: Path) -> None:
     """Six steps, stopped after five, resumed from the checkpoint at four; compared with one process that never was."""
@@ -200,7 +233,7 @@ def weights_of(folder: Path) -> dict[str, Tensor]:
     return load_file(file)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 @pytest.mark.parametrize("name", RUNS)
 def test_what_two_ranks_saved_is_what_one_process_saves(name: str, kind: str, trained: Path) -> None:
     """The same files, tensor names, types and values; and they load in one process."""
@@ -226,7 +259,7 @@ def test_what_two_ranks_saved_is_what_one_process_saves(name: str, kind: str, tr
     assert json.loads((folder / "environment.json").read_text())["ranks"] == 2
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_the_monitor_measures_a_model_on_two_ranks(kind: str, trained: Path) -> None:
     ours, theirs = (
         [json.loads(line) for line in (trained / at / "monitored" / "metrics.jsonl").read_text().splitlines()]
@@ -240,7 +273,7 @@ def test_the_monitor_measures_a_model_on_two_ranks(kind: str, trained: Path) -> 
         assert check["shift"]["mean"] == pytest.approx(other["shift"]["mean"], rel=1e-3, abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_a_signal_to_one_rank_stops_all_after_the_step(kind: str, trained: Path) -> None:
     for rank in range(2):
         assert "stopped at step 3; the same command" in (trained / kind / "stopped" / f"rank-{rank}.txt").read_text()
@@ -278,6 +311,19 @@ def test_accelerate_launch_with_the_recipe_that_ships(trained: Path, tmp_path: P
     assert output.count(str(tmp_path / "run" / "adapter")) == 1
     assert_same(weights_of(tmp_path / "run"), weights_of(trained / "one" / "lora"))
     assert "FSDP" in (tmp_path / "run" / "environment.json").read_text()
+
+
+@needs_deepspeed
+def test_accelerate_launch_with_the_deepspeed_recipe(trained: Path) -> None:
+    """ZeRO-2 by docs/distributed/zero2.yaml."""
+    config = ["--config_file", str(RECIPES / "zero2.yaml"), "--num_processes", "2"]
+    port = ["--main_process_port", str(free_port())]
+    work = [str(WORKER), str(trained), "launched", "lora,kl-retain"]
+    code, output = launch(["accelerate.commands.accelerate_cli", "launch", *config, *port, *work])
+    assert code == 0, output[-6000:]
+    assert_trained_by("zero2", found(trained, "launched", "kl-retain"))
+    assert_same(weights_of(trained / "launched" / "lora"), weights_of(trained / "one" / "lora"))
+    assert "DeepSpeed ZeRO-2" in (trained / "launched" / "lora" / "environment.json").read_text()
 
 
 def test_a_rank_that_fails_ends_all(trained: Path) -> None:
@@ -336,11 +382,21 @@ def test_sharding_that_is_not_supported_is_refused(
         ranks.join()
 
 
+def test_the_stage_is_read_from_a_config_of_deepspeed_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 3}}')
+    for name, value in {**DEEPSPEED, "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "ds.json")}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RingfenceError, match="zero_stage"):
+        ranks.join()
+
+
 @pytest.mark.parametrize(
     ("setting", "tree", "message"),
     [
         (distributed_worker.FSDP, {"train": {"precision": "nf4"}}, "precision: nf4"),
         (distributed_worker.FSDP, {"train": {"method": "full"}, "monitor": {}}, "monitor: with train.method: full"),
+        (DEEPSPEED, {"train": {"precision": "bf16"}}, "fp32 alone"),
         (DEEPSPEED, {"defenses": {"subspace_lock": {}}}, "defenses.subspace_lock"),
         (DEEPSPEED, {"defenses": {"safelora": {"interval": 2}}}, "safelora.interval"),
     ],
@@ -349,10 +405,29 @@ def test_recipes_that_cannot_be_sharded_are_refused(
     setting: dict[str, str], tree: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(run_module, "join", lambda: None)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     for name, value in {"WORLD_SIZE": "2", **setting}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(RecipeError, match=message):
-        run_module.train_run(parse_recipe({"output": str(tmp_path / "run"), **tree}))
+        run_module.train_run(parse_recipe({"output": str(tmp_path / "run"), "train": {"precision": "fp32"}} | tree))
+
+
+@pytest.mark.parametrize(
+    ("setting", "accelerator", "expected"),
+    [
+        ({}, False, {"cpu": True, "backend": None}),
+        (DEEPSPEED, False, {"cpu": False, "backend": "gloo"}),
+        ({}, True, {"cpu": False, "backend": None}),
+        (DEEPSPEED, True, {"cpu": False, "backend": None}),
+    ],
+)
+def test_accelerate_is_not_told_to_leave_deepspeed_out(
+    setting: dict[str, str], accelerator: bool, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
+    for name, value in setting.items():
+        monkeypatch.setenv(name, value)
+    assert ranks.device_settings() == expected
 
 
 @pytest.mark.parametrize("file", ["ddp.yaml", "fsdp2.yaml", "zero2.yaml"])

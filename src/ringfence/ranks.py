@@ -4,10 +4,12 @@ accelerate is the engine: `accelerate launch` and `torchrun` say by environment 
 how the model is spread. Does not know recipes, defenses, or what is trained.
 """
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,8 +42,12 @@ def shards() -> bool:
 
 def deepspeed_stage() -> int | None:
     """ZeRO's stage, where DeepSpeed was asked for."""
-    asked = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)) if asked else None
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+        return None
+    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if file != "none":  # DeepSpeed's own, in the place of accelerate's fields
+        return int(json.loads(Path(file).read_text()).get("zero_optimization", {}).get("stage", 0))
+    return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2))
 
 
 def sharding() -> str | None:
@@ -99,6 +105,16 @@ def shard_on_cpu(accelerator: Any) -> None:
             plugin.set_mixed_precision(accelerator.mixed_precision)
         accelerator.state.fsdp_plugin = plugin
         accelerator.state.distributed_type = DistributedType.FSDP
+
+
+def autocast_in_deepspeed(accelerator: Any, bf16: bool) -> None:
+    """DeepSpeed would turn the trained weights into bf16 too, and run the student without autocast, but not what the
+    reference is computed from; it is told to leave weights as they are, and to sum gradients in their own type."""
+    from accelerate.utils import DistributedType
+
+    if bf16 and accelerator.distributed_type == DistributedType.DEEPSPEED:
+        autocast = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+        accelerator.deepspeed_plugin.deepspeed_config |= {"bf16": {"enabled": False}, "torch_autocast": autocast}
 
 
 def leave() -> None:

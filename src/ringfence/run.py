@@ -335,6 +335,8 @@ def _check_ranks(recipe: Recipe) -> None:
         raise RecipeError("train.compile: not with sharded weights (FSDP); set it to false")
     if shards() and recipe.train.method == "full" and recipe.monitor:
         raise RecipeError("monitor: with train.method: full it copies the head, which cannot be sharded (FSDP)")
+    if device_settings()["backend"] and recipe.train.precision != "fp32":
+        raise RecipeError(f"train.precision: {recipe.train.precision}: DeepSpeed on CPUs computes in fp32 alone")
     safelora, lock = recipe.defenses.safelora, recipe.defenses.subspace_lock
     if deepspeed_stage() is not None and (lock or (safelora and safelora.interval)):
         name = "subspace_lock" if lock else "safelora.interval"

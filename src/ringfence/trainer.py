@@ -28,7 +28,7 @@ from .chat import Role
 from .defenses import Defense
 from .errors import DefenseError
 from .losses import CrossEntropy, LogitLoss, find_head, weighted_sum
-from .ranks import is_sharded, reshard, shard_on_cpu
+from .ranks import autocast_in_deepspeed, is_sharded, reshard, shard_on_cpu
 from .reference import Reference
 from .reference_cache import ReferenceCache, wanted
 from .stream import RankBatches, TrainStream
@@ -89,6 +89,7 @@ class DefendedTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         shard_on_cpu(self.accelerator)
+        autocast_in_deepspeed(self.accelerator, self.args.bf16)
         self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
 
     # -------------------------------------------------------------- loss
