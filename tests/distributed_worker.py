@@ -380,8 +380,7 @@ def main() -> None:
     for kind in kinds:
         switch(kind)
         for name in names:
-            overwritten = name in CASES and CASES[name].writes_weights and deepspeed_stage() is not None
-            if overwritten or (name in BF16 and kind == "fsdp"):
+            if name in CASES and CASES[name].writes_weights and deepspeed_stage() is not None:
                 continue
             work(name, folder / "files", folder / kind / name)
             print(f"{kind} {name}", flush=True)

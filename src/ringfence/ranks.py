@@ -163,6 +163,13 @@ def is_sharded(model: Any) -> bool:
     return isinstance(model, FSDPModule)
 
 
+def note_trained(model: Any) -> None:
+    """FSDP2 notes before a model's first forward what is trained, and in which type. The reference's would come first,
+    with the adapter off: then gradients in bf16 do not fit weights in float32."""
+    if is_sharded(model):
+        model._get_fsdp_state()._lazy_init()
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor that may be in pieces; every rank must ask. A whole tensor is given back as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -28,7 +28,7 @@ from .chat import Role
 from .defenses import Defense
 from .errors import DefenseError
 from .losses import CrossEntropy, LogitLoss, find_head, weighted_sum
-from .ranks import autocast_in_deepspeed, is_sharded, reshard, shard_on_cpu
+from .ranks import autocast_in_deepspeed, is_sharded, note_trained, reshard, shard_on_cpu
 from .reference import Reference
 from .reference_cache import ReferenceCache, wanted
 from .stream import RankBatches, TrainStream
@@ -106,6 +106,7 @@ class DefendedTrainer(Trainer):
         needs = reduce(or_, [defense.needs(inputs) for defense in active], Needs())
         # What is the reference's comes first: hooks of defenses are the student's alone.
         sharded = is_sharded(self.model)
+        note_trained(self.model)
         asks = active or (sharded and self._due())  # where the model is sharded, with the other ranks
         with self._autocast():  # a frozen copy computes as the student does
             reference = self.reference.taps(inputs, needs) if self.reference and asks else None
