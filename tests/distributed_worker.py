@@ -145,6 +145,7 @@ CASES: dict[str, Case] = {
     "lock-full": Case((SubspaceLock(), KL(weight=0.5)), method="full"),
     "frozen-prefix": Case((KL(weight=0.5, where="train"),), rows=ONE_PREFIX, frozen=True),
     "packed": Case(EVERYTHING, layout="packed", arguments=CHECKPOINTING),
+    "shared": Case(EVERYTHING, layout="shared", rows=ONE_PREFIX, arguments=CHECKPOINTING),
     "cached": Case((KL(weight=0.5), TReFT()), cached="states"),
     "cached-full": Case((KL(weight=0.5, where="train"), TReFT()), "full", cached="states"),
     "cached-top-k": Case((KL(weight=0.5),), "full", tied=True, cached="top_k"),
