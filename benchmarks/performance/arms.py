@@ -54,6 +54,10 @@ def _every(k: int) -> Arm:
     return Arm(defenses={"kl": KL["kl"] | {"every": k}}, bound=lambda step, _: 1 + 2 / step / k + 0.03, every=k)
 
 
+def _with_retain(step: int, rho: float) -> float:
+    return 1.05 * (1 + rho * (step + 2) / step)
+
+
 ARMS: dict[str, Arm] = {
     "plain": Arm(),
     "plain, shared prefix": Arm(train={"share_prefix": True}),
@@ -65,7 +69,8 @@ ARMS: dict[str, Arm] = {
     "kl": Arm(defenses=KL, bound=lambda step, _: 1.05 * (1 + 2 / step)),
     "kl, cached states": Arm(train={"reference_cache": "states"}, defenses=KL, bound=lambda *_: 1.1),
     "kl, cached top_k": Arm(train={"reference_cache": "top_k"}, defenses=KL, bound=lambda *_: 1.1),
-    "kl on retain rows": Arm(defenses=RETAIN, bound=lambda step, rho: 1.05 * (1 + rho * (step + 2) / step)),
+    "kl on retain rows": Arm(defenses=RETAIN, bound=_with_retain),
+    "kl on retain rows, packing": Arm(train={"packing": True}, defenses=RETAIN, bound=_with_retain),
     "ldifs": Arm(defenses={"ldifs": {}}),
     "ldifs + kl + treft": Arm(defenses={"ldifs": {}, **KL, **TREFT}, against="kl", bound=lambda *_: 1.05),
     "interleave": Arm(defenses={"interleave": {"ratio": 0.1}}),

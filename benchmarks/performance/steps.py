@@ -138,7 +138,7 @@ def retain_share(workload: Workload) -> float:
 def measure(names: list[str], workload: Workload, rounds: int, cycles: int, clock: str) -> dict[str, Any]:
     """Both series, as far as the named arms want them."""
     found: dict[str, Any] = {}
-    rho = retain_share(workload) if "kl on retain rows" in names else 0.0
+    rho = retain_share(workload) if any("retain" in name for name in names) else 0.0
     at_once = [name for name in names if ARMS[name].every == 1]
     in_cycles = [name for name in names if ARMS[name].every > 1]
     if at_once:
