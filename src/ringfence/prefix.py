@@ -84,7 +84,7 @@ class FrozenPrefix:
     def attach(self, model: Any) -> None:
         """From now on the LoRA adapters of `model` (a peft model) are off on the prefix. Composes with caches: tokens
         that follow a cached prompt stand behind the prefix; and with rows that are packed into one, as transformers
-        knows them: no attention mask, no cache, and positions that restart.
+        knows them: no attention mask (or one of a single number), no cache, and positions that restart.
 
         Raises:
             DefenseError: the model has no LoRA layer.
@@ -99,8 +99,8 @@ class FrozenPrefix:
             ids_BT = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
             positions, row_BT = kwargs.get("position_ids"), None
             attends = kwargs.get("attention_mask")
-            has_padding = attends is not None and attends.ndim == 2
-            if positions is not None and cache is None and not has_padding:
+            is_packed = attends is None or attends.numel() == 1  # the layouts of taps mask rows themselves
+            if positions is not None and cache is None and is_packed:
                 row_BT = find_packed_sequence_indices(positions)
             keep[0] = ~self.mask(ids_BT, row_BT)[..., None]
 
