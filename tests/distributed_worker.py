@@ -55,12 +55,14 @@ FSDP = {
     "FSDP_RESHARD_AFTER_FORWARD": "true",
     "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
 }
+ZERO3 = Path(__file__).parent / "zero3.json"  # no weight is so small that DeepSpeed would leave it whole
 ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto"}
 SETTINGS: dict[str, dict[str, str]] = {
     "ddp": {},
     "fsdp": FSDP,
     "zero1": ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"},
     "zero2": ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+    "zero3": ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(ZERO3)},
 }
 CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
 
@@ -86,10 +88,11 @@ class Case:
     bf16: bool = False  # as `train.precision` means it
     arguments: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def writes_weights(self) -> bool:
-        """Does a defense write to weights between steps? DeepSpeed would overwrite that."""
-        return any(isinstance(d, SubspaceLock) or (isinstance(d, SafeLoRA) and d.interval) for d in self.defenses)
+    def refused(self, kind: str) -> bool:
+        """Weights that a defense writes between steps, DeepSpeed would overwrite; ZeRO-3 wants a head without adapter.
+        (`launched`: no such case is asked for.)"""
+        writes = any(isinstance(d, SubspaceLock) or (isinstance(d, SafeLoRA) and d.interval) for d in self.defenses)
+        return (kind.startswith("zero") and writes) or (kind == "zero3" and "target_modules" in self.lora)
 
     def make_model(self) -> Any:
         model = tiny(**self.model)
@@ -225,6 +228,7 @@ def train_case(case: Case, files: Path, folder: Path, resume: int | None = None,
     defenses = case.make_defenses(files)
     examples = training_rows(case.rows) if isinstance(case.rows, int) else case.rows
     stream = TrainStream(examples, RETAIN, defenses, STEP_ROWS * case.accumulation, 0)
+    model = case.make_model()  # once arguments say ZeRO-3, transformers would make it in pieces
     device = device_settings()
     settings = {"use_cpu": device["cpu"], "ddp_backend": device["backend"], "learning_rate": 1e-2}
     settings |= {"ddp_find_unused_parameters": False, "bf16": case.bf16, **case.arguments}
@@ -233,14 +237,15 @@ def train_case(case: Case, files: Path, folder: Path, resume: int | None = None,
     log = folder / "metrics.jsonl"
     cache = ReferenceCache(case.cached, {}, k=8, root=folder / "cache") if case.cached else None
     trainer = DefendedTrainer(
-        case.make_model(), args, stream, defenses, PAD, log, case.layout, cache, callbacks=[recorder]
+        model, args, stream, defenses, PAD, log, case.layout, cache, callbacks=[recorder]
     )
     recorder.trainer = trainer
     trainer.train(resume_from_checkpoint=str(folder / f"checkpoints/checkpoint-{resume}") if resume else None)
     plain = trainer.accelerator.unwrap_model(trainer.model)
+    pieces = [(p.numel(), p.ds_tensor.numel(), p.ds_numel) for p in plain.parameters() if hasattr(p, "ds_tensor")]
     for defense in defenses:
         defense.finish(plain)
-    weights = {name: whole(p.detach()).clone() for name, p in plain.named_parameters()}
+    weights = {name: whole(p).detach().clone() for name, p in plain.named_parameters()}
     wait()
     return {
         "lines": [json.loads(line) for line in log.read_text().splitlines()],
@@ -249,6 +254,7 @@ def train_case(case: Case, files: Path, folder: Path, resume: int | None = None,
         "states": {defense.name: defense.state_dict() for defense in defenses},
         "kind": type(trainer.model_wrapped).__name__,
         "optimizer": type(trainer.optimizer.optimizer).__name__,
+        "pieces": pieces,
         "zero": trainer.model_wrapped.zero_optimization_stage() if trainer.is_deepspeed_enabled else None,
     }
 
@@ -381,7 +387,7 @@ def main() -> None:
     for kind in kinds:
         switch(kind)
         for name in names:
-            if name in CASES and CASES[name].writes_weights and deepspeed_stage() is not None:
+            if name in CASES and CASES[name].refused(kind):
                 continue
             work(name, folder / "files", folder / kind / name)
             print(f"{kind} {name}", flush=True)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import ModelError
-from .ranks import is_sharded
+from .ranks import gathered, is_sharded
 
 Direction = Literal["reverse", "forward"]
 TILE_ELEMENTS = 2**25  # logits made at once: 128 MiB in float32; fewer rows would make the head's product slow
@@ -238,7 +238,8 @@ def kl_sum(
     """Sum over tokens of the KL divergence of next-token distributions, in nats; see `Divergence`."""
     everywhere_N = torch.ones(len(student_ND), dtype=torch.bool, device=student_ND.device)
     loss = Divergence(everywhere_N, States(reference_head, reference_ND), direction)
-    return weighted_sum(student_head, student_ND, [(1.0, loss)])[0]
+    with gathered(student_head.module.parameters()):
+        return weighted_sum(student_head, student_ND, [(1.0, loss)])[0]
 
 
 def relative_drift(now_ND: Tensor, then_ND: Tensor) -> Tensor:
@@ -251,8 +252,8 @@ def relative_drift(now_ND: Tensor, then_ND: Tensor) -> Tensor:
 
 def token_logprobs(head: Head, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
     """log p(target) of each token, [N], without gradient."""
-    size = _rows_of(TILE_ELEMENTS, head)
-    with torch.no_grad():
+    with torch.no_grad(), gathered(head.module.parameters()):
+        size = _rows_of(TILE_ELEMENTS, head)
         tiles = [
             -F.cross_entropy(head(hidden), target, reduction="none")
             for hidden, target in zip(hidden_ND.split(size), target_N.split(size))

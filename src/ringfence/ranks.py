@@ -6,8 +6,8 @@ how the model is spread. Does not know recipes, defenses, or what is trained.
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,11 @@ def is_main() -> bool:
 
 
 def shards() -> bool:
-    """Was this process started to train a model whose weights are sharded by FSDP?"""
+    """Was this process started to train a model whose weights lie in pieces on all ranks (FSDP2, ZeRO-3)?"""
+    return fsdp() or deepspeed_stage() == 3
+
+
+def fsdp() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1") and world() > 1
 
 
@@ -53,7 +57,7 @@ def deepspeed_stage() -> int | None:
 def sharding() -> str | None:
     """What spreads the weights, or what is kept for each of them, over the ranks."""
     stage = deepspeed_stage()
-    return "FSDP2" if shards() else None if stage is None else f"DeepSpeed ZeRO-{stage}"
+    return "FSDP2" if fsdp() else None if stage is None else f"DeepSpeed ZeRO-{stage}"
 
 
 def device_settings() -> dict[str, Any]:
@@ -72,9 +76,7 @@ def join() -> None:
     """
     if world() == 1:
         return
-    if deepspeed_stage() == 3:
-        raise RingfenceError("accelerate's config: zero_stage: 3 is not supported; accepted: 0 to 2, or FSDP2 instead")
-    if shards():
+    if fsdp():
         _check_fsdp()
         # Defenses copy and check whole weights before these are sharded; else ranks above 0 would have empty ones.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
@@ -99,7 +101,7 @@ def shard_on_cpu(accelerator: Any) -> None:
     """accelerate would leave FSDP's settings unread where there is no accelerator; torch shards on CPUs as well."""
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-    if shards() and accelerator.distributed_type == DistributedType.MULTI_CPU:
+    if fsdp() and accelerator.distributed_type == DistributedType.MULTI_CPU:
         plugin = FullyShardedDataParallelPlugin()
         if accelerator.mixed_precision != "no":
             plugin.set_mixed_precision(accelerator.mixed_precision)
@@ -157,21 +159,61 @@ def largest(number: int, device: Any) -> int:
 
 
 def is_sharded(model: Any) -> bool:
-    """Do this model's weights lie in pieces on all ranks (FSDP2)? Then all must run it equally often."""
+    """Do this model's weights lie in pieces on all ranks (FSDP2, ZeRO-3)? Then all must run it equally often."""
+    return _is_fsdp(model) or (model is not None and any(map(_is_piece, model.parameters())))
+
+
+def _is_fsdp(model: Any) -> bool:
     from torch.distributed.fsdp import FSDPModule
 
     return isinstance(model, FSDPModule)
 
 
+def _is_piece(tensor: Tensor) -> bool:
+    """Is it a parameter as ZeRO-3 leaves it: empty, but for the moment in which a module is computed?"""
+    return hasattr(tensor, "ds_id")
+
+
+def gathered(parameters: Iterable[Tensor], written: bool = False) -> AbstractContextManager[Any]:
+    """ZeRO-3's parameters whole, on every rank; every rank must enter. FSDP2 needs it not: its head stays whole.
+
+    Args:
+        parameters: none of them may be gathered already.
+        written: keep what the main process writes to them.
+    """
+    pieces = [parameter for parameter in parameters if _is_piece(parameter)]
+    if not pieces:
+        return nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    gathering: AbstractContextManager[Any] = GatheredParameters(pieces, modifier_rank=0 if written else None)
+    return gathering
+
+
+def count(parameter: Tensor) -> int:
+    """Number of a parameter's values, on all ranks together."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def load_whole_again() -> None:
+    """Once ZeRO-3 was set up, transformers would load each further model in pieces, which one rank alone cannot."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+
+
 def note_trained(model: Any) -> None:
     """FSDP2 notes before a model's first forward what is trained, and in which type. The reference's would come first,
     with the adapter off: then gradients in bf16 do not fit weights in float32."""
-    if is_sharded(model):
+    if _is_fsdp(model):
         model._get_fsdp_state()._lazy_init()
 
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor that may be in pieces; every rank must ask. A whole tensor is given back as it is."""
+    if _is_piece(tensor):
+        with gathered([tensor]):
+            return tensor.detach().clone()
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -188,9 +230,9 @@ def write(tensor: Tensor, values: Tensor) -> None:
 def reshard(model: Any) -> None:
     """After forwards without a backward, sharded layers may be whole for the moment; what is written to them would be
     lost."""
-    if is_sharded(model):
+    if _is_fsdp(model):
         for module in model.modules():
-            if is_sharded(module):
+            if _is_fsdp(module):
                 module.reshard()
 
 
@@ -201,5 +243,10 @@ def whole_state(model: Any, trained_only: bool) -> dict[str, Tensor]:
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
     tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
-    state: dict[str, Any] = get_model_state_dict(model, options=options)
+    if _is_fsdp(model):
+        state: dict[str, Any] = get_model_state_dict(model, options=options)
+    else:
+        kept = {n: t for n, t in model.state_dict(keep_vars=True).items() if t.requires_grad or not trained_only}
+        each = ((name, whole(tensor)) for name, tensor in kept.items())
+        state = {name: tensor.cpu() for name, tensor in each if is_main()}
     return {name: tensor for name, tensor in state.items() if name not in tied}

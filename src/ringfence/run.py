@@ -38,8 +38,10 @@ from .models import adapter_base, empty_model, load_model, load_tokenizer, resol
 from .monitor import DriftMonitor
 from .prefix import read_frozen_prefix, read_stored_prefix
 from .ranks import (
+    count,
     deepspeed_stage,
     device_settings,
+    fsdp,
     is_main,
     is_sharded,
     join,
@@ -330,14 +332,16 @@ def _with_carriers(recipe: Recipe) -> Recipe:
 def _check_ranks(recipe: Recipe) -> None:
     """What cannot be done with sharded weights."""
     if shards() and recipe.train.precision == "nf4":
-        raise RecipeError("train.precision: nf4: weights in 4 bits cannot be sharded (FSDP); accepted: bf16, fp32")
+        raise RecipeError(f"train.precision: nf4: weights in 4 bits cannot be sharded ({sharding()}); accepted: bf16, fp32")
     if shards() and recipe.train.compile:
-        raise RecipeError("train.compile: not with sharded weights (FSDP); set it to false")
+        raise RecipeError(f"train.compile: not with sharded weights ({sharding()}); set it to false")
     if shards() and recipe.train.method == "full" and recipe.monitor:
-        raise RecipeError("monitor: with train.method: full it copies the head, which cannot be sharded (FSDP)")
+        raise RecipeError(f"monitor: with train.method: full it copies the head, which cannot be sharded ({sharding()})")
     if device_settings()["backend"] and recipe.train.precision != "fp32":
         raise RecipeError(f"train.precision: {recipe.train.precision}: DeepSpeed on CPUs computes in fp32 alone")
     safelora, lock = recipe.defenses.safelora, recipe.defenses.subspace_lock
+    if deepspeed_stage() == 3 and safelora and recipe.train.method == "full":
+        raise RecipeError("defenses.safelora: with train.method: full it needs all weights at once, which ZeRO-3 spreads")
     if deepspeed_stage() is not None and (lock or (safelora and safelora.interval)):
         name = "subspace_lock" if lock else "safelora.interval"
         raise RecipeError(f"defenses.{name}: DeepSpeed would undo it after each step; accepted: DDP, FSDP2")
@@ -432,7 +436,7 @@ def trainable_model(recipe: Recipe) -> Any:
     """
     method = recipe.train.method
     base = adapter_base(resolve(recipe.model))
-    place = "cpu" if shards() else None  # the whole of it need not fit on one device
+    place = "cpu" if fsdp() else None  # the whole of it need not fit on one device
     if base:
         from peft import PeftModel
 
@@ -581,7 +585,7 @@ def _record_training(
         "row_tokens": sum(len(example) for example in examples),
         "seconds": lines[-1]["seconds"],
         "peak_memory_gib": round(peak_memory() / 2**30, 2),
-        "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "trained_parameters": sum(count(p) for p in trainer.model.parameters() if p.requires_grad),
         "defenses": {d.name: d.record() for d in trainer.defenses},
         "final": {name: lines[-1][name] for name in ("ce", *(d.name for d in trainer.defenses)) if name in lines[-1]},
     }

@@ -26,9 +26,18 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from .batch import Batch, Bundle, collate
 from .chat import Role
 from .defenses import Defense
-from .errors import DefenseError
+from .errors import DefenseError, RecipeError
 from .losses import CrossEntropy, LogitLoss, find_head, weighted_sum
-from .ranks import autocast_in_deepspeed, is_sharded, note_trained, reshard, shard_on_cpu
+from .ranks import (
+    autocast_in_deepspeed,
+    deepspeed_stage,
+    gathered,
+    is_sharded,
+    load_whole_again,
+    note_trained,
+    reshard,
+    shard_on_cpu,
+)
 from .reference import Reference
 from .reference_cache import ReferenceCache, wanted
 from .stream import RankBatches, TrainStream
@@ -69,6 +78,11 @@ class DefendedTrainer(Trainer):
         self.defenses = defenses
         self.log_file = log_file
         self.head = find_head(causal_lm(model))
+        if deepspeed_stage() == 3 and [*self.head.module.children()]:  # they would be put in pieces after each tile
+            raise RecipeError(
+                "train.lora.targets: with DeepSpeed ZeRO-3 the head can have no adapter, but its module is among them; "
+                "accepted: modules of the layers, or DDP, FSDP2, ZeRO-2"
+            )
         self._set_layout(layout)
         self.cache, self._cache_filled = cache, False
         self.reference = Reference(model, layout, cache) if any(d.has_penalty for d in defenses) else None
@@ -117,6 +131,8 @@ class DefendedTrainer(Trainer):
         for defense in self.defenses:
             self._hooks.enter_context(defense.wrap(self._plain_model(), inputs))
         student = forward(model, self.head, inputs, needs, prefix, self.student_layout, self._hooks)
+        # Until the backward pass is over: the gradient of a trained head must find it whole.
+        self._hooks.enter_context(gathered(self.head.module.parameters()))
         logit_losses: dict[str, LogitLoss] = {"ce": _cross_entropy(inputs)}
         penalties: dict[str, Tensor] = {}
         for defense in active:
@@ -237,6 +253,7 @@ class DefendedTrainer(Trainer):
         with disable_input_dtype_casting(cast(nn.Module, self.model), active=self.args.bf16):
             done = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         reshard(self.model)
+        load_whole_again()
         return done
 
     def start_defenses(self, checkpoint: str | None) -> None:

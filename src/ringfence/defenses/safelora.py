@@ -7,6 +7,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..errors import DefenseError
+from ..ranks import gathered
 from ..safelora import Checkpoint, Projected, Rule, Update, as_json, check, project_updates
 from .base import Defense, DefenseConfig, Setup
 
@@ -69,7 +70,8 @@ class SafeLoRADefense(Defense):
         return {"projected": sum(layer.projected for layer in self.layers.values()), "weights": as_json(self.layers)}
 
     def _project(self, model: Any) -> None:
-        self.layers = project_updates(_updates(model), self.base, self.aligned, self.config)
+        with gathered((p for p in model.parameters() if p.requires_grad), written=True):
+            self.layers = project_updates(_updates(model), self.base, self.aligned, self.config)
         self._is_due = False
 
 
