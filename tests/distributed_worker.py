@@ -236,9 +236,7 @@ def train_case(case: Case, files: Path, folder: Path, resume: int | None = None,
     recorder = Recorder(stop)
     log = folder / "metrics.jsonl"
     cache = ReferenceCache(case.cached, {}, k=8, root=folder / "cache") if case.cached else None
-    trainer = DefendedTrainer(
-        model, args, stream, defenses, PAD, log, case.layout, cache, callbacks=[recorder]
-    )
+    trainer = DefendedTrainer(model, args, stream, defenses, PAD, log, case.layout, cache, callbacks=[recorder])
     recorder.trainer = trainer
     trainer.train(resume_from_checkpoint=str(folder / f"checkpoints/checkpoint-{resume}") if resume else None)
     plain = trainer.accelerator.unwrap_model(trainer.model)

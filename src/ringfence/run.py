@@ -331,17 +331,18 @@ def _with_carriers(recipe: Recipe) -> Recipe:
 
 def _check_ranks(recipe: Recipe) -> None:
     """What cannot be done with sharded weights."""
+    how = sharding()
     if shards() and recipe.train.precision == "nf4":
-        raise RecipeError(f"train.precision: nf4: weights in 4 bits cannot be sharded ({sharding()}); accepted: bf16, fp32")
+        raise RecipeError(f"train.precision: nf4: weights in 4 bits cannot be sharded ({how}); accepted: bf16, fp32")
     if shards() and recipe.train.compile:
-        raise RecipeError(f"train.compile: not with sharded weights ({sharding()}); set it to false")
+        raise RecipeError(f"train.compile: not with sharded weights ({how}); set it to false")
     if shards() and recipe.train.method == "full" and recipe.monitor:
-        raise RecipeError(f"monitor: with train.method: full it copies the head, which cannot be sharded ({sharding()})")
+        raise RecipeError(f"monitor: with train.method: full it copies the head, which cannot be sharded ({how})")
     if device_settings()["backend"] and recipe.train.precision != "fp32":
         raise RecipeError(f"train.precision: {recipe.train.precision}: DeepSpeed on CPUs computes in fp32 alone")
     safelora, lock = recipe.defenses.safelora, recipe.defenses.subspace_lock
     if deepspeed_stage() == 3 and safelora and recipe.train.method == "full":
-        raise RecipeError("defenses.safelora: with train.method: full it needs all weights at once, which ZeRO-3 spreads")
+        raise RecipeError(f"defenses.safelora: with train.method: full it would need all weights whole at once ({how})")
     if deepspeed_stage() is not None and (lock or (safelora and safelora.interval)):
         name = "subspace_lock" if lock else "safelora.interval"
         raise RecipeError(f"defenses.{name}: DeepSpeed would undo it after each step; accepted: DDP, FSDP2")

@@ -80,8 +80,8 @@ class DefendedTrainer(Trainer):
         self.head = find_head(causal_lm(model))
         if deepspeed_stage() == 3 and [*self.head.module.children()]:  # they would be put in pieces after each tile
             raise RecipeError(
-                "train.lora.targets: with DeepSpeed ZeRO-3 the head can have no adapter, but its module is among them; "
-                "accepted: modules of the layers, or DDP, FSDP2, ZeRO-2"
+                "train.lora.targets: found an adapter on the head, which DeepSpeed ZeRO-3 cannot train; accepted: "
+                "modules of the layers alone, or DDP, FSDP2, ZeRO-2"
             )
         self._set_layout(layout)
         self.cache, self._cache_filled = cache, False
