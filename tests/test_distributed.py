@@ -43,7 +43,7 @@ RECIPES = Path(__file__).parents[1] / "docs" / "distributed"
 WORKER = Path(__file__).parent / "distributed_worker.py"
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
 ZERO3 = DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
-TIMEOUT = 200  # seconds for each kind; a deadlock fails
+TIMEOUT = 400  # seconds for each kind (they take 30, of DeepSpeed 200, on two quiet cores); a deadlock fails
 
 
 def free_port() -> int:
