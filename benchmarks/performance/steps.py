@@ -4,10 +4,10 @@
     python benchmarks/performance/steps.py --shape 8b     # the shape of Llama 3.1 8B, random weights; an accelerator
     python benchmarks/performance/steps.py --shape small --rounds 1 --arms plain treft
 
-All arms train side by side in one process, each its own adapter on the same frozen weights. In turn each makes one step
-on the same rows; a ratio is that of two steps on the same rows, a figure the median over rounds, its spread the
-quartiles. The first step of each arm is not counted. Arms that act on every k-th step stand in a second series, whose
-rounds have as many steps as it takes for each to act equally often.
+All arms train side by side in one process, each its own adapter on the same frozen weights, and take turns. A turn is
+two steps, of which the second counts: the first meets the memory that another arm has left, too small or too large. A
+ratio is that of two steps on the same rows, a figure the median over rounds, its spread the quartiles. Arms that act on
+every k-th step stand in a second series, in whose turns as many steps count as it takes for each to act equally often.
 """
 
 import argparse
@@ -82,7 +82,7 @@ class _AtStepEnd(TrainerCallback):
 
 
 def series(names: list[str], workload: Workload, rounds: int, cycle: int, clock: str) -> dict[str, list[float]]:
-    """Seconds of a step, by arm, in each round of `cycle` steps."""
+    """Seconds of a step, by arm and round; `cycle` steps of a turn are counted."""
     seconds: dict[str, list[float]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
         arms = {}
@@ -94,12 +94,10 @@ def series(names: list[str], workload: Workload, rounds: int, cycle: int, clock:
         for name, arm in arms.items():
             print(f"{name}: first step {arm.step():.2f} s", flush=True)
         for number in range(rounds):
-            for name in names:
-                seconds[name].append(0.0)
             turn = number % len(names)  # no arm always comes first
-            for _ in range(cycle):
-                for name in names[turn:] + names[:turn]:
-                    seconds[name][-1] += arms[name].step() / cycle
+            for name in names[turn:] + names[:turn]:
+                arms[name].step()
+                seconds[name].append(sum(arms[name].step() for _ in range(cycle)) / cycle)
             print(f"round {number + 1} of {rounds}", flush=True)
         for arm in arms.values():
             arm.stop()
@@ -153,7 +151,7 @@ def measure(names: list[str], workload: Workload, rounds: int, cycles: int, cloc
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--shape", choices=["default", *SHAPES], default="default")
-    parser.add_argument("--rounds", type=int, default=10, help="of one step")
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--cycles", type=int, default=5, help="rounds of the second series")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--batch", type=int, help="rows in a step; default: 8, of the 8b shape 2")
@@ -167,7 +165,8 @@ def main() -> None:
         given.shape,
         given.batch or (2 if given.shape == "8b" else 8),
         given.tokens or (128 if given.shape == "small" else 2048),
-        max(given.rounds, given.cycles * every if every > 1 else 0) + 2,  # the first is warm-up, the last is not taken
+        # The first is warm-up, the last is not taken.
+        max(2 * given.rounds, given.cycles * (every + 1) if every > 1 else 0) + 2,
         given.checkpointing,
     )
     found = measure(given.arms, workload, given.rounds, given.cycles, given.clock)
