@@ -389,6 +389,15 @@ def test_a_half_written_file_of_the_day_before_is_cleared_away(tmp_path: Path, i
     assert [file.stem for file in folder.glob("*.part")] == ["young"]
 
 
+def test_a_file_that_another_run_finishes_meanwhile(tmp_path: Path, items: Items) -> None:
+    """It is listed, and gone when it is looked at."""
+    folder = cache_in(tmp_path).folder
+    folder.mkdir()
+    (folder / "gone.part").symlink_to(folder / "nowhere")
+    assert [file.stem for file in folder.glob("*.part")] == ["gone"]
+    assert filled(tmp_path, items)[1] > 0
+
+
 def test_two_runs_that_fill_at_the_same_time_do_not_harm_each_other(tmp_path: Path, items: Items) -> None:
     """Both have looked before either has written; their rows overlap."""
     first, second = (Reference(made("lora"), cache=cache_in(tmp_path)) for _ in range(2))

@@ -15,6 +15,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
@@ -226,8 +227,9 @@ class ReferenceCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "about.json").write_text(json.dumps(self.about, indent=1))  # for people
         for file in self.folder.glob("*.part"):
-            if time.time() - file.stat().st_mtime > _STALE:
-                file.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # another rank or run has just finished it
+                if time.time() - file.stat().st_mtime > _STALE:
+                    file.unlink()
         shard: dict[str, Tensor] = {}
         with progress("reference cache", len(rows)) as advance:
             for places in length_batches([len(row) for row in rows], BATCH_TOKENS):
