@@ -493,7 +493,8 @@ def test_models_whose_rows_would_see_each_other_are_refused(
     name: str, layout: Layout, field: str, make_trainer: Any
 ) -> None:
     model = refused(name).train()
-    with pytest.raises(ModelError, match=rf"train\.{field}: rows of \w+ would see each other "):
+    why = r"final hidden states are off by \d+%" if name == "hybrid" else ".+"  # the others' forward fails
+    with pytest.raises(ModelError, match=rf"train\.{field}: rows of \w+ would see each other \({why}\); leave train"):
         make_trainer(model, [], training_rows(2), layout=layout)
     assert model.training
     make_trainer(refused(name), [], training_rows(2))

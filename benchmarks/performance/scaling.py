@@ -252,14 +252,16 @@ def composed_law(number: int) -> float:
     return plain + with_reference * SHAPE.reference(ROWS, WIDTH, labelled(ROWS, WIDTH))
 
 
+def kept_by_step(logits: int) -> float:
+    """Numbers: 34 hidden sizes a token and layer (what a backward pass needs), and `TILE_COPIES` of a tile's logits, KL
+    or not."""
+    return 34 * SHAPE.layers * SHAPE.hidden * ROWS * WIDTH + TILE_COPIES * logits
+
+
 def composed_memory(number: int) -> float:
-    """Numbers kept: 34 hidden sizes a token and layer (what a backward pass needs), and `TILE_COPIES` of the logits of
-    the labelled tokens, KL or not. LDIFS adds, in each of five layers, the student's and the reference's state and
-    their difference."""
-    tokens = ROWS * WIDTH
-    plain = 34 * SHAPE.layers * SHAPE.hidden * tokens + TILE_COPIES * labelled(ROWS, WIDTH) * SHAPE.vocabulary
+    """LDIFS adds, in each of five layers, the student's and the reference's state and their difference."""
     ldifs = "ldifs" in [name for name, _ in STACK[:number]]
-    return plain + 5 * 3 * SHAPE.hidden * tokens * ldifs
+    return kept_by_step(labelled(ROWS, WIDTH) * SHAPE.vocabulary) + 5 * 3 * SHAPE.hidden * ROWS * WIDTH * ldifs
 
 
 # ------------------------------------------------------------------ questions
@@ -362,9 +364,8 @@ def of_vocabulary(vocabulary: int) -> Shape:
 
 
 def memory_with_kl(vocabulary: int) -> float:
-    """As `composed_memory`, but no more logits than a tile holds."""
-    tile = min(TILE_ELEMENTS, labelled(ROWS, WIDTH) * vocabulary)
-    return 34 * SHAPE.layers * SHAPE.hidden * ROWS * WIDTH + TILE_COPIES * tile
+    """No more logits than a tile holds."""
+    return kept_by_step(min(TILE_ELEMENTS, labelled(ROWS, WIDTH) * vocabulary))
 
 
 SWEEPS: dict[str, Sweep] = {
