@@ -25,7 +25,7 @@ check: $(VENV)/installed
 ifdef QUICK
 RESULTS := runs/bench
 FIGURES := runs/bench
-STEPS := --shape small --rounds 2 --cycles 1
+STEPS := --shape small --sittings 2 --rounds 1
 MEMORY := --shape small --tokens 128 --processes 1
 SCORING := --quick
 KL := --tokens 64 --vocabulary 8192 --hidden 64 --rounds 1

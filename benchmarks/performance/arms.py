@@ -20,6 +20,7 @@ from ringfence.data import Example
 from ringfence.defenses import Setup
 from ringfence.models import device, load_config
 from ringfence.run import build_stream, build_trainer, prepare, trainable_model, with_new_adapter
+from ringfence.stream import TrainStream
 from ringfence.trainer import DefendedTrainer
 
 Bound = Callable[[int, float], float]
@@ -125,18 +126,28 @@ class Workload:
         """A new model, and the trainer of an arm for it."""
         recipe = self._recipe(arm, folder)
         torch.manual_seed(0)
+        stream, pad_id = self._stream(recipe)
+        model = trainable_model(recipe) if self.shape == "default" else _random_trainable(recipe)
+        folder.mkdir(parents=True, exist_ok=True)
+        return build_trainer(recipe, model, stream, pad_id)
+
+    def retain_share(self, folder: Path) -> float:
+        """Retain tokens for each training token, with the default ratio of rows."""
+        stream, _ = self._stream(self._recipe(ARMS["kl on retain rows"], folder))
+        riders = sum(len(rider) for riders in stream.riders for rider in riders)
+        return riders / sum(len(row) for row in stream.rows)
+
+    def _stream(self, recipe: Recipe) -> tuple[TrainStream, int]:
+        """The rows that a recipe trains on, and what pads them."""
         if self.shape == "default":
             chat, examples, retain, setup = prepare(recipe)
-            model, pad_id = trainable_model(recipe), chat.tokenizer.pad_token_id
+            pad_id = chat.tokenizer.pad_token_id
         else:
             vocabulary = SHAPES[self.shape]["vocab_size"]
             examples = random_rows(self.batch * self.steps, self.tokens, vocabulary, 0)
             retain = random_rows(64, self.tokens, vocabulary, 1)
-            setup = Setup(_Template(), retain, lambda _: retain, "random")  # type: ignore[arg-type]
-            model, pad_id = _random_trainable(recipe), 0
-        folder.mkdir(parents=True, exist_ok=True)
-        stream = build_stream(recipe, examples, retain, recipe.defenses.build(setup))
-        return build_trainer(recipe, model, stream, pad_id)
+            setup, pad_id = Setup(_Template(), retain, lambda _: retain, "random"), 0  # type: ignore[arg-type]
+        return build_stream(recipe, examples, retain, recipe.defenses.build(setup)), pad_id
 
     def _recipe(self, arm: Arm, folder: Path) -> Recipe:
         """That of a random model names a folder which has no weights."""

@@ -297,17 +297,26 @@ def _take_tile(
     tile_ND: Tensor,
     parameters: tuple[Tensor, ...],
     values_L: Tensor,
+    slope_NV: Tensor | None,
 ) -> list[Tensor]:
     """Adds the losses of a tile to `values_L`; the gradients of their weighted sum in the tile and the parameters, if
-    the tile wants one. What is as large as the logits is dropped at the end."""
-    want_grad = tile_ND.requires_grad
-    with torch.set_grad_enabled(want_grad):
-        logp_NV = head(tile_ND).log_softmax(-1)
-    slope_NV = torch.zeros_like(logp_NV) if want_grad else None
+    there is a `slope_NV` to make them in. What is as large as the logits is dropped at the end."""
+    with torch.set_grad_enabled(slope_NV is not None):
+        logits_NV = head(tile_ND)
+    logp_NV = logits_NV.detach()  # in the logits' place: no gradient of a head needs what it gave
+    size = _rows_of(BLOCK_ELEMENTS, head)
+    for block in logp_NV.split(size):
+        block.copy_(block.log_softmax(-1))
+    if slope_NV is not None:
+        slope_NV = slope_NV[: len(logp_NV)].zero_()
     for index, own_N in own.items():
         weight, loss = losses[index]
-        values_L[index] += loss.at(own_N, logp_NV.detach(), slope_NV, weight)
-    return list(torch.autograd.grad(logp_NV, (tile_ND, *parameters), slope_NV)) if want_grad else []
+        values_L[index] += loss.at(own_N, logp_NV, slope_NV, weight)
+    if slope_NV is None:
+        return []
+    for logp, slope in zip(logp_NV.split(size), slope_NV.split(size)):
+        slope.addcmul_(logp.exp(), slope.sum(-1, keepdim=True), value=-1)  # through log_softmax
+    return list(torch.autograd.grad(logits_NV, (tile_ND, *parameters), slope_NV))
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -320,9 +329,13 @@ class _WeightedSum(torch.autograd.Function):
         values_L = torch.zeros(len(losses), dtype=torch.float32, device=hidden_ND.device)
         hidden_grad_ND = torch.zeros_like(hidden_ND) if want_grad else None
         grads = [torch.zeros_like(p, dtype=torch.float32) for p in parameters] if want_grad else []
-        for places_N, own in _tiles(losses, _rows_of(TILE_ELEMENTS, head)):
+        size = _rows_of(TILE_ELEMENTS, head)
+        # One for all tiles: a system takes long to give so much new memory.
+        shape = (min(size, len(hidden_ND)), head.vocabulary)
+        slope_NV = torch.empty(shape, device=hidden_ND.device) if want_grad else None
+        for places_N, own in _tiles(losses, size):
             tile_ND = hidden_ND[places_N].requires_grad_(want_grad)
-            tile_grads = _take_tile(head, losses, own, tile_ND, parameters, values_L)
+            tile_grads = _take_tile(head, losses, own, tile_ND, parameters, values_L, slope_NV)
             if hidden_grad_ND is not None:
                 hidden_grad_ND[places_N], *tile_grads = tile_grads
                 for grad, tile_grad in zip(grads, tile_grads):
