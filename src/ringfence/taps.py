@@ -207,8 +207,8 @@ def compute_prefix(model: nn.Module, ids_P: Tensor, layers: tuple[int, ...] = ()
     """One forward of tokens that rows begin with; `layers` are those whose residual stream is kept."""
     cache = DynamicCache()  # made without a config, it keeps every token, those outside a sliding window too
     inputs = {"input_ids": ids_P[None], "past_key_values": cache}
-    hidden_1PD, states, _ = _run(model, inputs, Needs(layers=layers))
-    return CommonPrefix(cache, hidden_1PD, states)
+    found = _run(model, inputs, Needs(layers=layers))
+    return CommonPrefix(cache, found.hidden, found.layers)
 
 
 def _padded_forward(
@@ -219,13 +219,11 @@ def _padded_forward(
         start = prefix.hidden_1PD.shape[1]
         inputs |= {name: inputs[name][:, start:] for name in ("input_ids", "position_ids")}
         inputs["past_key_values"] = prefix.cache_of(len(inputs["input_ids"]))
-    hidden_BTD, layers, kv = _run(model, inputs, needs)
+    found = _run(model, inputs, needs)
     if prefix is not None:
-        hidden_BTD = _behind(prefix.hidden_1PD, hidden_BTD)
-        layers = {number: _behind(prefix.states[number], layers[number]) for number in needs.layers}
-    return _taps(
-        causal_lm(model), head, needs, hidden_BTD, (layers, kv), lambda mask_BT: mask_BT.nonzero(as_tuple=True)
-    )
+        found.hidden = _behind(prefix.hidden_1PD, found.hidden)
+        found.layers = {number: _behind(prefix.states[number], found.layers[number]) for number in needs.layers}
+    return _taps(causal_lm(model), head, needs, found.hidden, found, lambda mask_BT: mask_BT.nonzero(as_tuple=True))
 
 
 def _flat_forward(
@@ -238,13 +236,13 @@ def _flat_forward(
     else:
         inputs["attention_mask"] = flat.at_BT.new_zeros(1, 1, 1, 1)  # of four dimensions: the model makes none
         hooks.enter_context(_attention(inner, _by_rows(inner, batch, flat)))
-    hidden_1ND, layers, kv = _run(model, inputs, needs)
+    found = _run(model, inputs, needs)
 
     def places(mask_BT: Tensor) -> tuple[Tensor, Tensor]:
         at_N = flat.at_BT[mask_BT]
         return torch.zeros_like(at_N), at_N
 
-    return _taps(inner, head, needs, flat.to_rows(hidden_1ND[0]), (layers, kv), places)
+    return _taps(inner, head, needs, flat.to_rows(found.hidden[0]), found, places)
 
 
 def _by_rows(inner: Any, batch: dict[str, Tensor], flat: Flat) -> AroundAttention:
@@ -264,10 +262,16 @@ def _by_rows(inner: Any, batch: dict[str, Tensor], flat: Flat) -> AroundAttentio
     return attend
 
 
-def _run(
-    model: nn.Module, inputs: dict[str, Any], needs: Needs
-) -> tuple[Tensor, dict[int, Tensor], dict[int, tuple[Tensor, Tensor]]]:
-    """The model's forward: final hidden states, residual streams after layers, keys and values by layer."""
+@dataclass
+class _Found:
+    """What a forward gave: final hidden states, residual streams after layers, keys and values by layer."""
+
+    hidden: Tensor
+    layers: dict[int, Tensor]
+    kv: dict[int, tuple[Tensor, Tensor]]
+
+
+def _run(model: nn.Module, inputs: dict[str, Any], needs: Needs) -> _Found:
     inner = causal_lm(model)
     with (
         _outputs({0: inner.get_decoder()}) as decoder,
@@ -275,7 +279,7 @@ def _run(
         _keys_and_values(inner, needs.kv_BT is not None) as kv,
     ):
         model(**inputs, use_cache=False, **_no_logits(inner, inputs["input_ids"]))
-    return decoder[0], layers, kv
+    return _Found(decoder[0], layers, kv)
 
 
 def _taps(
@@ -283,19 +287,18 @@ def _taps(
     head: Head,
     needs: Needs,
     hidden_BTD: Tensor,
-    found: tuple[dict[int, Tensor], dict[int, tuple[Tensor, Tensor]]],
+    found: _Found,
     places: Callable[[Tensor], tuple[Tensor, ...]],
 ) -> Taps:
-    """`places` of a mask [B, T]: the row and place of each of its tokens in what was found."""
-    layers, kv = found
+    """`places` of a mask [B, T]: the row and place of each of its tokens in the layers, keys and values found."""
     taps = Taps(head, hidden_BTD, needs)
     if needs.kv_BT is not None:
         chosen = places(needs.kv_BT)  # once: a device must be waited for
-        taps.kv = [_at(kv[index], chosen) for index in sorted(kv)]
+        taps.kv = [_at(found.kv[index], chosen) for index in sorted(found.kv)]
         _check_kv(taps.kv, inner, hidden_BTD.requires_grad)
     if needs.states_BT is not None:
         chosen = places(needs.states_BT)
-        taps.states = {number: layers[number][chosen] for number in needs.layers}
+        taps.states = {number: found.layers[number][chosen] for number in needs.layers}
     return taps
 
 
@@ -324,15 +327,18 @@ def check_layout(model: nn.Module, head: Head, layout: Layout) -> None:
     try:
         with torch.no_grad():
             off, tolerance = _misfit(model, head, layout)
-        problem = None if off <= tolerance else f"final hidden states are off by {off:.0%}"  # nan is a problem
+        seen = f"rows would see each other (final hidden states are off by {off:.0%})"
+        problem = None if off <= tolerance else seen  # nan is a problem
     except Exception as error:  # of many kinds, in models that were not made for this
-        problem = str(error)
+        problem = f"its forward fails on them ({error})"
     finally:
         model.train(was_training)
     if problem:
         field = {"packed": "train.packing", "shared": "train.share_prefix"}[layout]
         name = type(causal_lm(model)).__name__
-        raise ModelError(f"{field}: rows of {name} would see each other ({problem}); leave {field} out")
+        raise ModelError(
+            f"{field}: {name} cannot compute the tokens of a batch as one row: {problem}; leave {field} out"
+        )
 
 
 def _misfit(model: nn.Module, head: Head, layout: Layout) -> tuple[float, float]:
