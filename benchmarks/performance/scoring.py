@@ -1,11 +1,11 @@
 """How much faster answers are scored in batches than by the scripts that research uses.
 
-    python benchmarks/performance/scoring.py [--quick]     # the embedded model; about 6 minutes on two CPU cores
+    python benchmarks/performance/scoring.py [--quick]     # the embedded model; about 8 minutes on two CPU cores
 
 Perplexity gap: safe rows under the model and K adapters of it (random ones of rank 32; what they know does not change
 the time). `score_under` goes through all models batch by batch. A script goes row by row through the models, with the
-whole sequence's logits; either all adapters are in memory and one is switched on, or one model is in memory and the
-adapter is loaded from its file at each switch (measured on a few rows).
+whole sequence's logits, and has one model in memory: at each switch the next one is loaded (its whole weights, or the
+adapter alone; both measured on a few rows), or all adapters are in memory and one is switched on.
 
 Paired evaluation: two answers to each question. `score_answers` computes the prompt once for both and makes the
 answers' logits alone. A script runs the model with labels for each question and answer. An evaluation compares a model
@@ -89,10 +89,19 @@ def save_adapters(count: int, folder: Path) -> list[str]:
     return [str(folder / str(number)) for number in range(count)]
 
 
+def save_merged(adapter: Path) -> str:
+    """The model with an adapter in its weights."""
+    folder = adapter.parent / "merged"
+    merged: Any = PeftModel.from_pretrained(load_model(MODEL), adapter).merge_and_unload()
+    merged.save_pretrained(folder)
+    return str(folder)
+
+
 def gap(chat: Chat, rows: list[Row], from_file: int, turns: int, adapters: int = 2) -> dict[str, Any]:
-    """The three ways; `from_file`: rows that are scored with adapters from their files."""
+    """Batches and the three scripts; `from_file`: rows for which models or adapters are loaded from their files."""
     with tempfile.TemporaryDirectory() as temporary:
         folders = adapter_folders(save_adapters(adapters, Path(temporary)), MODEL)
+        whole = [MODEL, *(save_merged(folder) for folder in folders.values())]
         model, base = load_adapted(MODEL, folders, "bf16"), load_model(MODEL)
         each = settings(model, adapters)
 
@@ -112,6 +121,9 @@ def gap(chat: Chat, rows: list[Row], from_file: int, turns: int, adapters: int =
                         found.append(naive_score(model, chat, row.messages))
             return found
 
+        def whole_loaded() -> Scores:
+            return [naive_score(load_model(name), chat, row.messages) for row in rows[:from_file] for name in whole]
+
         def loaded() -> Scores:
             found = []
             for row in rows[:from_file]:
@@ -122,14 +134,15 @@ def gap(chat: Chat, rows: list[Row], from_file: int, turns: int, adapters: int =
                     adapted.unload()
             return found
 
-        seconds = take_turns({"batched": batched, "switched": switched, "loaded": loaded}, turns)
+        ways = {"batched": batched, "switched": switched, "loaded": loaded, "whole loaded": whole_loaded}
+        seconds = take_turns(ways, turns)
     return {
         "rows": len(rows),
         "adapters": adapters,
         "seconds": {name: spread(taken) for name, taken in seconds.items()},
-        "rows with adapters from their files": from_file,
+        "rows with models from their files": from_file,
         "switched": ratios(seconds, "switched", "batched"),
-        "loaded": ratios(seconds, "loaded", "batched", len(rows) / from_file),
+        **{way: ratios(seconds, way, "batched", len(rows) / from_file) for way in ("loaded", "whole loaded")},
     }
 
 

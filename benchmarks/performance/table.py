@@ -21,6 +21,7 @@ from ringfence.plots import colour, style, svg
 FIGURES = Path(__file__).parents[2] / "docs" / "figures" / "performance"
 FASTER = 5.0  # how many times faster scoring is to be
 SCORING = {
+    ("gap", "whole loaded"): "perplexity gap, against row by row with a model loaded at each switch",
     ("gap", "switched"): "perplexity gap, against row by row with a switch of adapters in memory",
     ("gap", "loaded"): "perplexity gap, against row by row with an adapter loaded at each switch",
     ("paired", "one by one"): "paired evaluation, against answer by answer",
