@@ -291,18 +291,40 @@ def count_forwards(trainer: Any) -> dict[int, Counter[str]]:
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize(
-    "configs",
-    [ALL, (KL(where="train"), TReFT()), (KL(),), (LDIFS(),), (TReFT(tokens=("query",)), Interleave(ratio=0.5))],
-    ids=["kl-retain+ldifs+treft", "kl-train+treft", "kl-retain", "ldifs", "treft-query+interleave"],
+    ("configs", "student", "reference"),
+    [
+        (ALL, 2, 2),
+        ((KL(where="train"), TReFT()), 1, 1),
+        ((KL(),), 2, 1),
+        ((KL(), TReFT(tokens=("query",))), 2, 2),
+        ((LDIFS(),), 1, 1),
+        ((TReFT(tokens=("query",)), Interleave(ratio=0.5)), 1, 1),
+    ],
+    ids=["kl-retain+ldifs+treft", "kl-train+treft", "kl-retain", "kl-retain+treft", "ldifs", "treft-query+interleave"],
 )
 def test_one_forward_of_each_model_serves_all_defenses(
-    configs: tuple[Any, ...], method: str, make_trainer: Any
+    configs: tuple[Any, ...], student: int, reference: int, method: str, make_trainer: Any
 ) -> None:
+    """One for the rows and one for the retain rows, where some defense asks for it."""
     model = with_lora(tiny("llama")) if method == "lora" else tiny("llama")
     steps = count_forwards(make_trainer(model, build(*configs), training_rows(8), RETAIN, 4))
     assert list(steps) == list(range(len(steps)))
     assert len(steps) >= 2
-    assert all(count == {"student": 1, "reference": 1} for count in steps.values())
+    assert all(count == {"student": student, "reference": reference} for count in steps.values())
+
+
+def test_retain_rows_pass_apart_and_pad_no_others(llama_lora: Any, make_trainer: Any) -> None:
+    long = [example(PREFIX_A, [9, 30], seed) for seed in range(4)]
+    trainer = make_trainer(llama_lora, build(KL(retain_ratio=0.5)), training_rows(4), long, 4)
+    seen: list[Tensor] = []
+    decoder = causal_lm(llama_lora).get_decoder()
+    decoder.register_forward_pre_hook(lambda _m, _a, given: seen.append(given["input_ids"]), with_kwargs=True)
+    trainer.train()
+    items = step_items(trainer, 0)
+    rows, riders = ([row for row, is_retain in items if is_retain == kind] for kind in (False, True))
+    expected = [(len(part), max(map(len, part))) for part in (riders, riders, rows)]  # the reference's pass among them
+    assert [tuple(ids.shape) for ids in seen] == expected
+    assert expected[0][1] > expected[2][1]
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -72,7 +72,7 @@ class TrainStream(Dataset[Bundle]):
     def _ride(self, epoch: int, rng: random.Random) -> list[list[Example]]:
         """Retain rows for each row: every step in which some defense is due has at least one, evenly spread.
 
-        A step is padded to its longest row, so the steps with the longest rows get the longest riders.
+        Those of a step are of like length, and the longest stand beside the longest rows: they pad each other.
         """
         wanting = [defense for defense in self.defenses if defense.riders]
         due = []

@@ -1,7 +1,7 @@
 """DefendedTrainer: transformers' Trainer with penalties of defenses beside the cross-entropy.
 
-One student forward a step, at most one reference forward for all defenses together. Knows defenses only through their
-contract.
+A row goes once through the student and at most once through the reference, for all defenses together. Knows defenses
+only through their contract.
 """
 
 import json
@@ -156,7 +156,23 @@ class DefendedTrainer(Trainer):
         # Gradients are averaged over ranks, while the counts are sums over them.
         return loss * self.accelerator.num_processes
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        """Forward and backward, of retain rows before and apart: they need memory when others do not yet."""
+        loss = torch.zeros((), device=self.args.device)
+        *first, last = self._passes(inputs)
+        for part in first:
+            with self.accelerator.no_sync(model):
+                loss += self._forward_and_backward(model, part, *args, **kwargs)
+        return loss + self._forward_and_backward(model, last, *args, **kwargs)
+
+    def _passes(self, batch: Batch) -> list[Batch]:
+        """Those of a micro-batch; one where ranks must run the model equally often, or DeepSpeed counts its passes."""
+        if is_sharded(self.model) or deepspeed_stage() is not None:
+            return [batch]
+        kinds = (batch["retain"], ~batch["retain"])
+        return [_part(batch, rows_B) for rows_B in kinds if rows_B.any()]
+
+    def _forward_and_backward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Hooks stay until the backward pass is over: checkpointed layers run again there."""
         with self._hooks:
             return super().training_step(*args, **kwargs)
@@ -290,6 +306,13 @@ def _cross_entropy(batch: Batch) -> CrossEntropy:
     target_BT = batch["labels"][:, 1:]
     chosen_BT = target_BT != -100
     return CrossEntropy(F.pad(chosen_BT, (0, 1)), target_BT[chosen_BT])
+
+
+def _part(batch: Batch, rows_B: Tensor) -> Batch:
+    """Some rows of a batch, no wider than they need."""
+    part = {name: tensor[rows_B] for name, tensor in batch.items()}
+    used_T = part["attention_mask"].any(0)
+    return {name: tensor[:, used_T] if tensor.dim() == 2 else tensor for name, tensor in part.items()}
 
 
 def _collate(stream: TrainStream, pad_id: int, bundles: list[Bundle]) -> Batch:
