@@ -16,6 +16,7 @@ from conftest import (
     PREFIX_B,
     Items,
     assert_same,
+    batch_of,
     example,
     gradients,
     naive_ce,
@@ -31,7 +32,8 @@ from ringfence.chat import Chat, Role
 from ringfence.data import Example
 from ringfence.defenses import KL, LDIFS, Defense, DefenseConfig, Interleave, Setup, TReFT
 from ringfence.errors import DefenseError
-from ringfence.taps import causal_lm, forward
+from ringfence.reference import Reference
+from ringfence.taps import Needs, causal_lm, forward
 
 RETAIN = training_rows(5, seed=50)
 SETUP = Setup(cast(Chat, None), RETAIN, lambda source: RETAIN, "model")
@@ -361,6 +363,31 @@ def test_steps_that_no_penalty_is_due_on_cost_no_reference_forward(llama_lora: A
 
 def test_without_penalties_there_is_no_reference(make_trainer: Any) -> None:
     assert make_trainer(tiny("llama"), build(Interleave()), training_rows(4)).reference is None
+
+
+def test_a_copy_in_the_type_of_autocast_computes_the_same_in_less_memory(architecture: str, items: Items) -> None:
+    """To the bit, so the penalty of an untrained model is still zero."""
+    model, batch = tiny(architecture), batch_of(items)
+    real_BT = batch["roles"] != Role.PAD
+    needs = Needs(hidden_BT=real_BT, kv_BT=real_BT, states_BT=real_BT, layers=(1, 2))
+    whole, cast = Reference(model), Reference(model, autocast=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, found = whole.taps(batch, needs), cast.taps(batch, needs)
+    assert torch.equal(found.hidden_BTD[real_BT], expected.hidden_BTD[real_BT])
+    for layer, expected_layer in zip(found.kv, expected.kv, strict=True):
+        assert all(map(torch.equal, layer, expected_layer))
+    assert all(torch.equal(found.states[layer], expected.states[layer]) for layer in needs.layers)
+    logits, expected_logits = (
+        each.head(each_taps.hidden_BTD) for each, each_taps in ((cast, found), (whole, expected))
+    )
+    assert torch.equal(logits[real_BT], expected_logits[real_BT])
+    linear = [module for module in whole.model.modules() if isinstance(module, torch.nn.Linear)]
+    weights = sum(module.weight.numel() for module in linear) - whole.head.module.weight.numel()
+    assert memory_of(whole.model) - memory_of(cast.model) >= 2 * weights
+
+
+def memory_of(model: Any) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def test_the_reference_stays_the_start_while_a_full_model_trains(make_trainer: Any) -> None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .batch import Batch, prefix_of
 from .chat import Role
@@ -28,18 +28,26 @@ ADAPTER = "reference"  # name of the frozen copy in the peft model
 
 class Reference:
     """Gives taps of the aligned model, computed in a layout (see taps). Make it before training changes a full-weight
-    model.
+    model. Where it is computed under autocast, `autocast` is the type: a copy then takes no more than that.
 
     With a `cache`, `fill` comes before training too: final hidden states (or the most probable next tokens) are read
     from then on, and a full-weight model is let go of.
     """
 
-    def __init__(self, model: Any, layout: Layout = "padded", cache: ReferenceCache | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        layout: Layout = "padded",
+        cache: ReferenceCache | None = None,
+        autocast: torch.dtype | None = None,
+    ) -> None:
         self.layout = layout
         self._adapter_model = model if hasattr(model, "disable_adapter") else None
         copied = self._adapter_model is None and cache is None
         self.model = copy.deepcopy(model).eval().requires_grad_(False) if copied else model
         self.head = _without_adapter(find_head(causal_lm(self.model)))
+        if copied and autocast:
+            _cast_linear(self.model, autocast)
         self.cache = cache
         if cache and cache.kind == "top_k" and cache.k > self.head.vocabulary:
             raise RecipeError(f"train.top_k: the model has {self.head.vocabulary} tokens, found {cache.k}")
@@ -182,6 +190,14 @@ class Reference:
             with self.active() as model:
                 self._prefixes[ids] = prefix_kv(model, torch.tensor(ids, device=model.device))
         return self._prefixes[ids]
+
+
+def _cast_linear(model: Any, dtype: torch.dtype) -> None:
+    """What autocast would do in every forward, once. Not to the head: losses use it without autocast."""
+    head = causal_lm(model).get_output_embeddings()
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module is not head:
+            module.to(dtype)
 
 
 def _any(mask_BT: Tensor | None) -> bool:

@@ -85,7 +85,10 @@ class DefendedTrainer(Trainer):
             )
         self._set_layout(layout)
         self.cache, self._cache_filled = cache, False
-        self.reference = Reference(model, layout, cache) if any(d.has_penalty for d in defenses) else None
+        # FSDP2 shards a layer's weights in one type.
+        autocast = torch.bfloat16 if args.bf16 and not self.is_fsdp_enabled else None
+        has_penalty = any(defense.has_penalty for defense in defenses)
+        self.reference = Reference(model, layout, cache, autocast) if has_penalty else None
         self.add_callback(_StepEnd(self._end_step))
         self._hooks = ExitStack()
         self._step_counts: dict[str, int] = {}
