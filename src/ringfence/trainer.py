@@ -33,6 +33,7 @@ from .ranks import (
     deepspeed_stage,
     gathered,
     is_sharded,
+    largest,
     load_whole_again,
     note_trained,
     reshard,
@@ -169,11 +170,13 @@ class DefendedTrainer(Trainer):
         return loss + self._forward_and_backward(model, last, *args, **kwargs)
 
     def _passes(self, batch: Batch) -> list[Batch]:
-        """Those of a micro-batch; one where ranks must run the model equally often, or DeepSpeed counts its passes."""
-        if is_sharded(self.model) or deepspeed_stage() is not None:
+        """Those of a micro-batch: one with DeepSpeed, which counts them. Of a sharded model all ranks have as many."""
+        if deepspeed_stage() is not None:
             return [batch]
         kinds = (batch["retain"], ~batch["retain"])
-        return [_part(batch, rows_B) for rows_B in kinds if rows_B.any()]
+        parts = [_part(batch, rows_B) for rows_B in kinds if rows_B.any()]
+        most = largest(len(parts), self.args.device) if is_sharded(self.model) else len(parts)
+        return [_blank(batch)] * (most - len(parts)) + parts
 
     def _forward_and_backward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Hooks stay until the backward pass is over: checkpointed layers run again there."""
@@ -321,11 +324,14 @@ def _part(batch: Batch, rows_B: Tensor) -> Batch:
 def _collate(stream: TrainStream, pad_id: int, bundles: list[Bundle]) -> Batch:
     if bundles:
         return collate(bundles, pad_id)
-    # No row is left for this rank, but it must run the model as often as the others: on one that counts for nothing.
-    batch = collate([stream[0][:1]], pad_id)
-    batch["roles"].fill_(Role.PAD)
-    batch["labels"].fill_(-100)
-    return batch
+    return _blank(collate([stream[0][:1]], pad_id))
+
+
+def _blank(batch: Batch) -> Batch:
+    """One row that counts for nothing: where a rank has none it must run the model as often as the others."""
+    row = {name: tensor[:1] for name, tensor in batch.items()}
+    nothing = {"roles": torch.full_like(row["roles"], Role.PAD), "labels": torch.full_like(row["labels"], -100)}
+    return row | nothing
 
 
 class _StepEnd(TrainerCallback):
