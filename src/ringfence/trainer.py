@@ -130,10 +130,10 @@ class DefendedTrainer(Trainer):
             reference = self.reference.taps(inputs, needs) if self.reference and asks else None
         # A prefix is computed by a part of the model, which in a sharded one cannot run alone.
         givers = [] if sharded or self.layout == "packed" else self.defenses
-        prefixes = (defense.cached_prefix(self._plain_model(), inputs, needs) for defense in givers)
+        prefixes = (defense.cached_prefix(self.model, inputs, needs) for defense in givers)
         prefix = next((prefix for prefix in prefixes if prefix is not None), None)
         for defense in self.defenses:
-            self._hooks.enter_context(defense.wrap(self._plain_model(), inputs))
+            self._hooks.enter_context(defense.wrap(self.model, inputs))
         student = forward(model, self.head, inputs, needs, prefix, self.student_layout, self._hooks)
         # Until the backward pass is over: the gradient of a trained head must find it whole.
         self._hooks.enter_context(gathered(self.head.module.parameters()))
@@ -187,9 +187,6 @@ class DefendedTrainer(Trainer):
         """As the student computes. (accelerate's own context forgets, on its way, that the model is to be sharded.)"""
         return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16)
 
-    def _plain_model(self) -> Any:
-        return self.accelerator.unwrap_model(self.model)
-
     def _due(self) -> list[Defense]:
         """Defenses whose penalty acts in this optimiser step."""
         return [d for d in self.defenses if d.has_penalty and self.state.global_step % d.every == 0]
@@ -229,7 +226,7 @@ class DefendedTrainer(Trainer):
         for defense in self.defenses:
             if defense.name in means:
                 defense.observe(means[defense.name])
-            defense.after_step(self._plain_model(), self.state.global_step)
+            defense.after_step(self.model, self.state.global_step)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The stream has its own order; ranks share each step's rows (accelerate would repeat some to even out the last
