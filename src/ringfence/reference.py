@@ -28,7 +28,7 @@ ADAPTER = "reference"  # name of the frozen copy in the peft model
 
 class Reference:
     """Gives taps of the aligned model, computed in a layout (see taps). Make it before training changes a full-weight
-    model. Where it is computed under autocast, `autocast` is the type: a copy then takes no more than that.
+    model. Where taps will be asked for under autocast, `autocast` is its type: a copy's linear layers are cast to it.
 
     With a `cache`, `fill` comes before training too: final hidden states (or the most probable next tokens) are read
     from then on, and a full-weight model is let go of.

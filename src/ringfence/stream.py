@@ -72,7 +72,8 @@ class TrainStream(Dataset[Bundle]):
     def _ride(self, epoch: int, rng: random.Random) -> list[list[Example]]:
         """Retain rows for each row: every step in which some defense is due has at least one, evenly spread.
 
-        Those of a step are of like length, and the longest stand beside the longest rows: they pad each other.
+        Those of a step are of like length, which saves padding; with DeepSpeed, which pads them together with the rows,
+        it helps that the longest ride with the longest.
         """
         wanting = [defense for defense in self.defenses if defense.riders]
         due = []
