@@ -1,7 +1,7 @@
 # make demo   set up, then fine-tune the embedded model with and without defenses (about 30 minutes on two CPU cores)
 # make test   set up, then all tests
-# make bench  set up, then measure time and memory against the bounds of docs/performance.md (about an hour on two quiet
-#             CPU cores); with QUICK=1 a small version into runs/bench, which shows that all of it runs
+# make bench  set up, then measure time and memory against the bounds of docs/performance.md (about an hour and a half
+#             on two quiet CPU cores); with QUICK=1 a small version into runs/bench, which shows that all of it runs
 VENV := .venv
 PYTHON ?= python3
 RINGFENCE := $(VENV)/bin/ringfence
