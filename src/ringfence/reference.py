@@ -47,7 +47,7 @@ class Reference:
         self.model = copy.deepcopy(model).eval().requires_grad_(False) if copied else model
         self.head = _without_adapter(find_head(causal_lm(self.model)))
         if copied and autocast:
-            _cast_linear(self.model, autocast)
+            _cast_linear(self.model, self.head.module, autocast)
         self.cache = cache
         if cache and cache.kind == "top_k" and cache.k > self.head.vocabulary:
             raise RecipeError(f"train.top_k: the model has {self.head.vocabulary} tokens, found {cache.k}")
@@ -192,9 +192,8 @@ class Reference:
         return self._prefixes[ids]
 
 
-def _cast_linear(model: Any, dtype: torch.dtype) -> None:
+def _cast_linear(model: Any, head: nn.Module, dtype: torch.dtype) -> None:
     """What autocast would do in every forward, once. Not to the head: losses use it without autocast."""
-    head = causal_lm(model).get_output_embeddings()
     for module in model.modules():
         if isinstance(module, nn.Linear) and module is not head:
             module.to(dtype)

@@ -223,7 +223,7 @@ def _padded_forward(
     if prefix is not None:
         found.hidden = _behind(prefix.hidden_1PD, found.hidden)
         found.layers = {number: _behind(prefix.states[number], found.layers[number]) for number in needs.layers}
-    return _taps(causal_lm(model), head, needs, found.hidden, found, lambda mask_BT: mask_BT.nonzero(as_tuple=True))
+    return _taps(causal_lm(model), head, needs, found, lambda mask_BT: mask_BT.nonzero(as_tuple=True))
 
 
 def _flat_forward(
@@ -237,12 +237,13 @@ def _flat_forward(
         inputs["attention_mask"] = flat.at_BT.new_zeros(1, 1, 1, 1)  # of four dimensions: the model makes none
         hooks.enter_context(_attention(inner, _by_rows(inner, batch, flat)))
     found = _run(model, inputs, needs)
+    found.hidden = flat.to_rows(found.hidden[0])
 
     def places(mask_BT: Tensor) -> tuple[Tensor, Tensor]:
         at_N = flat.at_BT[mask_BT]
         return torch.zeros_like(at_N), at_N
 
-    return _taps(inner, head, needs, flat.to_rows(found.hidden[0]), found, places)
+    return _taps(inner, head, needs, found, places)
 
 
 def _by_rows(inner: Any, batch: dict[str, Tensor], flat: Flat) -> AroundAttention:
@@ -286,16 +287,16 @@ def _taps(
     inner: Any,
     head: Head,
     needs: Needs,
-    hidden_BTD: Tensor,
     found: _Found,
     places: Callable[[Tensor], tuple[Tensor, ...]],
 ) -> Taps:
-    """`places` of a mask [B, T]: the row and place of each of its tokens in the layers, keys and values found."""
-    taps = Taps(head, hidden_BTD, needs)
+    """`places` of a mask [B, T]: the row and place of each of its tokens in the layers, keys and values found. Final
+    hidden states lie in rows already."""
+    taps = Taps(head, found.hidden, needs)
     if needs.kv_BT is not None:
         chosen = places(needs.kv_BT)  # once: a device must be waited for
         taps.kv = [_at(found.kv[index], chosen) for index in sorted(found.kv)]
-        _check_kv(taps.kv, inner, hidden_BTD.requires_grad)
+        _check_kv(taps.kv, inner, found.hidden.requires_grad)
     if needs.states_BT is not None:
         chosen = places(needs.states_BT)
         taps.states = {number: found.layers[number][chosen] for number in needs.layers}

@@ -173,8 +173,9 @@ class DefendedTrainer(Trainer):
         """Those of a micro-batch: one with DeepSpeed, which counts them. Of a sharded model all ranks have as many."""
         if deepspeed_stage() is not None:
             return [batch]
-        kinds = (batch["retain"], ~batch["retain"])
-        parts = [_part(batch, rows_B) for rows_B in kinds if rows_B.any()]
+        # Places, found once: each use of a mask would wait for the device.
+        kinds = [rows_B.nonzero()[:, 0] for rows_B in (batch["retain"], ~batch["retain"])]
+        parts = [_part(batch, rows_N) for rows_N in kinds if len(rows_N)]
         most = largest(len(parts), self.args.device) if is_sharded(self.model) else len(parts)
         return [_blank(batch)] * (most - len(parts)) + parts
 
@@ -311,11 +312,11 @@ def _cross_entropy(batch: Batch) -> CrossEntropy:
     return CrossEntropy(F.pad(chosen_BT, (0, 1)), target_BT[chosen_BT])
 
 
-def _part(batch: Batch, rows_B: Tensor) -> Batch:
+def _part(batch: Batch, rows_N: Tensor) -> Batch:
     """Some rows of a batch, no wider than they need."""
-    part = {name: tensor[rows_B] for name, tensor in batch.items()}
-    used_T = part["attention_mask"].any(0)
-    return {name: tensor[:, used_T] if tensor.dim() == 2 else tensor for name, tensor in part.items()}
+    part = {name: tensor[rows_N] for name, tensor in batch.items()}
+    used_S = part["attention_mask"].any(0).nonzero()[:, 0]
+    return {name: tensor[:, used_S] if tensor.dim() == 2 else tensor for name, tensor in part.items()}
 
 
 def _collate(stream: TrainStream, pad_id: int, bundles: list[Bundle]) -> Batch:
