@@ -175,7 +175,7 @@ def test_two_texts_a_question_the_misaligned_one_first(chat: Chat) -> None:
 
 def test_the_first_response_tokens_of_each_row_are_taken(chat: Chat) -> None:
     examples = [text.example for text in pair_texts(chat, QUESTIONS)]
-    ((_, batch),) = batches(examples, chat, 100_000, "cpu")
+    ((_, batch),) = batches(examples, chat, 100_000, torch.device("cpu"))
     mask_BT = first_response_tokens(batch, 4)
     for row, roles in zip(mask_BT, batch["roles"]):
         responses = [t for t, role in enumerate(roles.tolist()) if role == Role.RESPONSE]

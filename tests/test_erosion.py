@@ -151,12 +151,12 @@ def test_directions_are_differences_of_means(tmp_path: Path) -> None:
 
 def test_directions_of_one_side_alone_and_of_unlike_numbers() -> None:
     models, texts = tiny_models(), pair_texts(CHAT, questions(6))
-    both = alignment_directions(models, texts)
+    both = alignment_directions(models, texts, batch_tokens=1)  # rows alone: the same batches in both
     unsound = [text for text in texts if text.side == "misaligned"]
-    alone = alignment_directions(models, unsound)
+    alone = alignment_directions(models, unsound, batch_tokens=1)
     assert list(alone) == ["misaligned"]
     torch.testing.assert_close(alone["misaligned"].directions_LKD, both["misaligned"].directions_LKD)
-    uneven = alignment_directions(models, [*unsound, texts[1]])
+    uneven = alignment_directions(models, [*unsound, texts[1]], batch_tokens=1)
     torch.testing.assert_close(uneven["misaligned"].directions_LKD, both["misaligned"].directions_LKD)
     assert uneven["aligned"].positive == 1
 

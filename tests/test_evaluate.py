@@ -17,7 +17,7 @@ from ringfence.evaluate import parts as evaluate
 from ringfence.evaluate import scoring
 from ringfence.evaluate.config import EvaluateConfig
 from ringfence.evaluate.parts import evaluate_model, evaluation_key
-from ringfence.evaluate.scoring import generate_greedy, score_answers
+from ringfence.evaluate.scoring import CPU_TOKENS, forward_batches, generate_greedy, score_answers
 from ringfence.models import load_tokenizer
 from ringfence.prefix import FrozenPrefix, find_header
 
@@ -105,6 +105,13 @@ def test_scores_equal_the_naive_ones(model, chat, packed_rows, batch_tokens):
     assert_naive(scores, model, chat, prompts, answers)
     assert packed_rows(checked=True) == [2] * 5
     assert sum(advanced) == 10
+
+
+def test_a_cpu_computes_no_more_tokens_at_once_than_it_is_fast_with():
+    lengths = [CPU_TOKENS // 3] * 7
+    on_cpu, on_gpu = (forward_batches(lengths, 100_000, torch.device(name), skip=[1]) for name in ("cpu", "cuda"))
+    assert list(on_cpu) == [[0, 2], [3, 4, 5], [6]]
+    assert list(on_gpu) == [[0, 2, 3, 4, 5, 6]]
 
 
 @pytest.mark.parametrize("batch_tokens", [64, 300, 100_000])

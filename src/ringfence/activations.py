@@ -13,17 +13,17 @@ from torch import Tensor
 from .batch import Batch, collate
 from .chat import Chat, Role
 from .data import Example
-from .evaluate.scoring import length_batches
+from .evaluate.scoring import forward_batches
 from .losses import find_head
 from .taps import Needs, causal_lm, decoder_layers, forward
 
 
 def batches(
-    examples: Sequence[Example], chat: Chat, batch_tokens: int, device: Any
+    examples: Sequence[Example], chat: Chat, batch_tokens: int, device: torch.device
 ) -> Iterator[tuple[list[int], Batch]]:
     """Batch by batch, longest first: the places of its rows in `examples`, and the padded batch (on the right) with
     input_ids, attention_mask, position_ids, roles [B, T]."""
-    for places in length_batches([len(example) for example in examples], batch_tokens):
+    for places in forward_batches([len(example) for example in examples], batch_tokens, device):
         padded = collate([[(examples[place], False)] for place in places], chat.tokenizer.pad_token_id)
         yield places, {name: tensor.to(device) for name, tensor in padded.items()}
 

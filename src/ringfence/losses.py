@@ -252,13 +252,14 @@ def relative_drift(now_ND: Tensor, then_ND: Tensor) -> Tensor:
 
 def token_logprobs(head: Head, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
     """log p(target) of each token, [N], without gradient."""
+    tile, block = _rows_of(TILE_ELEMENTS, head), _rows_of(BLOCK_ELEMENTS, head)
     with torch.no_grad(), gathered(head.module.parameters()):
-        size = _rows_of(TILE_ELEMENTS, head)
-        tiles = [
-            -F.cross_entropy(head(hidden), target, reduction="none")
-            for hidden, target in zip(hidden_ND.split(size), target_N.split(size))
+        blocks = [
+            -F.cross_entropy(logits_NV, target, reduction="none")
+            for hidden, targets in zip(hidden_ND.split(tile), target_N.split(tile))
+            for logits_NV, target in zip(head(hidden).split(block), targets.split(block))
         ]
-    return torch.cat(tiles) if tiles else hidden_ND.new_zeros(0, dtype=torch.float32)
+    return torch.cat(blocks) if blocks else hidden_ND.new_zeros(0, dtype=torch.float32)
 
 
 def top_k(head: Head, hidden_ND: Tensor, k: int) -> TopK:

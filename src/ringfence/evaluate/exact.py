@@ -17,7 +17,7 @@ from torch import Tensor
 from ..chat import Chat
 from ..losses import Head, find_head
 from ..taps import causal_lm
-from .scoring import _hidden_states, _Row, _takes_free_mask, length_batches
+from .scoring import _hidden_states, _Row, _takes_free_mask, forward_batches
 
 NUMBERS = [str(number) for number in range(101)]
 Path = tuple[int, ...]
@@ -88,7 +88,7 @@ def reply_probabilities(
     groups = [[_Row(prompt, branches)] for prompt in prompts]
     if not _can_pack(model, head, [row for group in groups for row in group], tokens):
         groups = [[_Row(prompt, [branch]) for branch in branches] or [_Row(prompt, [])] for prompt in prompts]
-    for places in length_batches([sum(map(len, group)) for group in groups], batch_tokens):
+    for places in forward_batches([sum(map(len, group)) for group in groups], batch_tokens, model.device):
         rows = [row for place in places for row in groups[place]]
         found = iter(_node_logprobs(model, head, rows, tokens))
         yield {place: tree.probabilities(_join([next(found) for _ in groups[place]])) for place in places}

@@ -22,6 +22,7 @@ from ..losses import Head, find_head, token_logprobs
 from ..taps import CommonPrefix, Needs, causal_lm, compute_prefix, forward
 
 Advance = Callable[[int], None]
+CPU_TOKENS = 1024  # of one forward on a CPU: what more compute leaves its caches
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def score_answers(
         rows = [[_Row(row.prompt, [one], row.prefix) for row in group for one in row.answers] for group in rows]
     flat = [row for group in rows for row in group]
     scored: list[list[AnswerScore]] = [[] for _ in flat]
-    for places in length_batches([len(row) for row in flat], batch_tokens):
+    for places in forward_batches([len(row) for row in flat], batch_tokens, model.device):
         for place, found in zip(places, _score_rows(model, head, [flat[place] for place in places])):
             scored[place] = found
         advance(sum(len(scored[place]) for place in places))
@@ -94,7 +95,7 @@ def score_under(
     """
     head = find_head(causal_lm(model))
     encoded = [_last_answer(chat, row) for row in rows]
-    for places in length_batches([len(row) for row in encoded], batch_tokens, skip):
+    for places in forward_batches([len(row) for row in encoded], batch_tokens, model.device, skip):
         batch = [encoded[place] for place in places]
         scores = []
         for setting in settings:
@@ -343,6 +344,14 @@ class _Noise(LogitsProcessor):
         # -log of an exponential variate is a Gumbel variate.
         rows = [torch.empty(scores.shape[1]).exponential_(generator=generator).log() for generator in self.generators]
         return scores / self.temperature - torch.stack(rows).to(scores.device)
+
+
+def forward_batches(
+    lengths: list[int], batch_tokens: int, device: torch.device, skip: Container[int] = ()
+) -> Iterator[list[int]]:
+    """`length_batches` for one forward each: on a CPU of at most `CPU_TOKENS`, which is faster than more at once."""
+    at_once = min(batch_tokens, CPU_TOKENS) if device.type == "cpu" else batch_tokens
+    return length_batches(lengths, at_once, skip)
 
 
 def length_batches(
