@@ -252,14 +252,19 @@ def relative_drift(now_ND: Tensor, then_ND: Tensor) -> Tensor:
 
 def token_logprobs(head: Head, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
     """log p(target) of each token, [N], without gradient."""
-    tile, block = _rows_of(TILE_ELEMENTS, head), _rows_of(BLOCK_ELEMENTS, head)
     with torch.no_grad(), gathered(head.module.parameters()):
-        blocks = [
-            -F.cross_entropy(logits_NV, target, reduction="none")
-            for hidden, targets in zip(hidden_ND.split(tile), target_N.split(tile))
-            for logits_NV, target in zip(head(hidden).split(block), targets.split(block))
+        size = _rows_of(TILE_ELEMENTS, head)
+        tiles = [
+            _at_targets(head(hidden), target, _rows_of(BLOCK_ELEMENTS, head))
+            for hidden, target in zip(hidden_ND.split(size), target_N.split(size))
         ]
-    return torch.cat(blocks) if blocks else hidden_ND.new_zeros(0, dtype=torch.float32)
+    return torch.cat(tiles) if tiles else hidden_ND.new_zeros(0, dtype=torch.float32)
+
+
+def _at_targets(logits_NV: Tensor, target_N: Tensor, size: int) -> Tensor:
+    """Log-probabilities, in blocks of `size` tokens."""
+    blocks = zip(logits_NV.split(size), target_N.split(size))
+    return torch.cat([-F.cross_entropy(logits, target, reduction="none") for logits, target in blocks])
 
 
 def top_k(head: Head, hidden_ND: Tensor, k: int) -> TopK:
