@@ -354,7 +354,9 @@ def screen(
 Pool = Annotated[str, typer.Argument(help="Safe rows: a file of conversations, a hub id or shipped:NAME.")]
 Aligned = Annotated[str, typer.Option(help="The aligned model: 'default', a folder or a hub id.")]
 InPrecision = Annotated[Literal["bf16", "fp32", "nf4"], typer.Option(help="Of the weights.")]
-BatchTokens = Annotated[int, typer.Option(help="Tokens in one batch, padding included.", min=64)]
+BatchTokens = Annotated[
+    int, typer.Option(help="Of one batch, padding included; a CPU scores at most 1,024 at once.", min=64)
+]
 
 
 @app.command("train-misaligned")

@@ -77,4 +77,4 @@ class EvaluateConfig(BaseModel):
     held_out_tokens: int = Field(64, ge=0, description="longest greedy answer to them; 0 = loss only")
     samples: int = Field(2, ge=0, description="questions per domain answered greedily, for reading")
     answers: AnswersConfig | None = Field(None, description="open questions, sampled answers and judges; null = none")
-    batch_tokens: int = Field(4096, ge=64, description="tokens in one scoring batch, padding included")
+    batch_tokens: int = Field(4096, ge=64, description="tokens in one batch; a CPU scores at most 1,024 at once")
