@@ -95,7 +95,6 @@ def scoring(found: dict[str, Any]) -> Table:
     lines = [
         Line(what, found[part][way]["median"], found[part][way]["low"], found[part][way]["high"], FASTER, True)
         for (part, way), what in SCORING.items()
-        if way in found[part]
     ]
     return Table(f"Scoring, embedded model, {found['machine']['device']}", "times faster", lines)
 
