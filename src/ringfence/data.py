@@ -6,16 +6,15 @@ Does not know models or defenses.
 
 import csv
 import io
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from . import opswap
+from . import opswap, strict_json
 from .chat import Chat, Encoded, Messages, Role
-from .errors import ChatError, DataError, nearest
+from .errors import ChatError, DataError, first_line, nearest
 
 SHIPPED = resources.files("ringfence") / "recipes" / "data"
 OverLong = Literal["error", "truncate", "drop"]
@@ -164,9 +163,8 @@ def _datasets(open_with: Callable[[Any], Any], source: str) -> Iterator[tuple[di
     except Exception as error:  # datasets raises a dozen kinds; the user needs one sentence
         if "corresponds to no data" in str(error):
             return
-        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         what = "cannot be read" if Path(source).exists() else "neither a local file nor a data set that could be loaded"
-        raise DataError(f"{source}: {what}: {reason[0]}") from error
+        raise DataError(f"{source}: {what}: {first_line(error.__cause__ or error)}") from error
     for number, record in enumerate(rows, 1):
         yield dict(record), f"{source}:{number}"
 
@@ -175,12 +173,7 @@ def _jsonl(text: str, name: str) -> Iterator[tuple[dict[str, Any], str]]:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{name}:{number}: not JSON: {error.msg} at column {error.colno}") from error
-        except RecursionError as error:
-            raise DataError(f"{name}:{number}: nested too deeply") from error
+        record = strict_json.parse(line, f"{name}:{number}")
         if not isinstance(record, dict):
             raise DataError(f"{name}:{number}: expected a JSON object, found {_show(record)}")
         yield record, f"{name}:{number}"

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from platformdirs import user_cache_path
 
-from .errors import ModelError
+from .errors import ModelError, first_line
 from .prefix import plain_lora_config, read_frozen_prefix, read_stored_prefix
 
 DEFAULT = "default"
@@ -223,8 +223,7 @@ def _loading(load: Any, model: str, what: str) -> Any:
     try:
         return load()
     except Exception as error:  # transformers, safetensors and the hub raise many kinds; the user needs one sentence
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise ModelError(
-            f"{model}: {what} cannot be loaded: {lines[0]} (accepted: 'default', a local folder with config.json and "
-            "safetensors weights, a hub id, an adapter folder)"
+            f"{model}: {what} cannot be loaded: {first_line(error)} (accepted: 'default', a local folder with "
+            "config.json and safetensors weights, a hub id, an adapter folder)"
         ) from error

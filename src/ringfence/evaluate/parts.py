@@ -16,6 +16,7 @@ from ..chat import Chat, Messages
 from ..console import progress
 from ..data import PairedQuestion, load_questions, load_rows
 from ..errors import DataError
+from ..runfolder import write_whole
 from . import behaviours, heldout
 from .config import EvaluateConfig
 from .scoring import generate_greedy, score_answers
@@ -56,10 +57,7 @@ def evaluate_model(
             value = part(model, chat, advance)
         results["parts"][name] = value
         results["seconds"] = round(results["seconds"] + time.monotonic() - started, 1)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        scratch = file.with_suffix(".partial")
-        scratch.write_text(json.dumps(results))
-        scratch.replace(file)
+        write_whole(file, json.dumps(results))
     return results
 
 
