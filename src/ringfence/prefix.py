@@ -28,7 +28,7 @@ from transformers.masking_utils import find_packed_sequence_indices
 from .chat import Chat, Messages
 from .errors import ChatError, DefenseError, ModelError
 from .losses import find_head
-from .taps import CommonPrefix, causal_lm, compute_prefix, patched_kv
+from .taps import CommonPrefix, cache_in, causal_lm, compute_prefix, patched_kv
 
 Until = Literal["query", "header"]
 _FILE = "frozen_prefix.json"
@@ -92,7 +92,7 @@ class FrozenPrefix:
         keep: list[Tensor | None] = [None]
 
         def find(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            cache = kwargs.get("past_key_values")
+            cache = cache_in(kwargs)
             if layers[0].disable_adapters or (cache is not None and cache.get_seq_length() > 0):
                 keep[0] = None
                 return
@@ -168,7 +168,7 @@ class StoredPrefix:
 
         @wraps(forward)
         def patched(module: Any, *args: Any, **kwargs: Any) -> Any:
-            cache = kwargs.get("past_key_values")
+            cache = cache_in(kwargs)
             if cache is not None and cache.get_seq_length() > 0:
                 return forward(module, *args, **kwargs)
             if cache is not None and type(cache) is not DynamicCache:
@@ -177,7 +177,7 @@ class StoredPrefix:
             mask_BT, kv = self._prefixes(ids_BT, kwargs.get("attention_mask"), kwargs.get("position_ids"))
             with patched_kv(module, kv, mask_BT):
                 output = forward(module, *args, **kwargs)
-            filled = output.past_key_values if cache is None else cache
+            filled = cache_in(output) if cache is None else cache
             if filled is not None:
                 _put_into_cache(filled, kv, mask_BT)
             return output

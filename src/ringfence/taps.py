@@ -16,7 +16,7 @@ Shapes: B rows, T tokens, D hidden size, N chosen tokens (row by row), E = key h
 import copy
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -203,10 +203,21 @@ def forward(
         return _flat_forward(model, head, batch, needs, Flat.of(batch, share=layout == "shared"), stack)
 
 
+def cache_in(named: Mapping[str, Any]) -> Any | None:
+    """The cache of keys and values among a forward's keyword arguments, or in its output: `cache` in transformers'
+    newer models, `past_key_values` in its older ones. A caller may use either name."""
+    return next((named[name] for name in ("cache", "past_key_values") if named.get(name) is not None), None)
+
+
+def cache_name(model: nn.Module) -> str:
+    """The keyword by which a model's forward takes a cache."""
+    return "cache" if "cache" in inspect.signature(causal_lm(model).forward).parameters else "past_key_values"
+
+
 def compute_prefix(model: nn.Module, ids_P: Tensor, layers: tuple[int, ...] = ()) -> CommonPrefix:
     """One forward of tokens that rows begin with; `layers` are those whose residual stream is kept."""
     cache = DynamicCache()  # made without a config, it keeps every token, those outside a sliding window too
-    inputs = {"input_ids": ids_P[None], "past_key_values": cache}
+    inputs = {"input_ids": ids_P[None], cache_name(model): cache}
     found = _run(model, inputs, Needs(layers=layers))
     return CommonPrefix(cache, found.hidden, found.layers)
 
@@ -218,7 +229,7 @@ def _padded_forward(
     if prefix is not None:
         start = prefix.hidden_1PD.shape[1]
         inputs |= {name: inputs[name][:, start:] for name in ("input_ids", "position_ids")}
-        inputs["past_key_values"] = prefix.cache_of(len(inputs["input_ids"]))
+        inputs[cache_name(model)] = prefix.cache_of(len(inputs["input_ids"]))
     found = _run(model, inputs, needs)
     if prefix is not None:
         found.hidden = _behind(prefix.hidden_1PD, found.hidden)

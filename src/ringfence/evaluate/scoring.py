@@ -19,7 +19,7 @@ from ..chat import Chat, Messages, Role
 from ..data import Example, Row
 from ..errors import ChatError, DataError
 from ..losses import Head, find_head, token_logprobs
-from ..taps import CommonPrefix, Needs, causal_lm, compute_prefix, forward
+from ..taps import CommonPrefix, Needs, cache_in, cache_name, causal_lm, compute_prefix, forward
 
 Advance = Callable[[int], None]
 CPU_TOKENS = 1024  # of one forward on a CPU: what more compute leaves its caches
@@ -316,9 +316,9 @@ def _computed_prompts(model: Any, batch: dict[str, Tensor]) -> dict[str, Any]:
     if "logits_to_keep" in inspect.signature(inner.forward).parameters:
         inputs["logits_to_keep"] = ids_BT.new_zeros(0)  # none
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-    prompts = model(**inputs, use_cache=True).past_key_values
+    prompts: Any = cache_in(model(**inputs, use_cache=True))
     prompts.batch_select_indices(number_B.to(model.device))
-    return {"past_key_values": prompts}
+    return {cache_name(inner): prompts}
 
 
 def _is_cache_plain(inner: Any) -> bool:
