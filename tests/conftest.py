@@ -35,7 +35,7 @@ from ringfence.defenses import Defense
 from ringfence.losses import find_head, weighted_sum
 from ringfence.reference import Reference
 from ringfence.stream import TrainStream
-from ringfence.taps import Layout, Taps, causal_lm, forward
+from ringfence.taps import Layout, Taps, cache_in, causal_lm, forward
 from ringfence.trainer import DefendedTrainer
 
 Items = list[tuple[Example, bool]]
@@ -210,7 +210,7 @@ def reference_call(model: Any, aligned: Any, call: Callable[[Any], Any]) -> Any:
 
 def own_cache(model: Any, row: Example) -> Layers:
     """Keys and values of the model's own cache, [T, key heads * head size], for each layer."""
-    cache = model(input_ids=torch.tensor([row.input_ids]), use_cache=True).past_key_values
+    cache = cache_in(model(input_ids=torch.tensor([row.input_ids]), use_cache=True))
     return [(_flat(layer.keys), _flat(layer.values)) for layer in cache.layers]
 
 

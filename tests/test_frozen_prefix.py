@@ -20,7 +20,7 @@ from ringfence.models import load_model, load_tokenizer
 from ringfence.prefix import FrozenPrefix as Prefix
 from ringfence.prefix import find_header, read_frozen_prefix
 from ringfence.run import train_run
-from ringfence.taps import Needs, causal_lm, forward
+from ringfence.taps import Needs, cache_in, cache_name, causal_lm, forward
 from test_run import small_model, write_rows
 
 # Two prefixes, one system part before the same header of a user turn.
@@ -89,9 +89,9 @@ def naive_loss(model: Any, row: Example) -> Any:
     end = row.roles.count(Role.PREFIX)
     ids = torch.tensor([row.input_ids])
     with torch.no_grad(), model.disable_adapter():
-        cache = causal_lm(model)(ids[:, :end], use_cache=True).past_key_values
+        cache = cache_in(causal_lm(model)(ids[:, :end], use_cache=True))
     # The plain inner forward with the adapter on, behind that cache.
-    logits = causal_lm(model)(ids[:, end:], past_key_values=cache).logits[0].float()
+    logits = causal_lm(model)(ids[:, end:], **{cache_name(model): cache}).logits[0].float()
     targets = [(at, row.input_ids[at]) for at in range(len(row)) if row.roles[at] == Role.RESPONSE]
     picked = logits.log_softmax(-1)[[at - 1 - end for at, _ in targets], [token for _, token in targets]]
     return -picked.sum(), len(targets)

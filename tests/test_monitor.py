@@ -24,6 +24,7 @@ from ringfence.errors import ChatError, DataError, ModelError, RecipeError
 from ringfence.models import load_tokenizer
 from ringfence.monitor import REFERENCE_FILE, choose_probes
 from ringfence.run import Interrupted, dry_run, train_run
+from ringfence.taps import cache_in
 from test_run import interrupt_at, metrics_of, small_model, write_rows
 
 # Of unlike lengths, so that batches are padded and a token's weight differs from a question's.
@@ -128,7 +129,7 @@ def rows(model: Any, chat: Chat, question: PairedQuestion, answer: str) -> dict[
         "states": states,
         "prefix": [
             side[0].transpose(0, 1).flatten(1)[: encoded.prefix_length]
-            for layer in output.past_key_values.layers
+            for layer in cache_in(output).layers
             for side in (layer.keys, layer.values)
         ],
     }

@@ -29,7 +29,7 @@ from ringfence.losses import find_head
 from ringfence.models import load_model, load_tokenizer
 from ringfence.patch import patch
 from ringfence.prefix import find_header, read_frozen_prefix, read_stored_prefix
-from ringfence.taps import Needs, causal_lm, forward
+from ringfence.taps import Needs, cache_in, cache_name, causal_lm, forward
 from test_run import small_model
 
 PROMPTS: list[Messages] = [
@@ -96,8 +96,8 @@ class Naive:
         encoded = self.chat.encode(messages, generation=True)
         ids = torch.tensor([encoded.input_ids + more])
         end = encoded.prefix_length if frozen is None else frozen
-        cache = self.aligned(ids[:, :end], use_cache=True).past_key_values
-        return self.tuned(ids[:, end:], past_key_values=cache).logits[0]
+        cache = cache_in(self.aligned(ids[:, :end], use_cache=True))
+        return self.tuned(ids[:, end:], **{cache_name(self.tuned): cache}).logits[0]
 
     def greedy(self, messages: Messages, count: int) -> list[int]:
         tokens: list[int] = []
@@ -342,11 +342,11 @@ def test_caches_that_do_not_hold_the_prompt_as_it_is_are_refused(patched: dict[s
     model = load_model(str(patched["model"]), "fp32")
     ids = torch.tensor([chat.encode(PROMPTS[0], generation=True).input_ids])
     with pytest.raises(ModelError, match="StaticCache: a cache that does not hold the prompt token by token"):
-        model(input_ids=ids, past_key_values=StaticCache(config=model.config, max_cache_len=80))
+        model(input_ids=ids, **{cache_name(model): StaticCache(config=model.config, max_cache_len=80)})
     short = DynamicCache()
     short.layers = [DynamicSlidingWindowLayer(sliding_window=8) for _ in range(2)]
     with pytest.raises(ModelError, match="DynamicSlidingWindowLayer: a cache that does not"), torch.no_grad():
-        model(input_ids=ids, past_key_values=short)
+        model(input_ids=ids, **{cache_name(model): short})
 
 
 # ---------------------------------------------------------------- refused

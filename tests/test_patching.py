@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from conftest import Items, batch_of, nudged, residual_stream, tiny, with_lora
 from ringfence.chat import Role
 from ringfence.losses import Head
-from ringfence.taps import Needs, Taps, causal_lm, forward, patched_kv, patched_states
+from ringfence.taps import Needs, Taps, cache_in, cache_name, causal_lm, forward, patched_kv, patched_states
 
 SIDES = ("right", "left")
 
@@ -73,8 +73,8 @@ def test_a_patched_prefix_equals_the_references_cache_of_it(architecture: str, i
     for at, (row, _) in enumerate(items):
         ids, start = torch.tensor([row.input_ids]), row.roles.count(Role.PREFIX)
         with torch.no_grad():
-            cache = reference(input_ids=ids[:, :start], use_cache=True).past_key_values
-            expected = tuned.model(input_ids=ids[:, start:], past_key_values=cache).last_hidden_state[0]
+            cache = cache_in(reference(input_ids=ids[:, :start], use_cache=True))
+            expected = tuned.model(input_ids=ids[:, start:], **{cache_name(tuned.model): cache}).last_hidden_state[0]
         behind = batch["roles"][at] != Role.PAD
         torch.testing.assert_close(found[at][behind][start:], expected, rtol=1e-4, atol=1e-4)
         assert (plain[at][behind][start:] - expected).abs().max() > 0.05
@@ -94,13 +94,13 @@ def test_keys_and_values_in_the_middle_are_read_by_all_behind_them(architecture:
         ids = torch.tensor([row.input_ids])
         start, end = row.roles.index(Role.QUERY), row.roles.index(Role.POSTFIX)
         with torch.no_grad():
-            own, other = (m(input_ids=ids[:, :end], use_cache=True).past_key_values for m in (tuned, reference))
+            own, other = (cache_in(m(input_ids=ids[:, :end], use_cache=True)) for m in (tuned, reference))
             mended = DynamicCache()
             for number, (mine, theirs) in enumerate(zip(own.layers, other.layers)):
                 pairs = (mine.keys, theirs.keys), (mine.values, theirs.values)
                 parts = [torch.cat([a[:, :, :start], b[:, :, start:end]], 2) for a, b in pairs]
                 mended.update(*parts, number)
-            expected = tuned.model(input_ids=ids[:, end:], past_key_values=mended).last_hidden_state[0]
+            expected = tuned.model(input_ids=ids[:, end:], **{cache_name(tuned.model): mended}).last_hidden_state[0]
         torch.testing.assert_close(found[at][batch["roles"][at] != Role.PAD][end:], expected, rtol=1e-4, atol=1e-4)
 
 

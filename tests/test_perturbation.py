@@ -31,7 +31,7 @@ from ringfence.errors import DataError
 from ringfence.losses import find_head
 from ringfence.models import load_tokenizer
 from ringfence.prefix import FrozenPrefix, find_header
-from ringfence.taps import causal_lm
+from ringfence.taps import cache_in, cache_name, causal_lm
 
 QUESTIONS = [
     PairedQuestion("a", "doors", "Which door do I take, the red one or the blue one?", "The red one.", "Any, hurry."),
@@ -297,7 +297,7 @@ def test_a_frozen_prefix_is_found_in_a_disturbed_prompt(reference: Any, tuned: A
             end = len(prompts[0].places["prefix"])
             with plain.disable_adapter():
                 before = causal_lm(plain)(input_ids[:, :end], use_cache=True)
-            after = causal_lm(plain)(input_ids[:, end:], past_key_values=before.past_key_values)
+            after = causal_lm(plain)(input_ids[:, end:], **{cache_name(plain): cache_in(before)})
             after.logits = torch.cat([before.logits, after.logits], 1)
             return after
 

@@ -261,7 +261,9 @@ def _by_rows(inner: Any, batch: dict[str, Tensor], flat: Flat) -> AroundAttentio
     """Attention over the rows of a batch, for queries, keys and values [1, heads, N, size] of its flat tokens."""
     config = inner.config.get_text_config()
     shape_only_BT1 = torch.empty(1, dtype=inner.dtype, device=flat.at_BT.device).expand(*flat.at_BT.shape, 1)
-    masks = create_masks_for_generate(config, shape_only_BT1, batch["attention_mask"], None, batch["position_ids"])
+    masks = create_masks_for_generate(  # without a cache, whose name differs between releases
+        config, shape_only_BT1, batch["attention_mask"], None, position_ids=batch["position_ids"]
+    )
 
     def attend(
         plain: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
