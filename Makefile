@@ -2,11 +2,13 @@
 # make test   set up, then all tests
 # make bench  set up, then measure time and memory against the bounds of docs/performance.md (about an hour and a half
 #             on two quiet CPU cores); with QUICK=1 a small version into runs/bench, which shows that all of it runs
+# make test-oldest, make test-newest   the tests that touch the libraries, with the oldest and newest releases allowed
+# make constraints   pin the newest releases (docs/development.md)
 VENV := .venv
 PYTHON ?= python3
 RINGFENCE := $(VENV)/bin/ringfence
 
-.PHONY: demo demo-quick test check bench clean
+.PHONY: demo demo-quick test test-oldest test-newest constraints check bench clean
 
 demo: $(VENV)/installed
 	$(RINGFENCE) demo
@@ -44,13 +46,47 @@ bench: $(VENV)/installed
 	$(PERFORMANCE)/scaling.py --output $(RESULTS)/scaling.json --figures $(FIGURES) $(SCALING)
 	$(PERFORMANCE)/table.py --results $(RESULTS) --figures $(FIGURES)
 
-# Without an NVIDIA driver, a CPU build of torch is taken where the index has one for this Python; else pip chooses.
-$(VENV)/installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --upgrade pip
-	command -v nvidia-smi >/dev/null || $(VENV)/bin/python -m pip install --quiet torch==2.13.0 || true
-	$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
-	touch $@
+# constraints.txt holds the releases that the tests were last run with on Python 3.11. Another Python takes the newest
+# releases that pyproject.toml allows, untested. With an NVIDIA driver, pip chooses torch's build and release; without
+# one, a CPU build is taken where the index has one.
+IS_PINNED := $(shell $(PYTHON) -c 'import sys; print(*["yes"] * (sys.version_info[:2] == (3, 11)))')
+HAS_NVIDIA := $(shell command -v nvidia-smi)
+TORCH := torch==2.13.0
+
+# A virtual environment: its folder, and what else pip is told.
+define install
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --upgrade pip
+	$(if $(HAS_NVIDIA),,$(1)/bin/python -m pip install --quiet $(TORCH) || true)
+	$(1)/bin/python -m pip install --quiet $(2) --editable '.[dev]'
+	touch $(1)/installed
+endef
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(if $(HAS_NVIDIA),mkdir -p $(VENV) && grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt)
+	$(call install,$(VENV),$(if $(IS_PINNED),-c $(if $(HAS_NVIDIA),$(VENV)/constraints.txt,constraints.txt)))
+
+.venv-oldest/installed: pyproject.toml constraints-oldest.txt
+	$(call install,.venv-oldest,-c constraints-oldest.txt)
+
+.venv-newest/installed: pyproject.toml
+	$(call install,.venv-newest,--upgrade --upgrade-strategy eager $(if $(HAS_NVIDIA),,$(TORCH)))
+
+# The tests that touch the libraries most.
+LIBRARIES := $(patsubst %,tests/test_%.py,chat data trainer packing frozen_prefix patch composition patching monitor \
+	perturbation evaluate inspect) tests/faults/test_versions.py
+
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest $(LIBRARIES)
+
+test-newest: .venv-newest/installed
+	.venv-newest/bin/python -m pytest $(LIBRARIES)
+
+constraints:
+	rm -rf .venv-newest
+	$(MAKE) .venv-newest/installed
+	(echo '# The releases that all tests were last run with, on Python 3.11. `make constraints` makes this file again.'; \
+	  .venv-newest/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//') > constraints.txt
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest .venv-newest .pytest_cache .mypy_cache .ruff_cache

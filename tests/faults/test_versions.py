@@ -1,15 +1,31 @@
 """Releases of the libraries: a cache under either name, declared dependencies, and the pins that are kept in files."""
 
+import ast
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 from transformers import DynamicCache
 
 from conftest import tiny, with_lora
 from ringfence.prefix import FrozenPrefix
 from ringfence.taps import cache_in, cache_name, causal_lm, compute_prefix
 
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+DEVELOPED_WITH = [Requirement(text) for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]]
+ALL = [
+    Requirement(text)
+    for texts in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
+    for text in texts
+]
 HEADER, PROMPT = [10, 11], [5, 6, 10, 11, 30, 31]
 BOTH_NAMES = ("cache", "past_key_values")
 
@@ -67,3 +83,57 @@ def test_tokens_behind_a_cache_of_either_name_are_not_searched_for_a_header(name
     for tokens in (PROMPT, [32]):
         logits = causal_lm(model)(input_ids=torch.tensor([tokens]), use_cache=True, **{name: cache}).logits[0, -1]
     torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------- dependencies
+
+
+def pins(name: str) -> dict[str, SpecifierSet]:
+    lines = (ROOT / name).read_text().splitlines()
+    return {canonicalize_name(r.name): r.specifier for r in map(Requirement, lines[1:])}
+
+
+def imported() -> set[str]:
+    """Names of the packages that any file of ringfence imports, at its top or in a function."""
+    found = set()
+    for file in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                found.add(str(node.module).split(".")[0])
+    return found - set(sys.stdlib_module_names) - {"ringfence"}
+
+
+def test_every_import_is_a_declared_dependency() -> None:
+    declared = {canonicalize_name(requirement.name) for requirement in ALL}
+    of = packages_distributions()
+    undeclared = {
+        name for name in imported() if not declared & {canonicalize_name(owner) for owner in of.get(name, [name])}
+    }
+    assert undeclared <= {"deepspeed"}  # built against the torch that is there; docs/distributed.md says how
+
+
+def test_the_oldest_releases_that_are_tried_are_the_lower_bounds() -> None:
+    bounds = {
+        canonicalize_name(requirement.name): bound.version
+        for requirement in DEVELOPED_WITH
+        for bound in requirement.specifier
+        if bound.operator == ">="
+    }
+    assert {name: str(pin).removeprefix("==") for name, pin in pins("constraints-oldest.txt").items()} == bounds
+
+
+def test_a_dependency_has_one_lower_bound_in_all_extras() -> None:
+    bounds: dict[str, set[str]] = {}
+    for requirement in ALL:
+        bounds.setdefault(canonicalize_name(requirement.name), set()).add(str(requirement.specifier))
+    assert {name: found for name, found in bounds.items() if len(found) > 1} == {}
+
+
+def test_the_pinned_releases_are_allowed_and_name_no_build() -> None:
+    pinned = {name: str(pin).removeprefix("==") for name, pin in pins("constraints.txt").items()}
+    assert not [version for version in pinned.values() if "+" in version]
+    for requirement in DEVELOPED_WITH:
+        if requirement.name != "pip":
+            assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), requirement
