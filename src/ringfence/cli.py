@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from .errors import RingfenceError
-from .ranks import is_main
+from .processes import is_main
 
 app = typer.Typer(
     help="Fine-tune an aligned language model on a narrow task, and keep it aligned everywhere else.",

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .ranks import is_main
+from .processes import is_main
 
 console = Console(stderr=True, quiet=not is_main())
 

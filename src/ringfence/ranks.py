@@ -17,22 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .errors import RingfenceError
+from .processes import is_main as is_main
+from .processes import rank as rank
+from .processes import world as world
 
 WAIT = timedelta(hours=1)  # the main process may measure a pilot while the others wait
-
-
-def rank() -> int:
-    return int(os.environ.get("RANK", 0))
-
-
-def world() -> int:
-    """Number of ranks."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def is_main() -> bool:
-    """The main process alone prints and writes files that are not pieces of a checkpoint."""
-    return rank() == 0
 
 
 def shards() -> bool:

@@ -6,13 +6,12 @@ import gc
 import hashlib
 import json
 import math
-import shutil
 import signal
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +34,7 @@ from .evaluate.evaluation import Evaluation, check_evaluation, evaluate_folder
 from .journal import fingerprint
 from .machine import environment, memory_estimate, peak_memory, position_bytes, reset_peak_memory
 from .models import adapter_base, empty_model, load_model, load_tokenizer, resolve
+from .monitor import REFERENCE_FILE as START
 from .monitor import DriftMonitor
 from .prefix import read_frozen_prefix, read_stored_prefix
 from .ranks import (
@@ -57,6 +57,15 @@ from .ranks import (
 from .reference import ADAPTER as REFERENCE_ADAPTER
 from .reference_cache import ReferenceCache, wanted
 from .report.summary import Row, read_run, summarise
+from .runfolder import (
+    check_checkpoints,
+    check_folder,
+    drop_checkpoints,
+    hold,
+    last_checkpoint,
+    told_if_full,
+    write_whole,
+)
 from .show import show_tokens
 from .stream import TrainStream
 from .strict_yaml import read_mapping, set_value, validate
@@ -149,15 +158,17 @@ def run_recipe(recipe: Recipe) -> Run:
     Of several ranks the main process alone measures, when all has been trained.
     """
     join()
-    if recipe.evaluate.benign:
+    with ExitStack() as held:
         with main_first():
-            prepare(benign_twin(recipe))
-    run = train_run(recipe)
-    trained = [run, train_run(benign_twin(recipe))] if recipe.evaluate.benign else [run]
-    leave()
-    if is_main():
-        for each in trained:
-            evaluate_run(each)
+            held.enter_context(hold(Path(recipe.output), "run"))
+            if recipe.evaluate.benign:
+                prepare(benign_twin(recipe))
+        run = train_run(recipe)
+        trained = [run, train_run(benign_twin(recipe))] if recipe.evaluate.benign else [run]
+        leave()
+        if is_main():
+            for each in trained:
+                evaluate_run(each)
     return run
 
 
@@ -190,7 +201,8 @@ def benign_twin(recipe: Recipe) -> Recipe:
 
 
 def prepare(recipe: Recipe) -> tuple[Chat, list[Example], list[Example], Setup]:
-    """Everything that can go wrong before a model is loaded: tokenizer, data, roles."""
+    """Everything that can go wrong before a model is loaded: folder, tokenizer, data, roles."""
+    check_folder(Path(recipe.output), "run")
     if adapter_base(resolve(recipe.model)):
         _check_adapter(recipe)
     if recipe.train.attention == "flash_attention_2" and not is_flash_attn_2_available():
@@ -233,9 +245,15 @@ def train_run(recipe: Recipe) -> Run:
         RecipeError: the folder holds a run of another recipe.
         Interrupted: the user pressed Ctrl-C; a checkpoint is kept.
     """
-    run = Run(Path(recipe.output))
     join()
     _check_ranks(recipe)
+    with ExitStack() as held:
+        with main_first():
+            held.enter_context(hold(Path(recipe.output), "run"))
+        return _train_run(Run(Path(recipe.output)), recipe)
+
+
+def _train_run(run: Run, recipe: Recipe) -> Run:
     with main_first():
         _check_folder(run, recipe)
         chat, examples, retain, setup = prepare(recipe)
@@ -251,11 +269,10 @@ def train_run(recipe: Recipe) -> Run:
     torch.manual_seed(recipe.seed)
     model = trainable_model(recipe)
     if is_main():
-        run.folder.mkdir(parents=True, exist_ok=True)
-        (run.folder / "recipe.yaml").write_text(dump_recipe(recipe))
+        write_whole(run.folder / "recipe.yaml", dump_recipe(recipe))
         how = {"ranks": world(), "sharding": sharding()}
         about = {**environment(recipe.seed), "rows": digest, **how}
-        (run.folder / "environment.json").write_text(json.dumps(about, indent=1))
+        write_whole(run.folder / "environment.json", json.dumps(about, indent=1))
     trainer = build_trainer(recipe, model, stream, chat.tokenizer.pad_token_id)
     monitor = _monitor(recipe, chat)
     if monitor:
@@ -264,17 +281,27 @@ def train_run(recipe: Recipe) -> Run:
     _train(trainer, run, recipe)
     for defense in defenses:
         defense.finish(trainer.accelerator.unwrap_model(trainer.model))
-    _save_weights(trainer, run)
+    with told_if_full(run.folder):
+        _save_weights(trainer, run)
+        if is_main():
+            chat.tokenizer.save_pretrained(run.weights)
+            for defense in defenses:
+                defense.save(run.weights)
     if is_main():
-        chat.tokenizer.save_pretrained(run.weights)
-        for defense in defenses:
-            defense.save(run.weights)
         _record_training(run, recipe, trainer, examples, monitor)
-        shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+        _clear(run.folder / "checkpoints")
     wait()
     del trainer, model
     gc.collect()  # a trainer and its model refer to each other; the next run in this process needs the memory
     return run
+
+
+def _clear(checkpoints: Path) -> None:
+    """After training nothing is left of the checkpoints, nor of what the monitor kept for a resumed run."""
+    drop_checkpoints(checkpoints)
+    (checkpoints / START).unlink(missing_ok=True)
+    if checkpoints.is_dir() and not any(checkpoints.iterdir()):
+        checkpoints.rmdir()
 
 
 def _reference_cache(recipe: Recipe) -> ReferenceCache | None:
@@ -323,7 +350,7 @@ def _with_carriers(recipe: Recipe) -> Recipe:
         subject = _subject(pilot, recipe.model, {"pilot": weights}, None, PILOT_QUESTIONS)
         choice = best_role(measure(subject, by_layer=False)["tuned"]["pilot"])
         console.print(f"treft.tokens: auto: {choice.sentence}", highlight=False, soft_wrap=True)
-        file.write_text(json.dumps({"rows": rows, **asdict(choice)}, indent=1))
+        write_whole(file, json.dumps({"rows": rows, **asdict(choice)}, indent=1))
     wait()
     held = treft.model_copy(update={"tokens": (json.loads(file.read_text())["role"],)})
     return recipe.model_copy(update={"defenses": recipe.defenses.model_copy(update={"treft": held})})
@@ -349,6 +376,7 @@ def _check_ranks(recipe: Recipe) -> None:
 
 
 def _check_folder(run: Run, recipe: Recipe) -> None:
+    check_checkpoints(run.folder / "checkpoints")
     file = run.folder / "recipe.yaml"
     if file.is_file():
         there = run.recipe
@@ -359,7 +387,7 @@ def _check_folder(run: Run, recipe: Recipe) -> None:
                     f"{getattr(recipe, field)!r} here); choose another output, or delete the folder"
                 )
         if run.trained and is_main():
-            file.write_text(dump_recipe(recipe))  # what is measured may change
+            write_whole(file, dump_recipe(recipe))  # what is measured may change
 
 
 def _monitor(recipe: Recipe, chat: Chat) -> DriftMonitor | None:
@@ -495,7 +523,6 @@ def _training_arguments(recipe: Recipe, folder: Path) -> Any:
         gradient_checkpointing_kwargs={"use_reentrant": False},
         save_strategy="steps",
         save_steps=train.save_steps,
-        save_total_limit=1,
         logging_steps=1,
         seed=recipe.seed,
         report_to=[],
@@ -509,12 +536,9 @@ def _training_arguments(recipe: Recipe, folder: Path) -> Any:
 
 
 def _train(trainer: Any, run: Run, recipe: Recipe) -> None:
-    # The trainer's state is written last: a folder without it is of a save that was cut off.
-    whole = [file.parent for file in (run.folder / "checkpoints").glob("checkpoint-*/trainer_state.json")]
-    last = max(whole, key=lambda folder: int(folder.name.split("-")[1]), default=None)
-    done = int(last.name.split("-")[1]) if last else 0
+    last, done = last_checkpoint(run.folder / "checkpoints")
     if last:
-        console.print(f"{run.folder}: goes on from step {done}")
+        console.print(f"{run.folder}: resumes from step {done}")
     steps = math.ceil(recipe.train.epochs * trainer.train_dataset.steps_per_epoch)
     with progress(f"{run.folder.name}: training", steps, done) as advance, _stop_at_signal() as stopped:
         callback = _step_callback(advance, stopped)
@@ -594,7 +618,7 @@ def _record_training(
         record["carriers"] = json.loads((run.folder / CARRIERS).read_text())
     if monitor:
         record["monitor"] = monitor.record(lines[-1]["seconds"])
-    (run.folder / "training.json").write_text(json.dumps(record, indent=1))
+    write_whole(run.folder / "training.json", json.dumps(record, indent=1))
 
 
 def _added_rows(stream: TrainStream, epochs: int) -> list[list[str]]:
@@ -651,8 +675,9 @@ def evaluate_target(
         if reference or endpoint or output:
             raise RecipeError(f"{target} is a run folder: --reference, --endpoint and --output are for other models")
         if (folder / "recipe.yaml").is_file():
-            set_evaluation(Run(folder), overrides)
-            evaluate_run(Run(folder))
+            with hold(folder, "run"):
+                set_evaluation(Run(folder), overrides)
+                evaluate_run(Run(folder))
             return folder
         tree = read_mapping(folder / EVALUATION, "")
     elif output is None:
@@ -661,15 +686,16 @@ def evaluate_target(
         folder = output
         model = {"url": endpoint, "model": target} if endpoint else target
         tree = {"model": model, "reference": reference or (None if endpoint else adapter_base(resolve(target)))}
+        check_folder(folder, "evaluation")
         _check_model(folder, tree)
     for override in overrides:
         set_value(tree, override)
     what = validate(Evaluation, tree, "evaluation")
     check_evaluation(what.evaluate, Chat(load_tokenizer(what.model)) if isinstance(what.model, str) else None)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "environment.json").write_text(json.dumps(environment(what.seed), indent=1))
-    (folder / EVALUATION).write_text(yaml.safe_dump(what.model_dump(mode="json"), sort_keys=False))
-    evaluate_folder(folder, what)
+    with hold(folder, "evaluation"):
+        write_whole(folder / "environment.json", json.dumps(environment(what.seed), indent=1))
+        write_whole(folder / EVALUATION, yaml.safe_dump(what.model_dump(mode="json"), sort_keys=False))
+        evaluate_folder(folder, what)
     return folder
 
 
@@ -692,7 +718,7 @@ def set_evaluation(run: Run, overrides: list[str]) -> None:
         recipe = load_recipe(run.folder / "recipe.yaml", keys)
         # A source that is not there must not get into the recipe.
         check_evaluation(evaluation(recipe), Chat(load_tokenizer(recipe.model)))
-        (run.folder / "recipe.yaml").write_text(dump_recipe(recipe))
+        write_whole(run.folder / "recipe.yaml", dump_recipe(recipe))
 
 
 def evaluation(recipe: Recipe) -> EvaluateConfig:
@@ -716,7 +742,8 @@ def evaluate_run(run: Run) -> dict[str, Any]:
         seed=recipe.seed,
         evaluate=evaluation(recipe),
     )
-    return evaluate_folder(run.folder, what)
+    with hold(run.folder, "run"):
+        return evaluate_folder(run.folder, what)
 
 
 # ------------------------------------------------------------------ diagnosis
@@ -761,7 +788,8 @@ def diagnose_targets(
     recipe = runs[targets[0]].recipe if targets[0] in runs else Recipe()
     aligned = reference or _reference_of(targets, runs)
     tuned = dict(zip(_names_of(targets), [str(runs[t].weights) if t in runs else t for t in targets]))
-    diagnose_folder(folder, _subject(recipe, aligned, tuned, base, questions), names)
+    with hold(folder, "diagnosis"):
+        diagnose_folder(folder, _subject(recipe, aligned, tuned, base, questions), names)
     return folder
 
 

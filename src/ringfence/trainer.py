@@ -38,9 +38,11 @@ from .ranks import (
     note_trained,
     reshard,
     shard_on_cpu,
+    wait,
 )
 from .reference import Reference
 from .reference_cache import ReferenceCache, wanted
+from .runfolder import begin_checkpoint, end_checkpoint, told_if_full, write_whole
 from .stream import RankBatches, TrainStream
 from .taps import Layout, Needs, causal_lm, check_layout, forward
 
@@ -298,11 +300,22 @@ class DefendedTrainer(Trainer):
             self.reference.fill(asked)
         self._cache_filled = True
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Marked as ours before it is written and as whole after; those before it are then deleted."""
+        folder = Path(self.args.output_dir or "") / f"checkpoint-{self.state.global_step}"
+        with told_if_full(folder.parent.parent):
+            if self.is_world_process_zero():
+                begin_checkpoint(folder)
+            super()._save_checkpoint(model, trial)
+            wait()  # other ranks write pieces of it
+            if self.is_world_process_zero():
+                end_checkpoint(folder)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.is_world_process_zero():
             states = {defense.name: defense.state_dict() for defense in self.defenses}
-            (Path(output_dir) / "defenses.json").write_text(json.dumps(states))
+            write_whole(Path(output_dir) / "defenses.json", json.dumps(states))
 
 
 def _cross_entropy(batch: Batch) -> CrossEntropy:

@@ -17,7 +17,9 @@ from ..console import console
 from ..errors import RecipeError, nearest
 from ..journal import digest
 from ..plots import style, svg
+from ..runfolder import write_whole
 from ..stats import finite
+from ..strict_json import read_record
 from . import (
     carriers,
     erosion,
@@ -67,9 +69,8 @@ def diagnose_folder(folder: Path, subject: Subject, names: Sequence[str] = ()) -
         started = time.monotonic()
         numbers = module.measure(replace(subject, folder=folder))
         figure = Path("figures") / f"{name}.svg"
-        (folder / "figures").mkdir(parents=True, exist_ok=True)
         with style():
-            (folder / figure).write_bytes(svg(module.draw(numbers)))
+            write_whole(folder / figure, svg(module.draw(numbers)))
         found[name] = {
             "key": key,
             "title": module.TITLE,
@@ -89,13 +90,11 @@ def diagnose_folder(folder: Path, subject: Subject, names: Sequence[str] = ()) -
 def read_diagnoses(folder: Path) -> dict[str, Any]:
     """What diagnosis.json of a folder holds; nothing where there is none."""
     file = folder / FILE
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return read_record(file, "delete it, and `ringfence diagnose` makes it again") if file.is_file() else {}
 
 
 def _write(folder: Path, found: dict[str, Any]) -> None:
-    scratch = folder / f"{FILE}.partial"
-    scratch.write_text(json.dumps(finite(found), indent=1, allow_nan=False))
-    scratch.replace(folder / FILE)
+    write_whole(folder / FILE, json.dumps(finite(found), indent=1, allow_nan=False))
 
 
 def _chosen(names: Sequence[str], has_base: bool) -> list[str]:

@@ -8,6 +8,7 @@ ringfence did not train; knows no recipe.
 import gc
 import json
 import os
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from ..chat import Chat
 from ..errors import ChatError
 from ..journal import Line, digest, fingerprint
 from ..models import Precision, load_model, load_tokenizer
+from ..runfolder import hold, write_whole
 from .agreement import agreement
 from .calibrate import calibrate, load_labelled
 from .config import AnswersConfig, EvaluateConfig
@@ -59,11 +61,11 @@ def evaluate_folder(folder: Path, what: Evaluation) -> dict[str, Any]:
     drawn = {}
     if what.reference is not None:
         shared = folder.parent / _reference_name(what, what.reference)
-        _, drawn[shared] = _measure(shared, what.reference, what, questions, "reference")
+        with hold(shared, "reference", wait=True):  # other evaluations share it
+            _, drawn[shared] = _measure(shared, what.reference, what, questions, "reference")
         gc.collect()  # adapters and their models refer to each other
         where = {"results": os.path.relpath(shared / "results.json", folder)}
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "reference.json").write_text(json.dumps(where))
+        write_whole(folder / "reference.json", json.dumps(where))
     results, drawn[folder] = _measure(folder, what.model, what, questions, folder.name)
     gc.collect()
     if answers and answers.judges:
@@ -125,7 +127,7 @@ def _measure(
     if isinstance(model, EndpointConfig):
         # A server gives no log-probabilities of given answers: nothing is measured but its own answers.
         results: dict[str, Any] = {"key": evaluation_key(config), "parts": {}, "seconds": 0.0}
-        (folder / "results.json").write_text(json.dumps(results))
+        write_whole(folder / "results.json", json.dumps(results))
         source = Endpoint(model)
     else:
         load, chat = cache(lambda: load_model(model, what.precision)), Chat(load_tokenizer(model))
@@ -163,13 +165,14 @@ def _judge(
     found = [calibrate(judge, labelled) for judge in judges] if labelled else []
     judged: list[Judgement] = []
     for place, lines in drawn.items():
-        judged = judge_answers(lines, judges, questions, place / "judged.jsonl")
+        with nullcontext() if place == folder else hold(place, "reference", wait=True):
+            judged = judge_answers(lines, judges, questions, place / "judged.jsonl")
     record = {
         "names": [judge.name for judge in judges],
         "calibrations": [{**asdict(calibration), "verdict": calibration.verdict} for calibration in found],
         "agreement": asdict(agreement(judged)) if len(judges) > 1 else None,
     }
-    (folder / "judges.json").write_text(json.dumps(record, indent=1))
+    write_whole(folder / "judges.json", json.dumps(record, indent=1))
 
 
 def _reference_name(what: Evaluation, reference: str) -> str:
