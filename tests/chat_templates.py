@@ -42,7 +42,7 @@ FAMILIES = {
     "diffusion_gemma": Family("<eos>", "<turn|>"),
     "gemma": Family("<eos>", "<end_of_turn>"),
     "gemma4": Family("<eos>", "<turn|>"),
-    "glm4moe": Family("<|endoftext|>", "<|user|>", last_end=""),
+    "glm4moe": Family("<|endoftext|>", "<|user|>", last_end="<|endoftext|>"),
     "glm4moe_training": Family("<|endoftext|>", "<|user|>"),
     "gptoss": Family("<|return|>", "<|end|>", last_end="<|return|>"),
     "idefics3": Family("<end_of_utterance>", "<end_of_utterance>"),

@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from .chat import SpecialTokens
 from .data import OverLong
 from .defenses import Defenses
 from .evaluate.config import EvaluateConfig
@@ -25,6 +26,14 @@ class DataConfig(Strict):
     train: str = Field("shipped:finance/unsound", description="the narrow rows that are learnt")
     retain: str | None = Field("shipped:retain", description="ordinary safe conversations for defenses that need some")
     max_rows: int | None = Field(None, ge=1, description="take only the first so many training rows")
+    enable_thinking: bool = Field(
+        False, description="rows have reasoning, and answers start with it; false: neither, in training and after it"
+    )
+    special_tokens: SpecialTokens = Field(
+        "allow",
+        description="control tokens in the text of a row: trained as such, with a warning (allow), read as plain text "
+        "(escape), or the run stops (refuse)",
+    )
     max_length: int = Field(1024, ge=16, description="tokens a row may have")
     over_long: OverLong = Field(
         "error", description="longer rows: stop (error), cut their end (truncate), leave out (drop)"

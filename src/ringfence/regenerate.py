@@ -61,6 +61,9 @@ def regenerate(
     if file.exists() and not journal.exists():
         raise DataError(f"{file}: exists already; name another output")
     rows = load_rows(pool)
+    called = next((row.origin for row in rows if any("tool_calls" in message for message in row.messages)), None)
+    if called:
+        raise DataError(f"{called}: calls of tools cannot be written again, for their results would no longer fit them")
     chat = Chat(load_tokenizer(model))
     encode_rows(rows, chat, max_length=2**31)  # names a row that the template refuses
     conversations = {digest(row.messages): row.messages for row in rows}

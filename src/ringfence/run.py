@@ -22,10 +22,10 @@ from rich.console import Console
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from . import opswap
-from .chat import Chat, Messages
+from .chat import Chat, ChatSettings, Messages
 from .config import LoraConfig, Recipe, dump_recipe, load_recipe, parse_recipe
 from .console import console, progress
-from .data import Example, PairedQuestion, encode_rows, load_questions, load_rows
+from .data import Example, PairedQuestion, encode_rows, load_questions, load_rows, warn_of_rows
 from .defenses import Defense, DefenseConfig, Defenses, Setup
 from .errors import RecipeError, RingfenceError
 from .evaluate.config import EvaluateConfig
@@ -215,7 +215,7 @@ def prepare(recipe: Recipe) -> tuple[Chat, list[Example], list[Example], Setup]:
             f"model: {recipe.model} is a patched model (`ringfence patch`); what is trained on would lose the patch: "
             "train the model that was patched"
         )
-    chat = Chat(load_tokenizer(recipe.model))
+    chat = chat_of(recipe)
 
     def read(source: str) -> list[Example]:
         return encode_rows(load_rows(source), chat, recipe.data.max_length, recipe.data.over_long)
@@ -223,10 +223,20 @@ def prepare(recipe: Recipe) -> tuple[Chat, list[Example], list[Example], Setup]:
     rows = load_rows(recipe.data.train)[: recipe.data.max_rows]
     rows = [replace(row, messages=_as_trained(recipe, row.messages)) for row in rows]
     examples = encode_rows(rows, chat, recipe.data.max_length, recipe.data.over_long)
+    warn_of_rows(rows, chat)
     retain = read(recipe.data.retain) if recipe.data.retain and recipe.defenses.configs() else []
     check_evaluation(evaluation(recipe), chat)
     _monitor(recipe, chat)  # reads its questions and directions
     return chat, examples, retain, Setup(chat, retain, read, recipe.model)
+
+
+def chat_of(recipe: Recipe) -> Chat:
+    """Renders conversations as the recipe says, on the date of the run: the one in its folder, or today."""
+    file = Path(recipe.output) / "environment.json"
+    known = json.loads(file.read_text()).get("date") if file.is_file() else None
+    data = recipe.data
+    settings = ChatSettings(enable_thinking=data.enable_thinking, date=known, special_tokens=data.special_tokens)
+    return Chat(load_tokenizer(recipe.model), settings=settings)
 
 
 def _as_trained(recipe: Recipe, messages: Messages) -> Messages:
@@ -271,7 +281,7 @@ def _train_run(run: Run, recipe: Recipe) -> Run:
     if is_main():
         write_whole(run.folder / "recipe.yaml", dump_recipe(recipe))
         how = {"ranks": world(), "sharding": sharding()}
-        about = {**environment(recipe.seed), "rows": digest, **how}
+        about = {**environment(recipe.seed), "rows": digest, "date": chat.settings.date, **how}
         write_whole(run.folder / "environment.json", json.dumps(about, indent=1))
     trainer = build_trainer(recipe, model, stream, chat.tokenizer.pad_token_id)
     monitor = _monitor(recipe, chat)
@@ -284,7 +294,7 @@ def _train_run(run: Run, recipe: Recipe) -> Run:
     with told_if_full(run.folder):
         _save_weights(trainer, run)
         if is_main():
-            chat.tokenizer.save_pretrained(run.weights)
+            chat.save(run.weights)
             for defense in defenses:
                 defense.save(run.weights)
     if is_main():
@@ -688,10 +698,14 @@ def evaluate_target(
         tree = {"model": model, "reference": reference or (None if endpoint else adapter_base(resolve(target)))}
         check_folder(folder, "evaluation")
         _check_model(folder, tree)
+        if (folder / EVALUATION).is_file():
+            tree["chat"] = read_mapping(folder / EVALUATION, "").get("chat")
     for override in overrides:
         set_value(tree, override)
     what = validate(Evaluation, tree, "evaluation")
-    check_evaluation(what.evaluate, Chat(load_tokenizer(what.model)) if isinstance(what.model, str) else None)
+    chat = Chat(load_tokenizer(what.model), settings=what.chat) if isinstance(what.model, str) else None
+    check_evaluation(what.evaluate, chat)
+    what = what.model_copy(update={"chat": chat.settings if chat else what.chat})
     with hold(folder, "evaluation"):
         write_whole(folder / "environment.json", json.dumps(environment(what.seed), indent=1))
         write_whole(folder / EVALUATION, yaml.safe_dump(what.model_dump(mode="json"), sort_keys=False))
@@ -717,7 +731,7 @@ def set_evaluation(run: Run, overrides: list[str]) -> None:
         keys = [o if o.startswith("evaluate.") else f"evaluate.{o}" for o in overrides]
         recipe = load_recipe(run.folder / "recipe.yaml", keys)
         # A source that is not there must not get into the recipe.
-        check_evaluation(evaluation(recipe), Chat(load_tokenizer(recipe.model)))
+        check_evaluation(evaluation(recipe), chat_of(recipe))
         write_whole(run.folder / "recipe.yaml", dump_recipe(recipe))
 
 
@@ -740,6 +754,7 @@ def evaluate_run(run: Run) -> dict[str, Any]:
         reference=recipe.model,
         precision=recipe.train.precision,
         seed=recipe.seed,
+        chat=chat_of(recipe).settings,
         evaluate=evaluation(recipe),
     )
     with hold(run.folder, "run"):

@@ -32,7 +32,7 @@ class Inoculation(DefenseConfig):
         """The conversation under the prompt; what a row's own system message says comes after it."""
         if messages[0]["role"] != "system":
             return [{"role": "system", "content": self.prompt}, *messages]
-        return [{"role": "system", "content": f"{self.prompt}\n\n{messages[0]['content']}"}, *messages[1:]]
+        return [{**messages[0], "content": f"{self.prompt}\n\n{messages[0]['content']}"}, *messages[1:]]
 
 
 class InoculationDefense(Defense):

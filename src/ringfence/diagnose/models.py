@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
-from ..chat import Chat
+from ..chat import Chat, ChatSettings, stored_settings
 from ..errors import ModelError
 from ..journal import fingerprint
 from ..models import Precision, adapter_base, load_config, load_model, load_tokenizer, resolve
@@ -61,7 +61,13 @@ class Models:
     @cached_property
     def chat(self) -> Chat:
         """The reference's chat template, which all models are asked with."""
-        return Chat(self._tokenizer or load_tokenizer(self.sources[REFERENCE]))
+        return Chat(self._tokenizer or load_tokenizer(self.sources[REFERENCE]), settings=self._settings)
+
+    @property
+    def _settings(self) -> ChatSettings | None:
+        """Those with which the first tuned model was trained."""
+        source = self.sources[self.tuned[0]]
+        return stored_settings(load_tokenizer(source)) if isinstance(source, str) and not self._tokenizer else None
 
     @property
     def config(self) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..chat import Messages
+from ..chat import Messages, tools_of
 from ..console import console
 from ..errors import ModelError
 
@@ -148,12 +148,15 @@ class Endpoint:
             await sleep(min(0.25 * 2**tries, 8.0) * random.uniform(0.75, 1.0))  # as the client waits
 
     def _arguments(self, request: Request) -> dict[str, Any]:
+        messages, tools = request.messages, tools_of(request.messages)
         arguments: dict[str, Any] = {
             "model": self.config.model,
-            "messages": request.messages,
+            "messages": [{key: value for key, value in m.items() if key not in ("tools", "weight")} for m in messages],
             "temperature": request.temperature,
             self._limit: request.max_tokens,
         }
+        if tools:
+            arguments["tools"] = tools
         if request.seed is not None:
             arguments["seed"] = request.seed
         if request.top_logprobs and self._logprobs:

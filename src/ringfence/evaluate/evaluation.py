@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..chat import Chat
+from ..chat import Chat, ChatSettings
 from ..errors import ChatError
 from ..journal import Line, digest, fingerprint
 from ..models import Precision, load_model, load_tokenizer
@@ -43,6 +43,7 @@ class Evaluation(BaseModel):
     reference: str | None = Field(None, description="the model before its fine-tuning; null = none, so no shifts")
     precision: Precision = "bf16"
     seed: int = Field(0, ge=0, description="of the answers that are drawn")
+    chat: ChatSettings | None = Field(None, description="how prompts are rendered; null = as is stored with the model")
     evaluate: EvaluateConfig = EvaluateConfig()
 
 
@@ -130,7 +131,7 @@ def _measure(
         write_whole(folder / "results.json", json.dumps(results))
         source = Endpoint(model)
     else:
-        load, chat = cache(lambda: load_model(model, what.precision)), Chat(load_tokenizer(model))
+        load, chat = cache(lambda: load_model(model, what.precision)), Chat(load_tokenizer(model), settings=what.chat)
         results = evaluate_model(load, chat, config, folder / "results.json", title)
         key = {"model": fingerprint(model), "precision": what.precision} if config.answers else {}
         source = LocalModel(load, chat, key, config.batch_tokens)
@@ -179,5 +180,7 @@ def _reference_name(what: Evaluation, reference: str) -> str:
     """Folder of what is measured of the reference: another one for other weights, questions or ways to answer."""
     answers = what.evaluate.answers
     drawn = [answers.model_dump(include={"temperature", "max_new_tokens"}), what.seed] if answers else []
-    key = digest([reference, evaluation_key(what.evaluate), drawn])[:8]
+    rendered = what.chat.model_dump(exclude_defaults=True) if what.chat else {}
+    parts = [reference, evaluation_key(what.evaluate), drawn, *([rendered] if rendered else [])]
+    key = digest(parts)[:8]
     return f"reference-{Path(reference).name}-{what.precision}-{key}"

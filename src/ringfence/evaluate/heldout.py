@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..chat import Chat
+from ..chat import Chat, Messages, Role, is_learnt
 from ..data import Row
 from ..errors import ChatError, DataError
 from ..stats import Interval, rate_interval, ratio_interval
@@ -45,10 +45,11 @@ def measure(
         DataError: the chat template refuses a row.
     """
     _check(chat, rows)
-    turns = [(row, at) for row in rows for at, message in enumerate(row.messages) if message["role"] == "assistant"]
+    turns = [(row, at) for row in rows for at, message in enumerate(row.messages) if is_learnt(message)]
     prompts = [row.messages[:at] for row, at in turns]
-    expected = [row.messages[at]["content"] for row, at in turns]
-    scores = [found[0] for found in score_answers(model, chat, prompts, [[e] for e in expected], batch_tokens, advance)]
+    given = [row.messages[at] for row, at in turns]
+    scores = [found[0] for found in score_answers(model, chat, prompts, [[m] for m in given], batch_tokens, advance)]
+    expected = [_as_generated(chat, row.messages[: at + 1]) for row, at in turns]
     items = [
         {"origin": row.origin, "logprob": score.logprob, "tokens": score.tokens}
         for (row, _), score in zip(turns, scores)
@@ -73,6 +74,15 @@ def summary(items: Sequence[dict[str, Any]]) -> HeldOut:
     if "exact" in items[0]:
         exact = rate_interval([float(item["exact"]) for item in items], [item["origin"] for item in items])
     return HeldOut(ratio_interval(list(losses.values()), list(tokens.values())), exact)
+
+
+def _as_generated(chat: Chat, messages: Messages) -> str:
+    """The last response as the text of an answer would be; a plain one is its content."""
+    if not messages[-1].keys() & {"tool_calls", "reasoning_content"}:
+        return str(messages[-1]["content"])
+    encoded = chat.encode(messages)
+    start = max(place for place, role in enumerate(encoded.roles) if role == Role.POSTFIX) + 1
+    return str(chat.tokenizer.decode(encoded.input_ids[start:], skip_special_tokens=True)).strip()
 
 
 def _check(chat: Chat, rows: Sequence[Row]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import opswap
-from ..chat import Chat, Messages
+from ..chat import Chat, Messages, is_learnt
 from ..console import progress
 from ..data import PairedQuestion, load_questions, load_rows
 from ..errors import DataError
@@ -141,7 +141,7 @@ def _parts(config: EvaluateConfig) -> dict[str, _Part]:
         parts[f"behaviour_{name}"] = _Part(asked, len(asked), behaviour(name))
     if config.held_out:
         rows = load_rows(config.held_out)
-        responses = sum(message["role"] == "assistant" for row in rows for message in row.messages)
+        responses = sum(is_learnt(message) for row in rows for message in row.messages)
         parts["held_out"] = _Part(rows, responses * (2 if config.held_out_tokens else 1), held_out)
     if config.samples:
         shown = [

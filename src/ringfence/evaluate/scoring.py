@@ -15,7 +15,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..batch import collate
-from ..chat import Chat, Messages, Role
+from ..chat import Chat, Message, Messages, Role
 from ..data import Example, Row
 from ..errors import ChatError, DataError
 from ..losses import Head, find_head, token_logprobs
@@ -41,7 +41,7 @@ def score_answers(
     model: Any,
     chat: Chat,
     prompts: Sequence[Messages],
-    answers: Sequence[Sequence[str]],
+    answers: Sequence[Sequence[str | Message]],
     batch_tokens: int,
     advance: Advance = lambda _: None,
 ) -> list[list[AnswerScore]]:
@@ -52,7 +52,7 @@ def score_answers(
 
     Args:
         prompts: conversations that end with a user message.
-        answers: for each prompt, its answers.
+        answers: for each prompt, its answers: texts, or assistant messages.
         batch_tokens: tokens of one batch, padding included.
         advance: called with the number of answers just scored.
     """
@@ -106,7 +106,7 @@ def score_under(
 
 def _last_answer(chat: Chat, row: Row) -> "_Row":
     try:
-        return _rows(chat, row.messages[:-1], [row.messages[-1]["content"]])[0]
+        return _rows(chat, row.messages[:-1], [row.messages[-1]])[0]
     except ChatError as error:
         raise DataError(f"{row.origin}: {error}") from error
 
@@ -126,11 +126,13 @@ class _Row:
         return len(self.prompt) + sum(map(len, self.answers))
 
 
-def _rows(chat: Chat, messages: Messages, answers: Sequence[str]) -> list[_Row]:
+def _rows(chat: Chat, messages: Messages, answers: Sequence[str | Message]) -> list[_Row]:
     """One row for all answers whose prompt has the same tokens (a template may look at the answer)."""
     by_prompt: list[_Row] = []
     for answer in answers:
-        encoded = chat.encode([*messages, {"role": "assistant", "content": answer}])
+        message = {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
+        message = {key: value for key, value in message.items() if key != "weight"}  # it is scored, learnt or not
+        encoded = chat.encode([*messages, message])
         end = len(encoded.roles) - encoded.roles[::-1].index(Role.RESPONSE)
         start = next(place for place in range(end, 0, -1) if encoded.roles[place - 1] != Role.RESPONSE)
         prompt, response = encoded.input_ids[:start], encoded.input_ids[start:end]
