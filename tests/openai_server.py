@@ -25,7 +25,8 @@ Faults are scripted by a function of the request and of the number of tries of t
 
 `faults=in_turn([429, "cut", None])` scripts them by arrival: the n-th request of all gets the n-th fault.
 `refuses=("logprobs",)` answers 400 to requests that have that parameter, `key="..."` 401 to those without that key,
-`models=("a",)` 404 to those of another model. What was seen is in `bodies`, `keys`, `queries`, `asked`, `answered`, `peak`.
+`models=("a",)` 404 to those of another model. What was seen is in `bodies`, `keys`, `queries`, `asked`,
+`answered`, `peak`.
 """
 
 import json

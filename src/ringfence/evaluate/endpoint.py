@@ -481,7 +481,8 @@ def _refuse_error(body: Any, unless: str = "choices") -> None:
         error = body
     named = error if isinstance(error, dict) else {}
     code, kind = named.get("code"), named.get("type")
-    status = next((int(x) for x in (code, named.get("status")) if re.fullmatch(r"[345]\d\d", str(x))), None)
+    numbers = (str(number) for number in (code, named.get("status")))
+    status = next((int(number) for number in numbers if re.fullmatch(r"[345]\d\d", number)), None)
     status = status or next((_STATUS[str(x).lower()] for x in (code, kind) if str(x).lower() in _STATUS), None)
     passes = status is None or status in (408, 409, 429) or status >= 500
     words = f"{'error' if status is None else f'error {status}'} in a reply: {_message_of(error)}"
