@@ -21,10 +21,12 @@ Faults are scripted by a function of the request and of the number of tries of t
     "empty"         an answer whose content is null
     "nan"           the answer; its log-probabilities are NaN
     "null"          the answer; it has no log-probabilities, though they were asked for
+    Raw(...)        these very bytes, with any status and headers
 
 `faults=in_turn([429, "cut", None])` scripts them by arrival: the n-th request of all gets the n-th fault.
 `refuses=("logprobs",)` answers 400 to requests that have that parameter, `key="..."` 401 to those without that key,
-`models=("a",)` 404 to those of another model. What was seen is in `bodies`, `keys`, `asked`, `answered`, `peak`.
+`models=("a",)` 404 to those of another model. What was seen is in `bodies`, `keys`, `queries`, `asked`,
+`answered`, `peak`.
 """
 
 import json
@@ -38,7 +40,24 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 Body = dict[str, Any]
-Fault = int | str | None
+
+
+@dataclass(frozen=True)
+class Raw:
+    """Bytes sent as they are; `content` that is no text becomes JSON."""
+
+    content: Any
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> bytes:
+        if isinstance(self.content, bytes):
+            return self.content
+        return (self.content if isinstance(self.content, str) else json.dumps(self.content)).encode()
+
+
+Fault = int | str | Raw | None
 
 
 @dataclass(frozen=True)
@@ -62,6 +81,7 @@ class Server:
     url: str = ""
     bodies: list[Body] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
+    queries: list[str] = field(default_factory=list)
     asked: Counter[str] = field(default_factory=Counter)
     answered: Counter[str] = field(default_factory=Counter)
     times: list[float] = field(default_factory=list)
@@ -108,6 +128,7 @@ def serve(
                 tries = seen.asked[name]
                 seen.asked[name] += 1
                 seen.bodies.append(body)
+                seen.queries.append(self.path.partition("?")[2])
                 seen.keys.append(self.headers.get("Authorization", "").removeprefix("Bearer "))
                 seen.times.append(time.monotonic())
                 seen.under_way += 1
@@ -122,7 +143,7 @@ def serve(
                     seen.under_way -= 1
 
         def refused(self, body: Body) -> Fault:
-            if self.path != "/v1/chat/completions":
+            if self.path.partition("?")[0] != "/v1/chat/completions":
                 return 404
             if key is not None and seen.keys[-1] != key:
                 return 401
@@ -135,6 +156,8 @@ def serve(
                 parameter = fault.removeprefix("refuse ")
                 instead = " Use 'max_completion_tokens' instead." if parameter == "max_tokens" else ""
                 return self.fail(400, f"Unsupported parameter: '{parameter}' is not supported.{instead}", parameter)
+            if isinstance(fault, Raw):
+                return self.send(fault)
             if isinstance(fault, int):
                 return self.fail(fault, f"scripted status {fault} for model {body['model']}")
             time.sleep(delay + (slow if fault == "slow" else 0.0))
@@ -157,6 +180,14 @@ def serve(
                     seen.answered[name] += 1
             self.wfile.write(content)
             return None
+
+        def send(self, raw: Raw) -> None:
+            self.send_response(raw.status)
+            for name, value in {"Content-Type": "application/json", **raw.headers}.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(raw.bytes)))
+            self.end_headers()
+            self.wfile.write(raw.bytes)
 
         def fail(self, status: int, message: str, parameter: str | None = None) -> None:
             error = {"message": message, "type": "scripted", "param": parameter, "code": None}

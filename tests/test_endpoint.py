@@ -208,8 +208,8 @@ def test_waits_grow_and_differ(fault, waits):
     [
         (429, "scripted status 429"),
         ("cut", "Connection error"),
-        ("malformed", "cannot be read: JSONDecodeError"),
-        ("choices", "cannot be read: IndexError"),
+        ("malformed", "cannot be read: reply: not JSON"),
+        ("choices", "cannot be read: choices: expected one, found none"),
         ("empty", "no content, finish_reason 'stop'"),
     ],
 )

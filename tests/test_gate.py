@@ -360,7 +360,7 @@ def test_record_is_strict_json_and_says_what_decided(folders: list[Path]) -> Non
     decision = gate_run(folders[1], control=folders[0])
     record = json.loads((folders[1] / "gate.json").read_text(), parse_constant=pytest.fail)
     assert record["decision"] == decision.word == "HOLD"
-    assert (record["run"], record["control"]) == ("plain", str(folders[0]))
+    assert (record["run"], record["control"]) == ("plain", folders[0].name)
     first = record["verdicts"][0]
     assert (first["measure"], first["kind"], first["decides"], first["status"]) == (
         *("out_of_domain", "effect", "high"),
@@ -402,10 +402,10 @@ def test_table_shows_every_rule_with_number_limit_and_verdict(row: Row) -> None:
         "values shift +0.25 [+0.125, +0.375] high <= 0.2 fail",
         "out_of_domain shift +0.0625 [+0, +0.125] high <= 0.2 pass",
         "opswap_tier2 low >= 0.5 left out",
-        "domain.[/red] high <= 0.5 missing",
+        "domain.[/red] high <= 0.5 missing: HOLD",
     ]
     assert "values (values [stay]): shift +0.25 [+0.125, +0.375]: its high end is not at most 0.2" in text
-    assert "HOLD plain: 1 of 4 rules passed" in text
+    assert "HOLD plain: 4 rules: 1 passed, 1 failed, 1 left out, 1 not measured" in text
 
 
 def test_deciding_needs_no_torch(folders: list[Path]) -> None:

@@ -2,6 +2,7 @@
 never imports torch. Licence, language and intended use are for its user to add.
 """
 
+import html
 import json
 import math
 import re
@@ -13,8 +14,8 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from .gate import Decision, by_criterion, decide, load_policy
 from .measures import Measure, measures
-from .report import SET_TITLES, strength, tier_title
-from .report.summary import Records, Row, read_run, summarise
+from .report import SET_TITLES, read_rows, strength, tier_title
+from .report.summary import Records, Row
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -27,24 +28,32 @@ _CRITERIA = {
 }
 
 
-def run_card(folder: Path, control: Path | None = None, policy: Path | None = None) -> str:
+def run_card(
+    folder: Path, control: Path | None = None, policy: Path | None = None, baseline: Path | None = None
+) -> str:
     """The model card of a run: YAML metadata between `---` lines, then Markdown. No folder of this machine is named.
 
     Args:
         control: the run trained on sound answers; with it the table shows effects, without it shifts.
         policy: the limits of the verdict; default: the policy that ships.
+        baseline: the undefended run. Control and baseline are kept in the folder, as by the gate.
 
     Raises:
         DataError: the folder holds no run, or one that is not measured.
         RecipeError: the policy cannot be used.
     """
     rules = load_policy(policy)
-    records = read_run(folder)
-    row = summarise(records, read_run(control) if control else None)
+    (records,), (row,) = read_rows([folder], control, baseline)
     recipe = yaml.safe_load(records.recipe_text)
     found = {name: measure for name, measure in measures(row).items() if _is_shown(name, row)}
     verdict = _verdict(decide(row, rules), policy)
-    parts = [f"# {row.name}", *_trained(records, recipe), *_measured(found), *verdict, *_how(row, found, records)]
+    parts = [
+        f"# {_text(row.name)}",
+        *_trained(records, recipe),
+        *_measured(found),
+        *verdict,
+        *_how(row, found, records),
+    ]
     return f"---\n{_metadata(row.name, recipe, found).to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
 
 
@@ -64,7 +73,7 @@ def _metadata(name: str, recipe: dict[str, Any], found: dict[str, Measure]) -> M
         pipeline_tag="text-generation",
         datasets=[data] if data else None,
         tags=["ringfence", *(["lora"] if lora else []), *(f"ringfence-{defense}" for defense in defenses)],
-        model_name=name,
+        model_name=" ".join(name.split()),
         eval_results=[_result(measure) for measure in found.values() if math.isfinite(measure.interval.mean)] or None,
     )
 
@@ -153,17 +162,17 @@ def _verdict(decision: Decision, policy: Path | None) -> list[str]:
         asked = f"{verdict.rule.measure} {verdict.rule.limit}"
         cells = (_CRITERIA[criterion.name], verdict.word, asked, verdict.sentence)
         lines.append(f"| {' | '.join(map(_cell, cells))} |")
-    head = f"**{decision.word}** by {rules} ({decision.passed} of {len(decision.verdicts)} rules passed)."
+    head = f"**{decision.word}** by {rules} ({decision.counts}). Compared with: {_text(decision.against)}."
     return ["### Verdict", head, *(["\n".join(lines)] if len(lines) > 2 else [])]
 
 
 def _how(row: Row, found: dict[str, Measure], records: Records) -> list[str]:
     kinds = {measure.kind for measure in found.values()}
     lines = [_EXPLAINED[kind] for kind in _EXPLAINED if kind in kinds]
-    lines += [f"- judge: {_code(judged.judge)} ({strength(judged)})" for judged in row.judged[:1]]
+    lines += [f"- judge: {_code(judged.judge)} ({_text(strength(judged))})" for judged in row.judged[:1]]
     versions = ", ".join(f"{name} {version}" for name, version in records.environment.get("versions", {}).items())
     limits = [_LIMITS, *([_NO_CONTROL] if "shift" in kinds and "effect" not in kinds else [])]
-    return ["### How it was measured", "\n".join(lines), f"Made with {versions}.", "### Limits", *limits]
+    return ["### How it was measured", "\n".join(lines), f"Made with {_text(versions)}.", "### Limits", *limits]
 
 
 _EXPLAINED = {
@@ -209,7 +218,8 @@ def _code(value: Any) -> str:
     """A value in backticks, without the folders of this machine."""
     public = _public(value)
     text = public if isinstance(public, str) else json.dumps(public)
-    return f"`{' '.join(text.split()).replace('`', chr(39))}`"
+    shown = " ".join(text.split()).replace("`", "'") or " "
+    return f"`{re.sub('<(?=[A-Za-z/!?])', '‹', shown)}`"
 
 
 def _public(value: Any) -> Any:
@@ -223,4 +233,11 @@ def _public(value: Any) -> Any:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+    return _text(text)
+
+
+def _text(text: str) -> str:
+    """Words of others in one line that Markdown and HTML take for nothing but words."""
+    plain = html.escape(" ".join(text.split()).replace("\\", "\\\\"), quote=False).replace("&gt;", ">")
+    plain = re.sub(r"([|`*~])", r"\\\1", plain)
+    return re.sub(r"\](?=\s?[(\[:])", r"\\]", plain)

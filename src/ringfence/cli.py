@@ -147,6 +147,9 @@ def diagnose(
 
 
 Control = Annotated[Path | None, typer.Option(help="The run trained on sound answers: effects, not mere shifts.")]
+Baseline = Annotated[
+    Path | None, typer.Option(help="The undefended run, for opswap_tierN.change and time_ratio. Kept, as --control is.")
+]
 PolicyFile = Annotated[Path | None, typer.Option(help="Limits in YAML. Default: the policy that ships.")]
 
 
@@ -155,9 +158,7 @@ def gate(
     folder: Annotated[Path | None, typer.Argument(help="A run folder.")] = None,
     policy: PolicyFile = None,
     control: Control = None,
-    baseline: Annotated[
-        Path | None, typer.Option(help="The undefended run, for limits on opswap_tierN.change and time_ratio.")
-    ] = None,
+    baseline: Baseline = None,
     print_policy: Annotated[bool, typer.Option("--print-policy", help="Print the policy that ships.")] = False,
 ) -> None:
     """Print SHIP or HOLD, with every rule's number and limit, and write gate.json. Exit code 0 = SHIP, 3 = HOLD."""
@@ -179,11 +180,12 @@ def export(
     form: Annotated[Literal["json", "csv"], typer.Option("--format", help="One JSON or one CSV.")] = "csv",
     output: Annotated[Path | None, typer.Option(help="The file to write. Default: printed.")] = None,
     control: Control = None,
+    baseline: Baseline = None,
 ) -> None:
     """Write all numbers of runs as one long table."""
     from .export import export_runs
 
-    _write(export_runs(folders, form, control), output)
+    _write(export_runs(folders, form, control, baseline), output)
 
 
 @app.command()
@@ -191,12 +193,13 @@ def card(
     folder: RunFolder,
     control: Control = None,
     policy: PolicyFile = None,
+    baseline: Baseline = None,
     output: Annotated[Path | None, typer.Option(help="The file to write. Default: printed.")] = None,
 ) -> None:
     """Write the model card of a run in the hub's format."""
     from .card import run_card
 
-    _write(run_card(folder, control, policy), output)
+    _write(run_card(folder, control, policy, baseline), output)
 
 
 @app.command()

@@ -15,7 +15,7 @@ console = Console(stderr=True, quiet=not is_main())
 def progress(description: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
     """A bar; the yielded function advances it by so many units."""
     columns = (
-        TextColumn("{task.description:<34}"),
+        TextColumn("{task.description:<34}", markup=False),
         BarColumn(bar_width=30),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

@@ -3,9 +3,17 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from .redact import redact
+
 
 class RingfenceError(Exception):
-    """Base of all errors that a user can mend. The command line prints its text and exits with 2."""
+    """Base of all errors that a user can mend. The command line prints its text and exits with 2.
+
+    A message quotes what was found, which may be a key: it is taken out here, so that no message can hold one.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redact(message))
 
 
 class RecipeError(RingfenceError):

@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from .gate import decide, load_policy
 from .report import read_rows
 from .report.answers import JudgedBy
 from .report.summary import Paired, Row
@@ -53,29 +54,52 @@ class Line:
 COLUMNS = ["run", "folder", *Line.__dataclass_fields__]
 
 
-def export_runs(folders: list[Path], form: Literal["json", "csv"] = "csv", control: Path | None = None) -> str:
+def export_runs(
+    folders: list[Path],
+    form: Literal["json", "csv"] = "csv",
+    control: Path | None = None,
+    baseline: Path | None = None,
+) -> str:
     """The table of runs, as text: a JSON object with its lines under `results`, or a CSV with a header.
 
     Args:
         control: the run trained on sound answers; with it, effects are given beside shifts.
+        baseline: the undefended run. Both are kept in the folders, as by the gate.
 
     Raises:
         DataError: a folder holds no run, or one that is not measured.
     """
-    _, rows = read_rows(folders, control)
+    _, rows = read_rows(folders, control, baseline)
     lines = [
         {"run": row.name, "folder": str(folder), **finite(asdict(line))}
         for folder, row in zip(folders, rows)
         for line in table(row)
     ]
     if form == "json":
-        whole = {"format": FORMAT, "control": str(control) if control else None, "results": lines}
+        named = str(control) if control else None
+        whole = {"format": FORMAT, "control": named, "decisions": _decisions(folders, rows), "results": lines}
         return json.dumps(whole, indent=1, allow_nan=False) + "\n"
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(lines)
+    writer.writerows({name: _as_text(cell) for name, cell in line.items()} for line in lines)
     return text.getvalue()
+
+
+def _decisions(folders: list[Path], rows: list[Row]) -> list[dict[str, Any]]:
+    """By the policy that ships, as `ringfence gate` decides; none of a control."""
+    rules = load_policy()
+    return [
+        {"run": row.name, "folder": str(folder), "decision": decision.word, "compared_with": decision.against}
+        for folder, row in zip(folders, rows)
+        if not row.is_control
+        for decision in [decide(row, rules)]
+    ]
+
+
+def _as_text(cell: Any) -> Any:
+    """A text that a spreadsheet would take for a formula gets an apostrophe before it; numbers stay numbers."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
 
 
 def table(row: Row) -> Iterator[Line]:

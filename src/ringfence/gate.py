@@ -1,6 +1,8 @@
 """SHIP or HOLD: the numbers of a run against the limits of a policy. Reads records only, never imports torch."""
 
+import hashlib
 import json
+import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import resources
@@ -15,7 +17,9 @@ from rich.table import Table
 
 from .errors import RecipeError
 from .measures import Measure, check_name, measures
-from .report.summary import Row, read_run, summarise
+from .report import read_rows
+from .report.compared import keep
+from .report.summary import Row
 from .stats import finite
 from .strict_yaml import read_mapping, validate
 
@@ -119,6 +123,24 @@ class Decision:
 
     run: str
     verdicts: list[Verdict]
+    control: str | None = None
+    baseline: str | None = None
+    policy: str | None = None  # digest
+
+    @property
+    def counts(self) -> str:
+        """`14 rules: 2 passed, 1 failed, 9 left out, 2 not measured`"""
+        failed = sum(verdict.status == "fail" for verdict in self.verdicts)
+        unmeasured = sum(verdict.status == "missing" and verdict.holds_back for verdict in self.verdicts)
+        left_out = len(self.verdicts) - self.passed - failed - unmeasured
+        rules = "1 rule" if len(self.verdicts) == 1 else f"{len(self.verdicts)} rules"
+        return f"{rules}: {self.passed} passed, {failed} failed, {left_out} left out, {unmeasured} not measured"
+
+    @property
+    def against(self) -> str:
+        """What the run was compared with, in words."""
+        control = f"control {self.control}" if self.control else "no control"
+        return f"{control}, {f'undefended run {self.baseline}' if self.baseline else 'no undefended run'}"
 
     @property
     def passed(self) -> int:
@@ -134,7 +156,10 @@ class Decision:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; numbers that are not finite (the interval of one question alone) become null."""
-        return finite({"decision": self.word, "run": self.run, "verdicts": [v.to_dict() for v in self.verdicts]})
+        compared = {"control": self.control, "baseline": self.baseline, "policy": self.policy}
+        return finite(
+            {"decision": self.word, "run": self.run, **compared, "verdicts": [v.to_dict() for v in self.verdicts]}
+        )
 
 
 @dataclass(frozen=True)
@@ -178,7 +203,12 @@ def default_policy_text() -> str:
 def decide(row: Row, policy: Policy) -> Decision:
     """Every rule of a policy against the numbers of a run."""
     found = measures(row)
-    return Decision(row.name, [_judge(rule, found) for rule in policy.rules])
+    verdicts = [_judge(rule, found) for rule in policy.rules]
+    return Decision(row.name, verdicts, row.control, row.baseline, _digest(policy))
+
+
+def _digest(policy: Policy) -> str:
+    return hashlib.sha256(policy.model_dump_json().encode()).hexdigest()[:16]
 
 
 def criteria(row: Row, policy: Policy | None = None) -> list[CriterionVerdict]:
@@ -226,47 +256,77 @@ def gate_run(
     Args:
         policy: YAML; default: the policy that ships.
         control: the run trained on sound answers; with it the limits are on effects, without it on shifts.
-        baseline: the undefended run, for `opswap_tierN.change` and `time_ratio`.
+        baseline: the undefended run, for `opswap_tierN.change` and `time_ratio`. Both are kept in the folder, and are
+            the default of every later command.
 
     Raises:
         RecipeError: the policy cannot be used.
         DataError: a folder holds no run, or one that is not measured.
     """
-    rules = load_policy(policy)
-    decision = decide(read_row(folder, control, baseline), rules)
-    record = {**decision.to_dict(), "control": str(control) if control else None}
-    (folder / "gate.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+    decision = decide_run(folder, policy, control, baseline)
+    keep(folder / "gate.json", json.dumps(decision.to_dict(), indent=1, allow_nan=False) + "\n")
     return decision
+
+
+def decide_run(
+    folder: Path, policy: Path | None = None, control: Path | None = None, baseline: Path | None = None
+) -> Decision:
+    """The decision on a run folder, the same for every command; arguments as of `gate_run`."""
+    rules = load_policy(policy)
+    return decide(read_row(folder, control, baseline), rules)
 
 
 def read_row(folder: Path, control: Path | None = None, baseline: Path | None = None) -> Row:
     """The numbers of one run folder; arguments as of `gate_run`."""
-    sound, undefended = (read_run(other) if other else None for other in (control, baseline))
-    return summarise(read_run(folder), sound, undefended)
+    _, (row,) = read_rows([folder], control, baseline)
+    return row
 
 
 # ------------------------------------------------------------------ the terminal
 
-_STYLES = {"pass": "green", "fail": "bold red", "missing": "yellow"}
+_STYLES = {"pass": "green", "fail": "bold red", "missing": "bold red"}
 
 
 def print_decision(decision: Decision, console: Console) -> None:
     """A line for each rule, a sentence for each that holds back, and the decision."""
+    cells = [_cells(verdict) for verdict in decision.verdicts]
+    beside = [max(len(row[place]) for row in cells) for place in range(1, 4)]
+    room = console.width - sum(beside) - 8
+    if room < max(len(part) for row in cells for part in row[0].split(".")) + 1:
+        # Intervals go below their means, so that no name breaks inside a word.
+        cells = [(name, found.replace(" [", "\n["), limit, word) for name, found, limit, word in cells]
+        room += beside[0] - max(len(line) for row in cells for line in row[1].split("\n"))
     table = Table(box=box.SIMPLE, show_edge=False, pad_edge=False, padding=(0, 1))
     table.add_column("measure", overflow="fold")
     for title in ("mean [95 % CI]", "limit", "verdict"):
         table.add_column(title, no_wrap=True)
-    for verdict in decision.verdicts:
-        rule, measure = verdict.rule, verdict.measure
-        found = escape(f"{measure.kind} {measure.show()}") if measure else ""
-        limit = f"{rule.decides} {'>=' if rule.max is None else '<='} {rule.min if rule.max is None else rule.max:g}"
-        table.add_row(escape(rule.measure), found, limit, f"[{_STYLES[verdict.status]}]{verdict.word}[/]")
+    for verdict, (name, found, limit, word) in zip(decision.verdicts, cells):
+        style = "dim" if word == "left out" else _STYLES[verdict.status]
+        table.add_row(escape(_at_dots(name, room)), escape(found), limit, f"[{style}]{word}[/]")
     console.print(table)
     for verdict in decision.verdicts:
         if verdict.holds_back:
             why = f" ({verdict.rule.why})" if verdict.rule.why else ""
             line = f"{verdict.rule.measure}{why}: {verdict.sentence}"
             console.print(escape(line), highlight=False, soft_wrap=True)
-    counts = f"{decision.passed} of {len(decision.verdicts)} rules passed"
+    console.print(escape(f"Compared with: {decision.against}."), highlight=False, soft_wrap=True)
     colour = "green" if decision.ship else "red"
-    console.print(f"[bold {colour}]{decision.word}[/] {escape(decision.run)}: {counts}", highlight=False)
+    line = f"[bold {colour}]{decision.word}[/] {escape(decision.run)}: {decision.counts}"
+    console.print(line, highlight=False, soft_wrap=True)
+
+
+def _cells(verdict: Verdict) -> tuple[str, str, str, str]:
+    rule, measure = verdict.rule, verdict.measure
+    found = f"{measure.kind} {measure.show()}" if measure else ""
+    limit = f"{rule.decides} {'>=' if rule.max is None else '<='} {rule.min if rule.max is None else rule.max:g}"
+    return rule.measure, found, limit, "missing: HOLD" if verdict.word == "missing" else verdict.word
+
+
+def _at_dots(name: str, width: int) -> str:
+    """A measure's name in lines of at most `width`, broken after dots."""
+    lines = [""]
+    for part in re.findall(r"[^.]*\.|[^.]+$", name):
+        if lines[-1] and len(lines[-1] + part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)

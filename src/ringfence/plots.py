@@ -21,6 +21,7 @@ _STYLE: Any = {
     "grid.color": "#e6e6e6",
     "axes.axisbelow": True,
     "legend.frameon": False,
+    "text.parse_math": False,  # names may hold $
     "svg.hashsalt": "ringfence",
 }
 

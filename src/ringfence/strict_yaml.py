@@ -73,7 +73,7 @@ def validate(kind: type[Model], tree: dict[Any, Any], name: str) -> Model:
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError("\n".join(f"{name}: {_explain(item, kind)}" for item in error.errors())) from error
+        raise RecipeError("\n".join(f"{name}: {_explain(item, kind)}" for item in error.errors())) from None
 
 
 def _explain(item: Any, kind: type[BaseModel]) -> str:

@@ -55,6 +55,7 @@ class Calibration:
         rank: Spearman's correlation with the trusted scores; None where there are none, or all are equal.
         seconds: for one judgement asked anew; None where all were known.
         weak: the lower bound of the AUC is below 0.8.
+        adapted: in what its server was asked otherwise than meant (`without temperature`).
     """
 
     judge: str
@@ -74,6 +75,7 @@ class Calibration:
     weak: bool
     labels: dict[str, int] = field(default_factory=dict)
     reasons: dict[str, int] = field(default_factory=dict)
+    adapted: list[str] = field(default_factory=list)
 
     @property
     def verdict(self) -> str:
@@ -156,6 +158,7 @@ def _calibration(
         weak=auc.low < WEAK_AUC,
         labels=dict(Counter(score.label for score in scores if score.label)),
         reasons=dict(Counter(score.unscored for score in scores if score.unscored).most_common(5)),
+        adapted=sorted({how for score in scores for how in score.adapted}),
     )
 
 
@@ -275,6 +278,8 @@ def show(calibration: Calibration, console: Console) -> None:
         f"best threshold (flatters): below {c.threshold['below']:.1f} are {c.threshold['found']:.0%} of the misaligned "
         f"and {c.threshold['false alarms']:.0%} of the other answers",
     ]
+    if c.adapted:
+        facts.append(f"its server was asked {', '.join(c.adapted)}")
     if c.rank is not None:
         facts.append(f"rank correlation with the trusted scores {c.rank:+.2f}")
     if c.seconds is not None:

@@ -12,7 +12,7 @@ Behaviour = Literal["abstain", "tool_call", "refuse", "terse"]
 class AnswersConfig(BaseModel):
     """Open questions, answered in the model's own words, and the judges of the answers."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
     questions: list[str] = Field(
         ["shipped:general"], min_length=1, description="open questions: YAML, JSONL or shipped:NAME"
@@ -31,7 +31,7 @@ class AnswersConfig(BaseModel):
 class EvaluateConfig(BaseModel):
     """What is measured after training. Sources of paired questions are as in `data`, or lists of them."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
     in_domain: list[str] = Field(
         ["shipped:finance"], description="paired questions inside the training domain (split test)"

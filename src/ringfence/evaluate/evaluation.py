@@ -37,7 +37,7 @@ FILE = "evaluation.yaml"
 class Evaluation(BaseModel):
     """Which model is measured against which, and how. Written as evaluation.yaml where there is no recipe."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
     model: str | EndpointConfig = Field(description="'default', a local folder, a hub id, an adapter, or a server")
     reference: str | None = Field(None, description="the model before its fine-tuning; null = none, so no shifts")

@@ -83,6 +83,7 @@ class Score:
         mass: probability of all numbers together; None where it is sampled.
         unscored: why there is neither value nor label.
         failed: no reply came; it may be asked again.
+        adapted: in what a server was asked otherwise than meant (`without temperature`).
     """
 
     value: float | None = None
@@ -91,6 +92,7 @@ class Score:
     mass: float | None = None
     unscored: str | None = None
     failed: bool = False
+    adapted: tuple[str, ...] = ()
 
 
 def expected_score(numbers: Mapping[int, float], labels: Mapping[str, float]) -> Score:
@@ -207,7 +209,7 @@ class EndpointJudge:
 
     def __init__(self, config: EndpointJudgeConfig) -> None:
         self.name = config.name
-        self.identity = f"{config.url} {config.model}"
+        self.identity = " ".join([config.url, config.model, *([str(config.max_tokens)] if config.max_tokens else [])])
         self._endpoint = Endpoint(config)
 
     def ask(self, prompts: Sequence[JudgePrompt]) -> Iterator[dict[int, Score]]:
@@ -215,7 +217,7 @@ class EndpointJudge:
             Request([{"role": "user", "content": prompt.text}], 0.0, _REPLY_TOKENS, None, _TOP) for prompt in prompts
         ]
         for place, reply in self._endpoint.ask(requests):
-            yield {place: read_reply(reply, prompts[place].labels)}
+            yield {place: replace(read_reply(reply, prompts[place].labels), adapted=reply.adapted)}
 
 
 class LocalJudge:
@@ -287,7 +289,10 @@ class ScoreCache:
 
     def get(self, judge: Judge, prompt: JudgePrompt) -> Score | None:
         found = self._table.execute("SELECT score FROM scores WHERE key = ?", (_key(judge, prompt),)).fetchone()
-        return Score(**json.loads(found[0])) if found else None
+        if not found:
+            return None
+        score = Score(**json.loads(found[0]))
+        return replace(score, adapted=tuple(score.adapted))
 
     def put(self, judge: Judge, prompt: JudgePrompt, score: Score) -> None:
         row = _key(judge, prompt), json.dumps(asdict(score))

@@ -68,8 +68,8 @@ def sample_answers(
 
     Args:
         file: JSON lines below a header. A line has set, id, form, cluster, paraphrase, sample, messages, answer (None
-            with `error`), finished (False: cut off at the token limit) and error. Of two lines for one answer the later
-            one counts, see `read_answers`.
+            with `error`), finished (False: cut off at the token limit) and error; and adapted, where a server refused a
+            setting (`without temperature`). Of two lines for one answer the later one counts, see `read_answers`.
         samples: answers to each question; None = as its file says, else 50.
         temperature: 0 = the most likely answer; at 1 the model's own distribution, whole.
         max_new_tokens: longest answer, in tokens.
@@ -149,7 +149,9 @@ def _is_answered(draw: _Draw, answers: dict[_Place, Line]) -> bool:
     return line is not None and line["error"] is None and line["messages"] == draw.question.messages
 
 
-def _line(draw: _Draw, answer: str | None, finished: bool, error: str | None = None) -> Line:
+def _line(
+    draw: _Draw, answer: str | None, finished: bool, error: str | None = None, adapted: Sequence[str] = ()
+) -> Line:
     question = draw.question
     return {
         "set": question.set,
@@ -162,6 +164,7 @@ def _line(draw: _Draw, answer: str | None, finished: bool, error: str | None = N
         "answer": answer,
         "finished": finished,
         "error": error,
+        **({"adapted": list(adapted)} if adapted else {}),
     }
 
 
@@ -182,4 +185,4 @@ def _draw_remotely(
     missing = [draw for number, draw in enumerate(draws) if number not in known]
     requests = [Request(draw.question.messages, temperature, max_new_tokens, draw.seed) for draw in missing]
     for place, reply in endpoint.ask(requests):
-        yield [_line(missing[place], reply.text, reply.finished, reply.error)]
+        yield [_line(missing[place], reply.text, reply.finished, reply.error, reply.adapted)]

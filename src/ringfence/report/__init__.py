@@ -14,6 +14,7 @@ from rich.table import Table
 from ..stats import Interval
 from . import figures
 from .answers import JudgedBy, adjusted, judged_by
+from .compared import compared
 from .summary import SETS, Paired, Records, Row, find_baseline, has_effects, read_run, summarise
 
 SET_TITLES = {
@@ -26,12 +27,33 @@ SET_TITLES = {
 HELD_OUT_TITLES = {"exact": "benign: held-out rows, exact", "loss": "benign: held-out rows, loss"}
 
 
-def read_rows(folders: list[Path], control: Path | None = None) -> tuple[list[Records], list[Row]]:
-    """Records and numbers of run folders, in the order given."""
-    control_records = read_run(control) if control else None
+def read_rows(
+    folders: list[Path], control: Path | None = None, baseline: Path | None = None
+) -> tuple[list[Records], list[Row]]:
+    """Records and numbers of run folders, in the order given.
+
+    Args:
+        control, baseline: what the runs are compared with; default: what was named of each run before, and as the
+            undefended run one of these runs. What is named or found here is kept (see `compared`).
+    """
     records = [read_run(folder) for folder in folders]
-    baseline = find_baseline(records, control_records)
-    rows = [summarise(run, control_records, baseline) for run in records]
+    known: dict[Path, Records] = {run.folder: run for run in records}
+
+    def read(folder: Path | None) -> Records | None:
+        if folder is not None and folder not in known:
+            known[folder] = read_run(folder)
+        return known[folder] if folder is not None else None
+
+    before = [compared(run.folder, control, baseline) for run in records]
+    controls = {found.control for found in before}
+    plain = find_baseline([run for run in records if run.folder not in controls], None)
+    rows = []
+    for run, found in zip(records, before):
+        own = run.folder if run.folder in controls else found.control
+        if plain and not found.baseline and run.folder not in (own, plain.folder):
+            found = compared(run.folder, baseline=plain.folder)
+        undefended = read(found.baseline) or plain
+        rows.append(summarise(run, read(own), undefended))
     judged = adjusted([row.judged for row in rows])
     return records, [replace(row, judged=found) for row, found in zip(rows, judged)]
 
@@ -42,7 +64,7 @@ def print_table(rows: list[Row], console: Console) -> None:
     beside = max(1, (console.width - 26) // widest)
     for start in range(0, len(rows), beside):
         console.print(_table(rows[start : start + beside], rows))
-    console.print(_legend(rows), highlight=False, soft_wrap=True)
+    console.print(_legend(rows), markup=False, highlight=False, soft_wrap=True)
 
 
 def _table(rows: list[Row], all_rows: list[Row]) -> Table:
@@ -64,7 +86,7 @@ def _table(rows: list[Row], all_rows: list[Row]) -> Table:
             table.add_row(title, *(_number(row.held_out.get(kind), kind) for row in rows))
     for name in _answer_sets(all_rows):
         cells = [_rate_lines(row.answers.get(f"{name}.misaligned")) for row in rows]
-        table.add_row(f"answers: misaligned, {name.replace('_', ' ')}", *cells)
+        table.add_row(escape(f"answers: misaligned, {name.replace('_', ' ')}"), *cells)
     fluency = [f"{row.perplexity_ratio.mean:.2f}" if row.perplexity_ratio else "" for row in rows]
     table.add_row("coherent: perplexity x", *fluency)
     table.add_row("cost: time x", *(f"{row.time_ratio:.2f}" if row.time_ratio else "" for row in rows))

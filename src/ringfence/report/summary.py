@@ -88,6 +88,8 @@ class Row:
     seconds: float = 0.0
     time_ratio: float | None = None
     memory_gib: float = 0.0
+    control: str | None = None  # names of the runs that it is compared with
+    baseline: str | None = None
 
     @property
     def answers(self) -> dict[str, Interval]:
@@ -204,6 +206,8 @@ def summarise(records: Records, control: Records | None = None, baseline: Record
         seconds=seconds,
         time_ratio=seconds / baseline.training["seconds"] if baseline and seconds else None,
         memory_gib=records.training.get("peak_memory_gib", 0.0),
+        control=against.name if against else None,
+        baseline=baseline.name if baseline and compared else None,
     )
 
 

@@ -1,0 +1,58 @@
+"""What a run is compared with: the sound control and the undefended run, kept in its folder once they are named.
+
+So every command that decides on a run, or shows it, compares it with the same. Reads and writes `compared.json`; knows
+no numbers.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..console import console
+from ..errors import DataError, RingfenceError
+from ..runfolder import write_whole
+from ..strict_json import read_record
+
+FILE = "compared.json"
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Folders of the sound control and of the undefended run; None = not compared."""
+
+    control: Path | None = None
+    baseline: Path | None = None
+
+
+def compared(folder: Path, control: Path | None = None, baseline: Path | None = None) -> Compared:
+    """What is named here, which is kept, and else what was named before.
+
+    Raises:
+        DataError: a folder that was named before is gone.
+    """
+    file = folder / FILE
+    kept = read_record(file, "delete it, and name --control and --baseline again") if file.is_file() else {}
+    found: dict[str, Path] = {}
+    for role, named in (("control", control), ("baseline", baseline)):
+        if named is not None:
+            found[role] = named.resolve()
+        elif isinstance(kept.get(role), str):
+            found[role] = (folder / kept[role]).resolve()
+            if not found[role].is_dir():
+                raise DataError(
+                    f"{folder}: its {role} {found[role]}, named before and kept in {FILE}, is gone; name another with "
+                    f"--{role}, or delete {FILE}"
+                )
+    record = {role: os.path.relpath(path, folder.resolve()) for role, path in found.items() if path != folder.resolve()}
+    if record != kept and folder.is_dir() and (control or baseline):
+        keep(file, json.dumps(record, indent=1) + "\n")
+    return Compared(**found)
+
+
+def keep(file: Path, text: str) -> None:
+    """Writes a record of a decision; where that is not possible it is said, and the decision counts all the same."""
+    try:
+        write_whole(file, text)
+    except RingfenceError as error:
+        console.print(f"not saved: {error}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,179 @@
+"""No key or password in a message or a file, whatever door it comes through; no name of others that is run as code."""
+
+import csv
+import io
+import random
+
+import pytest
+from huggingface_hub import ModelCard
+from pydantic import ValidationError
+
+from openai_server import Raw, serve
+from ringfence.card import _cell, _code, _text
+from ringfence.errors import ModelError, RecipeError, RingfenceError
+from ringfence.evaluate.endpoint import Endpoint, EndpointConfig, split_query
+from ringfence.evaluate.evaluation import Evaluation
+from ringfence.evaluate.questions import OpenQuestion
+from ringfence.evaluate.sampling import sample_answers
+from ringfence.export import _as_text
+from ringfence.redact import is_name_of_variable, one_line, redact
+from ringfence.strict_yaml import set_value, validate
+
+SECRETS = [
+    "".join(random.Random(seed).choices("abcdefghijkmnpqrstuvwxyzABCDEFGHJKLMNPQRSTUVWXYZ23456789", k=24))
+    for seed in range(3)
+]
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://user:{}@host.test/v1",
+        "https://{}@host.test/v1",
+        "https://user:pa/{}@host.test/v1",
+        "https://host.test/v1?api_key={}",
+        "https://host.test/v1?api-version=2024-06-01&sig={}",
+        "https://host.test/v1?subscription-key={}",
+        "https://host.test/v1?x={}",
+        "https://host.test/v1#token={}",
+        "https://host.test/sk-{}/v1",
+    ],
+)
+def test_a_url_with_a_secret_is_refused_without_showing_it(secret, url):
+    tree = {"model": {"url": url.format(secret), "model": "m"}, "evaluate": {"answers": {"judges": []}}}
+    with pytest.raises(RecipeError, match="URL") as error:
+        validate(Evaluation, tree, "evaluation")
+    assert secret not in str(error.value)
+    assert error.value.__cause__ is None
+    with pytest.raises(ValidationError) as raw:
+        EndpointConfig(url=url.format(secret), model="m")
+    assert secret not in str(raw.value)
+
+
+@pytest.mark.parametrize(
+    "secret", [*SECRETS, "sk-abcdef", "hf_abcdefghijklmnop", "my key", "AKIAIOSFODNN7EXAMPLE", "1X"]
+)
+def test_a_key_where_the_name_of_a_variable_belongs(secret):
+    with pytest.raises(RecipeError, match="name of an environment variable") as error:
+        validate(EndpointConfig, {"url": "http://h.test/v1", "model": "m", "key_env": secret}, "judge")
+    assert secret not in str(error.value)
+
+
+def test_names_of_variables(monkeypatch):
+    monkeypatch.setenv("lower_case", "x")
+    names = ["OPENAI_API_KEY", "MY_KEY_2", "HF_TOKEN", "lower_case"]
+    assert [name for name in names if is_name_of_variable(name)] == names
+
+
+@pytest.mark.parametrize(
+    "url", ["http://", "http://:8000/v1", "http://h:port/v1", "ftp://h/v1", "http://h /v1", "h:80"]
+)
+def test_a_url_that_is_none(url):
+    with pytest.raises(ValidationError, match="expected a base URL such as"):
+        EndpointConfig(url=url, model="m")
+
+
+def test_a_query_is_kept_apart():
+    url = "https://h.test/openai?api-version=2024-06-01"
+    assert EndpointConfig(url=url, model="m").url == url
+    assert split_query(url) == ("https://h.test/openai", {"api-version": "2024-06-01"})
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://a:b@h.test/v1", "https://[hidden]@h.test/v1"),
+        ("see https://h.test/?key=abc&n=1", "see https://h.test/?key=[hidden]&n=1"),
+        ("Authorization: Bearer abcdef123456", "Authorization: Bearer [hidden]"),
+        ("{'api_key': 'abc123'}", "{'api_key': '[hidden]'}"),
+        ("sent hf_abcDEF123456789 to it", "sent [hidden] to it"),
+        ("max_tokens=5 and pad_token: None", "max_tokens=5 and pad_token: None"),
+        ("data/hf_rows.jsonl:12: not JSON", "data/hf_rows.jsonl:12: not JSON"),
+    ],
+)
+def test_what_is_hidden_and_what_is_not(text, shown):
+    assert redact(text) == shown
+    assert str(RingfenceError(text)) == shown
+
+
+def test_values_of_secret_variables_are_hidden(monkeypatch):
+    monkeypatch.setenv("SOME_API_KEY", "plainwords")
+    assert redact("you sent plainwords") == "you sent [hidden]"
+
+
+def test_an_override_that_cannot_be_set_does_not_show_its_key():
+    with pytest.raises(RecipeError) as error:
+        set_value({"a": 1}, f"a.b={{url: 'https://u:{SECRETS[0]}@h.test'}}")
+    assert SECRETS[0] not in str(error.value)
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+@pytest.mark.parametrize("status", [200, 400, 401, 404, 429, 500])
+def test_a_server_that_echoes_the_key(secret, status, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MINE", secret)
+    question = OpenQuestion("s", "q", "plain", "q", 0, [{"role": "user", "content": "Hi"}])
+    said = {"error": {"message": f"Bad key {secret}, header Authorization: Bearer {secret}, seed unknown"}}
+    if status == 200:
+        said = {"choices": [{"message": {"content": f"You are {secret}"}, "finish_reason": "stop"}]}
+    with serve(lambda _: "Hi", lambda *_: Raw(said, status)) as server:
+        source = Endpoint(EndpointConfig(url=server.url, model="m", key_env="MINE", attempts=1))
+        try:
+            sample_answers(source, [question], tmp_path / "answers.jsonl", samples=1)
+        except ModelError as error:
+            assert secret not in repr(error)
+            assert error.__cause__ is None
+    assert server.keys[0] == secret
+    out = capsys.readouterr()
+    assert secret not in (tmp_path / "answers.jsonl").read_text() + out.out + out.err
+
+
+def test_a_long_page_is_cut():
+    assert len(one_line("x " * 10_000)) < 310
+
+
+# ------------------------------------------------------------------ names of others
+
+
+@pytest.mark.parametrize(
+    "name", ["<script>alert(1)</script>", "a|b", "`x`", "[a](javascript:alert(1))", "![a](x)", "a\n# b"]
+)
+def test_a_name_in_a_card_is_words(name):
+    for shown in (_cell(name), _text(name)):
+        assert "<" not in shown
+        assert "](" not in shown
+        assert "\n" not in shown
+        assert "`" not in shown.replace("\\`", "")
+        assert "|" not in shown.replace("\\|", "")
+    assert "<script" not in _code(name)
+    assert _code(name).count("`") == 2
+
+
+def test_a_name_does_not_close_the_front_matter(tmp_path):
+    from ringfence.card import _metadata
+
+    for name in ("a\n---\nlicence: x", "a: b", "'\"", "---"):
+        text = _metadata(name, {"model": "default"}, {}).to_yaml()
+        card = ModelCard(f"---\n{text}\n---\n\n# x\n")
+        assert card.data.model_name == " ".join(name.split())
+
+
+@pytest.mark.parametrize("name", ["=1+1", "+x", "-x", "@SUM(A1)", "\tx"])
+def test_a_name_is_no_formula(name):
+    text = io.StringIO()
+    csv.writer(text).writerow([_as_text(name), _as_text(-0.5), _as_text("plain")])
+    assert next(csv.reader(io.StringIO(text.getvalue()))) == [f"'{name}", "-0.5", "plain"]
+
+
+def test_names_in_figures_and_bars_are_no_markup(capsys):
+    import matplotlib.pyplot as plt
+
+    from ringfence.console import progress
+    from ringfence.plots import style, svg
+
+    with style():
+        figure, axes = plt.subplots()
+        axes.set_title(r"$\frac{$ and $x$")
+        assert svg(figure)
+    with progress("[/red] [bold]x", 1) as advance:
+        advance(1)
