@@ -196,8 +196,9 @@ def drawn_interval(value: float, drawn_R: np.ndarray, n: int) -> Interval:
 
 
 def _resampled(sums: np.ndarray, counts: np.ndarray, n: int, seed: int) -> np.ndarray:
-    times_RC = _times(n, seed)
-    resampled: np.ndarray = (times_RC @ sums) / (times_RC @ counts)
+    centre = sums.sum() / counts.sum()  # around it float32 is exact enough
+    top_R, bottom_R = (_times(n, seed) @ np.stack([sums - centre * counts, counts], 1).astype("f4")).T
+    resampled: np.ndarray = centre + top_R.astype(float) / bottom_R
     return resampled
 
 
@@ -205,7 +206,7 @@ def _resampled(sums: np.ndarray, counts: np.ndarray, n: int, seed: int) -> np.nd
 def _times(n: int, seed: int) -> np.ndarray:
     """`draws` as how often each cluster was drawn, [RESAMPLES, n]: a product with it is quicker than many sums."""
     at = draws(n, seed) + n * np.arange(RESAMPLES)[:, None]
-    return np.bincount(at.ravel(), minlength=RESAMPLES * n).reshape(RESAMPLES, n).astype(float)
+    return np.bincount(at.ravel(), minlength=RESAMPLES * n).reshape(RESAMPLES, n).astype("f4")
 
 
 def totals(
