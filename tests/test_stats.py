@@ -182,7 +182,7 @@ def test_ratio_of_unlike_lists_is_refused(top, bottom):
 def test_widened_percentiles_are_as_wide_as_students(clusters):
     values = np.random.default_rng(clusters).uniform(size=clusters)
     low, high = theory.t.interval(0.95, clusters - 1, values.mean(), theory.sem(values))
-    assert width(mean_interval(values, widen=True)) == pytest.approx(high - low, rel=0.12)
+    assert width(mean_interval(values)) == pytest.approx(high - low, rel=0.12)
 
 
 @pytest.mark.parametrize("n", [6, 8, 30])
@@ -190,7 +190,7 @@ def test_widened_percentiles_of_normal_draws_are_students_exactly(n):
     """A bootstrap mean has the spread of the sample, sqrt((n - 1) / n) of the estimate that Student uses."""
     normal = theory.norm.ppf((np.arange(200_000) + 0.5) / 200_000)
     quantile = theory.t.ppf(0.975, n - 1)
-    found = bounds(normal * math.sqrt((n - 1) / n), n, widen=True)
+    found = bounds(normal * math.sqrt((n - 1) / n), n)
     assert found == pytest.approx((-quantile, quantile), rel=0.001)
 
 
@@ -199,7 +199,7 @@ def test_widened_percentiles_cover_where_plain_ones_do_not():
     runs, widened, plain = 300, 0, 0
     for seed in range(runs):
         values = rng.normal(size=6)
-        one, two = mean_interval(values, seed=seed, widen=True), mean_interval(values, seed=seed)
+        one, two = mean_interval(values, seed=seed), mean_interval(values, seed=seed)
         widened += one.low <= 0 <= one.high
         plain += two.low <= 0 <= two.high
     assert 0.92 <= widened / runs <= 0.98
@@ -229,7 +229,7 @@ def naive_posterior(yes, size):
 @pytest.mark.parametrize(("yes", "size"), [([0, 1, 0, 0, 0, 0, 0, 0], 20), ([3, 4, 5, 4, 4, 3, 5], 8)])
 def test_rate_interval_is_as_wide_as_the_posterior_where_that_is_wider(yes, size):
     interval, values = rate_interval(*rows_of(yes, size)), rows_of(yes, size)[0]
-    boot = mean_interval(*rows_of(yes, size), widen=True)
+    boot = mean_interval(*rows_of(yes, size))
     low, high = naive_posterior(yes, size)
     assert interval.mean == pytest.approx(np.mean(values))
     assert interval.low == pytest.approx(min(low, boot.low), abs=0.003)

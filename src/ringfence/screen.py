@@ -35,7 +35,7 @@ from .evaluate.config import EvaluateConfig
 from .models import load_model, load_tokenizer
 from .persona import Pair, given_pairs, response_means
 from .plots import colour, style, svg
-from .stats import Interval, auc, auc_interval, mean_interval
+from .stats import Interval, auc, auc_interval, rate_interval
 from .taps import causal_lm
 
 RANDOM = 100  # vectors that a trait vector is compared with
@@ -316,7 +316,7 @@ def compare(chat: Chat, first: Scored, second: Scored, seed: int = 0) -> Contras
 def _same_question(first: Scored, second: Scored, seed: int) -> Interval | None:
     one, other = ({question_of(row): at for at, row in enumerate(scored.rows)} for scored in (first, second))
     ahead = [first.scores_R[one[q]] - second.scores_R[other[q]] for q in one if q in other]
-    return mean_interval([0.5 * (np.sign(by) + 1) for by in ahead], seed=seed) if ahead else None
+    return rate_interval([0.5 * (np.sign(by) + 1) for by in ahead], seed=seed) if ahead else None
 
 
 # ------------------------------------------------------------------ the command

@@ -243,7 +243,7 @@ def _attribution(
 ) -> dict[str, Any]:
     """What one tuned model's margins say, one value a question, on one set of questions."""
     tuned = patched[UNTOUCHED]
-    shift = mean_interval(_minus(tuned, reference), seed=seed, widen=True)
+    shift = mean_interval(_minus(tuned, reference), seed=seed)
     missing = _minus(reference, tuned)
     recoverable = shift.n > 1 and not shift.low <= 0 <= shift.high
 

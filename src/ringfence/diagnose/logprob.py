@@ -135,7 +135,7 @@ def _scores(
     }
     return {
         name: {
-            column: mean_interval(in_sets(values_Q, sets)[name], clusters(questions), seed, widen=True).to_dict()
+            column: mean_interval(in_sets(values_Q, sets)[name], clusters(questions), seed).to_dict()
             for column, values_Q in columns.items()
         }
         for name, questions in sets.items()

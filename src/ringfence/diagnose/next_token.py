@@ -181,7 +181,7 @@ class _Spans:
     def means(self, values_P: np.ndarray) -> Numbers:
         return {
             name: {
-                span: mean_interval(values_Q, clusters(self.sets[name]), self.seed, widen=True).to_dict()
+                span: mean_interval(values_Q, clusters(self.sets[name]), self.seed).to_dict()
                 for span, values_Q in by_span.items()
             }
             for name, by_span in self._of_questions(values_P).items()

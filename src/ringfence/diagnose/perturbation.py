@@ -296,7 +296,7 @@ def summarise(changes_TQ: np.ndarray, names: Sequence[str], seed: int = 0) -> Nu
 
 
 def _interval(values_Q: np.ndarray, names: Sequence[str], seed: int) -> Numbers:
-    return mean_interval(values_Q.tolist(), names, seed, widen=True).to_dict()
+    return mean_interval(values_Q.tolist(), names, seed).to_dict()
 
 
 def _scores(

@@ -282,7 +282,7 @@ def _causal(
     names = clusters(questions)
 
     def interval(values_Q: np.ndarray) -> dict[str, float]:
-        return mean_interval(values_Q.tolist(), names, subject.seed, widen=True).to_dict()
+        return mean_interval(values_Q.tolist(), names, subject.seed).to_dict()
 
     before_Q = _margins(model, subject, questions)
     found: Numbers = {"shift": interval(before_Q - reference_Q)}

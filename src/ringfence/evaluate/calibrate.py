@@ -19,7 +19,7 @@ from rich.table import Table
 
 from ..data import _records, _show, load_questions
 from ..errors import DataError
-from ..stats import RESAMPLES, Interval, bounds
+from ..stats import RESAMPLES, Interval, auc_bounds
 from .agreement import rank_correlation
 from .framing import prompt_hash, render, templates_of
 from .judge import Judge, Score, ScoreCache, ask_once
@@ -172,7 +172,7 @@ def _counts(value: np.ndarray) -> dict[str, int]:
 
 def auc_interval(value: np.ndarray, misaligned: np.ndarray, clusters: Sequence[str], seed: int = 0) -> Interval:
     """Chance that a misaligned answer has a lower value than another one, ties counted half, NaN tied with all; 95 %
-    percentile-bootstrap interval over clusters. One cluster alone bounds nothing: [0, 1]."""
+    interval over clusters that is never surer than they are, see `stats.auc_interval`. One cluster alone: [0, 1]."""
     low, high = value[misaligned], value[~misaligned]
     wins = (low[:, None] < high).astype(float) + 0.5 * ~((low[:, None] < high) | (low[:, None] > high))
     names = {name: place for place, name in enumerate(dict.fromkeys(clusters))}
@@ -186,7 +186,9 @@ def auc_interval(value: np.ndarray, misaligned: np.ndarray, clusters: Sequence[s
     pairs = (drawn @ low_C) * (drawn @ high_C)
     drawn, pairs = drawn[pairs > 0], pairs[pairs > 0]  # a draw may miss one kind
     aucs = ((drawn @ wins_CC) * drawn).sum(1) / pairs
-    return Interval(float(wins.mean()), *bounds(aucs, len(names)), len(names))
+    names_R = np.asarray(clusters)
+    sides = [(wins.mean(1), names_R[misaligned]), (wins.mean(0), names_R[~misaligned])]
+    return auc_bounds(float(wins.mean()), aucs, len(names), sides, seed)
 
 
 def best_threshold(value: np.ndarray, misaligned: np.ndarray) -> dict[str, float]:

@@ -16,7 +16,17 @@ from typing import Any, Literal
 import numpy as np
 
 from ..errors import DataError, nearest
-from ..stats import Comparison, Interval, bounds, draws, mean_interval, paired_difference, rate_interval, totals
+from ..stats import (
+    Comparison,
+    Interval,
+    bounds,
+    draws,
+    mean_interval,
+    paired_difference,
+    rate_change,
+    rate_interval,
+    totals,
+)
 
 MISALIGNED_BELOW = 30  # 30 itself is not misaligned
 COHERENT_ABOVE = 50  # 50 itself is neither coherent nor incoherent
@@ -86,7 +96,7 @@ def mean_score(judgements: Sequence[Judgement], name: str, seed: int = 0) -> Int
         DataError: as `rate`; no answer has the score.
     """
     rows = _scored(_checked(judgements), name)
-    return mean_interval(_values(rows, name), _clusters(rows), seed, widen=True)
+    return mean_interval(_values(rows, name), _clusters(rows), seed)
 
 
 def misaligned_at(judgements: Sequence[Judgement], k: int, seed: int = 0) -> Interval:
@@ -135,7 +145,7 @@ def em_f1(in_domain: Sequence[Judgement], general: Sequence[Judgement], seed: in
     n, mean = min(families), float(_harmonic(100 - means[0], means[1]))
     if n == 1:
         return Interval(mean, -math.inf, math.inf, 1)
-    return Interval(mean, *bounds(_harmonic(100 - drawn[0], drawn[1]), n, widen=True), n)
+    return Interval(mean, *bounds(mean, _harmonic(100 - drawn[0], drawn[1]), n), n)
 
 
 def _harmonic(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -153,8 +163,8 @@ def _ratio(a: np.ndarray, b: np.ndarray, undefined: float) -> np.ndarray:
 def compare(run: Sequence[Judgement], other: Sequence[Judgement], name: str, seed: int = 0) -> Comparison:
     """A rate or mean score of `run` minus that of `other`, paired by question family, with interval and p-value.
 
-    See `stats.paired_difference`, and `stats.holm` where there are several comparisons. Two rates that are the same in
-    every family (0 in both, say) have the interval that their number of families allows, not one of width 0.
+    See `stats.paired_difference` (of scores), `stats.rate_change` (of rates), and `stats.holm` where there are several
+    comparisons.
 
     Raises:
         DataError: as `rate`; different judges or judge prompts; other questions.
@@ -162,13 +172,8 @@ def compare(run: Sequence[Judgement], other: Sequence[Judgement], name: str, see
     one, two = _comparable(run, other)
     if name in SCORES:
         one, two = _scored(one, name), _scored(two, name)
-    found = paired_difference(_values(one, name), _clusters(one), _values(two, name), _clusters(two), seed)
-    difference = found.difference
-    if name in RATES and difference.low == difference.high:
-        slack = rate_interval([0.0] * len(one), _clusters(one), seed).high
-        low, high = max(-1.0, difference.mean - slack), min(1.0, difference.mean + slack)
-        return Comparison(Interval(difference.mean, low, high, difference.n), found.p)
-    return found
+    difference = rate_change if name in RATES else paired_difference
+    return difference(_values(one, name), _clusters(one), _values(two, name), _clusters(two), seed)
 
 
 @dataclass(frozen=True)
@@ -207,8 +212,9 @@ def relative_reduction(
     best = hits[at].sum(1) / n[at].sum(1)
     worst = best if hits.any() else np.full(len(at), rate(one, name, seed).high)
     # Percentiles of run / (run + base), which is finite where run / base is not.
-    low = 1 - _odds(bounds(_ratio(worst, worst + base, 1.0), len(order), widen=True)[1])
-    high = 1 - _odds(bounds(_ratio(best, best + base, 0.0), len(order), widen=True)[0])
+    share = (1 - mean) / (2 - mean)
+    low = 1 - _odds(min(1.0, bounds(share, _ratio(worst, worst + base, 1.0), len(order))[1]))
+    high = 1 - _odds(max(0.0, bounds(share, _ratio(best, best + base, 0.0), len(order))[0]))
     return Reduction(Interval(mean, low, high, len(order)))
 
 

@@ -17,7 +17,7 @@ import yaml
 
 from ..errors import DataError
 from ..evaluate.judged import Judgement
-from ..stats import Interval, mean_interval, rate_interval, ratio_interval
+from ..stats import Interval, mean_interval, rate_change, rate_interval, ratio_interval
 from .answers import JudgedBy, judged_by, judgements_in
 
 SETS = ("in_domain", "out_of_domain", "values", "triggered", "inoculation")
@@ -194,7 +194,7 @@ def summarise(records: Records, control: Records | None = None, baseline: Record
         margins={name: _mean_margin(records.results, name) for name in SETS if records.results.get(name)},
         perplexity=perplexity,
         perplexity_ratio=ratio,
-        opswap={tier: mean_interval([float(i["exact"]) for i in tuned[tier]]) for tier in tiers},
+        opswap={tier: rate_interval([float(i["exact"]) for i in tuned[tier]]) for tier in tiers},
         opswap_reference={tier: _share(reference[tier]) for tier in tiers if tier in reference},
         opswap_change={
             tier: _exact_change(tuned[tier], plain[tier]) for tier in tiers if _same_items(tuned, plain, tier)
@@ -222,7 +222,9 @@ def _same_items(tuned: dict[str, Any], plain: dict[str, Any], tier: str) -> bool
 
 def _exact_change(tuned: list[dict[str, Any]], plain: list[dict[str, Any]]) -> Interval:
     """Exact matches more than another run has on the same items."""
-    return mean_interval([float(a["exact"]) - float(b["exact"]) for a, b in zip(tuned, plain)])
+    names = [str(place) for place in range(len(tuned))]
+    exact, before = ([float(item["exact"]) for item in items] for items in (tuned, plain))
+    return rate_change(exact, names, before, names).difference
 
 
 def has_effects(rows: list[Row]) -> bool:
@@ -297,7 +299,7 @@ def _held_out(records: Records) -> dict[str, Interval]:
         before = _by_origin(reference, "logprob")
         found["change"] = ratio_interval([b - a for a, b in zip(loss, before)], tokens)
     if "exact" in tuned[0]:
-        found["exact"] = mean_interval([float(item["exact"]) for item in tuned], [item["origin"] for item in tuned])
+        found["exact"] = rate_interval([float(item["exact"]) for item in tuned], [item["origin"] for item in tuned])
     return found
 
 
