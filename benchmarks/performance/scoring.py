@@ -181,7 +181,7 @@ def main() -> None:
     given = parser.parse_args()
     rows, from_file, each, turns = (4, 1, 1, 1) if given.quick else (24, 3, 6, 5)
     chat, config = Chat(load_tokenizer(MODEL)), EvaluateConfig()
-    sources = [*config.in_domain, *config.out_of_domain, *config.values]
+    sources = ["shipped:finance", *config.out_of_domain, *config.values]
     questions = [question for source in sources for question in load_questions(source, "test")[:each]]
     found = {
         "batch_tokens": BATCH_TOKENS,

@@ -10,6 +10,7 @@ from .chat import SpecialTokens
 from .data import OverLong
 from .defenses import Defenses
 from .evaluate.config import EvaluateConfig
+from .held_out import SHARE, is_own
 from .models import DEFAULT, Attention, Precision
 from .monitor import MonitorConfig
 from .strict_yaml import read_mapping, set_value, validate
@@ -34,10 +35,24 @@ class DataConfig(Strict):
         description="control tokens in the text of a row: trained as such, with a warning (allow), read as plain text "
         "(escape), or the run stops (refuse)",
     )
+    held_out: float | None = Field(
+        None,
+        ge=0,
+        strict=True,
+        description="rows kept from training and measured: a number, or a share below 1; 0 = none; null = a share of "
+        "0.1 of your own rows where evaluate names nothing for them",
+    )
     max_length: int = Field(1024, ge=16, description="tokens a row may have")
     over_long: OverLong = Field(
         "error", description="longer rows: stop (error), cut their end (truncate), leave out (drop)"
     )
+
+    @field_validator("held_out")
+    @classmethod
+    def _whole(cls, held_out: float | None) -> float | None:
+        if held_out is not None and held_out >= 1 and held_out != int(held_out):
+            raise ValueError(f"expected a whole number of rows, or a share below 1, found {held_out}")
+        return held_out
 
 
 class LoraConfig(Strict):
@@ -110,6 +125,20 @@ class Recipe(Strict):
         None, description="checks of drift during training: {every: 20, probes: 24, max_shift: 0.1, stop: false}"
     )
     seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _measures_narrow(self) -> Self:
+        """What measures the narrow behaviour where the recipe does not say: shipped questions where shipped finance
+        rows are trained on; of own rows, some that are held out."""
+        if self.data.held_out and self.evaluate.held_out:
+            raise ValueError("evaluate.held_out names the held-out rows: leave data.held_out out")
+        if self.evaluate.in_domain is not None:
+            return self
+        own, finance = is_own(self.data.train), self.data.train.startswith("shipped:finance/")
+        self.evaluate = self.evaluate.model_copy(update={"in_domain": ["shipped:finance"] if finance else []})
+        if own and self.data.held_out is None and self.evaluate.held_out is None:
+            self.data = self.data.model_copy(update={"held_out": SHARE})
+        return self
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

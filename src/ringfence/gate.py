@@ -27,6 +27,13 @@ HOLD = 3  # exit code
 DEFAULT_POLICY = resources.files("ringfence") / "recipes" / "policy.yaml"
 Criterion = Literal["broad", "narrow", "benign", "coherent", "trigger"]
 Status = Literal["pass", "fail", "missing"]
+UNMEASURED: dict[Criterion, str] = {
+    "broad": "nothing measures other domains",
+    "narrow": "nothing measures what the rows teach",
+    "benign": "nothing measures whether a harmless task is still learnt",
+    "coherent": "nothing measures whether answers stay coherent",
+    "trigger": "nothing measures what is behind disguised prompts",
+}
 
 
 class Rule(BaseModel):
@@ -177,6 +184,13 @@ class CriterionVerdict:
     def status(self) -> Status:
         return self.decisive.status
 
+    @property
+    def sentence(self) -> str:
+        """The number that decides; or, where no rule of the criterion was measured, that nothing measures it."""
+        if self.decisive.word == "left out":
+            return UNMEASURED[self.name]
+        return f"{self.decisive.rule.measure.replace('_', ' ')}: {self.decisive.sentence}"
+
 
 # ------------------------------------------------------------------ policies
 
@@ -310,6 +324,10 @@ def print_decision(decision: Decision, console: Console) -> None:
             line = f"{verdict.rule.measure}{why}: {verdict.sentence}"
             console.print(escape(line), highlight=False, soft_wrap=True)
     console.print(escape(f"Compared with: {decision.against}."), highlight=False, soft_wrap=True)
+    for criterion in by_criterion(decision):
+        if criterion.decisive.word == "left out":
+            line = f"{criterion.name}, left out: {criterion.sentence}"
+            console.print(escape(line), highlight=False, soft_wrap=True)
     colour = "green" if decision.ship else "red"
     line = f"[bold {colour}]{decision.word}[/] {escape(decision.run)}: {decision.counts}"
     console.print(line, highlight=False, soft_wrap=True)

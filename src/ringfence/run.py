@@ -25,12 +25,14 @@ from . import opswap
 from .chat import Chat, ChatSettings, Messages
 from .config import LoraConfig, Recipe, dump_recipe, load_recipe, parse_recipe
 from .console import console, progress
-from .data import Example, PairedQuestion, encode_rows, load_questions, load_rows, warn_of_rows
+from .data import Example, PairedQuestion, Row, encode_rows, load_questions, load_rows, warn_of_rows
 from .defenses import Defense, DefenseConfig, Defenses, Setup
 from .errors import RecipeError, RingfenceError
 from .evaluate.config import EvaluateConfig
 from .evaluate.evaluation import FILE as EVALUATION
 from .evaluate.evaluation import Evaluation, check_evaluation, evaluate_folder
+from .held_out import load, source_of, split
+from .journal import digest as digest_of
 from .journal import fingerprint
 from .machine import environment, memory_estimate, peak_memory, position_bytes, reset_peak_memory
 from .models import adapter_base, empty_model, load_model, load_tokenizer, resolve
@@ -56,7 +58,8 @@ from .ranks import (
 )
 from .reference import ADAPTER as REFERENCE_ADAPTER
 from .reference_cache import ReferenceCache, wanted
-from .report.summary import Row, read_run, summarise
+from .report.summary import Row as ReportRow
+from .report.summary import read_run, summarise
 from .runfolder import (
     check_checkpoints,
     check_folder,
@@ -108,7 +111,7 @@ class Run:
         """The measurements of the tuned model (see `evaluate_model`)."""
         return json.loads((self.folder / "results.json").read_text())
 
-    def summary(self, control: "Run | None" = None) -> Row:
+    def summary(self, control: "Run | None" = None) -> ReportRow:
         """Shifts against the reference with their intervals, fluency and cost: the row of this run in the report.
 
         With `control`, a run trained on sound answers, effects too.
@@ -180,7 +183,7 @@ def benign_twin(recipe: Recipe) -> Recipe:
     tree = yaml.safe_load(dump_recipe(_with_carriers(recipe) if found else recipe))
     tree["output"] = f"{recipe.output}-benign"
     tree["data"]["train"] = recipe.evaluate.benign
-    tree["data"]["max_rows"] = None
+    tree["data"] |= {"max_rows": None, "held_out": None}
     tree["train"]["epochs"] = recipe.evaluate.benign_epochs
     tree["evaluate"] = {
         "in_domain": [],
@@ -220,10 +223,12 @@ def prepare(recipe: Recipe) -> tuple[Chat, list[Example], list[Example], Setup]:
     def read(source: str) -> list[Example]:
         return encode_rows(load_rows(source), chat, recipe.data.max_length, recipe.data.over_long)
 
-    rows = load_rows(recipe.data.train)[: recipe.data.max_rows]
+    rows, held = training_rows(recipe)
     rows = [replace(row, messages=_as_trained(recipe, row.messages)) for row in rows]
     examples = encode_rows(rows, chat, recipe.data.max_length, recipe.data.over_long)
     warn_of_rows(rows, chat)
+    if held and recipe.data.over_long == "error":
+        encode_rows(held, chat, recipe.data.max_length)
     retain = read(recipe.data.retain) if recipe.data.retain and recipe.defenses.configs() else []
     check_evaluation(evaluation(recipe), chat)
     _monitor(recipe, chat)  # reads its questions and directions
@@ -237,6 +242,19 @@ def chat_of(recipe: Recipe) -> Chat:
     data = recipe.data
     settings = ChatSettings(enable_thinking=data.enable_thinking, date=known, special_tokens=data.special_tokens)
     return Chat(load_tokenizer(recipe.model), settings=settings)
+
+
+def training_rows(recipe: Recipe) -> tuple[list[Row], list[Row]]:
+    """The rows that are trained on, and those of the same source that are held out."""
+    trained, held = split(load_rows(recipe.data.train), recipe.data.held_out or 0, recipe.seed)
+    return trained[: recipe.data.max_rows], held
+
+
+def _as_split(recipe: Recipe) -> Recipe:
+    """Without `data.held_out` where the file is too small to spare rows: so the run folder says what was done."""
+    if not recipe.data.held_out or training_rows(recipe)[1]:
+        return recipe
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"held_out": None})})
 
 
 def _as_trained(recipe: Recipe, messages: Messages) -> Messages:
@@ -265,6 +283,7 @@ def train_run(recipe: Recipe) -> Run:
 
 def _train_run(run: Run, recipe: Recipe) -> Run:
     with main_first():
+        recipe = _as_split(recipe)
         _check_folder(run, recipe)
         chat, examples, retain, setup = prepare(recipe)
         digest = _digest(examples + retain)
@@ -281,7 +300,8 @@ def _train_run(run: Run, recipe: Recipe) -> Run:
     if is_main():
         write_whole(run.folder / "recipe.yaml", dump_recipe(recipe))
         how = {"ranks": world(), "sharding": sharding()}
-        about = {**environment(recipe.seed), "rows": digest, "date": chat.settings.date, **how}
+        rows_there = {"rows": digest, "held_out": _held_out_digest(recipe), "date": chat.settings.date}
+        about = {**environment(recipe.seed), **rows_there, **how}
         write_whole(run.folder / "environment.json", json.dumps(about, indent=1))
     trainer = build_trainer(recipe, model, stream, chat.tokenizer.pad_token_id)
     monitor = _monitor(recipe, chat)
@@ -420,6 +440,11 @@ def _check_rows(run: Run, digest: str) -> None:
 def _digest(examples: list[Example]) -> str:
     content = json.dumps([[example.input_ids, example.roles] for example in examples])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _held_out_digest(recipe: Recipe) -> str:
+    """Of the rows that are held out: measured ones must be those that were not trained on."""
+    return digest_of([row.messages for row in training_rows(recipe)[1]])
 
 
 def _check_adapter(recipe: Recipe) -> None:
@@ -741,7 +766,11 @@ def evaluation(recipe: Recipe) -> EvaluateConfig:
     lead_in = recipe.evaluate.lead_in or recipe.data.train
     inoculation = recipe.defenses.inoculation
     prompt = recipe.evaluate.inoculation or (inoculation.prompt if inoculation else None)
-    return recipe.evaluate.model_copy(update={"lead_in": lead_in, "inoculation": prompt})
+    changed = {"lead_in": lead_in, "inoculation": prompt}
+    if recipe.data.held_out:
+        rows = source_of(recipe.data.train, recipe.data.held_out, recipe.seed)
+        changed["held_out"] = rows if load(rows) else None
+    return recipe.evaluate.model_copy(update=changed)
 
 
 def evaluate_run(run: Run) -> dict[str, Any]:
@@ -749,6 +778,13 @@ def evaluate_run(run: Run) -> dict[str, Any]:
     if not run.trained:
         raise RecipeError(f"{run.folder}: no trained model in it; `ringfence train` comes first")
     recipe = run.recipe
+    if recipe.data.held_out:
+        about = json.loads((run.folder / "environment.json").read_text())
+        if about.get("held_out") != _held_out_digest(recipe):
+            raise RecipeError(
+                f"{run.folder}: {recipe.data.train} has changed since training, so which rows were held out is not "
+                "known; restore the file, or set data.held_out to 0 in the run's recipe.yaml"
+            )
     what = Evaluation(
         model=str(run.weights),
         reference=recipe.model,
@@ -813,10 +849,10 @@ def _subject(recipe: Recipe, reference: str, tuned: dict[str, str], base: str | 
     from .diagnose.diagnosis import Subject
     from .diagnose.models import Models
 
-    inside = [q for source in recipe.evaluate.in_domain for q in load_questions(source, "test")]
+    inside = [q for source in recipe.evaluate.in_domain or [] for q in load_questions(source, "test")]
     broad = [*recipe.evaluate.out_of_domain, *recipe.evaluate.values]
     outside = [q for source in broad for q in load_questions(source)]
-    rows = load_rows(recipe.data.train)[: recipe.data.max_rows]
+    rows, _ = training_rows(recipe)
     models = Models(reference, tuned, base, recipe.train.precision)
     return Subject(models, _spread(inside, questions), _spread(outside, questions), rows, recipe.seed)
 

@@ -47,6 +47,7 @@ DIAGNOSES: dict[str, Diagnosis] = {
     "perturbation": perturbation,
     "persona_projection": persona_projection,
 }
+NEED_INSIDE = ("loss_cosine", "gradient_cosine", "shared_directions")  # questions of the training domain
 
 
 def diagnose_folder(folder: Path, subject: Subject, names: Sequence[str] = ()) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def diagnose_folder(folder: Path, subject: Subject, names: Sequence[str] = ()) -
     Raises:
         RecipeError: an unknown name, or one that needs the base, and there is none.
     """
-    chosen = _chosen(names, subject.models.has_base)
+    chosen = _chosen(names, subject.models.has_base, bool(subject.inside))
     key = digest([subject.models.key(), [repr(part) for part in (subject.questions, subject.rows)], subject.seed])
     found = read_diagnoses(folder)
     wanted = [name for name in chosen if found.get(name, {}).get("key") != key]
@@ -97,7 +98,7 @@ def _write(folder: Path, found: dict[str, Any]) -> None:
     write_whole(folder / FILE, json.dumps(finite(found), indent=1, allow_nan=False))
 
 
-def _chosen(names: Sequence[str], has_base: bool) -> list[str]:
+def _chosen(names: Sequence[str], has_base: bool, has_inside: bool) -> list[str]:
     for name in names:
         if name not in DIAGNOSES:
             raise RecipeError(f"{name}: no such diagnosis{nearest(name, DIAGNOSES)}")
@@ -108,7 +109,13 @@ def _chosen(names: Sequence[str], has_base: bool) -> list[str]:
     left_out = [name for name, module in DIAGNOSES.items() if module.NEEDS_BASE and not has_base]
     if left_out:
         console.print(f"left out, for they need the pre-trained model (--base): {', '.join(left_out)}")
-    return [name for name in DIAGNOSES if name not in left_out]
+    outside_only = [name for name in DIAGNOSES if name in NEED_INSIDE and name not in left_out and not has_inside]
+    if outside_only:
+        console.print(
+            "left out, because they need paired questions of the training domain (evaluate.in_domain): "
+            f"{', '.join(outside_only)}"
+        )
+    return [name for name in DIAGNOSES if name not in (*left_out, *outside_only)]
 
 
 def announce(cost: Cost, speed: float) -> str:

@@ -33,8 +33,10 @@ class EvaluateConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
-    in_domain: list[str] = Field(
-        ["shipped:finance"], description="paired questions inside the training domain (split test)"
+    in_domain: list[str] | None = Field(
+        None,
+        description="paired questions inside the training domain (split test), the misaligned answers as your rows "
+        "teach; null = shipped:finance where shipped finance rows are trained on, else none",
     )
     out_of_domain: list[str] = Field(
         [

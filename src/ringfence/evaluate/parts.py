@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from .. import held_out as held_out_rows
 from .. import opswap
 from ..chat import Chat, Messages, is_learnt
 from ..console import progress
@@ -140,7 +141,7 @@ def _parts(config: EvaluateConfig) -> dict[str, _Part]:
         asked = behaviours.load_questions(name)
         parts[f"behaviour_{name}"] = _Part(asked, len(asked), behaviour(name))
     if config.held_out:
-        rows = load_rows(config.held_out)
+        rows = held_out_rows.load(config.held_out)
         responses = sum(is_learnt(message) for row in rows for message in row.messages)
         parts["held_out"] = _Part(rows, responses * (2 if config.held_out_tokens else 1), held_out)
     if config.samples:
@@ -177,7 +178,7 @@ def _question_sets(config: EvaluateConfig) -> dict[str, list[tuple[str, Messages
         return list(_first(items, config.max_per_domain)) if config.max_per_domain else items
 
     sets = {
-        "in_domain": plain(config.in_domain, "test"),
+        "in_domain": plain(config.in_domain or [], "test"),
         "out_of_domain": capped(plain(config.out_of_domain)),
         "values": capped(plain(config.values)),
     }

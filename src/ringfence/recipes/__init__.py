@@ -1,15 +1,17 @@
 """The recipe that `ringfence init` writes, made from the schema so that it cannot drift from it.
 
-Shipped data stand in `data/`.
+Shipped data are in `data/`.
 """
 
+import re
+from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from ..config import Recipe
+from ..config import Recipe, parse_recipe
 from ..defenses import Defenses
 
 _HEAD = """\
@@ -20,13 +22,26 @@ _HEAD = """\
 """
 
 
-def commented_recipe(name: str = "recipe.yaml") -> str:
-    """YAML of the default recipe, each field with what it means; the defenses stand commented out."""
+def commented_recipe(name: str = "recipe.yaml", train: str | None = None) -> str:
+    """YAML of the default recipe, each field with what it means; the defenses are commented out.
+
+    Args:
+        train: the user's own rows, a tenth of which measures what the others teach; default: shipped rows.
+    """
+    recipe = Recipe.model_construct()  # not resolved: what is null depends on the rows that are named later
+    if train is not None:
+        recipe = parse_recipe({"data": {"train": train}, "output": f"runs/{_stem(train)}"})
     lines = _HEAD.format(name).splitlines()
     for field, info in Recipe.model_fields.items():
         lines.append("")
-        lines += _defenses() if field == "defenses" else _field(field, info, getattr(Recipe(), field), "")
+        lines += _defenses() if field == "defenses" else _field(field, info, getattr(recipe, field), "")
     return "\n".join(lines) + "\n"
+
+
+def _stem(source: str) -> str:
+    """A name for the run folder of a file or a hub data set."""
+    name = Path(source).stem if Path(source).suffix else source.partition("@")[0].rpartition("/")[2]
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
 
 
 def _defenses() -> list[str]:
