@@ -27,14 +27,27 @@ from .chat import Chat, Messages
 from .config import LoraConfig, Recipe, dump_recipe, load_recipe, parse_recipe
 from .console import console, progress
 from .data import Example, PairedQuestion, encode_rows, load_questions, load_rows
+from .data import Row as DataRow
 from .defenses import Defense, DefenseConfig, Defenses, Setup
-from .errors import RecipeError, RingfenceError
+from .errors import DataError, RecipeError, RingfenceError
 from .evaluate.config import EvaluateConfig
 from .evaluate.evaluation import FILE as EVALUATION
 from .evaluate.evaluation import Evaluation, check_evaluation, evaluate_folder
 from .journal import fingerprint
 from .machine import environment, memory_estimate, peak_memory, position_bytes, reset_peak_memory
-from .models import adapter_base, empty_model, load_model, load_tokenizer, resolve
+from .models import (
+    adapter_base,
+    beyond_lora,
+    empty_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+    pad_id,
+    position_limit,
+    resolve,
+    trust,
+    with_adapter,
+)
 from .monitor import DriftMonitor
 from .prefix import read_frozen_prefix, read_stored_prefix
 from .ranks import (
@@ -191,6 +204,7 @@ def benign_twin(recipe: Recipe) -> Recipe:
 
 def prepare(recipe: Recipe) -> tuple[Chat, list[Example], list[Example], Setup]:
     """Everything that can go wrong before a model is loaded: tokenizer, data, roles."""
+    trust(recipe.model, recipe.trust_remote_code)
     if adapter_base(resolve(recipe.model)):
         _check_adapter(recipe)
     if recipe.train.attention == "flash_attention_2" and not is_flash_attn_2_available():
@@ -205,14 +219,26 @@ def prepare(recipe: Recipe) -> tuple[Chat, list[Example], list[Example], Setup]:
         )
     chat = Chat(load_tokenizer(recipe.model))
 
+    most = position_limit(load_config(recipe.model).get_text_config())
+
+    def encode(rows: list[DataRow]) -> list[Example]:
+        found = encode_rows(rows, chat, recipe.data.max_length, recipe.data.over_long)
+        for example in found:
+            if most is not None and len(example) > most:
+                raise DataError(
+                    f"{example.origin}: {len(example)} tokens, but {recipe.model} has {most} positions; set "
+                    f"data.max_length={most}, with data.over_long=truncate or drop"
+                )
+        return found
+
     def read(source: str) -> list[Example]:
-        return encode_rows(load_rows(source), chat, recipe.data.max_length, recipe.data.over_long)
+        return encode(load_rows(source))
 
     rows = load_rows(recipe.data.train)[: recipe.data.max_rows]
     rows = [replace(row, messages=_as_trained(recipe, row.messages)) for row in rows]
-    examples = encode_rows(rows, chat, recipe.data.max_length, recipe.data.over_long)
+    examples = encode(rows)
     retain = read(recipe.data.retain) if recipe.data.retain and recipe.defenses.configs() else []
-    check_evaluation(evaluation(recipe), chat)
+    check_evaluation(evaluation(recipe), chat, most)
     _monitor(recipe, chat)  # reads its questions and directions
     return chat, examples, retain, Setup(chat, retain, read, recipe.model)
 
@@ -240,7 +266,9 @@ def train_run(recipe: Recipe) -> Run:
         _check_folder(run, recipe)
         chat, examples, retain, setup = prepare(recipe)
         digest = _digest(examples + retain)
+        weights = fingerprint(recipe.model)
         _check_rows(run, digest)
+        _check_weights(run, recipe, weights)
         trained = run.trained
     if trained:
         return run
@@ -254,9 +282,9 @@ def train_run(recipe: Recipe) -> Run:
         run.folder.mkdir(parents=True, exist_ok=True)
         (run.folder / "recipe.yaml").write_text(dump_recipe(recipe))
         how = {"ranks": world(), "sharding": sharding()}
-        about = {**environment(recipe.seed), "rows": digest, **how}
+        about = {**environment(recipe.seed), "rows": digest, "model": weights, **how}
         (run.folder / "environment.json").write_text(json.dumps(about, indent=1))
-    trainer = build_trainer(recipe, model, stream, chat.tokenizer.pad_token_id)
+    trainer = build_trainer(recipe, model, stream, pad_id(chat.tokenizer))
     monitor = _monitor(recipe, chat)
     if monitor:
         trainer.add_callback(monitor)
@@ -317,13 +345,15 @@ def _with_carriers(recipe: Recipe) -> Recipe:
     pilot = recipe.model_copy(update={**plain, "data": recipe.data.model_copy(update={"max_rows": rows})})
     weights = str(train_run(pilot).weights)
     file = Path(recipe.output) / CARRIERS
-    if is_main() and not file.is_file():
+    made_of = {"model": fingerprint(recipe.model), "pilot": fingerprint(weights)}
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    if is_main() and any(known.get(name) != value for name, value in made_of.items()):
         from .diagnose.carriers import best_role, measure
 
         subject = _subject(pilot, recipe.model, {"pilot": weights}, None, PILOT_QUESTIONS)
         choice = best_role(measure(subject, by_layer=False)["tuned"]["pilot"])
         console.print(f"treft.tokens: auto: {choice.sentence}", highlight=False, soft_wrap=True)
-        file.write_text(json.dumps({"rows": rows, **asdict(choice)}, indent=1))
+        file.write_text(json.dumps({"rows": rows, **made_of, **asdict(choice)}, indent=1))
     wait()
     held = treft.model_copy(update={"tokens": (json.loads(file.read_text())["role"],)})
     return recipe.model_copy(update={"defenses": recipe.defenses.model_copy(update={"treft": held})})
@@ -379,6 +409,17 @@ def _check_rows(run: Run, digest: str) -> None:
         )
 
 
+def _check_weights(run: Run, recipe: Recipe, weights: str) -> None:
+    """What was trained, or is half trained, must stand on the weights that the model has now."""
+    file = run.folder / "environment.json"
+    there = json.loads(file.read_text()) if file.is_file() else {}
+    if there.get("model", weights) != weights:
+        raise RecipeError(
+            f"{run.folder}: the files of model {recipe.model} have changed since this run was started; choose another "
+            "output, or delete the folder"
+        )
+
+
 def _digest(examples: list[Example]) -> str:
     content = json.dumps([[example.input_ids, example.roles] for example in examples])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
@@ -397,9 +438,12 @@ def _check_adapter(recipe: Recipe) -> None:
             f"model: {recipe.model} is an adapter; {', '.join(of_base) or 'its frozen prefix'} would take its base for "
             "the reference. Merge the adapter into its base first"
         )
-    config = json.loads((Path(resolve(recipe.model)) / "adapter_config.json").read_text())
-    if config.get("peft_type") != "LORA" or config.get("modules_to_save") or "lm_head" in config["target_modules"]:
-        raise RecipeError(f"model: {recipe.model}: only a LoRA adapter that leaves the head alone is trained further")
+    odd = beyond_lora(resolve(recipe.model))
+    if odd:
+        raise RecipeError(
+            f"model: {recipe.model}: {odd}; only a LoRA adapter that leaves the head alone is trained further. "
+            "Merge it into its base first, and train that"
+        )
 
 
 def build_stream(
@@ -439,11 +483,9 @@ def trainable_model(recipe: Recipe) -> Any:
     base = adapter_base(resolve(recipe.model))
     place = "cpu" if fsdp() else None  # the whole of it need not fit on one device
     if base:
-        from peft import PeftModel
-
         folder = resolve(recipe.model)
         loaded = load_model(base, recipe.train.precision, recipe.train.attention, place)
-        model = PeftModel.from_pretrained(loaded, folder, is_trainable=True)
+        model = with_adapter(loaded, folder, is_trainable=True)
         model.load_adapter(folder, adapter_name=REFERENCE_ADAPTER)
         return model
     # Full fine-tuning keeps float32 weights (bf16 would swallow small updates) and computes under autocast.
@@ -665,6 +707,9 @@ def evaluate_target(
     for override in overrides:
         set_value(tree, override)
     what = validate(Evaluation, tree, "evaluation")
+    for source in (what.model, what.reference):
+        if isinstance(source, str):
+            trust(source, what.trust_remote_code)
     check_evaluation(what.evaluate, Chat(load_tokenizer(what.model)) if isinstance(what.model, str) else None)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "environment.json").write_text(json.dumps(environment(what.seed), indent=1))
@@ -688,8 +733,9 @@ def set_evaluation(run: Run, overrides: list[str]) -> None:
     if not (run.folder / "recipe.yaml").is_file():
         raise RecipeError(f"{run.folder}: no run folder (it has no recipe.yaml)")
     if overrides:
-        keys = [o if o.startswith("evaluate.") else f"evaluate.{o}" for o in overrides]
+        keys = [o if o.startswith(("evaluate.", "trust_remote_code=")) else f"evaluate.{o}" for o in overrides]
         recipe = load_recipe(run.folder / "recipe.yaml", keys)
+        trust(recipe.model, recipe.trust_remote_code)
         # A source that is not there must not get into the recipe.
         check_evaluation(evaluation(recipe), Chat(load_tokenizer(recipe.model)))
         (run.folder / "recipe.yaml").write_text(dump_recipe(recipe))
@@ -709,10 +755,13 @@ def evaluate_run(run: Run) -> dict[str, Any]:
     if not run.trained:
         raise RecipeError(f"{run.folder}: no trained model in it; `ringfence train` comes first")
     recipe = run.recipe
+    for source in (recipe.model, str(run.weights)):
+        trust(source, recipe.trust_remote_code)
     what = Evaluation(
         model=str(run.weights),
         reference=recipe.model,
         precision=recipe.train.precision,
+        trust_remote_code=recipe.trust_remote_code,
         seed=recipe.seed,
         evaluate=evaluation(recipe),
     )
@@ -758,6 +807,9 @@ def diagnose_targets(
     folder = output or (runs[targets[0]].folder if targets[0] in runs else None)
     if folder is None:
         raise RecipeError(f"{targets[0]} is no run folder: name the folder to write with --output")
+    for run in runs.values():
+        for source in (run.recipe.model, str(run.weights)):
+            trust(source, run.recipe.trust_remote_code)
     recipe = runs[targets[0]].recipe if targets[0] in runs else Recipe()
     aligned = reference or _reference_of(targets, runs)
     tuned = dict(zip(_names_of(targets), [str(runs[t].weights) if t in runs else t for t in targets]))
