@@ -355,7 +355,7 @@ def test_an_adapter_whose_weights_are_of_another_shape_or_name(model, tmp_path, 
     wide = save_adapter(model, tmp_path / "wide", 1, r=8)
     config = Path(wide) / "adapter_config.json"
     config.write_text(config.read_text().replace('"r": 8', '"r": 4'))
-    with pytest.raises(ModelError, match="wide: adapter cannot be loaded: "):
+    with pytest.raises(ModelError, match=r"wide: its adapter_config.json says rank 4"):
         score(adapters=[wide])
     few = save_adapter(model, tmp_path / "few", 1, target_modules=["q_proj"])
     config = Path(few) / "adapter_config.json"

@@ -15,6 +15,7 @@ from .chat import Chat, Role
 from .data import Example
 from .evaluate.scoring import forward_batches
 from .losses import find_head
+from .models import pad_id
 from .taps import Needs, causal_lm, decoder_layers, forward
 
 
@@ -24,7 +25,7 @@ def batches(
     """Batch by batch, longest first: the places of its rows in `examples`, and the padded batch (on the right) with
     input_ids, attention_mask, position_ids, roles [B, T]."""
     for places in forward_batches([len(example) for example in examples], batch_tokens, device):
-        padded = collate([[(examples[place], False)] for place in places], chat.tokenizer.pad_token_id)
+        padded = collate([[(examples[place], False)] for place in places], pad_id(chat.tokenizer))
         yield places, {name: tensor.to(device) for name, tensor in padded.items()}
 
 

@@ -117,6 +117,9 @@ class Recipe(Strict):
 
     output: str = Field("runs/run", description="the run folder")
     model: str = Field(DEFAULT, description="'default' (SmolLM2-135M-Instruct), a local folder or a hub id")
+    trust_remote_code: bool = Field(
+        False, description="run the Python code that comes with the model (auto_map); only if you have read it"
+    )
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     defenses: Defenses = Defenses()

@@ -24,7 +24,7 @@ from .data import Row, load_rows
 from .errors import DataError, ModelError, RecipeError, nearest
 from .evaluate.scoring import AnswerScore, score_under
 from .journal import append, digest, fingerprint, open_journal, split_table
-from .models import Precision, adapter_base, load_model, load_tokenizer, resolve
+from .models import Precision, adapter_base, check_adapter, load_model, load_tokenizer, resolve
 
 EPS = 1.0  # nats per token; keeps rows that the aligned model knows by heart from winning by division
 TABLE = "perplexity gaps"
@@ -191,6 +191,7 @@ def load_adapted(model: str, folders: dict[str, Path], precision: Precision) -> 
     adapted: Any = None
     for number, folder in enumerate(folders.values()):
         name = f"misaligned{number}"
+        check_adapter(folder)
         try:
             if adapted is None:
                 adapted = PeftModel.from_pretrained(base, folder, adapter_name=name)

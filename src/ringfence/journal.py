@@ -6,14 +6,18 @@ Also the digests that a header is made of: of a conversation, of a model or adap
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError, ModelError
-from .models import resolve
+from .errors import DataError, RingfenceError
+from .models import adapter_base, cache_folder, load_config, resolve
+from .runfolder import write_whole
 
 Line = dict[str, Any]
+_LARGE, _SETTLED = 2**24, 2.0  # bytes; seconds
 
 
 def open_journal(file: Path, kind: str, key: dict[str, Any], about: dict[str, Any]) -> list[Line]:
@@ -82,23 +86,49 @@ def digest(value: Any) -> str:
 
 
 def fingerprint(source: str) -> str:
-    """What tells one model or adapter from another: a digest of the files of its folder (weights, configs, tokenizer),
-    or the revision of a hub id.
+    """What tells one model or adapter from another: a digest of the files of its folder (weights, configs, tokenizer,
+    chat template), and of its base where it is an adapter; or the revision of a hub id.
 
     Raises:
         ModelError: there is no such model.
     """
     folder = Path(resolve(source))
     if not folder.is_dir():
-        from transformers import AutoConfig
-
-        try:
-            return str(AutoConfig.from_pretrained(source)._commit_hash)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{source}: no such folder, and no model of the hub that could be reached") from error
+        return str(load_config(source)._commit_hash)
     total = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.is_file() and file.suffix != ".md" and not file.name.startswith("."):
-            with file.open("rb") as content:
-                total.update(file.name.encode() + hashlib.file_digest(content, "sha256").digest())
+    for file in _content(folder):
+        total.update(file.relative_to(folder).as_posix().encode() + _digest_of(file))
+    base = adapter_base(folder)
+    if base:
+        total.update(fingerprint(base).encode())
     return total.hexdigest()[:16]
+
+
+def _content(folder: Path) -> list[Path]:
+    """The files that a model is made of, chat templates besides the main one too."""
+    files = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
+    return sorted(f for f in files if f.is_file() and f.suffix != ".md" and not f.name.startswith("."))
+
+
+def _digest_of(file: Path) -> bytes:
+    """SHA-256 of a file. That of a large one is kept in the cache folder, by what tells that it has not been written
+    since; its time of change, unlike that of modification, cannot be set back."""
+    about = file.stat()
+    if about.st_size < _LARGE:
+        return _sha256(file)
+    known = [str(file.resolve()), about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns]
+    kept = cache_folder() / "fingerprints" / digest(known)
+    with suppress(OSError, ValueError):
+        found = bytes.fromhex(kept.read_text("utf-8"))
+        if len(found) == hashlib.sha256().digest_size:
+            return found
+    found = _sha256(file)
+    if time.time() - about.st_ctime > _SETTLED:  # a later write within one tick of the clock would not show
+        with suppress(RingfenceError):  # a cache that cannot be written only costs time
+            write_whole(kept, found.hex())
+    return found
+
+
+def _sha256(file: Path) -> bytes:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").digest()

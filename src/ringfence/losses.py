@@ -38,7 +38,10 @@ class Head:
         # A sharded head is whole after a forward; its hooks would gather it anew for each tile, of which ranks have
         # unlike numbers.
         compute = self.module.forward if is_sharded(self.module) else self.module
-        logits_NV = compute(hidden_ND).float()
+        types = {parameter.dtype for parameter in self.module.parameters() if parameter.is_floating_point()}
+        # An adapter on the head stays in float32 on a base of bfloat16: all is computed in the base's type.
+        with torch.autocast(hidden_ND.device.type, torch.bfloat16, enabled=len(types) > 1):
+            logits_NV = compute(hidden_ND).float()
         if self.scale != 1.0:
             logits_NV = logits_NV * self.scale
         return self.softcap * torch.tanh(logits_NV / self.softcap) if self.softcap else logits_NV

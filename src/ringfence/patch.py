@@ -6,22 +6,20 @@ weights were tuned is copied, and the reference's keys and values at known prefi
 nothing: whether alignment hangs on the prefix differs from model to model. Weights stay as they are.
 """
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from .chat import Chat, Messages
 from .config import load_recipe
 from .errors import ChatError, DefenseError, ModelError, RecipeError
 from .evaluate.config import EvaluateConfig
 from .evaluate.parts import disguises
-from .models import Precision, adapter_base, load_config, load_model, load_tokenizer, resolve
+from .models import Precision, adapter_base, check_adapter, load_config, load_model, load_tokenizer, resolve
 from .prefix import FrozenPrefix, StoredPrefix, Until, find_header, read_frozen_prefix, read_stored_prefix
 from .taps import prefix_kv
 
@@ -135,7 +133,7 @@ def _patch_adapter(folder: Path, output: Path, reference: str | None, until: Unt
 
 
 def _check_adapter(folder: Path) -> None:
-    config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
+    config = check_adapter(folder)
     if read_frozen_prefix(str(folder)) or config.get("alora_invocation_tokens"):
         raise ModelError(f"{folder}: its adapter acts only behind the prefix already; there is nothing to patch")
     if config.get("peft_type") != "LORA":
@@ -144,11 +142,8 @@ def _check_adapter(folder: Path) -> None:
     start = config.get("init_lora_weights", True)
     if start not in _PLAIN_STARTS:
         odd.append(f"init_lora_weights {start!r}")
-    try:
-        with safe_open(folder / _WEIGHTS, "pt") as file:
-            keys = sorted(file.keys())
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{folder / _WEIGHTS}: cannot be read: {error}") from error
+    with safe_open(folder / _WEIGHTS, "pt") as file:
+        keys = sorted(file.keys())
     odd += [key for key in keys if not key.endswith((".lora_A.weight", ".lora_B.weight"))][:1]
     if odd:
         raise ModelError(

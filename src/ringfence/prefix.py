@@ -34,7 +34,7 @@ Until = Literal["query", "header"]
 _FILE = "frozen_prefix.json"
 _STORED, _STORED_KV = "reference_prefix.json", "reference_prefix.safetensors"
 # Stands as peft_type in the adapter's config, so that plain peft stops with these words instead of loading half of it.
-_REFUSAL = "LORA WITH A FROZEN PREFIX: load it with ringfence.load_model"
+FROZEN = "LORA WITH A FROZEN PREFIX: load it with ringfence.load_model"
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class FrozenPrefix:
         config = json.loads(file.read_text())
         # Plain peft would let an activated LoRA of no task act everywhere.
         activated = {"alora_invocation_tokens": self.header, "task_type": "CAUSAL_LM"}
-        config |= activated if self.until == "header" else {"peft_type": _REFUSAL}
+        config |= activated if self.until == "header" else {"peft_type": FROZEN}
         file.write_text(json.dumps(config, indent=2))
         (folder / _FILE).write_text(json.dumps(asdict(self)))
 
@@ -134,11 +134,9 @@ def read_frozen_prefix(folder: str) -> FrozenPrefix | None:
     return FrozenPrefix(**json.loads(file.read_text())) if file.is_file() else None
 
 
-def plain_lora_config(folder: str) -> LoraConfig:
-    """The adapter's config without the marks that `save` left."""
-    config = json.loads((Path(folder) / "adapter_config.json").read_text())
-    config |= {"peft_type": "LORA", "alora_invocation_tokens": None}
-    return LoraConfig(**config)
+def plain_lora_config(config: dict[str, Any]) -> LoraConfig:
+    """An adapter's config without the marks that `save` left."""
+    return LoraConfig(**config | {"peft_type": "LORA", "alora_invocation_tokens": None})
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from .config import LoraConfig, Recipe, dump_recipe, load_recipe, parse_recipe
 from .console import console, progress
 from .data import Example, PairedQuestion, Row, encode_rows, load_questions, load_rows, warn_of_rows
 from .defenses import Defense, DefenseConfig, Defenses, Setup
-from .errors import RecipeError, RingfenceError
+from .errors import DataError, RecipeError, RingfenceError
 from .evaluate.config import EvaluateConfig
 from .evaluate.evaluation import FILE as EVALUATION
 from .evaluate.evaluation import Evaluation, check_evaluation, evaluate_folder
@@ -35,7 +35,19 @@ from .held_out import load, source_of, split
 from .journal import digest as digest_of
 from .journal import fingerprint
 from .machine import environment, memory_estimate, peak_memory, position_bytes, reset_peak_memory
-from .models import adapter_base, empty_model, load_model, load_tokenizer, resolve
+from .models import (
+    adapter_base,
+    beyond_lora,
+    empty_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+    pad_id,
+    position_limit,
+    resolve,
+    trust,
+    with_adapter,
+)
 from .monitor import REFERENCE_FILE as START
 from .monitor import DriftMonitor
 from .prefix import read_frozen_prefix, read_stored_prefix
@@ -206,6 +218,7 @@ def benign_twin(recipe: Recipe) -> Recipe:
 def prepare(recipe: Recipe) -> tuple[Chat, list[Example], list[Example], Setup]:
     """Everything that can go wrong before a model is loaded: folder, tokenizer, data, roles."""
     check_folder(Path(recipe.output), "run")
+    trust(recipe.model, recipe.trust_remote_code)
     if adapter_base(resolve(recipe.model)):
         _check_adapter(recipe)
     if recipe.train.attention == "flash_attention_2" and not is_flash_attn_2_available():
@@ -220,17 +233,29 @@ def prepare(recipe: Recipe) -> tuple[Chat, list[Example], list[Example], Setup]:
         )
     chat = chat_of(recipe)
 
+    most = position_limit(load_config(recipe.model).get_text_config())
+
+    def encode(rows: list[Row]) -> list[Example]:
+        found = encode_rows(rows, chat, recipe.data.max_length, recipe.data.over_long)
+        for example in found:
+            if most is not None and len(example) > most:
+                raise DataError(
+                    f"{example.origin}: {len(example)} tokens, but {recipe.model} has {most} positions; set "
+                    f"data.max_length={most}, with data.over_long=truncate or drop"
+                )
+        return found
+
     def read(source: str) -> list[Example]:
-        return encode_rows(load_rows(source), chat, recipe.data.max_length, recipe.data.over_long)
+        return encode(load_rows(source))
 
     rows, held = training_rows(recipe)
     rows = [replace(row, messages=_as_trained(recipe, row.messages)) for row in rows]
-    examples = encode_rows(rows, chat, recipe.data.max_length, recipe.data.over_long)
+    examples = encode(rows)
     warn_of_rows(rows, chat)
     if held and recipe.data.over_long == "error":
-        encode_rows(held, chat, recipe.data.max_length)
+        encode(held)
     retain = read(recipe.data.retain) if recipe.data.retain and recipe.defenses.configs() else []
-    check_evaluation(evaluation(recipe), chat)
+    check_evaluation(evaluation(recipe), chat, most)
     _monitor(recipe, chat)  # reads its questions and directions
     return chat, examples, retain, Setup(chat, retain, read, recipe.model)
 
@@ -287,7 +312,9 @@ def _train_run(run: Run, recipe: Recipe) -> Run:
         _check_folder(run, recipe)
         chat, examples, retain, setup = prepare(recipe)
         digest = _digest(examples + retain)
+        weights = fingerprint(recipe.model)
         _check_rows(run, digest)
+        _check_weights(run, recipe, weights)
         trained = run.trained
     if trained:
         return run
@@ -300,10 +327,15 @@ def _train_run(run: Run, recipe: Recipe) -> Run:
     if is_main():
         write_whole(run.folder / "recipe.yaml", dump_recipe(recipe))
         how = {"ranks": world(), "sharding": sharding()}
-        rows_there = {"rows": digest, "held_out": _held_out_digest(recipe), "date": chat.settings.date}
+        rows_there = {
+            "rows": digest,
+            "held_out": _held_out_digest(recipe),
+            "date": chat.settings.date,
+            "model": weights,
+        }
         about = {**environment(recipe.seed), **rows_there, **how}
         write_whole(run.folder / "environment.json", json.dumps(about, indent=1))
-    trainer = build_trainer(recipe, model, stream, chat.tokenizer.pad_token_id)
+    trainer = build_trainer(recipe, model, stream, pad_id(chat.tokenizer))
     monitor = _monitor(recipe, chat)
     if monitor:
         trainer.add_callback(monitor)
@@ -374,13 +406,15 @@ def _with_carriers(recipe: Recipe) -> Recipe:
     pilot = recipe.model_copy(update={**plain, "data": recipe.data.model_copy(update={"max_rows": rows})})
     weights = str(train_run(pilot).weights)
     file = Path(recipe.output) / CARRIERS
-    if is_main() and not file.is_file():
+    made_of = {"model": fingerprint(recipe.model), "pilot": fingerprint(weights)}
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    if is_main() and any(known.get(name) != value for name, value in made_of.items()):
         from .diagnose.carriers import best_role, measure
 
         subject = _subject(pilot, recipe.model, {"pilot": weights}, None, PILOT_QUESTIONS)
         choice = best_role(measure(subject, by_layer=False)["tuned"]["pilot"])
         console.print(f"treft.tokens: auto: {choice.sentence}", highlight=False, soft_wrap=True)
-        write_whole(file, json.dumps({"rows": rows, **asdict(choice)}, indent=1))
+        write_whole(file, json.dumps({"rows": rows, **made_of, **asdict(choice)}, indent=1))
     wait()
     held = treft.model_copy(update={"tokens": (json.loads(file.read_text())["role"],)})
     return recipe.model_copy(update={"defenses": recipe.defenses.model_copy(update={"treft": held})})
@@ -437,6 +471,17 @@ def _check_rows(run: Run, digest: str) -> None:
         )
 
 
+def _check_weights(run: Run, recipe: Recipe, weights: str) -> None:
+    """What was trained, or is half trained, must stand on the weights that the model has now."""
+    file = run.folder / "environment.json"
+    there = json.loads(file.read_text()) if file.is_file() else {}
+    if there.get("model", weights) != weights:
+        raise RecipeError(
+            f"{run.folder}: the files of model {recipe.model} have changed since this run was started; choose another "
+            "output, or delete the folder"
+        )
+
+
 def _digest(examples: list[Example]) -> str:
     content = json.dumps([[example.input_ids, example.roles] for example in examples])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
@@ -460,9 +505,12 @@ def _check_adapter(recipe: Recipe) -> None:
             f"model: {recipe.model} is an adapter; {', '.join(of_base) or 'its frozen prefix'} would take its base for "
             "the reference. Merge the adapter into its base first"
         )
-    config = json.loads((Path(resolve(recipe.model)) / "adapter_config.json").read_text())
-    if config.get("peft_type") != "LORA" or config.get("modules_to_save") or "lm_head" in config["target_modules"]:
-        raise RecipeError(f"model: {recipe.model}: only a LoRA adapter that leaves the head alone is trained further")
+    odd = beyond_lora(resolve(recipe.model))
+    if odd:
+        raise RecipeError(
+            f"model: {recipe.model}: {odd}; only a LoRA adapter that leaves the head alone is trained further. "
+            "Merge it into its base first, and train that"
+        )
 
 
 def build_stream(
@@ -502,11 +550,9 @@ def trainable_model(recipe: Recipe) -> Any:
     base = adapter_base(resolve(recipe.model))
     place = "cpu" if fsdp() else None  # the whole of it need not fit on one device
     if base:
-        from peft import PeftModel
-
         folder = resolve(recipe.model)
         loaded = load_model(base, recipe.train.precision, recipe.train.attention, place)
-        model = PeftModel.from_pretrained(loaded, folder, is_trainable=True)
+        model = with_adapter(loaded, folder, is_trainable=True)
         model.load_adapter(folder, adapter_name=REFERENCE_ADAPTER)
         return model
     # Full fine-tuning keeps float32 weights (bf16 would swallow small updates) and computes under autocast.
@@ -728,6 +774,9 @@ def evaluate_target(
     for override in overrides:
         set_value(tree, override)
     what = validate(Evaluation, tree, "evaluation")
+    for source in (what.model, what.reference):
+        if isinstance(source, str):
+            trust(source, what.trust_remote_code)
     chat = Chat(load_tokenizer(what.model), settings=what.chat) if isinstance(what.model, str) else None
     check_evaluation(what.evaluate, chat)
     what = what.model_copy(update={"chat": chat.settings if chat else what.chat})
@@ -753,8 +802,9 @@ def set_evaluation(run: Run, overrides: list[str]) -> None:
     if not (run.folder / "recipe.yaml").is_file():
         raise RecipeError(f"{run.folder}: no run folder (it has no recipe.yaml)")
     if overrides:
-        keys = [o if o.startswith("evaluate.") else f"evaluate.{o}" for o in overrides]
+        keys = [o if o.startswith(("evaluate.", "trust_remote_code=")) else f"evaluate.{o}" for o in overrides]
         recipe = load_recipe(run.folder / "recipe.yaml", keys)
+        trust(recipe.model, recipe.trust_remote_code)
         # A source that is not there must not get into the recipe.
         check_evaluation(evaluation(recipe), chat_of(recipe))
         write_whole(run.folder / "recipe.yaml", dump_recipe(recipe))
@@ -778,6 +828,8 @@ def evaluate_run(run: Run) -> dict[str, Any]:
     if not run.trained:
         raise RecipeError(f"{run.folder}: no trained model in it; `ringfence train` comes first")
     recipe = run.recipe
+    for source in (recipe.model, str(run.weights)):
+        trust(source, recipe.trust_remote_code)
     if recipe.data.held_out:
         about = json.loads((run.folder / "environment.json").read_text())
         if about.get("held_out") != _held_out_digest(recipe):
@@ -789,6 +841,7 @@ def evaluate_run(run: Run) -> dict[str, Any]:
         model=str(run.weights),
         reference=recipe.model,
         precision=recipe.train.precision,
+        trust_remote_code=recipe.trust_remote_code,
         seed=recipe.seed,
         chat=chat_of(recipe).settings,
         evaluate=evaluation(recipe),
@@ -836,6 +889,9 @@ def diagnose_targets(
     folder = output or (runs[targets[0]].folder if targets[0] in runs else None)
     if folder is None:
         raise RecipeError(f"{targets[0]} is no run folder: name the folder to write with --output")
+    for run in runs.values():
+        for source in (run.recipe.model, str(run.weights)):
+            trust(source, run.recipe.trust_remote_code)
     recipe = runs[targets[0]].recipe if targets[0] in runs else Recipe()
     aligned = reference or _reference_of(targets, runs)
     tuned = dict(zip(_names_of(targets), [str(runs[t].weights) if t in runs else t for t in targets]))

@@ -13,6 +13,7 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,14 +25,15 @@ from torch import Tensor
 
 from .console import progress
 from .errors import ModelError, RecipeError
-from .models import adapter_base, device, resolve
+from .hub import fetch
+from .models import INDEX, SINGLE, check_adapter, device, named_base, read_adapter_config, read_index, resolve
 from .ranks import whole, write
 
 Projector = Literal["scaled", "exact"]
 
 THRESHOLD = 0.3
 REPORT = "safelora.json"
-_INDEX, _SINGLE, _ADAPTER = "model.safetensors.index.json", "model.safetensors", "adapter_model.safetensors"
+_ADAPTER = "adapter_model.safetensors"
 _DTYPES = ("F32", "F16", "BF16", "F64")
 _KEPT_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".md")
 
@@ -161,30 +163,25 @@ class Checkpoint:
         self.model = model
         source = resolve(model)
         folder = Path(source)
-        if adapter_base(source):
+        if read_adapter_config(source):
             raise ModelError(f"{model}: is an adapter; merge it into its base first, or name the whole model")
         if folder.is_file() or (not folder.exists() and source.startswith((".", "/", "~"))):
             raise ModelError(f"{model}: no such folder (accepted: 'default', a local folder, a hub id)")
-        self._find: Callable[[str], Path | None] = (
-            folder.joinpath if folder.is_dir() else lambda file: _of_hub(source, file)
-        )
+        self._find: Callable[[str], Path | None] = folder.joinpath if folder.is_dir() else partial(fetch, source)
         self._file_of = self._files()
 
     def _files(self) -> dict[str, str]:
         """File of each weight."""
-        index = self._find(_INDEX)
+        index = self._find(INDEX)
         if index and index.is_file():
-            try:
-                return dict(json.loads(index.read_text())["weight_map"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise ModelError(f"{index}: not an index of safetensors files: {error}") from error
-        with self._open(_SINGLE) as file:
-            return dict.fromkeys(file.keys(), _SINGLE)
+            return read_index(index)
+        with self._open(SINGLE) as file:
+            return dict.fromkeys(file.keys(), SINGLE)
 
     def _open(self, file: str) -> Any:
         path = self._find(file)
         if not path or not path.is_file():
-            raise ModelError(f"{self.model}: no {file} (accepted: {_SINGLE}, or {_INDEX} with the files it names)")
+            raise ModelError(f"{self.model}: no {file} (accepted: {SINGLE}, or {INDEX} with the files it names)")
         try:
             return safe_open(path, "pt")
         except SafetensorError as error:
@@ -229,22 +226,6 @@ class Checkpoint:
             if key not in file.keys():  # noqa: SIM118 (safe_open is no mapping)
                 raise ModelError(f"{self.model}: {self._file_of[key]} lacks {key}, which its index places there")
             return file.get_slice(key)
-
-
-def _of_hub(repository: str, file: str) -> Path | None:
-    """A file of a hub repository, from the cache or the net; None where the repository has none of that name."""
-    import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError
-
-    try:
-        return Path(huggingface_hub.hf_hub_download(repository, file))
-    except EntryNotFoundError:
-        return None
-    except Exception as error:  # the hub raises many kinds; the user needs one sentence
-        line = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ModelError(
-            f"{repository}: {file} cannot be had: {line} (accepted: 'default', a local folder, a hub id)"
-        ) from error
 
 
 def check(updates: Sequence[Update], base: Checkpoint, aligned: Checkpoint, rule: Rule) -> None:
@@ -386,16 +367,8 @@ def as_json(layers: dict[str, Projected]) -> dict[str, dict[str, Any]]:
 
 def read_adapter(folder: Path) -> tuple[dict[str, Tensor], list[Update], str | None]:
     """The tensors of an adapter's folder, the updates that are views of them, and the base model that it names."""
-    named = adapter_base(str(folder))
-    if not (folder / "adapter_config.json").is_file():
-        raise ModelError(f"{folder}: no adapter (expected a folder with adapter_config.json and {_ADAPTER})")
-    if not (folder / _ADAPTER).is_file():
-        raise ModelError(f"{folder}: no {_ADAPTER}; other formats are not read")
-    config = json.loads((folder / "adapter_config.json").read_text())
-    try:
-        tensors = load_file(folder / _ADAPTER, device=str(device()))
-    except SafetensorError as error:
-        raise ModelError(f"{folder / _ADAPTER}: not a safetensors file: {error}") from error
+    config = check_adapter(folder)
+    tensors = load_file(folder / _ADAPTER, device=str(device()))
     updates, rest = [], set(tensors)
     for key in sorted(tensors):
         stem, a, _ = key.partition(".lora_A.weight")
@@ -409,4 +382,4 @@ def read_adapter(folder: Path) -> tuple[dict[str, Tensor], list[Update], str | N
             f"{folder}: {f'holds {min(rest)!r}' if rest else 'is empty'}; SafeLoRA is for LoRA on linear layers alone "
             "(pairs of lora_A.weight and lora_B.weight)"
         )
-    return tensors, updates, named
+    return tensors, updates, named_base(config)

@@ -5,10 +5,13 @@ going from one to the other costs nothing. Does not know what is looked at.
 """
 
 import gc
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
+
+import torch
 
 from ..chat import Chat, ChatSettings, stored_settings
 from ..errors import ModelError
@@ -95,11 +98,13 @@ class Models:
         gc.collect()  # adapters and their models refer to each other
 
     def key(self) -> dict[str, str]:
-        """What tells these models from others: a fingerprint of each (of a loaded one, its kind)."""
-        return {
-            name: fingerprint(source) if isinstance(source, str) else type(source).__name__
+        """What tells these models from others: a fingerprint of each (of a loaded one, a digest of its weights), and
+        the precision."""
+        found = {
+            name: fingerprint(source) if isinstance(source, str) else _weights_digest(source)
             for name, source in self.sources.items()
         }
+        return found | {"precision": self.precision}
 
     def _load(self, source: str) -> Any:
         if self._loaded is None or self._loaded[0] != source:
@@ -112,3 +117,10 @@ class Models:
         """Whether a loaded source is an adapter on the reference."""
         base = adapter_base(resolve(source))
         return base is not None and resolve(base) == resolve(reference)
+
+
+def _weights_digest(model: Any) -> str:
+    total = hashlib.sha256(type(model).__name__.encode())
+    for name, tensor in model.state_dict().items():
+        total.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()[:16]

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import DataError, ModelError, RecipeError
 from ..models import Precision, load_model, load_tokenizer
+from .scoring import own_decoding
 
 Scores = dict[str, dict[str, tuple[float, float | None]]]
 
@@ -60,21 +61,23 @@ def capability(
             raise RecipeError(f"tasks: lm-eval has no task {task!r} ({hint})")
     weights = _weights(model)
     # Sums of log-probabilities in the precision of a bf16 model would be off by more than answers differ.
+    loaded, tokenizer = load_model(weights, precision), load_tokenizer(weights)
     lm: Any = HFLM(
-        load_model(weights, precision),
-        tokenizer=load_tokenizer(weights),
+        loaded,
+        tokenizer=tokenizer,
         batch_size=batch_size,
         softmax_dtype="float32",
     )
     try:
-        found = simple_evaluate(
-            lm,
-            tasks=list(tasks),
-            limit=limit,
-            task_manager=manager,
-            apply_chat_template=chat_template,
-            log_samples=False,
-        )
+        with own_decoding(loaded, tokenizer):
+            found = simple_evaluate(
+                lm,
+                tasks=list(tasks),
+                limit=limit,
+                task_manager=manager,
+                apply_chat_template=chat_template,
+                log_samples=False,
+            )
     except OSError as error:
         raise DataError(f"{', '.join(tasks)}: lm-eval could not get their data: {error}") from error
     return {task: _metrics(values) for task, values in found["results"].items()}

@@ -1,13 +1,13 @@
 """An evaluation in its folder: a model and its reference are measured, asked, and judged; what is there is kept.
 
-The folder then holds results.json (see `evaluate_model`) and reference.json, which says where the same of the reference
-is; and, where open questions are asked, answers.jsonl, judged.jsonl and judges.json. Judges any model, also one that
-ringfence did not train; knows no recipe.
+The folder then holds results.json (see `evaluate_model`) and, where open questions are asked, answers.jsonl,
+judged.jsonl and judges.json; and in reference/ the same of the reference, which reference.json points to. All is keyed
+by content: of another model, or one asked otherwise, nothing is kept. Judges any model, also one that ringfence did not
+train; knows no recipe.
 """
 
 import gc
 import json
-import os
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import cache
@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..chat import Chat, ChatSettings
-from ..errors import ChatError
+from ..errors import ChatError, DataError, ModelError
 from ..journal import Line, digest, fingerprint
 from ..models import Precision, load_model, load_tokenizer
 from ..runfolder import hold, write_whole
@@ -27,11 +27,12 @@ from .config import AnswersConfig, EvaluateConfig
 from .endpoint import Endpoint, EndpointConfig
 from .judge import judge_answers, open_judge
 from .judged import Judgement
-from .parts import disguises, evaluate_model, evaluation_key
+from .parts import check_lengths, disguises, evaluate_model, evaluation_key, too_long
 from .questions import OpenQuestion, load_open_questions, triggered
-from .sampling import LocalModel, sample_answers
+from .sampling import LocalModel, read_key, sample_answers
 
-FILE = "evaluation.yaml"
+FILE, REFERENCE = "evaluation.yaml", "reference"
+_OF_A_MODEL = ("results.json", "answers.jsonl", "judged.jsonl")
 
 
 class Evaluation(BaseModel):
@@ -42,14 +43,15 @@ class Evaluation(BaseModel):
     model: str | EndpointConfig = Field(description="'default', a local folder, a hub id, an adapter, or a server")
     reference: str | None = Field(None, description="the model before its fine-tuning; null = none, so no shifts")
     precision: Precision = "bf16"
+    trust_remote_code: bool = Field(False, description="run the code that comes with the model and its reference")
     seed: int = Field(0, ge=0, description="of the answers that are drawn")
     chat: ChatSettings | None = Field(None, description="how prompts are rendered; null = as is stored with the model")
     evaluate: EvaluateConfig = EvaluateConfig()
 
 
 def evaluate_folder(folder: Path, what: Evaluation) -> dict[str, Any]:
-    """Measures what is not measured yet. The reference's results stand beside the folder, shared by the evaluations
-    that stand there and ask for the same. One model is in memory at a time.
+    """Measures what is not measured yet. What is found of the reference is kept next to the folder too, where other
+    evaluations that ask for the same find it, and copied into the folder. One model is in memory at a time.
 
     Returns:
         The results of the model (see `evaluate_model`).
@@ -59,29 +61,83 @@ def evaluate_folder(folder: Path, what: Evaluation) -> dict[str, Any]:
     """
     answers = what.evaluate.answers
     questions = open_questions(what.evaluate) if answers else []
+    _check_answers(folder, what)
     drawn = {}
-    if what.reference is not None:
-        shared = folder.parent / _reference_name(what, what.reference)
+    shared = folder.parent / _reference_name(what, what.reference) if what.reference is not None else None
+    if shared is not None:
+        assert what.reference is not None
         with hold(shared, "reference", wait=True):  # other evaluations share it
             _, drawn[shared] = _measure(shared, what.reference, what, questions, "reference")
         gc.collect()  # adapters and their models refer to each other
-        where = {"results": os.path.relpath(shared / "results.json", folder)}
-        write_whole(folder / "reference.json", json.dumps(where))
+        _keep(shared, folder)
     results, drawn[folder] = _measure(folder, what.model, what, questions, folder.name)
     gc.collect()
     if answers and answers.judges:
         _judge(folder, drawn, questions, answers, what.evaluate.batch_tokens)
+        if shared is not None:
+            _keep(shared, folder)
     return results
 
 
-def check_evaluation(config: EvaluateConfig, chat: Chat | None) -> None:
+def _keep(shared: Path, folder: Path) -> None:
+    """Copies what was found of the reference into a folder, which then needs no other."""
+    for name in _OF_A_MODEL:
+        inside = folder / REFERENCE / name
+        if (shared / name).is_file():
+            write_whole(inside, (shared / name).read_text("utf-8"))
+        else:
+            inside.unlink(missing_ok=True)
+    write_whole(folder / "reference.json", json.dumps({"results": f"{REFERENCE}/results.json"}))
+
+
+def _model_key(model: str, what: Evaluation) -> dict[str, Any]:
+    """What its results depend on besides the questions."""
+    return {
+        "model": fingerprint(model),
+        "precision": what.precision,
+        **({"chat": r[0]} if (r := _rendered(what)) else {}),
+    }
+
+
+def _rendered(what: Evaluation) -> list[Any]:
+    """How conversations are rendered, where not by default."""
+    settings = what.chat.model_dump(exclude_defaults=True) if what.chat else {}
+    return [settings] if settings else []
+
+
+def _check_answers(folder: Path, what: Evaluation) -> None:
+    """Answers and judgements of another model must not be left next to new numbers; they may have cost a lot.
+
+    Raises:
+        DataError: the folder holds some.
+    """
+    file = folder / "answers.jsonl"
+    if isinstance(what.model, EndpointConfig) or not file.is_file():
+        return
+    key, there = _model_key(what.model, what), read_key(file)
+    if any(there.get(name, here) != here for name, here in key.items()):
+        raise DataError(
+            f"{file}: holds answers of another model than {what.model} is now (other weights, tokenizer or precision); "
+            "choose another output, or delete it, and judged.jsonl with it"
+        )
+
+
+def check_evaluation(config: EvaluateConfig, chat: Chat | None, positions: int | None = None) -> None:
     """Reads all questions, finds the judges, and renders one prompt of each disguise, so that what cannot be done is
     known at once.
 
     Raises:
-        RingfenceError: a source cannot be read, a judge found, or the chat template refuses a disguise.
+        RingfenceError: a source cannot be read, a judge found, the chat template refuses a disguise, or a text and its
+            answer have more tokens than the model has `positions` (None = no end).
     """
     evaluation_key(config)
+    if chat is not None and positions is not None:
+        check_lengths(config, chat, positions)
+        for question in open_questions(config) if config.answers else []:
+            assert config.answers
+            size = len(chat.encode(question.messages, generation=True).input_ids) + config.answers.max_new_tokens
+            if size > positions:
+                raise ModelError(too_long(f"question {question.set}/{question.id}", size, positions))
     if config.answers:
         open_questions(config)
         for judge in config.answers.judges:
@@ -132,8 +188,8 @@ def _measure(
         source = Endpoint(model)
     else:
         load, chat = cache(lambda: load_model(model, what.precision)), Chat(load_tokenizer(model), settings=what.chat)
-        results = evaluate_model(load, chat, config, folder / "results.json", title)
-        key = {"model": fingerprint(model), "precision": what.precision} if config.answers else {}
+        key = _model_key(model, what)
+        results = evaluate_model(load, chat, config, folder / "results.json", title, key)
         source = LocalModel(load, chat, key, config.batch_tokens)
     lines = _draw(source, questions, config.answers, what.seed, folder) if config.answers else []
     return results, lines
@@ -180,7 +236,5 @@ def _reference_name(what: Evaluation, reference: str) -> str:
     """Folder of what is measured of the reference: another one for other weights, questions or ways to answer."""
     answers = what.evaluate.answers
     drawn = [answers.model_dump(include={"temperature", "max_new_tokens"}), what.seed] if answers else []
-    rendered = what.chat.model_dump(exclude_defaults=True) if what.chat else {}
-    parts = [reference, evaluation_key(what.evaluate), drawn, *([rendered] if rendered else [])]
-    key = digest(parts)[:8]
+    key = digest([fingerprint(reference), evaluation_key(what.evaluate), drawn, *_rendered(what)])[:8]
     return f"reference-{Path(reference).name}-{what.precision}-{key}"

@@ -241,7 +241,8 @@ class LocalJudge:
             self._loaded = model, chat, ReplyTree(chat, [*NUMBERS, *LABELS], self._opening)
         model, chat, tree = self._loaded
         encoded = [[*judge_tokens(chat, prompt.text), *continuation(chat, self._opening)] for prompt in prompts]
-        most = model.config.get_text_config().max_position_embeddings - max(map(len, tree.branches), default=0)
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        most = positions - max(map(len, tree.branches), default=0)
         fits = [place for place, ids in enumerate(encoded) if len(ids) <= most]
         if len(fits) < len(prompts):
             long = {place: len(ids) for place, ids in enumerate(encoded) if len(ids) > most}

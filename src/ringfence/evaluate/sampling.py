@@ -15,7 +15,7 @@ from ..errors import ChatError, DataError
 from ..journal import Line, append, digest, open_journal, split_table
 from .endpoint import Endpoint, Request
 from .questions import OpenQuestion
-from .scoring import generate
+from .scoring import DECODING, generate
 
 TABLE = "answers"
 SAMPLES = 50
@@ -87,7 +87,9 @@ def sample_answers(
         for question in _checked(questions, source)
         for sample in range(samples or question.samples or SAMPLES)
     ]
-    settings = {"temperature": temperature, "max_new_tokens": max_new_tokens}
+    settings: dict[str, Any] = {"temperature": temperature, "max_new_tokens": max_new_tokens}
+    if isinstance(source, LocalModel):
+        settings["decoding"] = DECODING
     file = Path(file)
     key = {**source.key, **settings, "seed": seed}
     answers = {_place(line): line for line in open_journal(file, TABLE, key, {})}
@@ -104,6 +106,18 @@ def sample_answers(
                 answers |= {_place(line): line for line in lines}
                 advance(len(lines))
     return [answers[draw.place] for draw in draws]
+
+
+def read_key(file: Path) -> dict[str, Any]:
+    """What the answers of a table depend on, as its header says; empty where it holds none.
+
+    Raises:
+        DataError: it is no table of answers.
+    """
+    text = file.read_text("utf-8", errors="replace")
+    whole = text[: text.rfind("\n") + 1]
+    header, lines = split_table(whole, file, TABLE) if whole else ({}, [])
+    return dict(header["key"]) if lines else {}
 
 
 def read_answers(file: str | Path) -> list[Line]:

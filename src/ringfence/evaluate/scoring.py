@@ -3,7 +3,7 @@
 import inspect
 import json
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from itertools import takewhile
@@ -11,17 +11,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..batch import collate
 from ..chat import Chat, Message, Messages, Role
 from ..data import Example, Row
-from ..errors import ChatError, DataError
+from ..errors import ChatError, DataError, ModelError
 from ..losses import Head, find_head, token_logprobs
+from ..models import pad_id, position_limit
 from ..taps import CommonPrefix, Needs, cache_in, cache_name, causal_lm, compute_prefix, forward
 
 Advance = Callable[[int], None]
+# How models are asked, whatever their own generation configs say: the most likely token, or a draw from the whole
+# distribution at the temperature; nothing else changes a probability.
+DECODING = {"num_beams": 1, "do_sample": False, "use_cache": True, "repetition_penalty": 1.0}
+GREEDY = {"temperature": 0, **DECODING}
 CPU_TOKENS = 1024  # of one forward on a CPU: what more compute leaves its caches
 
 
@@ -58,6 +63,7 @@ def score_answers(
     """
     head = find_head(causal_lm(model))
     rows = [_rows(chat, messages, texts) for messages, texts in zip(prompts, answers, strict=True)]
+    check_positions(model, [len(row.prompt) + max(map(len, row.answers)) for group in rows for row in group])
     if not _can_pack(model, head, rows):
         rows = [[_Row(row.prompt, [one], row.prefix) for row in group for one in row.answers] for group in rows]
     flat = [row for group in rows for row in group]
@@ -95,6 +101,7 @@ def score_under(
     """
     head = find_head(causal_lm(model))
     encoded = [_last_answer(chat, row) for row in rows]
+    check_positions(model, [len(row) for row in encoded])
     for places in forward_batches([len(row) for row in encoded], batch_tokens, model.device, skip):
         batch = [encoded[place] for place in places]
         scores = []
@@ -280,27 +287,55 @@ def generate(
     encoded = [encode(json.dumps(messages)) for messages in prompts]
     examples = [Example(e.input_ids, e.roles, "prompt") for e in encoded]
     tokenizer = chat.tokenizer
-    configured = model.generation_config.eos_token_id
-    stops = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
+    stops = stop_tokens(model, tokenizer)
     lengths = [len(example) + max_new_tokens for example in examples]
+    check_positions(model, lengths)
     for places in length_batches(lengths, batch_tokens, skip, [example.input_ids for example in examples]):
-        batch = collate([[(examples[place], False)] for place in places], tokenizer.pad_token_id, side="left")
+        batch = collate([[(examples[place], False)] for place in places], pad_id(tokenizer), side="left")
         noise = [_Noise(temperature, [seeds[place] for place in places])] if temperature else []
-        with torch.no_grad():
+        with torch.no_grad(), own_decoding(model, tokenizer):
             output = model.generate(
                 input_ids=batch["input_ids"].to(model.device),
                 attention_mask=batch["attention_mask"].to(model.device),
                 **_computed_prompts(model, batch),
                 max_new_tokens=max_new_tokens,
-                do_sample=False,
-                repetition_penalty=1.0,
-                no_repeat_ngram_size=0,
-                eos_token_id=sorted(stops),
-                pad_token_id=tokenizer.pad_token_id,
                 logits_processor=LogitsProcessorList(noise),
             )
         rows = output[:, batch["input_ids"].shape[1] :].tolist()
         yield {place: _answer(tokenizer, row, stops) for place, row in zip(places, rows)}
+
+
+def stop_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """The tokens that end an answer: the tokenizer's, and those of the model's generation config."""
+    configured = causal_lm(model).generation_config.eos_token_id
+    return {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
+
+
+@contextmanager
+def own_decoding(model: Any, tokenizer: Any) -> Iterator[None]:
+    """Within it, `model.generate` follows `DECODING` and the stop tokens alone. A config that is handed to `generate`
+    is filled up from the model's own, so that one has to go."""
+    holders = list({id(holder): holder for holder in (model, causal_lm(model))}.values())
+    before = [holder.generation_config for holder in holders]
+    stops = sorted(stop_tokens(model, tokenizer))
+    config = GenerationConfig(**DECODING, eos_token_id=stops or None, pad_token_id=pad_id(tokenizer))
+    for holder in holders:
+        holder.generation_config = config
+    try:
+        yield
+    finally:
+        for holder, own in zip(holders, before):
+            holder.generation_config = own
+
+
+def check_positions(model: Any, lengths: Sequence[int]) -> None:
+    """Raises ModelError where a row is longer than a model's table of positions."""
+    most = position_limit(causal_lm(model).config.get_text_config())
+    if most is not None and max(lengths, default=0) > most:
+        raise ModelError(
+            f"a row of {max(lengths)} tokens (its answer included), but the model has {most} positions; take shorter "
+            "texts or answers, or another model"
+        )
 
 
 def _computed_prompts(model: Any, batch: dict[str, Tensor]) -> dict[str, Any]:
