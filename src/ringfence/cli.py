@@ -9,6 +9,7 @@ import json
 import re
 import sys
 from difflib import get_close_matches
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -47,6 +48,21 @@ def main() -> None:
         prefix = "" if isinstance(error, Interrupted) else "error: "
         Console(stderr=True).print(Text.assemble((prefix, "bold red"), str(error)), soft_wrap=True)
         sys.exit(130 if isinstance(error, Interrupted) else 2)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"ringfence {metadata.version('ringfence')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Fine-tune an aligned language model on a narrow task, and keep it aligned everywhere else."""
 
 
 @app.command()
@@ -113,6 +129,8 @@ def evaluate(
     from .run import evaluate_target
 
     folder = evaluate_target(target, overrides or [], reference, endpoint, output)
+    if not json.loads((folder / "results.json").read_text())["parts"] and not (folder / "answers.jsonl").is_file():
+        raise RingfenceError(f"{target}: nothing was measured: evaluate asks for no questions, rows or answers")
     _report([folder], None, folder / "report.html")
 
 
@@ -123,14 +141,17 @@ def report(
         Path | None, typer.Option(help="The run trained on sound answers: effects are shifts minus its shift.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="The page to write. Default: report.html in the first folder.")
+        Path | None,
+        typer.Option(
+            help="The page to write. Default: report.html in the folder, or report-NAMES.html next to several."
+        ),
     ] = None,
     policy: Annotated[
         Path | None, typer.Option(help="Limits in YAML, for SHIP or HOLD on the page. Default: the policy that ships.")
     ] = None,
 ) -> None:
     """Put runs side by side: a table here, and one HTML page that opens offline."""
-    _report(folders, control, output or folders[0] / "report.html", policy)
+    _report(folders, control, output or _page(folders), policy)
 
 
 @app.command()
@@ -542,6 +563,15 @@ def _write(text: str, output: Path | None) -> None:
         raise RingfenceError(f"{output}: no folder {output.parent}")
     output.write_text(text, "utf-8")
     print(f"{output} written")
+
+
+def _page(folders: list[Path]) -> Path:
+    """Several runs get a page of their own, next to the first one: that one's page stays as it is."""
+    first = folders[0].resolve()
+    if len(folders) == 1:
+        return first / "report.html"
+    names = "-".join(dict.fromkeys(folder.resolve().name for folder in folders))
+    return first.parent / f"report-{names[:150]}.html"
 
 
 def _report(folders: list[Path], control: Path | None, page: Path, policy: Path | None = None) -> None:

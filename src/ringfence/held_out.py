@@ -84,5 +84,5 @@ def load(source: str) -> list[Row]:
 
 def _text(row: Row) -> str:
     """The conversation without what does not tell two rows apart: case and white space."""
-    turns = [[message["role"], " ".join(message["content"].casefold().split())] for message in row.messages]
-    return json.dumps(turns)
+    text = json.dumps(row.messages, sort_keys=True).replace("\\n", " ").replace("\\t", " ")
+    return " ".join(text.casefold().split())

@@ -174,3 +174,25 @@ def test_held_out_rows_decide_the_narrow_rule(
     print_decision(decision, Console(width=100))
     said = "nothing measures what the rows teach" in capsys.readouterr().out
     assert said == (change is None)
+
+
+# ---------------------------------------------------------------- small things
+
+
+def test_version() -> None:
+    done = CliRunner().invoke(app, ["--version"])
+    assert done.exit_code == 0
+    assert done.output.startswith("ringfence 0.")
+
+
+def test_public_names_are_listed() -> None:
+    import ringfence
+
+    assert {"KL", "fine_tune", "load_model"} <= set(dir(ringfence))
+
+
+def test_several_runs_have_a_page_of_their_own(tmp_path: Path) -> None:
+    from ringfence.cli import _page
+
+    assert _page([tmp_path / "a"]) == tmp_path / "a" / "report.html"
+    assert _page([tmp_path / "a", tmp_path / "b"]) == tmp_path / "report-a-b.html"
