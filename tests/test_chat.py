@@ -171,7 +171,9 @@ def test_ids_are_those_of_the_tokenizer(name):
         elif name == "glm4moe":
             text += family(name).eos
         assert encoded.text == text
-        assert encoded.input_ids == tokenizer(name)(text, add_special_tokens=False)["input_ids"]
+        follows = "A" if generation else ""  # prompts have the tokens that they have before an answer
+        reference = tokenizer(name)(text + follows, add_special_tokens=False)["input_ids"]
+        assert encoded.input_ids == (reference[:-1] if generation else reference)
 
 
 @pytest.mark.parametrize("name", ALL)

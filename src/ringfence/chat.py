@@ -159,7 +159,7 @@ class Chat:
         places = self._places(messages, show, text)
         if not generation:
             text = self._ended(messages, text, places)
-        ids, offsets = self._tokens(text)
+        ids, offsets = self._before_answer(text) if generation else self._tokens(text)
         char_roles = self._char_roles(messages, text, places, ids, offsets)
         roles = [_token_role(char_roles, *offset) for offset in offsets]
         spans = {number: (place.start, place.end) for number, place in places.items()}
@@ -401,6 +401,13 @@ class Chat:
         if found and self.settings.special_tokens == "refuse":
             raise ChatError(f"control token {found[0]!r} in the text (data.special_tokens: allow, escape, refuse)")
         return _marked(messages, self._controls) if found else messages
+
+    def _before_answer(self, text: str) -> tuple[list[int], list[Span]]:
+        """Tokens of a prompt as they are where an answer follows: some tokenizers join line ends only at the end."""
+        ids, offsets = self._tokens(text + "A")
+        kept = sum(right <= len(text) for _, right in offsets)
+        whole = kept and offsets[kept - 1][1] == len(text)
+        return (ids[:kept], offsets[:kept]) if whole else self._tokens(text)
 
     def _tokens(self, text: str) -> tuple[list[int], list[Span]]:
         """Ids and places of the tokens; what is marked is read as plain text."""

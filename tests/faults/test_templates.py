@@ -42,26 +42,28 @@ def test_the_trained_context_is_the_sampled_one(name, turns):
 
 @pytest.mark.parametrize("name", ALL)
 def test_reasoning_is_trained_after_the_sampled_context_or_refused(name):
-    messages = [USER, REASONED]
+    messages, said = [USER, REASONED], []
     for asked in (chat(name), thinking(name)):
         try:
             [example] = encode_rows([Row(messages, "rows.jsonl:1")], asked, 1000)
         except DataError as error:
-            assert str(error).startswith("rows.jsonl:1: message 1 (assistant): ")
-            assert "reasoning_content" in str(error) or "data.enable_thinking to true" in str(error)
+            said.append(str(error))
             continue
         sampled = asked.encode([USER], generation=True).input_ids
         assert example.input_ids[: len(sampled)] == sampled
         assert set(example.roles[len(sampled) :]) <= {Role.RESPONSE, Role.TEMPLATE}
         learnt = [t for t, role in zip(example.input_ids, example.roles, strict=True) if role == Role.RESPONSE]
         assert "let me see" in asked.tokenizer.decode(learnt)
+    for sentence in said:
+        assert sentence.startswith("rows.jsonl:1: message 1 (assistant): ")
+        assert "reasoning_content" in sentence or "data.enable_thinking to true" in sentence
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think", "glm4moe_training", "gptoss", "nemotron_3_nano"])
 def test_thinking_models_are_trained_to_reason(name):
     learnt = encode_rows([Row([USER, REASONED], "r:1")], thinking(name), 1000)
     assert learnt
-    with pytest.raises(DataError, match="data.enable_thinking to true"):
+    with pytest.raises(DataError, match=r"data\.enable_thinking to true"):
         encode_rows([Row([USER, REASONED], "r:1")], chat(name), 1000)
 
 
@@ -73,7 +75,7 @@ def test_reasoning_that_a_template_drops_is_refused(name, message):
 
 
 def test_a_row_without_reasoning_is_refused_where_generation_opens_it():
-    with pytest.raises(DataError, match="data.enable_thinking to false"):
+    with pytest.raises(DataError, match=r"data\.enable_thinking to false"):
         encode_rows([Row([USER, ANSWER], "r:1")], thinking("nemotron_3_nano"), 1000)
 
 
