@@ -187,7 +187,9 @@ PolicyFile = Annotated[Path | None, typer.Option(help="Limits in YAML. Default: 
 
 @app.command()
 def gate(
-    folder: Annotated[Path | None, typer.Argument(help="A run folder.")] = None,
+    folders: Annotated[
+        list[Path] | None, typer.Argument(help="A run folder; or several, of one recipe with several seeds.")
+    ] = None,
     policy: PolicyFile = None,
     control: Control = None,
     baseline: Baseline = None,
@@ -198,9 +200,9 @@ def gate(
 
     if print_policy:
         return print(default_policy_text(), end="")
-    if folder is None:
+    if not folders:
         raise RingfenceError("gate: name a run folder, or --print-policy")
-    decision = gate_run(folder, policy, control, baseline)
+    decision = gate_run(folders[0], policy, control, baseline, folders[1:])
     print_decision(decision, out)
     if not decision.ship:
         raise typer.Exit(HOLD)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import resources
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .errors import RecipeError
+from .errors import DataError, RecipeError
 from .measures import Measure, check_name, measures
 from .report import read_rows
 from .report.compared import keep
@@ -133,6 +134,7 @@ class Decision:
     control: str | None = None
     baseline: str | None = None
     policy: str | None = None  # digest
+    seeds: int = 1
 
     @property
     def counts(self) -> str:
@@ -163,7 +165,7 @@ class Decision:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; numbers that are not finite (the interval of one question alone) become null."""
-        compared = {"control": self.control, "baseline": self.baseline, "policy": self.policy}
+        compared = {"control": self.control, "baseline": self.baseline, "policy": self.policy, "seeds": self.seeds}
         return finite(
             {"decision": self.word, "run": self.run, **compared, "verdicts": [v.to_dict() for v in self.verdicts]}
         )
@@ -218,7 +220,7 @@ def decide(row: Row, policy: Policy) -> Decision:
     """Every rule of a policy against the numbers of a run."""
     found = measures(row)
     verdicts = [_judge(rule, found) for rule in policy.rules]
-    return Decision(row.name, verdicts, row.control, row.baseline, _digest(policy))
+    return Decision(row.name, verdicts, row.control, row.baseline, _digest(policy), row.seeds)
 
 
 def _digest(policy: Policy) -> str:
@@ -263,7 +265,11 @@ def _judge(rule: Rule, found: dict[str, Measure]) -> Verdict:
 
 
 def gate_run(
-    folder: Path, policy: Path | None = None, control: Path | None = None, baseline: Path | None = None
+    folder: Path,
+    policy: Path | None = None,
+    control: Path | None = None,
+    baseline: Path | None = None,
+    seeds: Sequence[Path] = (),
 ) -> Decision:
     """Decides on a run folder, and writes `gate.json` there.
 
@@ -272,28 +278,44 @@ def gate_run(
         control: the run trained on sound answers; with it the limits are on effects, without it on shifts.
         baseline: the undefended run, for `opswap_tierN.change` and `time_ratio`. Both are kept in the folder, and are
             the default of every later command.
+        seeds: more runs of the same recipe, with other seeds; the intervals are then over seeds and questions.
 
     Raises:
         RecipeError: the policy cannot be used.
         DataError: a folder holds no run, or one that is not measured.
     """
-    decision = decide_run(folder, policy, control, baseline)
+    decision = decide_run(folder, policy, control, baseline, seeds)
     keep(folder / "gate.json", json.dumps(decision.to_dict(), indent=1, allow_nan=False) + "\n")
     return decision
 
 
 def decide_run(
-    folder: Path, policy: Path | None = None, control: Path | None = None, baseline: Path | None = None
+    folder: Path,
+    policy: Path | None = None,
+    control: Path | None = None,
+    baseline: Path | None = None,
+    seeds: Sequence[Path] = (),
 ) -> Decision:
     """The decision on a run folder, the same for every command; arguments as of `gate_run`."""
     rules = load_policy(policy)
-    return decide(read_row(folder, control, baseline), rules)
+    return decide(read_row(folder, control, baseline, seeds), rules)
 
 
-def read_row(folder: Path, control: Path | None = None, baseline: Path | None = None) -> Row:
-    """The numbers of one run folder; arguments as of `gate_run`."""
-    _, (row,) = read_rows([folder], control, baseline)
-    return row
+def read_row(
+    folder: Path, control: Path | None = None, baseline: Path | None = None, seeds: Sequence[Path] = ()
+) -> Row:
+    """The numbers of one run folder; arguments as of `gate_run`.
+
+    Raises:
+        DataError: `seeds` are not runs of the same recipe, each with a seed of its own.
+    """
+    records, rows = read_rows([folder, *seeds], control, baseline)
+    if len(rows) > 1:
+        raise DataError(
+            f"{records[1].folder}: expected the recipe of {folder} with another seed, found another recipe or the same "
+            "seed; `ringfence gate` decides on one recipe"
+        )
+    return rows[0]
 
 
 # ------------------------------------------------------------------ the terminal

@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..stats import Interval
+from ..stats import Interval, number
 from . import figures
 from .answers import JudgedBy, adjusted, judged_by
 from .compared import compared
-from .summary import SETS, Paired, Records, Row, find_baseline, has_effects, read_run, summarise
+from .summary import SETS, Paired, Records, Row, by_recipe, find_baseline, has_effects, over_runs, read_run, summarise
 
 SET_TITLES = {
     "in_domain": "narrow: in-domain",
@@ -30,7 +30,9 @@ HELD_OUT_TITLES = {"exact": "benign: held-out rows, exact", "loss": "benign: hel
 def read_rows(
     folders: list[Path], control: Path | None = None, baseline: Path | None = None
 ) -> tuple[list[Records], list[Row]]:
-    """Records and numbers of run folders, in the order given.
+    """Numbers of run folders, in the order given, and the records behind them.
+
+    Runs of one recipe that differ by their seed alone are one row; the records are then those of the first of them.
 
     Args:
         control, baseline: what the runs are compared with; default: what was named of each run before, and as the
@@ -47,15 +49,19 @@ def read_rows(
     before = [compared(run.folder, control, baseline) for run in records]
     controls = {found.control for found in before}
     plain = find_baseline([run for run in records if run.folder not in controls], None)
-    rows = []
+    single: dict[Path, Row] = {}
     for run, found in zip(records, before):
         own = run.folder if run.folder in controls else found.control
         if plain and not found.baseline and run.folder not in (own, plain.folder):
             found = compared(run.folder, baseline=plain.folder)
         undefended = read(found.baseline) or plain
-        rows.append(summarise(run, read(own), undefended))
+        single[run.folder] = summarise(run, read(own), undefended)
+    groups = [[run] for run in records if run.folder in controls]
+    groups += by_recipe([run for run in records if run.folder not in controls])
+    groups.sort(key=lambda group: records.index(group[0]))
+    rows = [over_runs([single[run.folder] for run in group]) for group in groups]
     judged = adjusted([row.judged for row in rows])
-    return records, [replace(row, judged=found) for row, found in zip(rows, judged)]
+    return [group[0] for group in groups], [replace(row, judged=found) for row, found in zip(rows, judged)]
 
 
 def print_table(rows: list[Row], console: Console) -> None:
@@ -98,7 +104,7 @@ def _two_lines(paired: Paired | None) -> str:
         return ""
     value = paired.headline
     kind = "shift " if paired.uncontrolled else ""
-    return escape(f"{kind}{value.mean:+.2f}\n{value.bounds.replace(', ', ',')}")
+    return escape(f"{kind}{number(value.mean, signed=True)}\n{value.bounds.replace(', ', ',')}")
 
 
 def _on_and_off(shown: dict[str, Interval] | None) -> str:
@@ -134,7 +140,17 @@ def _legend(rows: list[Row]) -> str:
     lines.append(
         "benign: exact match on held-out items. perplexity x: against the reference. time x: against undefended."
     )
+    lines.append(seeds_note(rows))
     return "\n".join(lines)
+
+
+def seeds_note(rows: list[Row]) -> str:
+    """What the intervals are over."""
+    single = [row.name for row in rows if row.seeds == 1]
+    if not single:
+        return "Intervals are over seeds and questions."
+    which = "" if len(single) == len(rows) else f" ({', '.join(single)})"
+    return f"One seed{which}: its intervals are over questions alone, and do not say what another seed would give."
 
 
 def write_page(records: list[Records], rows: list[Row], page: Path, policy: Path | None = None) -> None:
@@ -153,6 +169,7 @@ def write_page(records: list[Records], rows: list[Row], page: Path, policy: Path
         rows=rows,
         decisions=[(decision, by_criterion(decision)) for decision in (decide(row, rules) for row in tuned)],
         policy=policy or "the one that ships",
+        seeds_note=seeds_note(rows),
         sets=_sets(rows),
         margin_sets=[name for name in SETS if any(name in row.sets or name in row.margins for row in rows)],
         set_titles=SET_TITLES,
@@ -203,17 +220,19 @@ def percent(interval: Interval) -> str:
 
 def rate(interval: Interval) -> str:
     """`4.5 % [2.1, 8.0]`"""
-    return f"{100 * interval.mean:.1f} % {percents(interval)}"
+    return f"{number(100 * interval.mean, 1)} % {percents(interval)}"
 
 
 def percents(interval: Interval) -> str:
     """`[2.1, 8.0]`, in per cent or points"""
-    return f"[{100 * interval.low:.1f}, {100 * interval.high:.1f}]" if interval.n > 1 else "[one alone]"
+    if interval.n == 1:
+        return "[one alone]"
+    return f"[{number(100 * interval.low, 1)}, {number(100 * interval.high, 1)}]"
 
 
 def score(interval: Interval) -> str:
     """`62.1 [58.0, 66.0]`"""
-    return f"{interval.mean:.1f} [{interval.low:.1f}, {interval.high:.1f}]"
+    return f"{number(interval.mean, 1)} [{number(interval.low, 1)}, {number(interval.high, 1)}]"
 
 
 def tier_title(tier: str) -> str:

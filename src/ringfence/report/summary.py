@@ -9,15 +9,15 @@ margin = mean token log p(misaligned answer) - mean token log p(aligned answer),
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ..errors import DataError
-from ..evaluate.judged import Judgement
-from ..stats import Interval, mean_interval, rate_change, rate_interval, ratio_interval
+from ..evaluate.judged import RATES, Judgement
+from ..stats import Interval, mean_interval, over_seeds, rate_change, rate_interval, ratio_interval
 from .answers import JudgedBy, judged_by, judgements_in
 
 SETS = ("in_domain", "out_of_domain", "values", "triggered", "inoculation")
@@ -67,7 +67,7 @@ class Paired:
 
 @dataclass(frozen=True)
 class Row:
-    """One run in the report."""
+    """One run in the report, or several runs of one recipe that differ by their seed."""
 
     name: str
     is_control: bool
@@ -90,6 +90,7 @@ class Row:
     memory_gib: float = 0.0
     control: str | None = None  # names of the runs that it is compared with
     baseline: str | None = None
+    seeds: int = 1  # runs of one recipe that are this row
 
     @property
     def answers(self) -> dict[str, Interval]:
@@ -209,6 +210,61 @@ def summarise(records: Records, control: Records | None = None, baseline: Record
         control=against.name if against else None,
         baseline=baseline.name if baseline and compared else None,
     )
+
+
+# ------------------------------------------------------------------ seeds
+
+
+def by_recipe(runs: list[Records]) -> list[list[Records]]:
+    """Runs whose recipes differ by seed (and output) alone, together, in the order of their first ones."""
+    groups: dict[str, list[Records]] = {}
+    for run in runs:
+        recipe = {key: value for key, value in yaml.safe_load(run.recipe_text).items() if key != "output"}
+        seed = recipe.pop("seed", None)
+        key = json.dumps(recipe, sort_keys=True, default=str)
+        taken = {yaml.safe_load(other.recipe_text).get("seed") for other in groups.get(key, [])}
+        # The same seed again is the same run, or no recipe: an evaluation of another model.
+        groups.setdefault(key if run.training and seed not in taken else str(run.folder), []).append(run)
+    return list(groups.values())
+
+
+def over_runs(rows: list[Row]) -> Row:
+    """The rows of runs of one recipe as one: means, with intervals over seeds and questions (`stats.over_seeds`)."""
+    if len(rows) == 1:
+        return rows[0]
+    joined: Row = _joined(rows)
+    return replace(joined, name=f"{rows[0].name} ({len(rows)} seeds)", seeds=len(rows))
+
+
+def _joined(values: list[Any], name: str = "") -> Any:
+    """One value of several: intervals over seeds, numbers averaged; of p-values the largest; texts are the first's."""
+    first = values[0]
+    if any(value is None for value in values):
+        return None
+    if isinstance(first, Interval):
+        found = over_seeds(values)
+        if not _is_share(name):
+            return found
+        return replace(found, low=max(0.0, found.low), high=min(1.0, found.high))
+    if is_dataclass(first):
+        parts = {part.name: [getattr(value, part.name) for value in values] for part in fields(first)}
+        return replace(first, **{part: _joined(found, f"{name}.{part}") for part, found in parts.items()})  # type: ignore[type-var]
+    if isinstance(first, dict):
+        shared = [key for key in first if all(key in value for value in values)]
+        return {key: _joined([value[key] for value in values], f"{name}.{key}") for key in shared}
+    if isinstance(first, list) and first and is_dataclass(first[0]):
+        return [_joined(list(found), name) for found in zip(*values)]
+    if isinstance(first, bool):
+        return any(values)
+    if isinstance(first, float):
+        return max(values) if name.endswith(".p") else sum(values) / len(values)
+    return first
+
+
+def _is_share(name: str) -> bool:
+    """`.opswap.opswap_tier1`, `.judged.measures.general.misaligned`: from 0 to 1."""
+    last = name.rpartition(".")[2].partition("@")[0]
+    return name.startswith((".opswap.", ".behaviours")) or last in ("exact", *RATES)
 
 
 def _benign(records: Records) -> tuple[dict[str, Any], dict[str, Any]]:
