@@ -18,6 +18,7 @@ from ..console import progress
 from ..data import PairedQuestion, load_questions, load_rows
 from ..errors import DataError
 from ..runfolder import write_whole
+from ..strict_json import read_record
 from . import behaviours, heldout
 from .config import EvaluateConfig
 from .scoring import generate_greedy, score_answers
@@ -71,7 +72,7 @@ def evaluation_key(config: EvaluateConfig) -> str:
 
 def _read(file: Path, key: str) -> dict[str, Any]:
     if file.is_file():
-        results = json.loads(file.read_text())
+        results = read_record(file, "delete it, and `ringfence evaluate` makes it again")
         if results.get("key") == key:
             return results
     return {"key": key, "parts": {}, "seconds": 0.0}
