@@ -604,8 +604,8 @@ def _write(text: str, output: Path | None) -> None:
 def _report(folders: list[Path], control: Path | None, page: Path, policy: Path | None = None) -> None:
     from .report import check_page, print_table, read_rows, write_page
 
-    check_page(page)
     records, rows = read_rows(folders, control)
+    check_page(page)
     print_table(rows, out)
     write_page(records, rows, page, policy)
     print(f"report: {page}")
