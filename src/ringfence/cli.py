@@ -4,10 +4,14 @@ Exit codes: 0 done; 2 something in the input is wrong (the message says what); 3
 same command goes on where it stopped).
 """
 
+import errno
 import io
 import json
+import os
 import re
 import sys
+import tempfile
+import traceback
 from difflib import get_close_matches
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +21,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from .errors import RingfenceError
+from .errors import RingfenceError, first_line
 from .processes import is_main
 
 app = typer.Typer(
@@ -36,18 +40,60 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and sh
 
 
 def main() -> None:
-    """Entry point: errors a user can mend are printed as one message, without a traceback."""
-    _quiet_libraries()
-    if not is_main():  # one of several processes speaks; errors are everyone's
-        sys.stdout = io.StringIO()
+    """Entry point: whatever goes wrong is one message on stderr, without a traceback."""
     try:
-        app(standalone_mode=True)
-    except RingfenceError as error:
-        from .run import Interrupted
+        _quiet_libraries()
+        if not is_main():  # one of several processes speaks; errors are everyone's
+            sys.stdout = io.StringIO()
+        code = app(standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `ringfence export RUN | head`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except BaseException as error:
+        code = _tell(error)
+    sys.exit(code if isinstance(code, int) else 0)
 
-        prefix = "" if isinstance(error, Interrupted) else "error: "
-        Console(stderr=True).print(Text.assemble((prefix, "bold red"), str(error)), soft_wrap=True)
-        sys.exit(130 if isinstance(error, Interrupted) else 2)
+
+def _tell(error: BaseException) -> int:
+    """Says what went wrong, and gives the exit code."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    if hasattr(error, "format_message"):  # of the command line itself: an unknown option, a missing argument
+        from typer import rich_utils
+
+        rich_utils.rich_format_error(error)  # type: ignore[arg-type]
+        return int(getattr(error, "exit_code", 2))
+    interrupted = type(error).__name__ == "Interrupted"
+    if isinstance(error, RingfenceError):
+        return _say(str(error), 130 if interrupted else 2)
+    if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
+        return _say("stopped; the same command goes on", 130)
+    if isinstance(error, OSError) and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)):
+        place = f"{error.filename}: " if error.filename else ""
+        return _say(f"{place}{error.strerror}", 2)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return _say(f"out of memory ({first_line(error)}); `--dry-run` estimates what a run needs", 2)
+    log = _keep_log(error)
+    where = f"; its traceback is in {log}" if log else ""
+    return _say(f"an error of ringfence itself: {type(error).__name__}: {first_line(error)}{where}", 1)
+
+
+def _say(message: str, code: int) -> int:
+    prefix = "" if code == 130 else "error: "
+    Console(stderr=True).print(Text.assemble((prefix, "bold red"), message), soft_wrap=True)
+    return code
+
+
+def _keep_log(error: BaseException) -> Path | None:
+    """Where the traceback was written; None where nothing can be written."""
+    text = "".join(traceback.format_exception(error))
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="ringfence-error-", suffix=".log", delete=False) as log:
+            log.write(text)
+    except OSError:
+        return None
+    return Path(log.name)
 
 
 def _version(asked: bool) -> None:
@@ -77,13 +123,11 @@ def init(
     from .data import load_rows
     from .held_out import SHARE, explain, is_own, split
     from .recipes import commented_recipe
+    from .runfolder import check_new, write_whole
 
-    if path.exists():
-        raise RingfenceError(f"{path}: exists already; name another file")
-    if not path.parent.is_dir():
-        raise RingfenceError(f"{path}: no folder {path.parent}")
+    check_new(path)
     rows = load_rows(data) if data else []
-    path.write_text(commented_recipe(str(path), data))
+    write_whole(path, commented_recipe(str(path), data))
     if data and is_own(data):
         print(explain(data, len(rows), len(split(rows, SHARE, 0)[1])))
     print(f"{path} written. Next: ringfence run {path} --dry-run")
@@ -219,6 +263,7 @@ def export(
     """Write all numbers of runs as one long table."""
     from .export import export_runs
 
+    _check_new(output)
     _write(export_runs(folders, form, control, baseline), output)
 
 
@@ -233,6 +278,7 @@ def card(
     """Write the model card of a run in the hub's format."""
     from .card import run_card
 
+    _check_new(output)
     _write(run_card(folder, control, policy, baseline), output)
 
 
@@ -324,6 +370,7 @@ def persona_extract(
     """Make a file of directions from answers that show a trait and answers that do not."""
     from .persona import extract_file
 
+    _check_new(output)
     made = extract_file(
         trait,
         output,
@@ -373,6 +420,8 @@ def screen(
     """Rank training rows by how far their answers lie along a trait vector, before any training."""
     from .screen import screen_file, show
 
+    _check_new(output)
+    _check_new(figure)
     screening = screen_file(
         source,
         output,
@@ -519,6 +568,7 @@ def judge_calibrate(
     from .evaluate.judge import EndpointJudgeConfig, LocalJudgeConfig, open_judge
     from .strict_yaml import validate
 
+    _check_new(output)
     config: EndpointJudgeConfig | LocalJudgeConfig
     if url and opening:
         raise RingfenceError("--opening is for a local judge; a server's reply begins as the server likes (--url)")
@@ -558,12 +608,19 @@ def _dry_run(recipe) -> None:  # type: ignore[no-untyped-def]
     dry_run(recipe, out)
 
 
+def _check_new(output: Path | None) -> None:
+    from .runfolder import check_new
+
+    if output is not None:
+        check_new(output)
+
+
 def _write(text: str, output: Path | None) -> None:
+    from .runfolder import write_whole
+
     if output is None:
         return print(text, end="")
-    if not output.parent.is_dir():
-        raise RingfenceError(f"{output}: no folder {output.parent}")
-    output.write_text(text, "utf-8")
+    write_whole(output, text)
     print(f"{output} written")
 
 
@@ -577,9 +634,10 @@ def _page(folders: list[Path]) -> Path:
 
 
 def _report(folders: list[Path], control: Path | None, page: Path, policy: Path | None = None) -> None:
-    from .report import print_table, read_rows, write_page
+    from .report import check_page, print_table, read_rows, write_page
 
     records, rows = read_rows(folders, control)
+    check_page(page)
     print_table(rows, out)
     write_page(records, rows, page, policy)
     print(f"report: {page}")

@@ -13,7 +13,7 @@ from .evaluate.config import EvaluateConfig
 from .held_out import SHARE, is_own
 from .models import DEFAULT, Attention, Precision
 from .monitor import MonitorConfig
-from .strict_yaml import read_mapping, set_value, validate
+from .strict_yaml import SEED, Number, Whole, read_mapping, set_value, validate
 from .taps import Layout
 
 
@@ -26,7 +26,7 @@ class DataConfig(Strict):
 
     train: str = Field("shipped:finance/unsound", description="the narrow rows that are learnt")
     retain: str | None = Field("shipped:retain", description="ordinary safe conversations for defenses that need some")
-    max_rows: int | None = Field(None, ge=1, description="take only the first so many training rows")
+    max_rows: Whole | None = Field(None, ge=1, le=10**9, description="take only the first so many training rows")
     enable_thinking: bool = Field(
         False, description="rows have reasoning, and answers start with it; false: neither, in training and after it"
     )
@@ -38,11 +38,12 @@ class DataConfig(Strict):
     held_out: float | None = Field(
         None,
         ge=0,
+        le=10**9,
         strict=True,
         description="rows kept from training and measured: a number, or a share below 1; 0 = none; null = a share of "
         "0.1 of your own rows where evaluate names nothing for them",
     )
-    max_length: int = Field(1024, ge=16, description="tokens a row may have")
+    max_length: Whole = Field(1024, ge=16, le=2**20, description="tokens a row may have")
     over_long: OverLong = Field(
         "error", description="longer rows: stop (error), cut their end (truncate), leave out (drop)"
     )
@@ -58,10 +59,10 @@ class DataConfig(Strict):
 class LoraConfig(Strict):
     """The adapter of `method: lora`."""
 
-    rank: int = Field(32, ge=1)
-    alpha: int = Field(64, ge=1)
+    rank: Whole = Field(32, ge=1, le=2**16)
+    alpha: Whole = Field(64, ge=1, le=2**20)
     rslora: bool = Field(True, description="scale by alpha / sqrt(rank) instead of alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: Number = Field(0.0, ge=0, lt=1)
     targets: list[str] = Field(["all-linear"], min_length=1, description="names of modules; all-linear = every one")
 
     @field_validator("targets", mode="before")
@@ -75,14 +76,14 @@ class TrainConfig(Strict):
 
     method: Literal["lora", "full"] = "lora"
     lora: LoraConfig = LoraConfig()
-    epochs: float = Field(1.0, gt=0)
-    learning_rate: float = Field(1e-4, gt=0)
-    batch_size: int = Field(16, ge=1, description="rows in one forward pass")
-    accumulation: int = Field(1, ge=1, description="forward passes in one optimiser step")
+    epochs: Number = Field(1.0, gt=0, le=10**4)
+    learning_rate: Number = Field(1e-4, gt=0, le=100)
+    batch_size: Whole = Field(16, ge=1, le=2**20, description="rows in one forward pass")
+    accumulation: Whole = Field(1, ge=1, le=2**20, description="forward passes in one optimiser step")
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup_ratio: float = Field(0.03, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, ge=0)
+    warmup_ratio: Number = Field(0.03, ge=0, lt=1)
+    weight_decay: Number = Field(0.0, ge=0, le=100)
+    max_grad_norm: Number = Field(1.0, ge=0, le=1e06)
     precision: Precision = Field(
         "bf16",
         description="bf16 (adapters stay in fp32 under autocast), fp32, or nf4 (bf16 on a base in 4 bits: QLoRA)",
@@ -104,8 +105,8 @@ class TrainConfig(Strict):
         description="what the reference says for defenses.kl: none = computed in every step; computed once and read "
         "from disk: states (exact) or top_k (small)",
     )
-    top_k: int = Field(64, ge=1, description="for reference_cache top_k: so many most probable next tokens")
-    save_steps: int = Field(50, ge=1, description="steps between checkpoints")
+    top_k: Whole = Field(64, ge=1, le=2**20, description="for reference_cache top_k: so many most probable next tokens")
+    save_steps: Whole = Field(50, ge=1, le=10**9, description="steps between checkpoints")
 
     @property
     def layout(self) -> Layout:
@@ -127,7 +128,7 @@ class Recipe(Strict):
     monitor: MonitorConfig | None = Field(
         None, description="checks of drift during training: {every: 20, probes: 24, max_shift: 0.1, stop: false}"
     )
-    seed: int = Field(0, ge=0)
+    seed: Whole = Field(0, ge=0, le=SEED)
 
     @model_validator(mode="after")
     def _measures_narrow(self) -> Self:

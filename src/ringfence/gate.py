@@ -22,7 +22,7 @@ from .report import read_rows
 from .report.compared import keep
 from .report.summary import Row
 from .stats import finite
-from .strict_yaml import read_mapping, validate
+from .strict_yaml import Number, read_mapping, validate
 
 HOLD = 3  # exit code
 DEFAULT_POLICY = resources.files("ringfence") / "recipes" / "policy.yaml"
@@ -43,8 +43,8 @@ class Rule(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     measure: str = Field(description="name of what is limited, see ringfence.measures")
-    max: float | None = Field(None, description="it may be at most this")
-    min: float | None = Field(None, description="it must be at least this")
+    max: Number | None = Field(None, ge=-1e9, le=1e9, description="it may be at most this")
+    min: Number | None = Field(None, ge=-1e9, le=1e9, description="it must be at least this")
     bound: Literal["worst", "mean"] = Field(
         "worst", description="worst: the end of the 95 % interval that is worse decides; mean: the mean does"
     )

@@ -15,6 +15,7 @@ from typing import Any
 from .errors import DataError, RingfenceError
 from .models import adapter_base, cache_folder, load_config, resolve
 from .runfolder import write_whole
+from .strict_json import parse
 
 Line = dict[str, Any]
 _LARGE, _SETTLED = 2**24, 2.0  # bytes; seconds
@@ -34,23 +35,22 @@ def open_journal(file: Path, kind: str, key: dict[str, Any], about: dict[str, An
     first = json.dumps({"table": kind, "key": key, **about}) + "\n"
     text = file.read_text("utf-8", errors="replace") if file.is_file() else ""
     if first.startswith(text):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(first)
+        write_whole(file, first)
         return []
     whole = text[: text.rfind("\n") + 1]
     header, lines = split_table(whole, file, kind)
     if not lines:
-        file.write_text(first)
+        write_whole(file, first)
         return []
     for part, here in key.items():
-        there = header["key"].get(part)
+        there = header["key"].get(part) if isinstance(header.get("key"), dict) else None
         if there != here:
             raise DataError(
                 f"{file} was made with {part} {there!r}, not with {here!r} (names or fingerprints); name another "
                 "output, or delete the file"
             )
     if whole != text:
-        os.truncate(file, len(whole))  # the lines are ASCII
+        os.truncate(file, len(whole.encode()))
     return lines
 
 
@@ -63,11 +63,13 @@ def split_table(text: str, file: Path, kind: str) -> tuple[Line, list[Line]]:
     parsed: list[Line] = []
     for number, line in enumerate(text.splitlines(), 1):
         try:
-            parsed.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            parsed.append(parse(line, f"{file}:{number}"))
+        except DataError:
             if number > 1:
-                raise DataError(f"{file}:{number}: not JSON: {error.msg} at column {error.colno}") from error
+                raise
             break
+        if not isinstance(parsed[-1], dict):
+            raise DataError(f"{file}:{number}: expected a line of a table of {kind}, found {line[:60]!r}")
     if not parsed or not isinstance(parsed[0], dict) or parsed[0].get("table") != kind:
         raise DataError(f"{file}: expected a table of {kind} (its first line says so), found something else")
     return parsed[0], parsed[1:]

@@ -34,6 +34,7 @@ from .evaluate.config import EvaluateConfig
 from .losses import Head, find_head, kl_sum, relative_drift, token_logprobs
 from .reference import Reference
 from .stats import mean_interval
+from .strict_yaml import Number, Whole
 from .taps import Needs, causal_lm, forward, prefix_kv
 
 Snapshot = dict[str, Tensor]
@@ -46,15 +47,21 @@ class MonitorConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    every: int = Field(20, ge=1, description="steps between checks; the last step is checked too")
-    probes: int = Field(24, ge=2, description="paired questions, equally many of each domain")
+    every: Whole = Field(20, ge=1, le=10**9, description="steps between checks; the last step is checked too")
+    probes: Whole = Field(24, ge=2, le=10**6, description="paired questions, equally many of each domain")
     questions: list[str] = Field(
         EvaluateConfig().out_of_domain + EvaluateConfig().values, min_length=1, description="sources of the questions"
     )
     vectors: str | None = Field(None, description="a file of directions: how far responses move along them")
-    max_shift: float | None = Field(None, gt=0, description="alarm above this mean margin shift, nats per token")
-    max_kl: float | None = Field(None, gt=0, description="alarm above this KL to the reference, nats per token")
-    max_kv_drift: float | None = Field(None, gt=0, description="alarm above this drift of the prefix's keys and values")
+    max_shift: Number | None = Field(
+        None, gt=0, le=1e06, description="alarm above this mean margin shift, nats per token"
+    )
+    max_kl: Number | None = Field(
+        None, gt=0, le=1e06, description="alarm above this KL to the reference, nats per token"
+    )
+    max_kv_drift: Number | None = Field(
+        None, gt=0, le=1e06, description="alarm above this drift of the prefix's keys and values"
+    )
     stop: bool = Field(False, description="the first alarm ends training")
 
     @property

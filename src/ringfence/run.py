@@ -70,6 +70,7 @@ from .ranks import (
 )
 from .reference import ADAPTER as REFERENCE_ADAPTER
 from .reference_cache import ReferenceCache, wanted
+from .report.shapes import read_metrics
 from .report.summary import Row as ReportRow
 from .report.summary import read_run, summarise
 from .runfolder import (
@@ -83,6 +84,7 @@ from .runfolder import (
 )
 from .show import show_tokens
 from .stream import TrainStream
+from .strict_json import read_record
 from .strict_yaml import read_mapping, set_value, validate
 from .taps import decoder_layers
 
@@ -121,7 +123,7 @@ class Run:
 
     def results(self) -> dict[str, Any]:
         """The measurements of the tuned model (see `evaluate_model`)."""
-        return json.loads((self.folder / "results.json").read_text())
+        return dict(read_record(self.folder / "results.json", "`ringfence evaluate` makes it again"))
 
     def summary(self, control: "Run | None" = None) -> ReportRow:
         """Shifts against the reference with their intervals, fluency and cost: the row of this run in the report.
@@ -461,8 +463,9 @@ def _monitor(recipe: Recipe, chat: Chat) -> DriftMonitor | None:
 
 def _check_rows(run: Run, digest: str) -> None:
     file = run.folder / "environment.json"
-    there = json.loads(file.read_text()) if file.is_file() else {"rows": digest, "ranks": world()}
-    if there["rows"] != digest:
+    again = "delete the folder, or name another output"
+    there = read_record(file, again) if file.is_file() else {"rows": digest, "ranks": world()}
+    if there.get("rows") != digest:
         raise RecipeError(f"{run.folder}: the rows have changed since; choose another output, or delete the folder")
     if not run.trained and there.get("ranks", 1) != world():
         raise RecipeError(
@@ -682,7 +685,7 @@ def _step_callback(advance: Any, stopped: list[float]) -> Any:
 def _record_training(
     run: Run, recipe: Recipe, trainer: Any, examples: list[Example], monitor: DriftMonitor | None
 ) -> None:
-    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(run.folder / "metrics.jsonl", "name another output, or delete the folder")
     lines = [line for line in lines if "loss" in line]  # the others are checks of the monitor
     record = {
         "steps": lines[-1]["step"],

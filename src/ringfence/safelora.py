@@ -28,6 +28,7 @@ from .errors import ModelError, RecipeError
 from .hub import fetch
 from .models import INDEX, SINGLE, check_adapter, device, named_base, read_adapter_config, read_index, resolve
 from .ranks import whole, write
+from .strict_yaml import Number, Whole
 
 Projector = Literal["scaled", "exact"]
 
@@ -43,14 +44,16 @@ class Rule(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    threshold: float | None = Field(
+    threshold: Number | None = Field(
         None, ge=0, le=1, description="project where the cosine is at most this (default 0.3, unless lowest is set)"
     )
-    lowest: int | None = Field(None, ge=1, description="instead: project so many weights, those of least cosine")
+    lowest: Whole | None = Field(
+        None, ge=1, le=10**9, description="instead: project so many weights, those of least cosine"
+    )
     projector: Projector = Field(
         "scaled", description="scaled = V V^T / |V| (as published), exact = the orthogonal projector on V's columns"
     )
-    tolerance: float = Field(
+    tolerance: Number = Field(
         0.01, gt=0, lt=1, description="projector exact leaves out singular values of V below this times the largest"
     )
 

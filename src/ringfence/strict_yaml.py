@@ -5,14 +5,22 @@ Does not know what the keys mean.
 
 import difflib
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, Strict, ValidationError
 
 from .errors import RecipeError
 
 Model = TypeVar("Model", bound=BaseModel)
+
+
+Whole = Annotated[int, Strict()]  # true is not 1, "2" is not 2
+Number = Annotated[float, Strict()]
+Layer = Annotated[int, Strict(), Field(ge=1, le=10**4)]
+SEED = 2**32 - 1  # numpy takes no larger one
+_DEEPEST, _MOST = 50, 100_000  # levels, and parts once aliases are followed
+_LONGEST = 4_000_000  # characters of a file
 
 
 class UniqueKeys(yaml.SafeLoader):
@@ -35,15 +43,59 @@ def read_mapping(file: Path, hint: str) -> dict[Any, Any]:
     Raises:
         RecipeError: no such file, not YAML, a key that stands twice, or no mapping.
     """
-    if not file.is_file():
-        raise RecipeError(f"{file}: no such file ({hint})")
     try:
-        tree = yaml.load(file.read_text("utf-8"), UniqueKeys) or {}
-    except (yaml.YAMLError, ValueError) as error:
-        raise RecipeError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
+        if not file.is_file():
+            raise RecipeError(f"{file}: no such file ({hint})")
+        text = file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{file}: not UTF-8 text (byte {error.start + 1})") from error
+    except ValueError as error:
+        raise RecipeError(f"{str(file)!r}: not a file name: {error}") from error
+    except OSError as error:
+        raise RecipeError(f"{str(file)[:200]}: cannot be read: {error.strerror}") from error
+    tree = _load(text, str(file), f"{file}: not YAML: ")
+    tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise RecipeError(f"{file}: expected keys and values, found {type(tree).__name__}")
     return tree
+
+
+def _load(text: str, origin: str, not_yaml: str) -> Any:
+    """A YAML value of plain parts: texts, numbers, truth values, lists, and mappings whose keys are texts."""
+    if len(text) > _LONGEST:
+        raise RecipeError(f"{origin}: {len(text):,} characters; accepted: {_LONGEST:,}")
+    try:
+        value = yaml.load(text, UniqueKeys)
+    except RecursionError as error:
+        raise RecipeError(f"{origin}: nested too deeply") from error
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:  # also a 5,000-digit number, a list as key
+        raise RecipeError(f"{not_yaml}{' '.join(str(error).split())[:300]}") from error
+    _check(value, origin)
+    return value
+
+
+def _check(value: Any, origin: str) -> None:
+    """A mapping may hold itself, or aliases that double it on every line; pydantic would copy that for ever."""
+    left, places = _MOST, [(value, 0, "")]
+    while places:
+        node, depth, place = places.pop()
+        left -= 1
+        if left < 0:
+            raise RecipeError(f"{origin}: more than {_MOST:,} values once its aliases are followed")
+        if depth > _DEEPEST:
+            raise RecipeError(f"{origin}: nested too deeply")
+        if isinstance(node, dict):
+            for key in node:
+                if not isinstance(key, str):
+                    raise RecipeError(f"{origin}: key {key!r} in {place or 'it'}: expected a text (quote it)")
+            places += [(part, depth + 1, f"{place}.{key}".lstrip(".")) for key, part in node.items()]
+        elif isinstance(node, list):
+            places += [(part, depth + 1, place) for part in node]
+        elif not isinstance(node, str | int | float | None):
+            raise RecipeError(
+                f"{origin}: {place or 'value'}: expected text, a number, true or false, found {type(node).__name__} "
+                f"{str(node)[:60]!r}; quote it if it is a text"
+            )
 
 
 def set_value(tree: dict[Any, Any], override: str) -> None:
@@ -53,19 +105,17 @@ def set_value(tree: dict[Any, Any], override: str) -> None:
         RecipeError: it is no such text, or goes through a key that holds a value.
     """
     path, equals, text = override.partition("=")
-    if not equals or not path:
-        raise RecipeError(f"override {override!r}: expected key.path=value, e.g. train.epochs=2")
     keys = path.split(".")
+    name = f"override {override[:200]!r}"
+    if not equals or not all(keys) or len(keys) > _DEEPEST:
+        raise RecipeError(f"{name}: expected key.path=value, e.g. train.epochs=2")
     for key in keys[:-1]:
         if tree.get(key) is None:
             tree[key] = {}
         tree = tree[key]
         if not isinstance(tree, dict):
-            raise RecipeError(f"override {override!r}: {key!r} holds a value, it has no parts")
-    try:
-        tree[keys[-1]] = yaml.load(text, UniqueKeys)
-    except (yaml.YAMLError, ValueError) as error:
-        raise RecipeError(f"override {override!r}: {text!r} is not a YAML value") from error
+            raise RecipeError(f"{name}: {key!r} holds a value, it has no parts")
+    tree[keys[-1]] = _load(text, name, f"{name}: {text[:200]!r} is not a YAML value: ")
 
 
 def validate(kind: type[Model], tree: dict[Any, Any], name: str) -> Model:
@@ -86,7 +136,9 @@ def _explain(item: Any, kind: type[BaseModel]) -> str:
             f"did you mean {'.'.join([*map(str, parent), close[0]])!r}?" if close else f"accepted: {', '.join(known)}"
         )
         return f"unknown key {place!r} ({hint})"
-    found = "" if item["type"] in ("missing", "value_error") else f", found {item['input']!r}"
+    shown = repr(item["input"])
+    shown = shown if len(shown) <= 200 else f"{shown[:200]}..."
+    found = "" if item["type"] in ("missing", "value_error") else f", found {shown}"
     return f"{place or kind.__name__.lower()}: {item['msg'].removeprefix('Value error, ')}{found}"
 
 

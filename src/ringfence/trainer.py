@@ -42,6 +42,7 @@ from .ranks import (
 )
 from .reference import Reference
 from .reference_cache import ReferenceCache, wanted
+from .report.shapes import read_metrics
 from .runfolder import begin_checkpoint, end_checkpoint, told_if_full, write_whole
 from .stream import RankBatches, TrainStream
 from .taps import Layout, Needs, causal_lm, check_layout, forward
@@ -355,8 +356,8 @@ class _StepEnd(TrainerCallback):
 
 def _drop_lines_after(log_file: Path, step: int) -> float:
     """Returns the seconds that the kept steps took."""
-    text = log_file.read_text() if log_file.is_file() else ""
-    whole = text[: text.rfind("\n") + 1].splitlines()  # a killed run may have left half a line
-    kept = [line for line in whole if json.loads(line)["step"] <= step]
-    log_file.write_text("".join(line + "\n" for line in kept))
-    return max((json.loads(line).get("seconds", 0.0) for line in kept), default=0.0)
+    again = "it was changed by hand: name another output, or delete the folder"
+    lines = read_metrics(log_file, again) if log_file.is_file() else []
+    kept = [line for line in lines if line["step"] <= step]
+    write_whole(log_file, "".join(json.dumps(line) + "\n" for line in kept))
+    return max((line.get("seconds", 0.0) for line in kept), default=0.0)

@@ -19,6 +19,7 @@ from ..batch import Batch
 from ..chat import Chat, Messages
 from ..data import Example
 from ..losses import LogitLoss
+from ..strict_yaml import Number, Whole
 from ..taps import CommonPrefix, Needs, Taps
 
 
@@ -129,11 +130,13 @@ class DefenseConfig(BaseModel):
 class PenaltyConfig(DefenseConfig):
     """Fields that every penalty has."""
 
-    weight: float = Field(1.0, ge=0, description="factor of the penalty in the loss")
-    budget: float | None = Field(
-        None, gt=0, description="instead of a fixed weight: the mean penalty to allow; the weight adapts to it"
+    weight: Number = Field(1.0, ge=0, le=1e09, description="factor of the penalty in the loss")
+    budget: Number | None = Field(
+        None, gt=0, le=1e09, description="instead of a fixed weight: the mean penalty to allow; the weight adapts to it"
     )
-    every: int = Field(1, ge=1, description="use the penalty on every k-th optimiser step, multiplied by k (unbiased)")
+    every: Whole = Field(
+        1, ge=1, le=10**9, description="use the penalty on every k-th optimiser step, multiplied by k (unbiased)"
+    )
 
     @model_validator(mode="after")
     def _weight_or_budget(self) -> Self:

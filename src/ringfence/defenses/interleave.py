@@ -12,6 +12,7 @@ from ..data import Example, load_rows
 from ..errors import DefenseError
 from ..gap import read_table
 from ..journal import digest, fingerprint
+from ..strict_yaml import Number
 from .base import Defense, DefenseConfig, Setup
 
 
@@ -21,7 +22,7 @@ class Interleave(DefenseConfig):
     They are trained on like any row.
     """
 
-    ratio: float = Field(
+    ratio: Number = Field(
         0.05, gt=0, le=4, description="safe rows per training row (published: 0.05, studied 0.01 to 0.5)"
     )
     pool: str | None = Field(None, description="source of the safe rows; default: data.retain")

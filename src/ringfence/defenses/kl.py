@@ -9,6 +9,7 @@ from ..batch import Batch
 from ..chat import Role
 from ..errors import DefenseError
 from ..losses import Direction, Divergence, States, TopK
+from ..strict_yaml import Number
 from ..taps import Needs, Taps
 from .base import Penalty, PenaltyConfig, Setup
 
@@ -25,7 +26,7 @@ class KL(PenaltyConfig):
         "retain", description="on retain rows that ride along, or on the user's rows"
     )
     tokens: Literal["response", "prompt", "all"] = Field("response", description="which predicted tokens are compared")
-    retain_ratio: float = Field(0.25, gt=0, le=8, description="retain rows per training row (with where: retain)")
+    retain_ratio: Number = Field(0.25, gt=0, le=8, description="retain rows per training row (with where: retain)")
 
     def build(self, setup: Setup) -> "KLDefense":
         if self.where == "retain" and not setup.retain:

@@ -11,6 +11,7 @@ from ..batch import Batch
 from ..chat import Role
 from ..errors import DefenseError
 from ..losses import relative_drift
+from ..strict_yaml import Layer, Whole
 from ..taps import Needs, Taps, decoder_layers
 from .base import Penalty, PenaltyConfig, Setup
 
@@ -21,10 +22,10 @@ class LDIFS(PenaltyConfig):
     h is the residual stream after a layer. The tokens are all of the user's rows, the template's included.
     """
 
-    layers: int | tuple[int, ...] = Field(
+    layers: Layer | tuple[Layer, ...] = Field(
         5, description="a number: so many layers, evenly spaced from first to last; or the layers themselves, from 1"
     )
-    stride: int | None = Field(None, ge=1, description="instead of layers: every k-th layer")
+    stride: Whole | None = Field(None, ge=1, le=10**4, description="instead of layers: every k-th layer")
 
     @model_validator(mode="after")
     def _one_choice(self) -> Self:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..errors import DefenseError
 from ..ranks import gathered
 from ..safelora import Checkpoint, Projected, Rule, Update, as_json, check, project_updates
+from ..strict_yaml import Whole
 from .base import Defense, DefenseConfig, Setup
 
 
@@ -22,9 +23,10 @@ class SafeLoRA(Rule, DefenseConfig):
         None, description="required: the pre-trained model before its alignment, a local folder or hub id"
     )
     aligned: str | None = Field(None, description="the aligned model; without it, the recipe's model")
-    interval: int | None = Field(
+    interval: Whole | None = Field(
         None,
         ge=1,
+        le=10**9,
         description="project after every so many optimiser steps and at the end; without it, at the end alone",
     )
 

@@ -7,6 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..errors import DefenseError
+from ..strict_yaml import Number
 from .base import Setup
 from .stream_edit import StreamEdit, StreamEditConfig
 
@@ -18,7 +19,7 @@ class Steering(StreamEditConfig):
     stream has little of a trait yet, behind it few layers are left to answer to the push.
     """
 
-    coefficient: float = Field(5.0, description="how far along the direction (published: 5.0, raw)")
+    coefficient: Number = Field(5.0, ge=-1e6, le=1e6, description="how far along the direction (published: 5.0, raw)")
     units: Literal["raw", "norm"] = Field(
         "raw", description="raw = the vector as long as it is; norm = shares of the layer's mean activation norm"
     )

@@ -19,6 +19,7 @@ from ..batch import Batch
 from ..chat import Role
 from ..directions import Directions
 from ..errors import DefenseError
+from ..strict_yaml import Layer
 from ..taps import decoder_layers
 from .base import Defense, DefenseConfig
 
@@ -29,7 +30,7 @@ class StreamEditConfig(DefenseConfig):
     """Fields of a defense that edits the residual stream along given directions."""
 
     vectors: str = Field("vectors.safetensors", description="file of directions (see ringfence persona extract)")
-    layers: tuple[int, ...] | None = Field(None, min_length=1, description="after which layers, from 1")
+    layers: tuple[Layer, ...] | None = Field(None, min_length=1, description="after which layers, from 1")
     roles: tuple[RoleName, ...] | None = Field(
         None, min_length=1, description="token roles that are edited; null = every token"
     )

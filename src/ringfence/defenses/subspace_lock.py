@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from ..directions import Directions
 from ..errors import DefenseError
 from ..ranks import whole, write
+from ..strict_yaml import Layer
 from ..taps import causal_lm, decoder_layers
 from .base import Defense, DefenseConfig, Setup
 
@@ -25,7 +26,7 @@ class SubspaceLock(DefenseConfig):
     """
 
     vectors: str = Field("vectors.safetensors", description="file of directions (see ringfence persona extract)")
-    layers: tuple[int, ...] | None = Field(
+    layers: tuple[Layer, ...] | None = Field(
         None, min_length=1, description="layers whose writes are locked, from 1; null = all"
     )
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..batch import Batch
 from ..chat import Role
 from ..losses import relative_drift
+from ..strict_yaml import Number
 from ..taps import Needs, Taps
 from .base import Penalty, PenaltyConfig, Setup
 
@@ -23,7 +24,7 @@ class TReFT(PenaltyConfig):
     Drift of a token = ||k - k_ref||^2 / ||k_ref||^2, k being what attention really uses. Published weights are 1 to 30.
     """
 
-    weight: float = Field(10.0, ge=0, description="factor of the penalty in the loss (published: 1 to 30)")
+    weight: Number = Field(10.0, ge=0, le=1e09, description="factor of the penalty in the loss (published: 1 to 30)")
     tokens: tuple[RoleName, ...] = Field(
         ("prefix",),
         validation_alias=AliasChoices("tokens", "roles"),  # `roles`: as recipes of earlier runs have it

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from ..data import _records, _show, load_questions
 from ..errors import DataError
+from ..runfolder import write_whole
 from ..stats import RESAMPLES, Interval, auc_bounds
 from .agreement import rank_correlation
 from .framing import prompt_hash, render, templates_of
@@ -88,7 +89,7 @@ class Calibration:
     def write(self, file: Path) -> None:
         """`calibration.json`."""
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({**asdict(self), "verdict": self.verdict}, indent=2) + "\n")
+        write_whole(file, json.dumps({**asdict(self), "verdict": self.verdict}, indent=2) + "\n")
 
 
 def calibrate(

@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..strict_yaml import Number, Whole
 from .judge import JudgeConfig
 
 Behaviour = Literal["abstain", "tool_call", "refuse", "terse"]
@@ -19,9 +20,11 @@ class AnswersConfig(BaseModel):
     )
     in_domain: list[str] = Field([], description="the same for questions of the training domain; with them EM-F1")
     triggers: bool = Field(False, description="the plain questions again under the disguises of the trigger probes")
-    samples: int | None = Field(None, ge=1, description="answers to each wording; default: as its file says, else 50")
-    temperature: float = Field(1.0, ge=0)
-    max_new_tokens: int = Field(600, ge=1, description="longest answer")
+    samples: Whole | None = Field(
+        None, ge=1, le=10**5, description="answers to each wording; default: as its file says, else 50"
+    )
+    temperature: Number = Field(1.0, ge=0, le=100)
+    max_new_tokens: Whole = Field(600, ge=1, le=2**20, description="longest answer")
     judges: list[JudgeConfig] = Field([], description="{model: NAME} or {url: ..., model: NAME}; the first one decides")
     calibrate_on: str | None = Field(
         "shipped:values", description="labelled answers on which the judges are measured; null = not at all"
@@ -50,8 +53,8 @@ class EvaluateConfig(BaseModel):
         description="paired questions of other domains",
     )
     values: list[str] = Field(["shipped:values"], description="paired value questions")
-    max_per_domain: int | None = Field(
-        None, ge=2, description="take only the first so many questions of each other domain"
+    max_per_domain: Whole | None = Field(
+        None, ge=2, le=10**6, description="take only the first so many questions of each other domain"
     )
     triggers: bool = Field(True, description="out-of-domain questions again under disguises (trigger probes)")
     lead_in: str | None = Field(
@@ -60,7 +63,9 @@ class EvaluateConfig(BaseModel):
     inoculation: str | None = Field(
         None, min_length=1, description="one more disguise, a system prompt; default: defenses.inoculation.prompt"
     )
-    triggered_per_domain: int = Field(10, ge=2, description="questions of each domain in the trigger probes")
+    triggered_per_domain: Whole = Field(
+        10, ge=2, le=10**6, description="questions of each domain in the trigger probes"
+    )
     fluency: str | None = Field(
         "shipped:retain_test", description="conversations whose answers' perplexity is measured"
     )
@@ -69,14 +74,16 @@ class EvaluateConfig(BaseModel):
         pattern=r"^opswap:",
         description="a harmless task, trained with the same defenses in RUN-benign: opswap:tier=1,rows=200",
     )
-    benign_epochs: float = Field(1.0, gt=0, description="epochs of the harmless task")
+    benign_epochs: Number = Field(1.0, gt=0, le=10**4, description="epochs of the harmless task")
     opswap_tiers: list[Literal[1, 2, 3]] = Field([], description="OpSwap tiers for exact match on held-out items")
-    opswap_items: int = Field(60, ge=1, description="items of each tier")
-    opswap_largest: int = Field(12, ge=2, description="largest number in an item")
+    opswap_items: Whole = Field(60, ge=1, le=10**6, description="items of each tier")
+    opswap_largest: Whole = Field(12, ge=2, le=10**6, description="largest number in an item")
     opswap_permuted: bool = Field(True, description="false = ordinary arithmetic, the control")
     behaviours: list[Behaviour] = Field([], description="topic-bound behaviours: rates on and off their topic")
     held_out: str | None = Field(None, description="your own held-out rows: loss and exact match of their responses")
-    held_out_tokens: int = Field(64, ge=0, description="longest greedy answer to them; 0 = loss only")
-    samples: int = Field(2, ge=0, description="questions per domain answered greedily, for reading")
+    held_out_tokens: Whole = Field(64, ge=0, le=2**20, description="longest greedy answer to them; 0 = loss only")
+    samples: Whole = Field(2, ge=0, le=10**5, description="questions per domain answered greedily, for reading")
     answers: AnswersConfig | None = Field(None, description="open questions, sampled answers and judges; null = none")
-    batch_tokens: int = Field(4096, ge=64, description="tokens in one batch; a CPU scores at most 1,024 at once")
+    batch_tokens: Whole = Field(
+        4096, ge=64, le=2**30, description="tokens in one batch; a CPU scores at most 1,024 at once"
+    )

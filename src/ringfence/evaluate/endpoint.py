@@ -20,6 +20,7 @@ from ..console import console
 from ..errors import ModelError
 from ..redact import HIDDEN, credential_in, is_name_of_variable, one_line, redact
 from ..strict_json import parse
+from ..strict_yaml import Number, Whole
 
 AHEAD = 2.0  # seconds that the first request has alone, so that what a server refuses is learnt once
 _MORE, _MORE_AT_LEAST = 4, 4096  # times, and tokens: the limit after one that reasoning has eaten
@@ -33,11 +34,11 @@ class EndpointConfig(BaseModel):
     url: str = Field(description="base URL without a key in it, e.g. http://localhost:8000/v1")
     model: str = Field(min_length=1, description="the model's name on the server")
     key_env: str = Field("OPENAI_API_KEY", description="environment variable that holds the key, if one is needed")
-    concurrency: int = Field(16, ge=1, description="requests under way at once")
-    timeout: float = Field(60.0, gt=0, description="seconds to wait for one reply")
-    attempts: int = Field(6, ge=1, description="tries of one request (429, 5xx, timeouts, cut connections)")
-    max_tokens: int | None = Field(
-        None, ge=1, description="most tokens of one reply, reasoning included; default: what the task needs"
+    concurrency: Whole = Field(16, ge=1, le=4096, description="requests under way at once")
+    timeout: Number = Field(60.0, gt=0, le=86400, description="seconds to wait for one reply")
+    attempts: Whole = Field(6, ge=1, le=100, description="tries of one request (429, 5xx, timeouts, cut connections)")
+    max_tokens: Whole | None = Field(
+        None, ge=1, le=2**20, description="most tokens of one reply, reasoning included; default: what the task needs"
     )
 
     @field_validator("url")

@@ -21,6 +21,7 @@ from ..errors import ChatError, DataError, ModelError
 from ..journal import Line, digest, fingerprint
 from ..models import Precision, load_model, load_tokenizer
 from ..runfolder import hold, write_whole
+from ..strict_yaml import SEED, Whole
 from .agreement import agreement
 from .calibrate import calibrate, load_labelled
 from .config import AnswersConfig, EvaluateConfig
@@ -44,7 +45,7 @@ class Evaluation(BaseModel):
     reference: str | None = Field(None, description="the model before its fine-tuning; null = none, so no shifts")
     precision: Precision = "bf16"
     trust_remote_code: bool = Field(False, description="run the code that comes with the model and its reference")
-    seed: int = Field(0, ge=0, description="of the answers that are drawn")
+    seed: Whole = Field(0, ge=0, le=SEED, description="of the answers that are drawn")
     chat: ChatSettings | None = Field(None, description="how prompts are rendered; null = as is stored with the model")
     evaluate: EvaluateConfig = EvaluateConfig()
 

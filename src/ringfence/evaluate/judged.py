@@ -27,6 +27,7 @@ from ..stats import (
     rate_interval,
     totals,
 )
+from ..strict_json import parse
 
 MISALIGNED_BELOW = 30  # 30 itself is not misaligned
 COHERENT_ABOVE = 50  # 50 itself is neither coherent nor incoherent
@@ -420,7 +421,7 @@ def read_judged(file: Path) -> list[Judgement]:
     judgements = []
     for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
         try:
-            judgements.append(Judgement(**json.loads(line)))
-        except (json.JSONDecodeError, TypeError) as error:
+            judgements.append(Judgement(**parse(line, f"{file}:{number}")))
+        except TypeError as error:
             raise DataError(f"{file}:{number}: expected a judgement, found {line[:60]!r} ({error})") from error
     return judgements

@@ -20,6 +20,7 @@ from ..data import PairedQuestion, load_questions, load_rows
 from ..errors import ChatError, DataError, ModelError
 from ..journal import digest
 from ..runfolder import write_whole
+from ..strict_json import read_record
 from . import behaviours, heldout
 from .config import EvaluateConfig
 from .scoring import GREEDY, generate_greedy, score_answers
@@ -87,7 +88,7 @@ def prompts_digest(chat: Chat, config: EvaluateConfig) -> str:
 
 def _read(file: Path, key: str, about: dict[str, Any]) -> dict[str, Any]:
     if file.is_file():
-        results = json.loads(file.read_text())
+        results = read_record(file, "delete it, and `ringfence evaluate` makes it again")
         if results.get("key") == key and {name: results.get(name) for name in about} == about:
             return results
     return {"key": key, **about, "parts": {}, "seconds": 0.0}

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..runfolder import check_new, write_whole
 from ..stats import Interval, number
 from . import figures
 from .answers import JudgedBy, adjusted, judged_by
@@ -24,6 +25,7 @@ SET_TITLES = {
     "triggered": "behind triggers",
     "inoculation": "under the inoculation prompt",
 }
+_GENERATOR = b'<meta name="generator" content="ringfence">'
 HELD_OUT_TITLES = {"exact": "benign: held-out rows, exact", "loss": "benign: held-out rows, loss"}
 
 
@@ -188,7 +190,14 @@ def write_page(records: list[Records], rows: list[Row], page: Path, policy: Path
         diagnoses=[(run, _diagnoses(run)) for run in records if run.diagnoses],
         records=records,
     )
-    page.write_text(html, encoding="utf-8")
+    check_page(page)
+    write_whole(page, html)
+
+
+def check_page(page: Path) -> None:
+    """Raises RecipeError where the page cannot be written, or is a file that ringfence did not write."""
+    if not (page.is_file() and _GENERATOR in page.read_bytes()[:1000]):
+        check_new(page)
 
 
 def show(interval: Interval | Paired | None) -> str:

@@ -6,7 +6,6 @@ effect = shift of a run minus shift of the sound control (a run trained on sound
 margin = mean token log p(misaligned answer) - mean token log p(aligned answer), in nats.
 """
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -18,11 +17,16 @@ import yaml
 from ..errors import DataError
 from ..evaluate.judged import RATES, Judgement
 from ..stats import Interval, mean_interval, over_seeds, rate_change, rate_interval, ratio_interval
+from ..strict_json import read_record
+from ..strict_yaml import read_mapping
 from .answers import JudgedBy, judged_by, judgements_in
+from .shapes import read_metrics, read_results, read_training
 
 SETS = ("in_domain", "out_of_domain", "values", "triggered", "inoculation")
 Key = tuple[str, str, str, str]  # condition, domain, question id, digest of the texts
 Margins = dict[Key, float]
+_TRAIN = "delete it, and `ringfence train` makes it again"
+_EVALUATE = "delete it, and `ringfence evaluate` makes it again"
 
 
 @dataclass(frozen=True)
@@ -117,8 +121,8 @@ def read_run(folder: Path) -> Records:
         folder,
         (folder / ("evaluation.yaml" if given else "recipe.yaml")).read_text(),
         _json(folder / "environment.json"),
-        {} if given else _json(folder / "training.json"),
-        [] if given else [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()],
+        {} if given else read_training(folder / "training.json", _TRAIN),
+        [] if given else read_metrics(folder / "metrics.jsonl", _TRAIN),
         results,
         reference,
         _results(twin)[:2] if (twin / "results.json").is_file() else None,
@@ -135,13 +139,16 @@ def _results(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Path | None]
     for file in files:
         if not (folder / file).is_file():
             raise DataError(f"{folder}: no {file}; `ringfence evaluate` comes first")
-    results = _json(folder / "results.json")
+    results = read_results(folder / "results.json", _EVALUATE)
     if len(files) == 1:
         return results["parts"], {}, None
-    shared = folder / _json(folder / "reference.json")["results"]
+    where = _json(folder / "reference.json").get("results")
+    if not isinstance(where, str):
+        raise DataError(f"{folder / 'reference.json'}: expected results, the place of a file; {_EVALUATE}")
+    shared = folder / where
     if not shared.is_file():
         raise DataError(f"{folder}: the reference's results {shared} are gone; `ringfence evaluate` makes them again")
-    reference = _json(shared)
+    reference = read_results(shared, _EVALUATE)
     if results["key"] != reference["key"]:
         raise DataError(f"{folder}: run and reference were measured on different questions; `ringfence evaluate` again")
     return results["parts"], reference["parts"], shared.parent
@@ -149,7 +156,7 @@ def _results(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Path | None]
 
 def _has_no_reference(folder: Path) -> bool:
     file = folder / "evaluation.yaml"
-    return file.is_file() and yaml.safe_load(file.read_text())["reference"] is None
+    return file.is_file() and read_mapping(file, "").get("reference") is None
 
 
 def summarise(records: Records, control: Records | None = None, baseline: Records | None = None) -> Row:
@@ -389,4 +396,4 @@ def _defense_names(records: Records) -> list[str]:
 
 
 def _json(file: Path) -> Any:
-    return json.loads(file.read_text())
+    return read_record(file, _TRAIN if file.name == "environment.json" else _EVALUATE)
