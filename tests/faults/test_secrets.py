@@ -113,19 +113,20 @@ def test_an_override_that_cannot_be_set_does_not_show_its_key():
 def test_a_server_that_echoes_the_key(secret, status, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MINE", secret)
     question = OpenQuestion("s", "q", "plain", "q", 0, [{"role": "user", "content": "Hi"}])
-    said = {"error": {"message": f"Bad key {secret}, header Authorization: Bearer {secret}, seed unknown"}}
+    sent = {"error": {"message": f"Bad key {secret}, header Authorization: Bearer {secret}, seed unknown"}}
     if status == 200:
-        said = {"choices": [{"message": {"content": f"You are {secret}"}, "finish_reason": "stop"}]}
-    with serve(lambda _: "Hi", lambda *_: Raw(said, status)) as server:
+        sent = {"choices": [{"message": {"content": f"You are {secret}"}, "finish_reason": "stop"}]}
+    raw = Raw(sent, status)
+    said = ""
+    with serve(lambda _: "Hi", lambda *_: raw) as server:
         source = Endpoint(EndpointConfig(url=server.url, model="m", key_env="MINE", attempts=1))
         try:
             sample_answers(source, [question], tmp_path / "answers.jsonl", samples=1)
         except ModelError as error:
-            assert secret not in repr(error)
-            assert error.__cause__ is None
+            said = f"{error!r} {error.__cause__!r}"
     assert server.keys[0] == secret
     out = capsys.readouterr()
-    assert secret not in (tmp_path / "answers.jsonl").read_text() + out.out + out.err
+    assert secret not in (tmp_path / "answers.jsonl").read_text() + out.out + out.err + said
 
 
 def test_a_long_page_is_cut():
