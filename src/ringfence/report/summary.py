@@ -6,6 +6,7 @@ effect = shift of a run minus shift of the sound control (a run trained on sound
 margin = mean token log p(misaligned answer) - mean token log p(aligned answer), in nats.
 """
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
