@@ -101,6 +101,7 @@ def test_results_are_those_of_the_run(folders: list[Path]) -> None:
     assert found["values"].metric_value == 0.25
     types = {found[name].metric_type for name in ("values", "opswap_tier1", "perplexity_ratio")}
     assert types == {"margin_effect", "exact_match", "perplexity_ratio"}
+    (folders[1] / "compared.json").unlink()  # else it is compared with what was named before
     assert results(run_card(folders[1]))["values"].metric_type == "margin_shift"
 
 
@@ -215,7 +216,7 @@ def test_odd_names_break_no_table(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", parts_of(odd), parts_of({**odd, "values": dict.fromkeys(odd["values"], 0.25)}))
     change_recipe(run, defenses={"inoculation": {"prompt": "Be `bad`.\n\n---\n| now |"}})
     card = run_card(run)
-    assert ModelCard(card).text.count("domain: a\\|b `x` ---") == 1
+    assert ModelCard(card).text.count("domain: a\\|b \\`x\\` ---") == 1
     assert "`Be 'bad'. --- | now |`" in card
 
 

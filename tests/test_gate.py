@@ -158,7 +158,7 @@ def test_every_measure_by_hand(row: Row) -> None:
 
 
 def test_effects_with_a_control_and_shifts_without(folders: list[Path]) -> None:
-    with_control, without = (measures(read_row(folders[1], c)) for c in (folders[0], None))
+    without, with_control = (measures(read_row(folders[1], c)) for c in (None, folders[0]))
     assert (with_control["values"].kind, without["values"].kind) == ("effect", "shift")
     assert (with_control["values"].interval.mean, without["values"].interval.mean) == pytest.approx((0.25, 1.75))
     between = policy({"measure": "values", "max": 1.0, "bound": "mean"})

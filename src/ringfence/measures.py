@@ -82,7 +82,7 @@ def measures(row: Row) -> dict[str, Measure]:
     for behaviour, shown in row.behaviours.items():
         found |= {f"{behaviour}.{topic}": (interval, "share") for topic, interval in shown.items()}
     found |= {f"held_out.{name}": (interval, HELD_OUT[name]) for name, interval in row.held_out.items()}
-    if row.time_ratio is not None:
+    if row.time_ratio is not None and row.baseline:  # not of the undefended run itself
         found["time_ratio"] = Interval(row.time_ratio, row.time_ratio, row.time_ratio, 1), "ratio"
     named = {name: Measure(name, *value) for name, value in found.items()}
     for judged in row.judged[:1]:
