@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from .gate import Decision, by_criterion, decide, load_policy
 from .measures import Measure, measures
 from .report import SET_TITLES, read_rows, strength, tier_title
+from .report.compared import keep_compared
 from .report.summary import Records, Row
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -44,6 +45,7 @@ def run_card(
     """
     rules = load_policy(policy)
     (records,), (row,) = read_rows([folder], control, baseline)
+    keep_compared(folder, control, baseline)
     recipe = yaml.safe_load(records.recipe_text)
     found = {name: measure for name, measure in measures(row).items() if _is_shown(name, row)}
     verdict = _verdict(decide(row, rules), policy)

@@ -64,7 +64,7 @@ def export_runs(
 
     Args:
         control: the run trained on sound answers; with it, effects are given beside shifts.
-        baseline: the undefended run. Both are kept in the folders, as by the gate.
+        baseline: the undefended run. Default of both: what the gate or the card was given.
 
     Raises:
         DataError: a folder holds no run, or one that is not measured.

@@ -19,7 +19,7 @@ from rich.table import Table
 from .errors import DataError, RecipeError
 from .measures import Measure, check_name, measures
 from .report import read_rows
-from .report.compared import keep
+from .report.compared import keep, keep_compared
 from .report.summary import Row
 from .stats import finite
 from .strict_yaml import Number, read_mapping, validate
@@ -285,6 +285,7 @@ def gate_run(
         DataError: a folder holds no run, or one that is not measured.
     """
     decision = decide_run(folder, policy, control, baseline, seeds)
+    keep_compared(folder, control, baseline)
     keep(folder / "gate.json", json.dumps(decision.to_dict(), indent=1, allow_nan=False) + "\n")
     return decision
 

@@ -43,7 +43,7 @@ LIMITS = {
 
 @pytest.mark.parametrize("named", [(), ("control",), ("baseline",), ("control", "baseline")])
 @pytest.mark.parametrize("limit", LIMITS)
-@pytest.mark.parametrize("first", ["gate", "card", "export"])
+@pytest.mark.parametrize("first", ["gate", "card"])
 def test_one_run_has_one_verdict(folders, tmp_path, named, limit, first):
     control, plain, guarded = folders
     policy = tmp_path / "policy.yaml"
@@ -51,10 +51,8 @@ def test_one_run_has_one_verdict(folders, tmp_path, named, limit, first):
     given = {role: {"control": control, "baseline": plain}[role] for role in named}
     if first == "gate":
         gate_run(guarded, policy, **given)
-    elif first == "card":
-        run_card(guarded, policy=policy, **given)
     else:
-        export_runs([guarded], "json", **given)
+        run_card(guarded, policy=policy, **given)
     found = words(guarded, policy)
     assert len(set(found.values())) == 1, found
     assert found["gate"] == decide_run(guarded, policy, **given).word
@@ -85,11 +83,12 @@ def test_a_kept_run_that_is_gone_is_a_sentence(folders):
         decide_run(guarded)
 
 
-def test_runs_of_one_table_are_compared_with_its_undefended_run_ever_after(folders):
-    control, plain, guarded = folders
-    _, rows = read_rows(folders, control)
+def test_runs_of_one_table_are_compared_with_its_undefended_run_which_the_page_says(folders, tmp_path):
+    control, plain, _ = folders
+    records, rows = read_rows(folders, control)
     assert [(row.control, row.baseline) for row in rows][2] == (control.name, plain.name)
-    assert decide_run(guarded).against == f"control {control.name}, undefended run {plain.name}"
+    write_page(records, rows, tmp_path / "page.html")
+    assert f"control {control.name}, undefended run {plain.name}" in (tmp_path / "page.html").read_text()
 
 
 def test_a_decision_that_cannot_be_saved_counts(folders, monkeypatch, capsys):

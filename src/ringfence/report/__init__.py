@@ -38,7 +38,7 @@ def read_rows(
 
     Args:
         control, baseline: what the runs are compared with; default: what was named of each run before, and as the
-            undefended run one of these runs. What is named or found here is kept (see `compared`).
+            undefended run one of these runs.
     """
     records = [read_run(folder) for folder in folders]
     known: dict[Path, Records] = {run.folder: run for run in records}
@@ -54,8 +54,6 @@ def read_rows(
     single: dict[Path, Row] = {}
     for run, found in zip(records, before):
         own = run.folder if run.folder in controls else found.control
-        if plain and not found.baseline and run.folder not in (own, plain.folder):
-            found = compared(run.folder, baseline=plain.folder)
         undefended = read(found.baseline) or plain
         single[run.folder] = summarise(run, read(own), undefended)
     groups = [[run] for run in records if run.folder in controls]

@@ -26,7 +26,7 @@ class Compared:
 
 
 def compared(folder: Path, control: Path | None = None, baseline: Path | None = None) -> Compared:
-    """What is named here, which is kept, and else what was named before.
+    """What is named here, else what was named before and is kept.
 
     Raises:
         DataError: a folder that was named before is gone.
@@ -44,10 +44,16 @@ def compared(folder: Path, control: Path | None = None, baseline: Path | None = 
                     f"{folder}: its {role} {found[role]}, named before and kept in {FILE}, is gone; name another with "
                     f"--{role}, or delete {FILE}"
                 )
-    record = {role: os.path.relpath(path, folder.resolve()) for role, path in found.items() if path != folder.resolve()}
-    if record != kept and folder.is_dir() and (control or baseline):
-        keep(file, json.dumps(record, indent=1) + "\n")
     return Compared(**found)
+
+
+def keep_compared(folder: Path, control: Path | None, baseline: Path | None) -> None:
+    """Keeps what is named here in the folder of the run, for every later command."""
+    found = compared(folder, control, baseline)
+    paths = {"control": found.control, "baseline": found.baseline}
+    record = {role: os.path.relpath(path, folder.resolve()) for role, path in paths.items() if path}
+    if control or baseline:
+        keep(folder / FILE, json.dumps(record, indent=1) + "\n")
 
 
 def keep(file: Path, text: str) -> None:
