@@ -12,6 +12,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -333,7 +334,8 @@ def test_a_control_measured_on_other_questions_of_the_same_ids_is_refused(tmp_pa
     runs = []
     for name, word in (("sound", "Why"), ("run", "When")):
         file.write_text(json.dumps({"question": f"{word}?", "aligned": "So.", "misaligned": "No."}))
-        results = evaluate_model(lambda: None, None, config, tmp_path / f"{name}.json", name)
+        chat = SimpleNamespace(render=lambda messages, generation=False: str(messages))
+        results = evaluate_model(lambda: None, chat, config, tmp_path / f"{name}.json", name)
         runs.append(write_run(tmp_path / name, results["parts"], results["parts"], key=results["key"]))
     with pytest.raises(DataError):
         read_rows(runs, runs[0])
