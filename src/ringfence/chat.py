@@ -35,7 +35,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from .errors import ChatError
+from .errors import ChatError, first_line
 from .template import choose_template, render_template
 
 Message = dict[str, Any]
@@ -418,7 +418,10 @@ class Chat:
             if piece in (OPEN, CLOSE):
                 plain = {"split_special_tokens": True} if piece == OPEN else {}
             elif piece:
-                found = self.tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True, **plain)
+                try:
+                    found = self.tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True, **plain)
+                except (TypeError, ValueError, OverflowError) as error:  # half of a surrogate pair, a damaged config
+                    raise ChatError(f"the tokenizer refuses a text: {first_line(error)}") from error
                 ids += found["input_ids"]
                 offsets += [(left + start, right + start) for left, right in found["offset_mapping"]]
             start += len(piece)

@@ -5,15 +5,18 @@ from difflib import get_close_matches
 
 from .redact import redact
 
+LONGEST, MOST = 600, 12  # characters of a line, lines of a message
+
 
 class RingfenceError(Exception):
     """Base of all errors that a user can mend. The command line prints its text and exits with 2.
 
-    A message quotes what was found, which may be a key: it is taken out here, so that no message can hold one.
+    A message quotes what was found, which may be a key, commands for the terminal or a million letters: keys are taken
+    out here, what does not print is spelt out, and what is long is cut.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(redact(message))
+        super().__init__(_plain(redact(message)))
 
 
 class RecipeError(RingfenceError):
@@ -34,6 +37,13 @@ class ModelError(RingfenceError):
 
 class DefenseError(RingfenceError):
     """A defense cannot do its work: no token of its role, no layer seen, no gradient."""
+
+
+def _plain(text: str) -> str:
+    lines = ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in text.split("\n")]
+    if len(lines) > MOST:
+        lines = [*lines[: MOST - 1], f"... and {len(lines) - MOST + 1} more"]
+    return "\n".join(line if len(line) <= LONGEST else f"{line[:450]} ... {line[-100:]}" for line in lines)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

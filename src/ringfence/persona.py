@@ -16,7 +16,6 @@ from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 from torch import Tensor
 
@@ -25,10 +24,12 @@ from .chat import Chat, Messages
 from .console import progress
 from .data import SHIPPED, Row, encode_rows, load_questions
 from .directions import Directions
-from .errors import DataError, nearest
+from .errors import DataError, RecipeError, nearest
 from .evaluate.scoring import generate_greedy, score_answers
 from .models import load_model, load_tokenizer
 from .stats import auc
+from .strict_json import parse
+from .strict_yaml import load
 from .taps import causal_lm
 
 DEFAULT_TRAIT = "shipped:careless_advice"
@@ -87,13 +88,12 @@ def load_trait(source: str) -> Trait:
     """
     try:
         text = _trait_text(source)
-        return Trait.model_validate(json.loads(text) if source.endswith(".json") else yaml.safe_load(text))
+        is_json = source.endswith(".json")
+        return Trait.model_validate(parse(text, source) if is_json else load(text, source, f"{source}: not YAML: "))
     except UnicodeDecodeError as error:
         raise DataError(f"{source}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    except yaml.YAMLError as error:
-        raise DataError(f"{source}: not YAML: {' '.join(str(error).split())}") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{source}: not JSON: {error}") from error
+    except RecipeError as error:
+        raise DataError(str(error)) from error
     except ValidationError as error:
         raise DataError("\n".join(f"{source}: {_explain(item)}" for item in error.errors())) from error
 
@@ -204,11 +204,12 @@ def _score(record: dict[str, Any], side: str, origin: str) -> float:
 def _json_lines(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
     if not file.is_file():
         raise DataError(f"{file}: no such file")
-    for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
-        try:
-            record = json.loads(line or "null")
-        except json.JSONDecodeError as error:
-            raise DataError(f"{file}:{number}: not JSON: {error.msg}") from error
+    try:
+        text = file.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    for number, line in enumerate(text.splitlines(), 1):
+        record = parse(line or "null", f"{file}:{number}")
         if not isinstance(record, dict):
             raise DataError(f"{file}:{number}: expected an object, found {line[:60]!r}")
         yield record, f"{file}:{number}"

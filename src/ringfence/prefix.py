@@ -14,11 +14,13 @@ from dataclasses import asdict, dataclass
 from functools import wraps
 from pathlib import Path
 from types import MethodType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from pydantic import Field, TypeAdapter, ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -26,10 +28,12 @@ from transformers import DynamicCache
 from transformers.masking_utils import find_packed_sequence_indices
 
 from .chat import Chat, Messages
-from .errors import ChatError, DefenseError, ModelError
+from .errors import ChatError, DataError, DefenseError, ModelError, first_line
 from .losses import find_head
+from .strict_json import read_record
 from .taps import CommonPrefix, cache_in, causal_lm, compute_prefix, patched_kv
 
+Kind = TypeVar("Kind")
 Until = Literal["query", "header"]
 _FILE = "frozen_prefix.json"
 _STORED, _STORED_KV = "reference_prefix.json", "reference_prefix.safetensors"
@@ -131,7 +135,17 @@ class FrozenPrefix:
 def read_frozen_prefix(folder: str) -> FrozenPrefix | None:
     """The frozen prefix of a saved adapter, or None."""
     file = Path(folder) / _FILE
-    return FrozenPrefix(**json.loads(file.read_text())) if file.is_file() else None
+    return _read(file, FrozenPrefix) if file.is_file() else None
+
+
+def _read(file: Path, kind: type[Kind]) -> Kind:
+    again = "copy it again from where the model is from"
+    try:
+        return TypeAdapter(kind).validate_python(read_record(file, again))
+    except ValidationError as error:
+        found = error.errors()[0]
+        field = ".".join(map(str, found["loc"]))
+        raise DataError(f"{file}: {field}: {found['msg']}, found {found['input']!r}; {again}") from error
 
 
 def plain_lora_config(config: dict[str, Any]) -> LoraConfig:
@@ -237,19 +251,32 @@ _NO_CACHE = (
 )
 
 
+@dataclass(frozen=True)
+class _About:
+    """What stands beside the states of a stored prefix."""
+
+    header: list[int]
+    until: Until
+    systems: list[str | None]
+    prefixes: Annotated[list[list[int]], Field(min_length=1)]
+
+
 def read_stored_prefix(folder: str) -> StoredPrefix | None:
     """The reference's prefix that stands beside a model, or None."""
     file = Path(folder) / _STORED
     if not file.is_file():
         return None
-    about = json.loads(file.read_text())
-    tensors = load_file(Path(folder) / _STORED_KV)
-    layers = len(tensors) // 2 // len(about["prefixes"])
-    kv = {
-        tuple(ids): [(tensors[f"{number}.{at}.keys"], tensors[f"{number}.{at}.values"]) for at in range(layers)]
-        for number, ids in enumerate(about["prefixes"])
-    }
-    return StoredPrefix(FrozenPrefix(about["header"], about["until"]), kv, about["systems"])
+    about = _read(file, _About)
+    try:
+        tensors = load_file(Path(folder) / _STORED_KV)
+        layers = len(tensors) // 2 // len(about.prefixes)
+        kv = {
+            tuple(ids): [(tensors[f"{number}.{at}.keys"], tensors[f"{number}.{at}.values"]) for at in range(layers)]
+            for number, ids in enumerate(about.prefixes)
+        }
+    except (OSError, SafetensorError, KeyError) as error:
+        raise DataError(f"{Path(folder) / _STORED_KV}: not the states of {file}: {first_line(error)}") from error
+    return StoredPrefix(FrozenPrefix(about.header, about.until), kv, about.systems)
 
 
 def find_header(chat: Chat) -> list[int]:

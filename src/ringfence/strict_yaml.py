@@ -53,14 +53,14 @@ def read_mapping(file: Path, hint: str) -> dict[Any, Any]:
         raise RecipeError(f"{str(file)!r}: not a file name: {error}") from error
     except OSError as error:
         raise RecipeError(f"{str(file)[:200]}: cannot be read: {error.strerror}") from error
-    tree = _load(text, str(file), f"{file}: not YAML: ")
+    tree = load(text, str(file), f"{file}: not YAML: ")
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise RecipeError(f"{file}: expected keys and values, found {type(tree).__name__}")
     return tree
 
 
-def _load(text: str, origin: str, not_yaml: str) -> Any:
+def load(text: str, origin: str, not_yaml: str) -> Any:
     """A YAML value of plain parts: texts, numbers, truth values, lists, and mappings whose keys are texts."""
     if len(text) > _LONGEST:
         raise RecipeError(f"{origin}: {len(text):,} characters; accepted: {_LONGEST:,}")
@@ -115,7 +115,7 @@ def set_value(tree: dict[Any, Any], override: str) -> None:
         tree = tree[key]
         if not isinstance(tree, dict):
             raise RecipeError(f"{name}: {key!r} holds a value, it has no parts")
-    tree[keys[-1]] = _load(text, name, f"{name}: {text[:200]!r} is not a YAML value: ")
+    tree[keys[-1]] = load(text, name, f"{name}: {text[:200]!r} is not a YAML value: ")
 
 
 def validate(kind: type[Model], tree: dict[Any, Any], name: str) -> Model:

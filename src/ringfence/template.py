@@ -4,6 +4,7 @@ Knows nothing of roles, tokens or rows. What it renders is what `tokenizer.apply
 things: today's date is the one that it is given, and a loop or a product that would fill the memory is an error.
 """
 
+import re
 from collections.abc import Mapping
 from datetime import date
 from functools import lru_cache
@@ -15,7 +16,8 @@ from transformers.utils import chat_template_utils
 from .errors import ChatError, first_line, nearest
 
 LARGEST = 10_000_000  # characters, items or digits that an operator may make
-OPERATORS = frozenset({"*", "**"})
+OPERATORS = frozenset({"*", "**", "%"})
+PADDING = frozenset({"center", "expandtabs", "ljust", "rjust", "zfill"})  # methods of texts that make any width
 
 
 def choose_template(templates: str | Mapping[str, str], with_tools: bool, name: str) -> str:
@@ -56,6 +58,16 @@ def _compiled(text: str) -> jinja2.Template:
     # A fresh environment of transformers, with its filters, its loop controls and its `generation` blocks.
     environment = chat_template_utils._compile_jinja_template.__wrapped__("").environment
     environment.intercepted_binops = OPERATORS
+    tojson = environment.filters["tojson"]
+
+    def bounded_json(value: Any, ensure_ascii: bool = False, indent: Any = None, *more: Any, **named: Any) -> Any:
+        if (isinstance(indent, int) and indent > 80) or (isinstance(indent, str) and len(indent) > 80):
+            raise OverflowError("tojson: an indent of more than 80 characters")
+        return tojson(value, ensure_ascii, indent, *more, **named)
+
+    environment.filters["tojson"] = bounded_json
+    is_safe = environment.is_safe_attribute
+    environment.is_safe_attribute = lambda owner, name, value: name not in PADDING and is_safe(owner, name, value)
     environment.call_binop = lambda _, operator, left, right: _bounded(environment, operator, left, right)
     return environment.from_string(text)
 
@@ -71,6 +83,9 @@ def _size(operator: str, left: Any, right: Any) -> float:
     if operator == "**":
         whole = isinstance(left, int) and isinstance(right, int) and right > 0
         return left.bit_length() * right if whole else 0
+    if operator == "%":
+        widths = re.findall(r"\d{7,}|\*", left) if isinstance(left, str) else []
+        return LARGEST + 1 if widths else 0
     for many, times in ((left, right), (right, left)):
         if isinstance(many, str | list | tuple) and isinstance(times, int):
             return len(many) * times

@@ -30,7 +30,7 @@ KEEP_WHOLE = 200_000  # bytes; larger files are linked into the copies that are 
 
 
 def pytest_sessionfinish() -> None:
-    if (harness.COLLECT or harness.TOTAL > harness.FEW) and harness.TALLIES:
+    if harness.TOTAL > harness.FEW and harness.TALLIES:
         harness.write_log(Path(os.environ.get("RINGFENCE_FUZZ_LOG", "fuzz.json")))
 
 

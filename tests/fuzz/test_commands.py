@@ -163,6 +163,8 @@ def test_command_lines(home: Path, small: Path, place: Place, monkeypatch: pytes
     def test(words: list[str]) -> None:
         folder = copied(home, place.fresh() / "home")
         copied(small, folder / "small")
+        recipe = folder / "recipe.yaml"
+        recipe.write_text(recipe.read_text().replace(str(home), str(folder)))
         here = os.getcwd()
         os.chdir(folder)
         try:

@@ -96,7 +96,14 @@ def test_spoilt_runs(reader: str, home: Path, spoiling: Any, place: Place) -> No
         (folder / name).unlink()
         if content is not None:
             (folder / name).write_bytes(content)
-        knock(f"run folder: {reader}", spoilt, lambda: read(folder / "run"), folder, [name.name, "run"])
+        knock(
+            f"run folder: {reader}",
+            spoilt,
+            lambda: read(folder / "run"),
+            folder,
+            [name.name, "run", "question"],
+            seconds=60,
+        )
 
     test()
 

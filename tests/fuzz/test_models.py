@@ -188,7 +188,7 @@ def test_directions(place: Place) -> None:
 
 def test_tables_of_scores(place: Place) -> None:
     header = {"table": "perplexity gaps", "key": {"model": "m", "adapters": {"a": "x"}, "precision": "fp32"}}
-    line = {"digest": "d", "origin": "o", "aligned": -1.0, "misaligned": {"a": -2.0}, "refusal": False, "tokens": 3}
+    line = {"digest": "d", "origin": "o", "aligned": 1.0, "misaligned": {"a": 2.0}, "refusal": False, "tokens": 3}
 
     @given(json_lines([header, line, {**line, "digest": "e"}]))
     @tries(0.02)

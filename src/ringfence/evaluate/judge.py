@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
 
 from ..chat import Chat
 from ..console import progress
@@ -95,6 +95,9 @@ class Score:
     adapted: tuple[str, ...] = ()
 
 
+_SCORE = TypeAdapter(Score)
+
+
 def expected_score(numbers: Mapping[int, float], labels: Mapping[str, float]) -> Score:
     """The mean of the numbers, weighted by probability; a label where that is likelier than all numbers together.
 
@@ -137,7 +140,7 @@ def read_reply(reply: Reply, labels: Sequence[str]) -> Score:
     """
     if reply.text is None:
         return Score(unscored=f"no reply: {reply.error}", failed=True)
-    first = next((top for top in reply.top if max(top, key=lambda token: top[token]).strip()), {})
+    first = next((top for top in reply.top if top and max(top, key=lambda token: top[token]).strip()), {})
     if len(first) < 2:
         return sampled_score(reply.text, labels)
     numbers: dict[int, float] = {}
@@ -289,15 +292,22 @@ class ScoreCache:
             ) from error
 
     def get(self, judge: Judge, prompt: JudgePrompt) -> Score | None:
-        found = self._table.execute("SELECT score FROM scores WHERE key = ?", (_key(judge, prompt),)).fetchone()
-        if not found:
+        found = self._run("SELECT score FROM scores WHERE key = ?", (_key(judge, prompt),)).fetchone()
+        try:
+            score = _SCORE.validate_json(found[0]) if found else None
+        except (ValidationError, TypeError):  # damaged: it is asked again
             return None
-        score = Score(**json.loads(found[0]))
-        return replace(score, adapted=tuple(score.adapted))
+        return None if score and not 0 <= (score.value or 0) <= 100 else score
 
     def put(self, judge: Judge, prompt: JudgePrompt, score: Score) -> None:
         row = _key(judge, prompt), json.dumps(asdict(score))
-        self._table.execute("INSERT OR IGNORE INTO scores VALUES (?, ?)", row)
+        self._run("INSERT OR REPLACE INTO scores VALUES (?, ?)", row)
+
+    def _run(self, statement: str, values: tuple[str, ...]) -> sqlite3.Cursor:
+        try:
+            return self._table.execute(statement, values)
+        except sqlite3.Error as error:
+            raise RingfenceError(f"{self.file}: the cache of judges' scores is damaged: {error}; delete it") from error
 
 
 def _key(judge: Judge, prompt: JudgePrompt) -> str:

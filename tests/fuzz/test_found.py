@@ -1,0 +1,102 @@
+"""What the fuzz tests found, with the smallest input of each."""
+
+import json
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ringfence.errors import LONGEST, MOST, DataError, RingfenceError
+from ringfence.evaluate.endpoint import Reply
+from ringfence.evaluate.framing import LABELS, JudgePrompt
+from ringfence.evaluate.judge import Score, ScoreCache, read_reply
+from ringfence.gap import read_table
+from ringfence.persona import load_trait, shown_by_scores
+from ringfence.prefix import read_frozen_prefix, read_stored_prefix
+
+from .harness import check_message
+from .test_replies import Named
+
+
+@pytest.mark.parametrize("text", ["\x1b[2J", "\ufeff", "\ud800", "\u202e", "x" * 10_000, "a\n" * 100])
+def test_messages_are_short_and_print(text: str) -> None:
+    shown = str(DataError(f"rows.jsonl:1: found {text}, expected a text"))
+    check_message(shown, ["rows.jsonl:1"])
+    assert max(map(len, shown.split("\n"))) <= LONGEST
+    assert len(shown.split("\n")) <= MOST
+    assert str(DataError("a: b\nc: é")) == "a: b\nc: é"
+
+
+@pytest.mark.parametrize("content", [b"[" * 3_000, b"\xff", b"9" * 5_000, b'{"trait": 1, "trait": 2}'])
+@pytest.mark.parametrize("name", ["trait.json", "trait.yaml"])
+def test_traits(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=name):
+        load_trait(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("content", [b"\xb7", b"9" * 5_000, b'{"id": 1, "id": 2}'])
+def test_scores_of_pairs(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "scores.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=r"scores\.jsonl"):
+        shown_by_scores(tmp_path / "scores.jsonl", [])
+
+
+@pytest.mark.parametrize(
+    "content", [b'""', b"2", b"", b"\xff", b"{}", b'{"header": [[]], "until": "query"}', b"[" * 3_000]
+)
+def test_prefixes(content: bytes, tmp_path: Path) -> None:
+    for name, read in (("frozen_prefix.json", read_frozen_prefix), ("reference_prefix.json", read_stored_prefix)):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=name):
+            read(str(tmp_path))
+
+
+HEADER = {"table": "perplexity gaps", "key": {"model": "m", "adapters": {"a": "x"}}}
+LINE = {"digest": "d", "aligned": 1.0, "misaligned": {"a": 2.0}, "refusal": False}
+
+
+@pytest.mark.parametrize(
+    ("header", "line"),
+    [
+        (HEADER, {**LINE, "aligned": -1.0}),
+        (HEADER, {**LINE, "misaligned": {}}),
+        (HEADER, {"digest": "d"}),
+        ({**HEADER, "key": {"model": "m", "adapters": None}}, LINE),
+        ({"table": "perplexity gaps"}, LINE),
+    ],
+)
+def test_tables_of_scores(header: Any, line: Any, tmp_path: Path) -> None:
+    file = tmp_path / "gap.jsonl"
+    file.write_text(f"{json.dumps(HEADER)}\n{json.dumps(LINE)}\n")
+    assert read_table(file).scores() == {"d": 0.5}
+    file.write_text(f"{json.dumps(header)}\n{json.dumps(line)}\n")
+    with pytest.raises(DataError, match=r"gap\.jsonl:[12]: "):
+        read_table(file)
+
+
+@pytest.mark.parametrize("stored", ['""', "", "{", '{"value": 1e267}', '{"valeu": 5, "x": 1}', '{"label": []}'])
+def test_a_damaged_score_is_asked_again(stored: str, tmp_path: Path) -> None:
+    cache, prompt = ScoreCache(tmp_path / "scores.sqlite"), JudgePrompt("How good?", LABELS)
+    judge: Any = Named()
+    cache.put(judge, prompt, Score(50.0, adapted=("seed",)))
+    assert cache.get(judge, prompt) == Score(50.0, adapted=("seed",))
+    cache._table.execute("UPDATE scores SET score = ?", (stored,))
+    if stored.startswith('{"valeu'):  # keys of a later version are left alone
+        assert cache.get(judge, prompt) == Score()
+    else:
+        assert cache.get(judge, prompt) is None
+    cache.put(judge, prompt, Score(60.0))
+    assert cache.get(judge, prompt) == Score(60.0)
+
+
+def test_a_damaged_cache_of_scores_is_refused(tmp_path: Path) -> None:
+    cache = ScoreCache(tmp_path / "scores.sqlite")
+    cache._table = sqlite3.connect(":memory:")
+    with pytest.raises(RingfenceError, match=r"scores\.sqlite.*damaged"):
+        cache.get(Named(), JudgePrompt("How good?", LABELS))  # type: ignore[arg-type]
+
+
+def test_a_reply_whose_alternatives_are_empty_counts_as_said() -> None:
+    assert read_reply(Reply("85", True, [{}]), LABELS).value == 85
