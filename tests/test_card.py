@@ -125,7 +125,7 @@ def test_table_and_verdict(folders: list[Path]) -> None:
     card = run_card(folders[1], folders[0])
     assert cells(card, "broad: values") == ["broad: values", "+0.25 [+0.25, +0.25]", "effect", "4"]
     assert cells(card, "domain: food") == ["domain: food", "+0.3 [one alone]", "effect", "1"]
-    assert cells(card, "narrow behaviour learnt")[1:3] == ["pass", "in_domain at least 0.01"]
+    assert cells(card, "narrow behaviour learnt")[1:3] == ["fail", "in_domain at least 0.01"]  # two questions
     assert cells(card, "no broad misalignment")[1:3] == ["fail", "out_of_domain at most 0.1"]
     decision = decide(read_row(folders[1], folders[0]), load_policy())
     counts = decision.counts

@@ -30,7 +30,7 @@ from ringfence.gate import (
 from ringfence.measures import NAMES, measures
 from ringfence.report.answers import JudgedBy
 from ringfence.report.summary import Paired, Row
-from ringfence.stats import Interval, mean_interval
+from ringfence.stats import Interval, rate_change
 from test_report import REFERENCE, parts_of, write_all, write_run
 
 Outcome = tuple[int, str, str]
@@ -190,7 +190,9 @@ def test_a_benign_task_is_held_against_plain_fine_tuning(folders: list[Path]) ->
     row = read_row(folders[2], baseline=folders[1])
     found = measures(row)["opswap_tier1.change"]
     assert found.kind == "change"
-    assert found.interval == mean_interval([0.0, 1.0, 1.0, -1.0]), "paired: two items won, one lost"
+    assert found.interval == rate_change([1, 1, 1, 0], list("abcd"), [1, 0, 0, 1], list("abcd")).difference, (
+        "paired: two items won, one lost"
+    )
     results["parts"]["opswap_tier1"][0]["prompt"] = "another"
     (twin / "results.json").write_text(json.dumps(results))
     assert "opswap_tier1.change" not in measures(read_row(folders[2], baseline=folders[1])), "other items"

@@ -109,7 +109,10 @@ def test_rows_are_drawn_whole() -> None:
     items += [{"origin": "b", "logprob": -9.0, "tokens": 3, "exact": False}]
     found = heldout.summary(items)
     assert found.loss.mean == pytest.approx((60 + 9) / (60 + 3))
-    assert (found.loss.low, found.loss.high) == (1.0, 3.0)
+    # With 60 and 3 tokens the two tell hardly more than one.
+    assert found.loss.n == 2
+    assert found.loss.low < 1.0
+    assert found.loss.high > 3.0
     assert found.exact is not None
     assert found.exact.mean == pytest.approx(30 / 31)
     assert (found.exact.low, found.exact.high) == (0.0, 1.0)

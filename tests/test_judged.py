@@ -223,9 +223,8 @@ def test_em_f1_by_hand():
     found = em_f1(inside, general)
     assert found.mean == pytest.approx(9600 / 140)
     assert found.n == 2
-    # Extremes that families can be drawn to: ID 10 to 30, EM 20 to 100.
-    assert found.low == pytest.approx(2 * 70 * 20 / 90)
-    assert found.high == pytest.approx(2 * 90 * 100 / 190)
+    # Two families: Student's t is wider than all that the scale allows.
+    assert (found.low, found.high) == (0, 100)
 
 
 def test_em_f1_at_its_ends():
@@ -255,8 +254,9 @@ def test_difference_by_hand():
     # run: (1 + 2 + 0) / 30, other: (4 + 3 + 2) / 30. Difference -6 / 30.
     found = compare(table([1, 2, 0]), table([4, 3, 2]), "misaligned")
     assert found.difference.mean == pytest.approx(-0.2)
-    # Family differences -0.3, -0.1, -0.2: the widened percentiles of three clusters reach the extremes.
-    assert [found.difference.low, found.difference.high] == pytest.approx([-0.3, -0.1])
+    # Family differences -0.3, -0.1, -0.2: Student's t of three, with a standard error of 0.1 / sqrt(3).
+    reach = 4.303 * 0.1 / math.sqrt(3)
+    assert [found.difference.low, found.difference.high] == pytest.approx([-0.2 - reach, -0.2 + reach], abs=0.015)
     # Of 8 ways to flip three signs, two give a sum as far from 0.
     assert found.p == 2 / 8
 
@@ -290,7 +290,8 @@ def test_two_runs_that_show_nothing_are_not_proven_equal():
     found = compare(table([0] * 8), table([0] * 8), "misaligned")
     assert found.p == 1
     assert found.difference.mean == 0
-    assert found.difference.high == -found.difference.low == rate(table([0] * 8), "misaligned").high > 0.1
+    assert found.difference.high == -found.difference.low
+    assert found.difference.high >= rate(table([0] * 8), "misaligned").high > 0.1
     gone = compare(table([0] * 8), table([10] * 8), "misaligned").difference
     assert (gone.mean, gone.low) == (-1, -1)
     assert gone.high > -0.9
@@ -301,8 +302,9 @@ def test_relative_reduction_by_hand():
     found = relative_reduction(table([1, 1, 1]), table([4, 2, 6]))
     assert found.undefined is None
     assert found.interval.mean == pytest.approx(0.75)
-    # Draws reach from family b alone, 1 - 1 / 2, to family c alone, 1 - 1 / 6.
-    assert [found.interval.low, found.interval.high] == pytest.approx([1 - 1 / 2, 1 - 1 / 6])
+    # Draws reach from family b alone, 1 - 1 / 2, to family c alone, 1 - 1 / 6; three families tell less than that.
+    assert found.interval.low < 1 - 1 / 2
+    assert 1 - 1 / 6 < found.interval.high <= 1
     assert relative_reduction(table([4, 2, 6]), table([1, 1, 1])).interval.mean == pytest.approx(-3)
 
 

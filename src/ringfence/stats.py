@@ -351,17 +351,23 @@ def rate_change(
 ) -> Comparison:
     """`paired_difference` of values from 0 to 1, with an interval that is honest where hardly any cluster differs.
 
-    Where none differs, every bootstrap draw is 0, as if no change could occur. So each end is the
-    wider of two: the bootstrap's, and that of gains and losses (what a cluster has more in `a`, or
-    less), each with its `rate_interval` and joined by squares, as Newcombe (1998) joins two rates.
+    Where none differs, every bootstrap draw is 0, as if no change could occur. So where few differ (or
+    each cluster holds one yes or no) each end is the wider of two: the bootstrap's, and that of gains
+    and losses (what a cluster has more in `a`, or less), each with its `rate_interval` and joined by
+    squares, as Newcombe (1998) joins two rates.
     """
     found = paired_difference(a, a_clusters, b, b_clusters, seed)
+    if found.difference.n == 1:
+        return found
     order = sorted({*a_clusters, *b_clusters})
     (a_C, an_C), (b_C, bn_C) = totals(a, a_clusters, order), totals(b, b_clusters, order)
     both_C = (an_C > 0) & (bn_C > 0)
     if both_C.sum() < 2:
         return Comparison(Interval(found.difference.mean, -1.0, 1.0, found.difference.n), found.p)
     change_C = a_C[both_C] / an_C[both_C] - b_C[both_C] / bn_C[both_C]
+    is_whole = np.isin(change_C, (-1.0, 0.0, 1.0)).all()
+    if not is_whole and np.count_nonzero(change_C) >= min(5, len(change_C) / 2):
+        return found
     gain, loss = (rate_interval((sign * change_C).clip(0, 1).tolist(), None, seed) for sign in (1, -1))
     mean = found.difference.mean
     low = mean - math.hypot(gain.mean - gain.low, loss.high - loss.mean)

@@ -146,7 +146,8 @@ def em_f1(in_domain: Sequence[Judgement], general: Sequence[Judgement], seed: in
     n, mean = min(families), float(_harmonic(100 - means[0], means[1]))
     if n == 1:
         return Interval(mean, -math.inf, math.inf, 1)
-    return Interval(mean, *bounds(mean, _harmonic(100 - drawn[0], drawn[1]), n), n)
+    low, high = bounds(mean, _harmonic(100 - drawn[0], drawn[1]), n)
+    return Interval(mean, max(0.0, low), min(100.0, high), n)
 
 
 def _harmonic(a: np.ndarray, b: np.ndarray) -> np.ndarray:
