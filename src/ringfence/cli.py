@@ -603,7 +603,7 @@ def _load(recipe: Path | None, overrides: list[str] | None):  # type: ignore[no-
 
 
 def _dry_run(recipe) -> None:  # type: ignore[no-untyped-def]
-    from .run import dry_run
+    from .dry_run import dry_run
 
     dry_run(recipe, out)
 
