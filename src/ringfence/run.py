@@ -50,6 +50,7 @@ from .models import (
 from .monitor import REFERENCE_FILE as START
 from .monitor import DriftMonitor
 from .prefix import read_frozen_prefix, read_stored_prefix
+from .quiet import quiet_libraries
 from .ranks import (
     count,
     deepspeed_stage,
@@ -132,6 +133,7 @@ class Run:
         return summarise(read_run(self.folder), read_run(control.folder) if control else None)
 
 
+@quiet_libraries()
 def fine_tune(
     train: str,
     *,
@@ -140,7 +142,7 @@ def fine_tune(
     output: str = "runs/run",
     retain: str | None = "shipped:retain",
     seed: int = 0,
-    evaluate: bool = True,
+    evaluate: bool | dict[str, Any] | EvaluateConfig = True,
     **options: Any,
 ) -> Run:
     """Fine-tunes a model with defenses and measures it.
@@ -149,12 +151,14 @@ def fine_tune(
         train: source of the rows: a local file, a hub id, `shipped:NAME`.
         defenses: any set, e.g. `[KL(weight=0.3), Interleave(ratio=0.1)]`.
         retain: source of safe rows for defenses that need some.
-        evaluate: False leaves the measurements out (`ringfence evaluate` makes them later).
+        evaluate: what is measured: fields of `evaluate` in the recipe, as a dict or an `EvaluateConfig`; True = the
+            defaults; False leaves the measurements out (`ringfence evaluate` makes them later).
         options: fields of `train` in the recipe, e.g. `epochs=2, learning_rate=3e-4`.
 
     Raises:
         RingfenceError: whatever is wrong with the input, before training starts.
     """
+    measured = evaluate.model_dump(exclude_unset=True) if isinstance(evaluate, EvaluateConfig) else evaluate
     recipe = parse_recipe(
         {
             "model": model,
@@ -163,11 +167,13 @@ def fine_tune(
             "data": {"train": train, "retain": retain},
             "train": options,
             "defenses": Defenses.of(list(defenses)).model_dump(exclude_none=True),
+            "evaluate": {} if isinstance(measured, bool) else measured,
         }
     )
-    return run_recipe(recipe) if evaluate else train_run(recipe)
+    return train_run(recipe) if evaluate is False else run_recipe(recipe)
 
 
+@quiet_libraries()
 def run_recipe(recipe: Recipe) -> Run:
     """Trains, measures, and does the same for the benign twin if the recipe asks for one.
 
@@ -290,6 +296,7 @@ def as_trained(recipe: Recipe, messages: Messages) -> Messages:
     return messages
 
 
+@quiet_libraries()
 def train_run(recipe: Recipe) -> Run:
     """Trains after a recipe, or goes on with the run in its folder. Does nothing when it is trained already.
 
@@ -761,6 +768,7 @@ def _added_rows(stream: TrainStream, epochs: int) -> list[list[str]]:
 # ------------------------------------------------------------------ evaluation
 
 
+@quiet_libraries()
 def evaluate_target(
     target: str,
     overrides: list[str],
@@ -849,6 +857,7 @@ def evaluation(recipe: Recipe) -> EvaluateConfig:
     return recipe.evaluate.model_copy(update=changed)
 
 
+@quiet_libraries()
 def evaluate_run(run: Run) -> dict[str, Any]:
     """Measures the reference and the tuned model of a run; what is measured already is kept (see `evaluate_folder`)."""
     if not run.trained:
@@ -879,6 +888,7 @@ def evaluate_run(run: Run) -> dict[str, Any]:
 # ------------------------------------------------------------------ diagnosis
 
 
+@quiet_libraries()
 def diagnose_targets(
     targets: Sequence[str],
     names: Sequence[str] = (),

@@ -1,6 +1,9 @@
 """What is said before anything is done: time, memory, what is measured, and only the fields that matter."""
 
 import io
+import logging
+import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from rich.console import Console
+from transformers.utils import logging as transformers_logging
 
 import ringfence.dry_run as dry
 import ringfence.run as run_module
@@ -16,9 +20,11 @@ from ringfence import machine
 from ringfence.chat import Chat
 from ringfence.config import LoraConfig, Recipe, parse_recipe
 from ringfence.dry_run import dry_run
+from ringfence.errors import RecipeError
 from ringfence.evaluate.config import EvaluateConfig
 from ringfence.evaluate.parts import evaluation_key, work
 from ringfence.models import load_tokenizer
+from ringfence.quiet import quiet_libraries
 from ringfence.words import about, counted, gib
 from test_run import small_model, write_rows
 
@@ -182,3 +188,54 @@ def test_counts_and_times_in_words() -> None:
     )
     assert about(123_456_789) == "about 1,400 days"
     assert (gib(2**28), gib(40 * 2**30)) == ("0.25 GiB", "40.0 GiB")
+
+
+# ---------------------------------------------------------------- from Python
+
+
+def test_libraries_are_quiet_and_as_the_user_left_them_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRANSFORMERS_VERBOSITY", raising=False)
+    logger = logging.getLogger("transformers")
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    filters = list(warnings.filters)
+    bars = transformers_logging.is_progress_bar_enabled()
+
+    @quiet_libraries()
+    def work_inside() -> tuple[int, bool]:
+        with quiet_libraries():
+            pass
+        return logger.level, transformers_logging.is_progress_bar_enabled()
+
+    assert work_inside() == (logging.ERROR, False)
+    assert (logger.level, list(warnings.filters)) == (logging.INFO, filters)
+    assert transformers_logging.is_progress_bar_enabled() == bars
+    assert "TRANSFORMERS_VERBOSITY" not in os.environ
+    with pytest.raises(ValueError, match="told"), quiet_libraries():
+        raise ValueError("told")
+    assert logger.level == logging.INFO
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "expected"),
+    [
+        (False, None),
+        (True, EvaluateConfig().values),
+        ({"values": []}, []),
+        (EvaluateConfig(values=[], samples=1), []),
+    ],
+)
+def test_fine_tune_takes_evaluation_settings(evaluate: Any, expected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[tuple[str, Recipe]] = []
+    for name in ("run_recipe", "train_run"):
+        monkeypatch.setattr(run_module, name, lambda recipe, name=name: done.append((name, recipe)))
+    run_module.fine_tune("shipped:finance/unsound", evaluate=evaluate)
+    ((name, recipe),) = done
+    assert name == ("train_run" if evaluate is False else "run_recipe")
+    assert expected is None or recipe.evaluate.values == expected
+    assert recipe.evaluate.in_domain == ["shipped:finance"]
+
+
+@pytest.mark.parametrize("evaluate", ["yes", {"vales": []}, 3])
+def test_fine_tune_refuses_other_settings(evaluate: Any) -> None:
+    with pytest.raises(RecipeError, match="evaluate"):
+        run_module.fine_tune("shipped:finance/unsound", evaluate=evaluate)
