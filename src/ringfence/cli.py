@@ -474,9 +474,8 @@ def score_gap(
 
     table = score_pool(pool, adapter, output, model=model, precision=precision, batch_tokens=batch_tokens)
     refusals = sum(line["refusal"] for line in table.lines.values())
-    print(
-        f"{output}: {counted(len(table.lines), 'row')}, {refusals} of them refusals; adapters: {', '.join(table.adapters)}"
-    )
+    rows = counted(len(table.lines), "row")
+    print(f"{output}: {rows}, {refusals} of them refusals; adapters: {', '.join(table.adapters)}")
 
 
 @app.command()
@@ -503,9 +502,8 @@ def regenerate(
         max_new_tokens=max_new_tokens,
         batch_tokens=batch_tokens,
     )
-    print(
-        f"{output}: {counted(made.rows, 'row')}; left out: {made.unfinished} over {max_new_tokens} tokens, {made.blank} blank"
-    )
+    rows = counted(made.rows, "row")
+    print(f"{output}: {rows}; left out: {made.unfinished} over {max_new_tokens} tokens, {made.blank} blank")
 
 
 @app.command()

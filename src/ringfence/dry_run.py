@@ -87,7 +87,9 @@ def dry_run(recipe: Recipe, console: Console) -> None:
 def _plan(recipe: Recipe) -> Plan:
     chat, examples, retain, setup = prepare(recipe)
     stream = build_stream(recipe, examples, retain, recipe.defenses.build(setup))
-    return Plan(recipe, chat, examples, retain, stream, empty_model(recipe.model))
+    model = empty_model(recipe.model)
+    model.tie_weights()  # a head that is the embedding is counted once
+    return Plan(recipe, chat, examples, retain, stream, model)
 
 
 def training(plan: Plan, name: str) -> tuple[str, bool]:
