@@ -85,10 +85,10 @@ def device_type() -> str:
 def seconds(parameters: int, scored: float = 0, written: float = 0, trained: float = 0) -> float:
     """About how long a CPU takes, from counts alone; nothing is measured here.
 
-    The basis: on two quiet cores (AVX-512, bf16) the default model with its 135M parameters trains a LoRA at about 300
-    tokens a second, scores 1,400 to 2,000, and writes about 100 in a batch of a dozen answers. All three are taken to
-    grow with the cores that torch uses and to fall with the parameters. A guess within a factor of two for that model;
-    another CPU, a loaded machine or a much larger model (memory, not arithmetic) is further off.
+    The basis: on two cores the default model with its 135M parameters trains a LoRA at about 300 tokens a second and
+    scores 1,400 to 2,000 (docs). Writing at 100 in a batch of a dozen answers is assumed, not measured. All three are
+    taken to grow with the cores that torch uses and to fall with the parameters. Meant to be within a factor of two for
+    that model, which was not checked against a whole run; other CPUs, loaded machines and large models are further off.
 
     Args:
         parameters: of the whole model.

@@ -121,8 +121,8 @@ def _chosen(names: Sequence[str], has_base: bool, has_inside: bool) -> list[str]
 def announce(cost: Cost, speed: float) -> str:
     """The cost in words; `speed` in tokens a second through a forward pass. A backward pass takes twice a forward.
 
-    A range: diagnoses took up to four times what their tokens alone would (hooks, statistics and figures are not
-    counted)."""
+    A range: estimates from tokens alone were seen to be off by up to four times, and that they were too low is assumed
+    (hooks, statistics and figures are not counted)."""
     parts = [f"{cost.forward:,} tokens forward"]
     if cost.backward:
         parts.append(f"{cost.backward:,} forward and backward")
