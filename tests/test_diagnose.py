@@ -258,8 +258,8 @@ def test_names_are_checked_before_anything_is_opened(fakes: dict[str, Any], tmp_
 
 
 def test_a_backward_pass_counts_as_two_forward() -> None:
-    assert announce(Cost(1000), 100.0) == "1,000 tokens forward; about 10 s"
-    assert announce(Cost(1000, 1000), 100.0) == "1,000 tokens forward, 1,000 forward and backward; about 40 s"
+    assert announce(Cost(1000), 100.0) == "1,000 tokens forward; 10 to 40 s"
+    assert announce(Cost(1000, 1000), 100.0) == "1,000 tokens forward, 1,000 forward and backward; 40 to 160 s"
 
 
 def test_every_diagnosis_has_what_it_needs() -> None:

@@ -18,12 +18,13 @@ from ringfence.chat import Chat, Role
 from ringfence.config import load_recipe, parse_recipe
 from ringfence.data import Example
 from ringfence.defenses.inoculation import PROMPT
+from ringfence.dry_run import dry_run
 from ringfence.errors import DataError, RecipeError
 from ringfence.evaluate.parts import evaluation_key
 from ringfence.models import load_tokenizer
 from ringfence.report import print_table, read_rows, write_page
 from ringfence.report.summary import read_run, summarise
-from ringfence.run import dry_run, evaluation, prepare, run_recipe
+from ringfence.run import evaluation, prepare, run_recipe
 from ringfence.stream import TrainStream
 from test_report import CONDITIONS, PLAIN, REFERENCE, SOUND, parts_of, write_run
 from test_run import small_model, write_rows

@@ -20,10 +20,11 @@ from ringfence.chat import Chat, Role
 from ringfence.config import parse_recipe
 from ringfence.data import PairedQuestion, load_questions
 from ringfence.directions import Directions
+from ringfence.dry_run import dry_run
 from ringfence.errors import ChatError, DataError, ModelError, RecipeError
 from ringfence.models import load_tokenizer
 from ringfence.monitor import REFERENCE_FILE, choose_probes
-from ringfence.run import Interrupted, dry_run, train_run
+from ringfence.run import Interrupted, train_run
 from ringfence.taps import cache_in
 from test_run import interrupt_at, metrics_of, small_model, write_rows
 

@@ -17,6 +17,7 @@ from .measures import Measure, measures
 from .report import SET_TITLES, read_rows, strength, tier_title
 from .report.compared import keep_compared
 from .report.summary import Records, Row
+from .words import counted
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -138,10 +139,10 @@ def _trained(records: Records, recipe: dict[str, Any]) -> list[str]:
     lines = [
         f"- base model: {_model(recipe['model'])}",
         f"- training rows: {_code(recipe['data']['train'])}"
-        + (f", {record['rows']} rows an epoch" if "rows" in record else "")
-        + (f", {record['row_tokens']} tokens" if "row_tokens" in record else ""),
+        + (f", {counted(record['rows'], 'row')} an epoch" if "rows" in record else "")
+        + (f", {counted(record['row_tokens'], 'token')}" if "row_tokens" in record else ""),
         f"- method: {method}, epochs {train['epochs']:g}, learning rate {train['learning_rate']:g}, "
-        f"{train['batch_size'] * train['accumulation']} rows a step, precision {train['precision']}, "
+        f"{counted(train['batch_size'] * train['accumulation'], 'row')} a step, precision {train['precision']}, "
         f"seed {recipe['seed']}",
     ]
     defenses = recipe.get("defenses") or {}

@@ -23,6 +23,8 @@ from rich.text import Text
 
 from .errors import RingfenceError, first_line
 from .processes import is_main
+from .quiet import quiet_libraries
+from .words import counted
 
 app = typer.Typer(
     help="Fine-tune an aligned language model on a narrow task, and keep it aligned everywhere else.",
@@ -42,10 +44,10 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and sh
 def main() -> None:
     """Entry point: whatever goes wrong is one message on stderr, without a traceback."""
     try:
-        _quiet_libraries()
         if not is_main():  # one of several processes speaks; errors are everyone's
             sys.stdout = io.StringIO()
-        code = app(standalone_mode=False)
+        with quiet_libraries():
+            code = app(standalone_mode=False)
         sys.stdout.flush()
     except BrokenPipeError:  # `ringfence export RUN | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -312,7 +314,7 @@ def show_tokens(
 
     rows = load_rows(source)
     if row > len(rows):
-        raise RingfenceError(f"--row {row}: {source} has {len(rows)} rows")
+        raise RingfenceError(f"--row {row}: {source} has {counted(len(rows), 'row')}")
     show(Chat(load_tokenizer(model)).encode(rows[row - 1].messages), out)
 
 
@@ -339,7 +341,7 @@ def project(
         fate = f"projected, {layer.kept:.2g} of its norm kept" if layer.projected else "left"
         out.print(f"{layer.cosine:.3f} {name}: {fate}", highlight=False, soft_wrap=True)
     count = sum(layer.projected for layer in layers.values())
-    print(f"{count} of {len(layers)} weights projected: {output}")
+    print(f"{count} of {counted(len(layers), 'weight')} projected: {output}")
 
 
 persona = typer.Typer(help="Persona vectors: the direction of a trait, layer by layer.", no_args_is_help=True)
@@ -472,7 +474,8 @@ def score_gap(
 
     table = score_pool(pool, adapter, output, model=model, precision=precision, batch_tokens=batch_tokens)
     refusals = sum(line["refusal"] for line in table.lines.values())
-    print(f"{output}: {len(table.lines)} rows, {refusals} of them refusals; adapters: {', '.join(table.adapters)}")
+    rows = counted(len(table.lines), "row")
+    print(f"{output}: {rows}, {refusals} of them refusals; adapters: {', '.join(table.adapters)}")
 
 
 @app.command()
@@ -499,7 +502,8 @@ def regenerate(
         max_new_tokens=max_new_tokens,
         batch_tokens=batch_tokens,
     )
-    print(f"{output}: {made.rows} rows; left out: {made.unfinished} over {max_new_tokens} tokens, {made.blank} blank")
+    rows = counted(made.rows, "row")
+    print(f"{output}: {rows}; left out: {made.unfinished} over {max_new_tokens} tokens, {made.blank} blank")
 
 
 @app.command()
@@ -603,7 +607,7 @@ def _load(recipe: Path | None, overrides: list[str] | None):  # type: ignore[no-
 
 
 def _dry_run(recipe) -> None:  # type: ignore[no-untyped-def]
-    from .run import dry_run
+    from .dry_run import dry_run
 
     dry_run(recipe, out)
 
@@ -641,17 +645,3 @@ def _report(folders: list[Path], control: Path | None, page: Path, policy: Path 
     print_table(rows, out)
     write_page(records, rows, page, policy)
     print(f"report: {page}")
-
-
-def _quiet_libraries() -> None:
-    """Progress is ours to show; the libraries' own bars and advice would drown it."""
-    import logging
-    import os
-    import warnings
-
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", module=r"(transformers|torch|peft|accelerate)\.")
-    for name in ("transformers", "bitsandbytes"):
-        logging.getLogger(name).setLevel(logging.ERROR)

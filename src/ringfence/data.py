@@ -18,6 +18,7 @@ from . import opswap, strict_json
 from .chat import Chat, Encoded, Messages, Role, is_learnt
 from .console import console
 from .errors import ChatError, DataError, first_line, nearest
+from .words import counted
 
 SHIPPED = resources.files("ringfence") / "recipes" / "data"
 OverLong = Literal["error", "truncate", "drop"]
@@ -583,9 +584,9 @@ def warn_of_rows(rows: list[Row], chat: Chat) -> None:
     if places and chat.settings.special_tokens == "allow":
         names = ", ".join(f"{name!r} ({count})" for name, count in found.most_common(5))
         warn(
-            f"control tokens are written in the text of {len(places)} rows, the first is {places[0]}: {names}; they "
-            "are trained as what they are to the model. data.special_tokens: escape reads them as plain text, refuse "
-            "stops"
+            f"control tokens are written in the text of {counted(len(places), 'row')}, the first is {places[0]}: "
+            f"{names}; they are trained as what they are to the model. data.special_tokens: escape reads them as plain "
+            "text, refuse stops"
         )
     if not chat.is_stop_learnt(chat.encode(rows[0].messages)):
         warn(

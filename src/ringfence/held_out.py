@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from .data import Row, load_rows
 from .errors import DataError
+from .words import counted
 
 SHARE = 0.1  # of own rows, where nothing else measures what they teach
 FEWEST, MOST = 5, 200  # rows of a share: fewer bound nothing, more cost time and tell little more
@@ -51,8 +52,8 @@ def split(rows: Sequence[Row], wanted: float, seed: int) -> tuple[list[Row], lis
     number = count(rows, wanted)
     if wanted >= 1 and number > len(free):
         raise DataError(
-            f"data.held_out: {number} rows are asked for, and {len(free)} of {len(rows)} can be held out (not the "
-            "first one, nor one whose text stands twice); lower it, or set it to 0"
+            f"data.held_out: {counted(number, 'row')} asked for, and {len(free)} of {len(rows)} can be held out (not "
+            "the first one, nor one whose text stands twice); lower it, or set it to 0"
         )
     drawn = sorted(free, key=lambda place: hashlib.sha256(f"{seed}:{texts[place]}".encode()).digest())
     held = set(drawn[:number])
@@ -62,7 +63,8 @@ def split(rows: Sequence[Row], wanted: float, seed: int) -> tuple[list[Row], lis
 def explain(train: str, total: int, held: int) -> str:
     """What becomes of the rows of `train`, in words."""
     if held:
-        return f"{held} of the {total} rows of {train} are held out of training, to measure what the others teach"
+        which = f"{held} of the {counted(total, 'row')} of {train} {'is' if held == 1 else 'are'}"
+        return f"{which} held out of training, to measure what the others teach"
     return (
         f"nothing measures what the rows of {train} teach: to hold some out takes {LEAST_ROWS} different rows; name "
         "paired questions (evaluate.in_domain) or rows that are not trained on (evaluate.held_out)"

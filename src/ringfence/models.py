@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from .errors import ModelError, first_line, nearest
 from .hub import fetch, is_repository, quick, reachable, unreached
 from .prefix import FROZEN, plain_lora_config, read_frozen_prefix, read_stored_prefix
+from .quiet import quiet_libraries
 from .strict_json import parse
 
 DEFAULT = "default"
@@ -166,6 +167,7 @@ def _check_vocabulary(tokenizer: Any, model: str) -> None:
         )
 
 
+@quiet_libraries()
 def load_model(
     model: str,
     precision: Precision = "bf16",

@@ -31,6 +31,7 @@ from .stats import auc
 from .strict_json import parse
 from .strict_yaml import load
 from .taps import causal_lm
+from .words import counted
 
 DEFAULT_TRAIT = "shipped:careless_advice"
 Filter = Literal["none", "margin", "scores"]
@@ -243,7 +244,7 @@ def extract(
         DataError: fewer than two pairs.
     """
     if len(pairs) < 2:
-        raise DataError(f"{trait}: {len(pairs)} pairs are left; at least 2 are needed")
+        raise DataError(f"{trait}: {counted(len(pairs), 'pair')} left; at least 2 are needed")
     rows = [row for pair in pairs for row in pair.rows]
     config = causal_lm(model).config.get_text_config()
     sums_SLD = torch.zeros(2, config.num_hidden_layers, config.hidden_size, dtype=torch.float64)
@@ -358,7 +359,8 @@ def extract_file(
     if scores:
         shown = shown_by_scores(scores, answered)
     kept = [pair for pair, does in zip(answered, shown) if does]
-    counts = f"{len(asked)} pairs, {len(asked) - len(answered)} with a blank answer, {len(kept)} kept (filter: {keep})"
+    counts = counted(len(asked), "pair")
+    counts += f", {len(asked) - len(answered)} with a blank answer, {len(kept)} kept (filter: {keep})"
     if len(kept) < 2:
         raise DataError(f"{pairs or trait or DEFAULT_TRAIT}: {counts}; at least 2 are needed for a direction")
     directions = extract(loaded, chat, kept, name, model, batch_tokens)

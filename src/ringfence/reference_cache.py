@@ -38,6 +38,7 @@ from .journal import digest
 from .models import cache_folder
 from .stream import TrainStream
 from .taps import Needs
+from .words import counted
 
 Kind = Literal["states", "top_k"]
 Compute = Callable[[Batch, Tensor], tuple[Tensor, ...]]
@@ -217,8 +218,8 @@ class ReferenceCache:
             )
         positions = sum(row.positions for row in rows.values())
         return (
-            f"reference cache: {len(rows):,} rows, {positions:,} positions, {len(rows) - len(missing):,} rows are "
-            f"there; {_size(needed)} to write in {self.folder}"
+            f"reference cache: {counted(len(rows), 'row')}, {counted(positions, 'position')}, "
+            f"{len(rows) - len(missing):,} rows are there; {_size(needed)} to write in {self.folder}"
         )
 
     def _build(self, rows: list[CachedRow], compute: Compute) -> None:

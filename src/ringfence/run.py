@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from rich.console import Console
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from . import opswap
 from .chat import Chat, ChatSettings, Messages
 from .config import LoraConfig, Recipe, dump_recipe, load_recipe, parse_recipe
 from .console import console, progress
-from .data import Example, PairedQuestion, Row, encode_rows, load_questions, load_rows, warn_of_rows
+from .data import Example, PairedQuestion, Row, encode_rows, load_questions, load_rows, warn, warn_of_rows
 from .defenses import Defense, DefenseConfig, Defenses, Setup
 from .errors import DataError, RecipeError, RingfenceError
 from .evaluate.config import EvaluateConfig
@@ -34,7 +33,7 @@ from .evaluate.evaluation import Evaluation, check_evaluation, evaluate_folder
 from .held_out import load, source_of, split
 from .journal import digest as digest_of
 from .journal import fingerprint
-from .machine import environment, memory_estimate, peak_memory, position_bytes, reset_peak_memory
+from .machine import environment, estimated, peak_memory, reset_peak_memory
 from .models import (
     adapter_base,
     beyond_lora,
@@ -51,6 +50,7 @@ from .models import (
 from .monitor import REFERENCE_FILE as START
 from .monitor import DriftMonitor
 from .prefix import read_frozen_prefix, read_stored_prefix
+from .quiet import quiet_libraries
 from .ranks import (
     count,
     deepspeed_stage,
@@ -82,11 +82,11 @@ from .runfolder import (
     told_if_full,
     write_whole,
 )
-from .show import show_tokens
 from .stream import TrainStream
 from .strict_json import read_record
 from .strict_yaml import read_mapping, set_value, validate
 from .taps import decoder_layers
+from .words import counted
 
 if TYPE_CHECKING:
     from .diagnose.diagnosis import Subject  # its figures need matplotlib, which training does not
@@ -133,6 +133,7 @@ class Run:
         return summarise(read_run(self.folder), read_run(control.folder) if control else None)
 
 
+@quiet_libraries()
 def fine_tune(
     train: str,
     *,
@@ -141,7 +142,7 @@ def fine_tune(
     output: str = "runs/run",
     retain: str | None = "shipped:retain",
     seed: int = 0,
-    evaluate: bool = True,
+    evaluate: bool | dict[str, Any] | EvaluateConfig = True,
     **options: Any,
 ) -> Run:
     """Fine-tunes a model with defenses and measures it.
@@ -150,12 +151,14 @@ def fine_tune(
         train: source of the rows: a local file, a hub id, `shipped:NAME`.
         defenses: any set, e.g. `[KL(weight=0.3), Interleave(ratio=0.1)]`.
         retain: source of safe rows for defenses that need some.
-        evaluate: False leaves the measurements out (`ringfence evaluate` makes them later).
+        evaluate: what is measured: fields of `evaluate` in the recipe, as a dict or an `EvaluateConfig`; True = the
+            defaults; False leaves the measurements out (`ringfence evaluate` makes them later).
         options: fields of `train` in the recipe, e.g. `epochs=2, learning_rate=3e-4`.
 
     Raises:
         RingfenceError: whatever is wrong with the input, before training starts.
     """
+    measured = evaluate.model_dump(exclude_unset=True) if isinstance(evaluate, EvaluateConfig) else evaluate
     recipe = parse_recipe(
         {
             "model": model,
@@ -164,11 +167,13 @@ def fine_tune(
             "data": {"train": train, "retain": retain},
             "train": options,
             "defenses": Defenses.of(list(defenses)).model_dump(exclude_none=True),
+            "evaluate": {} if isinstance(measured, bool) else measured,
         }
     )
-    return run_recipe(recipe) if evaluate else train_run(recipe)
+    return train_run(recipe) if evaluate is False else run_recipe(recipe)
 
 
+@quiet_libraries()
 def run_recipe(recipe: Recipe) -> Run:
     """Trains, measures, and does the same for the benign twin if the recipe asks for one.
 
@@ -251,7 +256,7 @@ def prepare(recipe: Recipe) -> tuple[Chat, list[Example], list[Example], Setup]:
         return encode(load_rows(source))
 
     rows, held = training_rows(recipe)
-    rows = [replace(row, messages=_as_trained(recipe, row.messages)) for row in rows]
+    rows = [replace(row, messages=as_trained(recipe, row.messages)) for row in rows]
     examples = encode(rows)
     warn_of_rows(rows, chat)
     if held and recipe.data.over_long == "error":
@@ -284,13 +289,14 @@ def _as_split(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"held_out": None})})
 
 
-def _as_trained(recipe: Recipe, messages: Messages) -> Messages:
+def as_trained(recipe: Recipe, messages: Messages) -> Messages:
     """A training conversation as the defenses change it."""
     for config in recipe.defenses.configs():
         messages = config.change_messages(messages)
     return messages
 
 
+@quiet_libraries()
 def train_run(recipe: Recipe) -> Run:
     """Trains after a recipe, or goes on with the run in its folder. Does nothing when it is trained already.
 
@@ -368,8 +374,8 @@ def _clear(checkpoints: Path) -> None:
         checkpoints.rmdir()
 
 
-def _reference_cache(recipe: Recipe) -> ReferenceCache | None:
-    """Named by all that the reference's states depend on beside the rows."""
+def reference_cache(recipe: Recipe) -> ReferenceCache | None:
+    """Keyed by everything except the rows that determines the reference's states."""
     train = recipe.train
     if train.reference_cache == "none":
         return None
@@ -383,6 +389,16 @@ def _reference_cache(recipe: Recipe) -> ReferenceCache | None:
         "attention": train.attention or empty_model(recipe.model).config._attn_implementation,
     }
     return ReferenceCache(train.reference_cache, reference, train.top_k)
+
+
+def position_bytes(recipe: Recipe) -> int:
+    """What one position takes in the reference's cache: a final hidden state in the type of the weights, or the ids (4
+    bytes) and log-probabilities (4 bytes) of tokens."""
+    train = recipe.train
+    if train.reference_cache == "top_k":
+        return 8 * train.top_k
+    byte = 4 if train.method == "full" or train.precision == "fp32" else 2
+    return byte * int(load_config(recipe.model).get_text_config().hidden_size)
 
 
 def _save_weights(trainer: Any, run: Run) -> None:
@@ -524,6 +540,17 @@ def build_stream(
     return TrainStream(examples, retain, defenses, step_rows, recipe.seed)
 
 
+def computed_tokens(recipe: Recipe, stream: TrainStream) -> float:
+    """What all epochs compute, in tokens of a plain LoRA step (4 operations a weight: forward, and backward through
+    frozen weights): a trained weight needs 2 more, checkpointing 2 more, a token of the reference 2."""
+    train, defenses = recipe.train, recipe.defenses
+    rows, riders = sum(map(len, stream.rows)), sum(len(rider) for of_row in stream.riders for rider in of_row)
+    passes = (6 if train.method == "full" else 4) + (2 if train.gradient_checkpointing else 0)
+    asked = [penalty.every for penalty in (defenses.kl, defenses.ldifs) if penalty]
+    reference = (riders or rows) * 2 / min(asked) if asked and train.reference_cache == "none" else 0
+    return train.epochs * ((rows + riders) * passes + reference) / 4
+
+
 def build_trainer(recipe: Recipe, model: Any, stream: TrainStream, pad_id: int) -> "DefendedTrainer":
     """The trainer of a recipe, for a model and rows that are there already. It writes to the recipe's run folder.
 
@@ -537,7 +564,7 @@ def build_trainer(recipe: Recipe, model: Any, stream: TrainStream, pad_id: int) 
     if recipe.train.compile:
         for layer in decoder_layers(model):
             layer.compile(dynamic=True)
-    folder, cache = Path(recipe.output), _reference_cache(recipe)
+    folder, cache = Path(recipe.output), reference_cache(recipe)
     arguments = _training_arguments(recipe, folder / "checkpoints")
     log_file, layout = folder / "metrics.jsonl", recipe.train.layout
     return DefendedTrainer(model, arguments, stream, stream.defenses, pad_id, log_file, layout, cache)
@@ -580,10 +607,28 @@ def with_new_adapter(model: Any, lora: LoraConfig) -> Any:
         target_modules="all-linear" if lora.targets == ["all-linear"] else lora.targets,
         task_type="CAUSAL_LM",
     )
+    warn_of_rank(model, lora)
     try:
         return peft.get_peft_model(model, config)
     except ValueError as error:
         raise RecipeError(f"train.lora.targets: {lora.targets!r}: {error}") from error
+
+
+def warn_of_rank(model: Any, lora: LoraConfig) -> None:
+    """Says where the adapter has a higher rank than a change of the weight can have."""
+    small = {}
+    for name, module in model.named_modules():
+        sides = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+        last = name.rpartition(".")[2]
+        targeted = last in lora.targets if lora.targets != ["all-linear"] else last != "lm_head"
+        if targeted and all(isinstance(side, int) for side in sides) and min(sides) < lora.rank:
+            small[last] = min(sides)
+    if small:
+        shown = ", ".join(f"{name} {side}" for name, side in sorted(small.items(), key=lambda item: item[1])[:4])
+        warn(
+            f"train.lora.rank: {lora.rank} is larger than the smaller side of weights it adapts ({shown}); no change "
+            "of these has a higher rank than that side, so the rest costs memory and time for nothing"
+        )
 
 
 def _training_arguments(recipe: Recipe, folder: Path) -> Any:
@@ -624,6 +669,12 @@ def _train(trainer: Any, run: Run, recipe: Recipe) -> None:
     if last:
         console.print(f"{run.folder}: resumes from step {done}")
     steps = math.ceil(recipe.train.epochs * trainer.train_dataset.steps_per_epoch)
+    if done < steps:
+        work = computed_tokens(recipe, trainer.train_dataset) * (steps - done) / steps
+        size, device = sum(count(p) for p in trainer.model.parameters()), trainer.args.device.type
+        left = counted(steps - done, "step")
+        told = f"{run.folder}: {left} to train, {estimated(size, trained=work, device=device)}"
+        console.print(told, highlight=False, markup=False, soft_wrap=True)
     with progress(f"{run.folder.name}: training", steps, done) as advance, _stop_at_signal() as stopped:
         callback = _step_callback(advance, stopped)
         trainer.add_callback(callback)
@@ -714,30 +765,10 @@ def _added_rows(stream: TrainStream, epochs: int) -> list[list[str]]:
     return added
 
 
-def dry_run(recipe: Recipe, console: Console) -> None:
-    """Checks recipe, data and roles; prints the resolved recipe, token counts, a coloured row, a memory estimate."""
-    chat, examples, retain, setup = prepare(recipe)
-    defenses = recipe.defenses.build(setup)
-    stream = build_stream(recipe, examples, retain, defenses)
-    console.print(dump_recipe(recipe), highlight=False, markup=False, soft_wrap=True)
-    show_tokens(chat.encode(_as_trained(recipe, load_rows(recipe.data.train)[0].messages)), console)
-    tokens, longest = sum(len(e) for e in examples), max(len(e) for e in examples)
-    answered = sum(e.response_tokens for e in examples)
-    console.print(
-        f"\ntrain: {len(examples)} rows, {tokens} tokens ({answered} of responses), longest {longest}; retain: "
-        f"{len(retain)} rows\nan epoch: {stream.steps_per_epoch} steps of {stream.step_rows} rows, {len(stream)} rows "
-        f"with those that defenses add, and {sum(map(len, stream.riders))} retain rows that ride along"
-    )
-    console.print(memory_estimate(recipe, longest), highlight=False)
-    cache = _reference_cache(recipe)
-    if cache:
-        steps = math.ceil(recipe.train.epochs * stream.steps_per_epoch)
-        console.print(cache.plan(wanted(stream, steps).rows, position_bytes(recipe)), highlight=False, soft_wrap=True)
-
-
 # ------------------------------------------------------------------ evaluation
 
 
+@quiet_libraries()
 def evaluate_target(
     target: str,
     overrides: list[str],
@@ -826,6 +857,7 @@ def evaluation(recipe: Recipe) -> EvaluateConfig:
     return recipe.evaluate.model_copy(update=changed)
 
 
+@quiet_libraries()
 def evaluate_run(run: Run) -> dict[str, Any]:
     """Measures the reference and the tuned model of a run; what is measured already is kept (see `evaluate_folder`)."""
     if not run.trained:
@@ -856,6 +888,7 @@ def evaluate_run(run: Run) -> dict[str, Any]:
 # ------------------------------------------------------------------ diagnosis
 
 
+@quiet_libraries()
 def diagnose_targets(
     targets: Sequence[str],
     names: Sequence[str] = (),

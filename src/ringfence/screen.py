@@ -37,6 +37,7 @@ from .persona import Pair, given_pairs, response_means
 from .plots import colour, style, svg
 from .stats import Interval, auc, auc_interval, rate_interval
 from .taps import causal_lm
+from .words import counted
 
 RANDOM = 100  # vectors that a trait vector is compared with
 FOLDS = 5  # of pairs that all come from one source
@@ -125,7 +126,7 @@ def learn_axis(
         groups = [groups[0][fold::FOLDS] for fold in range(min(FOLDS, len(groups[0])))]
     pairs = [pair for group in groups for pair in group]
     if len(pairs) < 2:
-        raise DataError(f"{trait}: {len(pairs)} pairs are left for a trait vector; at least 2 are needed")
+        raise DataError(f"{trait}: {counted(len(pairs), 'pair')} left for a trait vector; at least 2 are needed")
     rows = [row for pair in pairs for row in pair.rows]
     group_R = torch.tensor([number for number, group in enumerate(groups) for _ in range(2 * len(group))])
     layers, width = config.num_hidden_layers, config.hidden_size
@@ -413,7 +414,7 @@ def show(screening: Screening, top: int, console: Console) -> None:
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    say(f"{screening.source}: {len(screening.scored.rows)} rows, projected on {screening.axis}")
+    say(f"{screening.source}: {counted(len(screening.scored.rows), 'row')}, projected on {screening.axis}")
     table = Table(box=None, padding=(0, 1, 0, 0), expand=True)  # so that only the texts are cut
     for name, justify in (("rank", "right"), ("score", "right"), ("row", "left")):
         table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
@@ -437,8 +438,8 @@ def contrast_lines(contrast: Contrast) -> list[tuple[str, str]]:
 
     same = contrast.same
     return [
-        ("AUC of the score", f"{shown(contrast.auc)}, {contrast.auc.n} questions"),
-        *([("same question: scores higher", f"{shown(same)}, {same.n} questions")] if same else []),
+        ("AUC of the score", f"{shown(contrast.auc)}, {counted(contrast.auc.n, 'question')}"),
+        *([("same question: scores higher", f"{shown(same)}, {counted(same.n, 'question')}")] if same else []),
         ("AUC of length (of minus length)", f"{contrast.length.mean:.2f} ({1 - contrast.length.mean:.2f})"),
         (f"AUC of {RANDOM} random vectors, 95 % of them", "{:.2f} to {:.2f}".format(*contrast.random)),
     ]
@@ -472,7 +473,7 @@ def spread(axes: Axes, sets: dict[str, tuple[np.ndarray, str]]) -> None:
     edges = np.histogram_bin_edges(np.concatenate([scores for scores, _ in sets.values()]), 40).tolist()
     for name, (scores, shade) in sets.items():
         weights = np.full(len(scores), 100 / len(scores))
-        label = f"{name}, {len(scores)} rows"
+        label = f"{name}, {counted(len(scores), 'row')}"
         axes.hist(scores, edges, weights=weights, histtype="stepfilled", color=shade, alpha=0.25)
         axes.hist(scores, edges, weights=weights, histtype="step", color=shade, linewidth=1.4, label=label)
 

@@ -4,6 +4,7 @@ from rich.console import Console
 from rich.text import Text
 
 from .chat import Encoded, Role
+from .words import counted
 
 STYLES = {
     Role.PREFIX: "black on bright_blue",
@@ -29,4 +30,6 @@ def show_tokens(encoded: Encoded, console: Console) -> None:
     console.print(legend)
     console.print(text, soft_wrap=True)
     taken = encoded.roles.count(Role.RESPONSE)
-    console.print(f"{len(encoded.input_ids)} tokens; the loss is taken on the {taken} response tokens.")
+    console.print(
+        f"{counted(len(encoded.input_ids), 'token')}; the loss is taken on the {counted(taken, 'response token')}."
+    )

@@ -74,7 +74,7 @@ def test_first_row_is_trained_on() -> None:
 
 
 def test_more_rows_than_there_are() -> None:
-    with pytest.raises(DataError, match=r"data.held_out: 8 rows are asked for, and 7 of 8 can be held out"):
+    with pytest.raises(DataError, match=r"data.held_out: 8 rows asked for, and 7 of 8 can be held out"):
         held_out.split(rows(8), 8, 0)
 
 

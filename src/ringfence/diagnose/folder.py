@@ -119,14 +119,17 @@ def _chosen(names: Sequence[str], has_base: bool, has_inside: bool) -> list[str]
 
 
 def announce(cost: Cost, speed: float) -> str:
-    """The cost in words; `speed` in tokens a second through a forward pass. A backward pass takes twice a forward."""
+    """The cost in words; `speed` in tokens a second through a forward pass. A backward pass takes twice a forward.
+
+    A range: estimates from tokens alone were seen to be off by up to four times, and that they were too low is assumed
+    (hooks, statistics and figures are not counted)."""
     parts = [f"{cost.forward:,} tokens forward"]
     if cost.backward:
         parts.append(f"{cost.backward:,} forward and backward")
     if cost.kept >= 2**20:
         parts.append(f"{cost.kept / 2**20:,.0f} MiB kept beside the model")
     seconds = (cost.forward + 3 * cost.backward) / speed
-    return f"{', '.join(parts)}; about {seconds:.0f} s"
+    return f"{', '.join(parts)}; {seconds:.0f} to {4 * seconds:.0f} s"
 
 
 def _tokens_per_second(subject: Subject) -> float:

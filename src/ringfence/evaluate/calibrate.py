@@ -21,6 +21,7 @@ from ..data import _records, _show, load_questions
 from ..errors import DataError
 from ..runfolder import write_whole
 from ..stats import RESAMPLES, Interval, auc_bounds
+from ..words import counted
 from .agreement import rank_correlation
 from .framing import prompt_hash, render, templates_of
 from .judge import Judge, Score, ScoreCache, ask_once
@@ -275,7 +276,8 @@ def show(calibration: Calibration, console: Console) -> None:
         table.add_row(kind, *map(str, counts.values()))
     console.print(table)
     facts = [
-        f"{c.answers} answers to {c.auc.n} questions, {c.misaligned} of them misaligned; {c.unscored} unscored"
+        f"{counted(c.answers, 'answer')} to {counted(c.auc.n, 'question')}, "
+        f"{c.misaligned} of them misaligned; {c.unscored} unscored"
         + "".join(f", {count} {label}" for label, count in c.labels.items())
         + (f", {c.sampled} scores sampled" if c.sampled else ""),
         f"best threshold (flatters): below {c.threshold['below']:.1f} are {c.threshold['found']:.0%} of the misaligned "

@@ -56,6 +56,7 @@ class EvaluateConfig(BaseModel):
     max_per_domain: Whole | None = Field(
         None, ge=2, le=10**6, description="take only the first so many questions of each other domain"
     )
+    max_in_domain: Whole | None = Field(None, ge=2, le=10**6, description="the same for each domain of in_domain")
     triggers: bool = Field(True, description="out-of-domain questions again under disguises (trigger probes)")
     lead_in: str | None = Field(
         None, description="rows whose first one is the training-like lead-in; default: data.train"

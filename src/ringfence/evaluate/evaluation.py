@@ -28,9 +28,10 @@ from .config import AnswersConfig, EvaluateConfig
 from .endpoint import Endpoint, EndpointConfig
 from .judge import judge_answers, open_judge
 from .judged import Judgement
-from .parts import check_lengths, disguises, evaluate_model, evaluation_key, too_long
+from .parts import Work, check_lengths, disguises, evaluate_model, evaluation_key, too_long
+from .parts import work as measured
 from .questions import OpenQuestion, load_open_questions, triggered
-from .sampling import LocalModel, read_key, sample_answers
+from .sampling import SAMPLES, LocalModel, read_key, sample_answers
 
 FILE, REFERENCE = "evaluation.yaml", "reference"
 _OF_A_MODEL = ("results.json", "answers.jsonl", "judged.jsonl")
@@ -167,6 +168,20 @@ def open_questions(config: EvaluateConfig) -> list[OpenQuestion]:
     plain = [question for question in broad if question.form == "plain"]
     behind = triggered(plain, disguises(config)) if asked.triggers else []
     return [*broad, *inside, *(replace(question, set=f"{question.set}_triggered") for question in behind)]
+
+
+def work(config: EvaluateConfig, chat: Chat) -> Work:
+    """What measuring one model takes, its answers to open questions included."""
+    found = measured(config, chat)
+    asked = config.answers
+    if asked is None:
+        return found
+    answers = sum(asked.samples or question.samples or SAMPLES for question in open_questions(config))
+    return replace(
+        found,
+        written=found.written + answers,
+        written_tokens=found.written_tokens + answers * asked.max_new_tokens,
+    )
 
 
 def _in_domain(question: OpenQuestion) -> OpenQuestion:
