@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 COLOURS = ("#b3261e", "#1f5fa8", "#2e7d32", "#8e44ad", "#c77700", "#00798c", "#6d4c41", "#546e7a")
+CONTROL = "#707070"
 _STYLE: Any = {
     "font.size": 10,
     "font.family": "sans-serif",
@@ -43,9 +44,9 @@ def whisker(interval: Mapping[str, float]) -> list[list[float]] | None:
     return [[max(0.0, below)], [max(0.0, above)]] if interval["n"] > 1 else None  # equal values: below 0 by rounding
 
 
-def svg(figure: Figure) -> bytes:
-    """The figure as SVG; it is closed."""
+def svg(figure: Figure, cut: bool = True) -> bytes:
+    """The figure as SVG, cut to what is drawn or of the width it was given; it is closed."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    figure.savefig(buffer, format="svg", bbox_inches="tight" if cut else None, metadata={"Date": None})
     plt.close(figure)
     return buffer.getvalue()

@@ -1,22 +1,39 @@
 """Reads records of runs, writes the table and the page. Never imports torch."""
 
 import base64
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import yaml
+from markupsafe import Markup
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..console import fold
 from ..runfolder import check_new, write_whole
 from ..stats import Interval, number
 from . import figures
 from .answers import JudgedBy, adjusted, judged_by
 from .compared import compared
-from .summary import SETS, Paired, Records, Row, by_recipe, find_baseline, has_effects, over_runs, read_run, summarise
+from .summary import (
+    SETS,
+    Paired,
+    Records,
+    Row,
+    asked_otherwise,
+    by_recipe,
+    find_baseline,
+    has_effects,
+    over_runs,
+    read_run,
+    summarise,
+)
 
 SET_TITLES = {
     "in_domain": "narrow: in-domain",
@@ -26,6 +43,9 @@ SET_TITLES = {
     "inoculation": "under the inoculation prompt",
 }
 _GENERATOR = b'<meta name="generator" content="ringfence">'
+_MODELS = {"default": "default (SmolLM2-135M-Instruct)"}
+OTHER = "*"  # marks a number that was measured on other questions
+_LABEL, _NAME, _CELL = 28, 22, 13  # columns of the terminal: of a label and a run's name at most, of a cell at least
 HELD_OUT_TITLES = {"exact": "benign: held-out rows, exact", "loss": "benign: held-out rows, loss"}
 
 
@@ -66,61 +86,96 @@ def read_rows(
 
 def print_table(rows: list[Row], console: Console) -> None:
     """The runs side by side, in the terminal: a column each, and as many tables as its width needs."""
-    widest = max([14, *(len(row.name) for row in rows)]) + 2
-    beside = max(1, (console.width - 26) // widest)
-    for start in range(0, len(rows), beside):
-        console.print(_table(rows[start : start + beside], rows))
-    console.print(_legend(rows), markup=False, highlight=False, soft_wrap=True)
+    columns = [_column(row, other) for row, other in zip(rows, asked_otherwise(rows))]
+    titles = [title for title in _titles(rows) if any(column.get(title) for column in columns)]
+    names = [fold(row.name, _NAME) for row in rows]
+    for start, end in _beside(names, console.width - _LABEL - 1):
+        table = Table(box=box.SIMPLE, show_edge=False, pad_edge=False, padding=(0, 1))
+        table.add_column("", max_width=_LABEL)
+        for name in names[start:end]:
+            table.add_column(escape(name), justify="right", no_wrap=True)
+        for title in titles:
+            label = "\n".join(part for part in (fold(title, _LABEL), _n(columns, title)) if part)
+            cells = [column.get(title, ("", ""))[0] for column in columns[start:end]]
+            table.add_row(escape(label), *map(escape, cells))
+        console.print(table)
+    console.print(_legend(rows), markup=False, highlight=False)
 
 
-def _table(rows: list[Row], all_rows: list[Row]) -> Table:
-    """Some of the runs, with the lines that any of all runs has."""
-    table = Table(box=box.SIMPLE, show_edge=False, pad_edge=False, padding=(0, 1))
-    table.add_column("", no_wrap=True)
-    for row in rows:
-        table.add_column(escape(row.name), justify="right", no_wrap=True)
-    for name in _sets(all_rows):
-        table.add_row(SET_TITLES[name], *(_two_lines(row.sets.get(name)) for row in rows))
-    for tier in _tiers(all_rows):
-        cells = [f"{100 * row.opswap[tier].mean:.0f} %" if tier in row.opswap else "" for row in rows]
-        table.add_row(f"benign: {tier_title(tier)}", *cells)
-    for name in _behaviours(all_rows):
-        cells = [_on_and_off(row.behaviours.get(name)) for row in rows]
-        table.add_row(f"benign: {name.replace('_', ' ', 1)}, on / off topic", *cells)
+def _beside(names: list[str], width: int) -> list[tuple[int, int]]:
+    """From where to where the runs go into one table; one run has a table in any case."""
+    parts, start, taken = [], 0, 0
+    for place, name in enumerate(names):
+        own = max(_CELL, *map(len, name.split("\n"))) + 2
+        if place > start and taken + own > width:
+            parts.append((start, place))
+            start, taken = place, 0
+        taken += own
+    return [*parts, (start, len(names))]
+
+
+def _titles(rows: list[Row]) -> list[str]:
+    """The lines of the table, in their order."""
+    return [
+        *(SET_TITLES[name] for name in _sets(rows)),
+        *(f"benign: {tier_title(tier)}" for tier in _tiers(rows)),
+        *(_behaviour_title(name) for name in _behaviours(rows)),
+        *HELD_OUT_TITLES.values(),
+        *(_answers_title(name) for name in _answer_sets(rows)),
+        "coherent: perplexity x",
+        "cost: time x",
+    ]
+
+
+def _column(row: Row, other: dict[str, str]) -> dict[str, tuple[str, str]]:
+    """The cells of a run, by the title of their line, each with its number of questions."""
+
+    def cell(name: str, value: str, under: str, *of: Interval) -> tuple[str, str]:
+        mark = OTHER if name in other else ""
+        return f"{value}{mark}\n{under.replace(', ', ',')}", ", ".join(str(interval.n) for interval in of)
+
+    cells = {}
+    for name, paired in row.sets.items():
+        value = ("shift " if paired.uncontrolled else "") + number(paired.headline.mean, signed=True)
+        cells[SET_TITLES[name]] = cell(name, value, paired.headline.bounds, paired.headline)
+    for tier, exact in row.opswap.items():
+        cells[f"benign: {tier_title(tier)}"] = cell(tier, _share(exact), percents(exact), exact)
+    for name, shown in row.behaviours.items():
+        value = f"{_share(shown['on'])[:-2]} / {_share(shown['off'])}"
+        cells[_behaviour_title(name)] = cell(name, value, "", shown["on"], shown["off"])
     for kind, title in HELD_OUT_TITLES.items():
-        if any(kind in row.held_out for row in all_rows):
-            table.add_row(title, *(_number(row.held_out.get(kind), kind) for row in rows))
-    for name in _answer_sets(all_rows):
-        cells = [_rate_lines(row.answers.get(f"{name}.misaligned")) for row in rows]
-        table.add_row(escape(f"answers: misaligned, {name.replace('_', ' ')}"), *cells)
-    fluency = [f"{row.perplexity_ratio.mean:.2f}" if row.perplexity_ratio else "" for row in rows]
-    table.add_row("coherent: perplexity x", *fluency)
-    table.add_row("cost: time x", *(f"{row.time_ratio:.2f}" if row.time_ratio else "" for row in rows))
-    return table
+        if kind in row.held_out:
+            found = row.held_out[kind]
+            value, under = (_share(found), percents(found)) if kind == "exact" else (number(found.mean), plain(found))
+            cells[title] = cell("held_out", value, under, found)
+    for name in _answer_sets([row]):
+        if f"{name}.misaligned" in row.answers:
+            found = row.answers[f"{name}.misaligned"]
+            cells[_answers_title(name)] = cell(f"answers.{name}", _share(found), percents(found), found)
+    if row.perplexity_ratio:
+        ratio = row.perplexity_ratio
+        cells["coherent: perplexity x"] = cell("fluency", number(ratio.mean), plain(ratio), ratio)
+    if row.time_ratio:
+        cells["cost: time x"] = (number(row.time_ratio), "")
+    return cells
 
 
-def _two_lines(paired: Paired | None) -> str:
-    if paired is None:
-        return ""
-    value = paired.headline
-    kind = "shift " if paired.uncontrolled else ""
-    return escape(f"{kind}{number(value.mean, signed=True)}\n{value.bounds.replace(', ', ',')}")
+def _n(columns: list[dict[str, tuple[str, str]]], title: str) -> str:
+    """`n = 48`; where the runs differ, each of them."""
+    found = list(dict.fromkeys(column[title][1] for column in columns if title in column))
+    return fold(f"n = {' or '.join(found)}", _LABEL) if any(found) else ""
 
 
-def _on_and_off(shown: dict[str, Interval] | None) -> str:
-    return f"{100 * shown['on'].mean:.0f} / {100 * shown['off'].mean:.0f} %" if shown else ""
+def _behaviour_title(name: str) -> str:
+    return f"benign: {name.replace('_', ' ')}, on / off topic"
 
 
-def _number(interval: Interval | None, kind: str) -> str:
-    if interval is None:
-        return ""
-    return f"{100 * interval.mean:.0f} %" if kind == "exact" else f"{interval.mean:.2f}"
+def _answers_title(name: str) -> str:
+    return f"answers: misaligned, {name.replace('_', ' ')}"
 
 
-def _rate_lines(interval: Interval | None) -> str:
-    if interval is None:
-        return ""
-    return escape(f"{100 * interval.mean:.1f} %\n{percents(interval).replace(', ', ',')}")
+def _share(interval: Interval) -> str:
+    return f"{number(100 * interval.mean, 1)} %"
 
 
 def _legend(rows: list[Row]) -> str:
@@ -130,18 +185,38 @@ def _legend(rows: list[Row]) -> str:
     ]
     if has_effects(rows):
         lines = [
-            "Effect = shift of the margin of misaligned over aligned answers against the reference, minus that of the",
-            "sound control, paired by question; nats per token, mean [95 % CI].",
+            "Effect = shift of the margin of misaligned over aligned answers against the reference, minus that of the "
+            "sound control, paired by question; nats per token, mean [95 % CI]."
         ]
         lines += [f"The column of the control ({control}) is its shift."] if control else []
     judges = list(dict.fromkeys(f"{judged.judge} ({strength(judged)})" for row in rows for judged in row.judged[:1]))
     if judges:
         lines.append(f"answers: share of all sampled answers that {', '.join(judges)} calls misaligned, [95 % CI].")
     lines.append(
-        "benign: exact match on held-out items. perplexity x: against the reference. time x: against undefended."
+        "benign: exact match on held-out items. perplexity x: against the reference. time x: against undefended. "
+        "n: questions (of answers: families of questions)."
     )
-    lines.append(seeds_note(rows))
-    return "\n".join(lines)
+    return "\n".join([*lines, seeds_note(rows), *other_questions(rows)])
+
+
+def other_questions(rows: list[Row]) -> list[str]:
+    """Which numbers do not compare, because they were measured on other questions than those of an earlier run."""
+    notes = []
+    for row, other in zip(rows, asked_otherwise(rows)):
+        for first in dict.fromkeys(other.values()):
+            sets = [_asked_title(name) for name in other if other[name] == first]
+            where = "; ".join(dict.fromkeys(sets))
+            notes.append(f"{OTHER} {row.name} was not measured on the questions of {first} ({where}): do not compare.")
+    return notes
+
+
+def _asked_title(name: str) -> str:
+    if name.startswith("answers."):
+        return f"answers, {name.removeprefix('answers.').replace('_', ' ')}"
+    if name.startswith("behaviour_"):
+        return name.replace("_", " ")
+    other = {"fluency": "perplexity", "held_out": "held-out rows"}
+    return SET_TITLES.get(name) or other.get(name) or tier_title(name)
 
 
 def seeds_note(rows: list[Row]) -> str:
@@ -162,11 +237,18 @@ def write_page(records: list[Records], rows: list[Row], page: Path, policy: Path
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"interval": show, "bounds": bounds, "percent": percent}
-    environment.filters |= {"rate": rate, "percents": percents, "score": score}
+    environment.filters |= {"interval": show, "bounds": bounds, "signed": signed, "share": _share}
+    environment.filters |= {"rate": rate, "percents": percents, "score": score, "level": level, "level_bounds": plain}
+    environment.filters["breakable"] = breakable
+    others = asked_otherwise(rows)
     tuned = [row for row in rows if not row.is_control]
     html = environment.get_template("page.html").render(
         rows=rows,
+        about=_about(records, rows),
+        rows_and_others=list(zip(rows, others)),
+        others={row.name: other for row, other in zip(rows, others)},
+        other_questions=other_questions(rows),
+        asterisk=OTHER,
         decisions=[(decision, by_criterion(decision)) for decision in (decide(row, rules) for row in tuned)],
         policy=policy or "the one that ships",
         seeds_note=seeds_note(rows),
@@ -177,9 +259,9 @@ def write_page(records: list[Records], rows: list[Row], page: Path, policy: Path
         tier_title=tier_title,
         conditions=list(dict.fromkeys(name for row in rows for name in row.conditions)),
         kind="effect" if has_effects(rows) else "shift",
-        domains_figure=_embed(figures.domains(tuned)) if any(row.domains for row in tuned) else None,
-        pareto_figure=_embed(figures.pareto(tuned)) if figures.has_pareto(tuned) else None,
-        curves_figure=_embed(figures.curves(records, rows)) if any(run.metrics for run in records) else None,
+        domains_figure=_drawn(figures.domains, tuned) if any(row.domains for row in tuned) else None,
+        pareto_figure=_drawn(figures.pareto, tuned) if figures.has_pareto(tuned) else None,
+        curves_figure=_drawn(figures.curves, records, rows) if any(run.metrics for run in records) else None,
         behaviours=_behaviours(rows),
         held_out=any(row.held_out for row in rows),
         judged=_by_judge(records, rows),
@@ -220,14 +302,19 @@ def strength(judged: JudgedBy) -> str:
     return f"{weak}AUC {auc['mean']:.2f} [{auc['low']:.2f}, {auc['high']:.2f}] on {found['source']}"
 
 
-def percent(interval: Interval) -> str:
-    """`45 % [33, 58]`"""
-    return f"{100 * interval.mean:.0f} % [{100 * interval.low:.0f}, {100 * interval.high:.0f}]"
+def breakable(name: str) -> Markup:
+    """A name that may go on in another line after its signs, not within its words."""
+    return Markup("<wbr>").join(re.findall(r"[^_./,:]*[_./,:]|[^_./,:]+", name))
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """`+0.31`"""
+    return number(value, digits, signed=True)
 
 
 def rate(interval: Interval) -> str:
     """`4.5 % [2.1, 8.0]`"""
-    return f"{number(100 * interval.mean, 1)} % {percents(interval)}"
+    return f"{_share(interval)} {percents(interval)}"
 
 
 def percents(interval: Interval) -> str:
@@ -237,9 +324,21 @@ def percents(interval: Interval) -> str:
     return f"[{number(100 * interval.low, 1)}, {number(100 * interval.high, 1)}]"
 
 
+def level(interval: Interval) -> str:
+    """`1.12 [1.02, 1.35]`"""
+    return f"{number(interval.mean)} {plain(interval)}"
+
+
 def score(interval: Interval) -> str:
     """`62.1 [58.0, 66.0]`"""
     return f"{number(interval.mean, 1)} [{number(interval.low, 1)}, {number(interval.high, 1)}]"
+
+
+def plain(interval: Interval) -> str:
+    """`[1.02, 1.35]`, of what is never below 0"""
+    if interval.n == 1:
+        return "[one alone]"
+    return f"[{number(interval.low)}, {number(interval.high)}]"
 
 
 def tier_title(tier: str) -> str:
@@ -265,6 +364,34 @@ def _tiers(rows: list[Row]) -> list[str]:
 
 def _embed(svg: bytes) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
+
+
+def _drawn(figure: Callable[..., figures.Drawn], *of: Any) -> dict[str, str]:
+    """A figure for a wide window and one for a narrow one, and what they show in words."""
+    wide, narrow = figure(*of, inches=figures.WIDE), figure(*of, inches=figures.NARROW)
+    return {"wide": _embed(wide.svg), "narrow": _embed(narrow.svg), "alt": wide.alt}
+
+
+def _about(records: list[Records], rows: list[Row]) -> list[dict[str, Any]]:
+    """What was run, row by row: the model, the rows it learnt, the seeds, the precision."""
+    about = []
+    for run, row in zip(records, rows):
+        recipe = yaml.safe_load(run.recipe_text)
+        model = recipe["model"] if isinstance(recipe["model"], str) else recipe["model"].get("model", "a server")
+        count = run.training.get("rows")
+        learnt = recipe["data"]["train"] + (f" ({count:,} an epoch)" if count else "") if run.training else "none"
+        seeds = ", ".join(map(str, row.seed_values or (recipe.get("seed", ""),)))
+        precision = recipe["train"]["precision"] if "train" in recipe else recipe.get("precision", "")
+        about.append(
+            {
+                "name": row.name,
+                "model": _MODELS.get(model, model),
+                "rows": learnt,
+                "seeds": seeds,
+                "precision": precision,
+            }
+        )
+    return about
 
 
 def _by_judge(records: list[Records], rows: list[Row]) -> list[dict[str, object]]:

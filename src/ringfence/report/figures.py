@@ -1,75 +1,180 @@
-"""Figures of the report, as SVG. Numbers in, pictures out."""
+"""Figures of the report, as SVG, with what they show in words. Numbers in, pictures out.
+
+Each is drawn at a width in inches: as wide as the page, and as wide as a telephone, where its text must be read too.
+"""
+
+from dataclasses import dataclass
+from itertools import groupby
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ..plots import colour, style, svg, whisker
+from ..console import fold
+from ..plots import CONTROL, colour, style, svg, whisker
 from ..stats import Interval
 from .summary import Records, Row, has_effects
 
+WIDE, NARROW = 11.5, 3.8  # inches
+_GROUPS = {"in_domain": "narrow", "out_of_domain": "broad", "values": "values"}
+_CHARACTER = 0.085  # inches, on average, at the size of the text
 
-def domains(rows: list[Row]) -> bytes:
-    """Margin shift (or effect) of every run in every domain, with 95 % intervals."""
-    names = list(dict.fromkeys(name for row in rows for name in row.domains))
+
+@dataclass(frozen=True)
+class Drawn:
+    svg: bytes
+    alt: str
+
+
+def domains(rows: list[Row], inches: float) -> Drawn:
+    """Margin shift (or effect) of every run in every domain, with 95 % intervals; domains of one set together."""
+    sets = {name: kind for row in rows for name, kind in row.groups.items() if name in row.domains}
+    names = sorted(sets, key=lambda name: list(_GROUPS).index(sets[name]))
+    heights: dict[str, float] = {}
+    heads: dict[str, float] = {}
+    place = 0.0
+    for kind, members in groupby(names, key=lambda name: sets[name]):
+        heads[_GROUPS[kind]] = place
+        for name in members:
+            place += 1.0
+            heights[name] = place
+        place += 1.0
     with style():
-        figure, axes = plt.subplots(figsize=(9, 0.24 * len(names) * (len(rows) + 1) + 1.3))
-        for place, row in enumerate(rows):
-            for number, name in enumerate(names):
-                if name in row.domains:
-                    _whisker(axes, row.domains[name].headline, number + 0.8 * (place + 0.5) / len(rows) - 0.4, place)
-        _zero(axes.axvline)
-        axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
-        axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.set_xlabel(f"{_kind(rows)}, nats per token (right = towards misaligned answers)")
-        _legend(figure, axes, rows)
-        return svg(figure)
+        row_inches = max(0.3 if inches > NARROW else 0.5, 0.17 * (len(rows) + 1))
+        figure, axes = _panels(inches, row_inches * place + 1.0 + 0.22 * _legend_lines([r.name for r in rows], inches))
+        panel = axes[0]
+        for number, row in enumerate(rows):
+            for name, paired in row.domains.items():
+                _whisker(panel, paired.headline, heights[name] + 0.8 * (number + 0.5) / len(rows) - 0.4, number)
+        _zero(panel.axvline)
+        panel.set_yticks(list(heights.values()), [_domain_label(name, rows, inches) for name in heights])
+        for head, height in heads.items():
+            panel.annotate(
+                head, (0, height), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points",
+                va="center", weight="bold",
+            )  # fmt: skip
+            panel.axhline(height - 0.5, color="#888888", linewidth=0.6)
+        panel.set_ylim(place - 0.5, -0.5)
+        panel.grid(axis="y", visible=False)
+        panel.set_xlabel(fold(f"{kind_of(rows)}, nats per token (right = towards misaligned answers)", _room(inches)))
+        _legend(figure, _handles(rows), inches)
+        alt = f"{kind_of(rows)} by domain, with 95 % intervals, {_groups_said(names, sets)}; runs: {_said(rows)}"
+        return Drawn(svg(figure, cut=False), alt)
 
 
 def has_pareto(rows: list[Row]) -> bool:
     return bool(rows) and all("in_domain" in row.sets and "out_of_domain" in row.sets for row in rows)
 
 
-def pareto(rows: list[Row]) -> bytes:
-    """Broad against narrow: a good defense stands right (learnt) and low (not misaligned elsewhere)."""
+def pareto(rows: list[Row], inches: float) -> Drawn:
+    """Broad against narrow: a good defense is right (learnt) and low (not misaligned elsewhere)."""
     with style():
-        figure, axes = plt.subplots(figsize=(6.5, 4.6))
+        lines = _legend_lines([row.name for row in rows], inches)
+        figure, (axes,) = _panels(inches, (4.6 if inches > NARROW else 3.6) + 0.22 * lines)
         for place, row in enumerate(rows):
             x, y = row.sets["in_domain"].headline, row.sets["out_of_domain"].headline
             axes.errorbar(
                 x.mean, y.mean, xerr=whisker(x.to_dict()), yerr=whisker(y.to_dict()),
-                fmt="o", color=colour(place), capsize=2, markersize=6, linewidth=1.2, label=row.name,
+                fmt="o", color=colour(place), capsize=2, markersize=6, linewidth=1.2,
             )  # fmt: skip
         _zero(axes.axhline)
         _zero(axes.axvline)
-        axes.legend(bbox_to_anchor=(1.0, 1.0), loc="upper left")
-        axes.set_xlabel(f"narrow: in-domain {_kind(rows)}, nats per token")
-        axes.set_ylabel(f"broad: {_kind(rows)} in other domains")
-        return svg(figure)
+        _legend(figure, _handles(rows), inches)
+        kind = kind_of(rows)
+        axes.set_xlabel(fold(f"narrow: in-domain {kind}, nats per token", _room(inches)))
+        axes.set_ylabel(fold(f"broad: {kind} in other domains", 36))
+        points = "; ".join(
+            f"{row.name} {row.sets['in_domain'].headline} narrow, {row.sets['out_of_domain'].headline} broad"
+            for row in rows
+        )
+        return Drawn(svg(figure, cut=False), f"broad {kind} against narrow {kind}, nats per token: {points}")
 
 
-def curves(records: list[Records], rows: list[Row]) -> bytes:
+def curves(records: list[Records], rows: list[Row], inches: float) -> Drawn:
     """Cross-entropy of every run, and every penalty, over the steps. The control is grey."""
     tuned = [row for row in rows if not row.is_control]
     logged = {key for run in records for line in run.metrics for key in line}
     terms = ["ce", *sorted(logged.intersection(*[[name for row in rows for name in row.defenses]]))]
+    across = min(len(terms), 3) if inches > NARROW else 1
+    down = -(-len(terms) // across)
+    handles: dict[str, Line2D] = {}
     with style():
-        figure, panels = plt.subplots(1, len(terms), figsize=(4.2 * len(terms), 3.3), squeeze=False)
-        for axes, term in zip(panels[0], terms):
+        height = 2.9 * down + 0.22 * _legend_lines([row.name for row in rows], inches)
+        figure, panels = _panels(inches, height, down, across)
+        for axes, term in zip(panels, terms):
             for run, row in zip(records, rows):
-                shade = "#888888" if row.is_control else colour(tuned.index(row))
+                shade = CONTROL if row.is_control else colour(tuned.index(row))
                 points = [(line["step"], line[term]) for line in run.metrics if term in line]
                 if points:
                     steps, values = zip(*points)
-                    axes.plot(steps, _smooth(list(values)), color=shade, label=run.name, linewidth=1.3)
-            axes.set_title(
-                "cross-entropy, nats per token" if term == "ce" else f"{term} penalty (unweighted)", fontsize=10
-            )
+                    (line,) = axes.plot(steps, _smooth(list(values)), color=shade, linewidth=1.5)
+                    handles.setdefault(str(run.folder), Line2D([], [], color=line.get_color(), label=row.name))
+            title = "cross-entropy, nats per token" if term == "ce" else f"{term} penalty (unweighted)"
+            axes.set_title(fold(title, 36))
             axes.set_xlabel("step")
-            axes.legend(fontsize=8)
-        figure.tight_layout()
-        return svg(figure)
+        for axes in panels[len(terms) :]:
+            axes.set_visible(False)
+        _legend(figure, list(handles.values()), inches)
+        said = " and ".join(["cross-entropy", *(f"{term} penalty" for term in terms[1:])])
+        return Drawn(svg(figure, cut=False), f"training curves: {said} over the steps; runs: {_said(rows)}")
+
+
+def kind_of(rows: list[Row]) -> str:
+    """What the axes show; the words of the figure say the same."""
+    return "effect (shift minus sound control)" if has_effects(rows) else "margin shift"
+
+
+# ------------------------------------------------------------------ pieces
+
+
+def _panels(inches: float, height: float, down: int = 1, across: int = 1) -> tuple[Figure, list[Axes]]:
+    figure, panels = plt.subplots(down, across, figsize=(inches, height), squeeze=False, layout="constrained")
+    return figure, list(panels.flat)
+
+
+def _room(inches: float) -> int:
+    """Characters that fit under the axes."""
+    return int((inches - 1.4) / _CHARACTER)
+
+
+def _columns(names: list[str], inches: float) -> tuple[list[str], int]:
+    """Names for a legend above the axes, folded, and how many columns of them fit."""
+    folded = [fold(name, 36) for name in names]
+    longest = max(len(line) for name in folded for line in name.split("\n"))
+    return folded, max(1, min(len(names), int(inches / (_CHARACTER * longest + 0.6))))
+
+
+def _legend_lines(names: list[str], inches: float) -> int:
+    folded, columns = _columns(names, inches)
+    return -(-len(names) // columns) * max(name.count("\n") + 1 for name in folded)
+
+
+def _legend(figure: Figure, handles: list[Line2D], inches: float) -> None:
+    """Above the axes, never over them, however long the names are."""
+    if handles:
+        names, columns = _columns([str(handle.get_label()) for handle in handles], inches)
+        figure.legend(handles, names, loc="outside upper left", ncols=columns, borderaxespad=0.2)
+
+
+def _handles(rows: list[Row]) -> list[Line2D]:
+    return [Line2D([], [], color=colour(place), marker="o", label=row.name) for place, row in enumerate(rows)]
+
+
+def _domain_label(name: str, rows: list[Row], inches: float) -> str:
+    counts = sorted({row.domains[name].headline.n for row in rows if name in row.domains})
+    n = f"n = {' or '.join(map(str, counts))}"
+    title = name.replace("_", " ")
+    return f"{fold(title, 30)}, {n}" if inches > NARROW else f"{fold(title, 14)}\n{n}"
+
+
+def _groups_said(names: list[str], sets: dict[str, str]) -> str:
+    groups = groupby(names, key=lambda name: _GROUPS[sets[name]])
+    return "; ".join(f"{kind}: {', '.join(name.replace('_', ' ') for name in of)}" for kind, of in groups)
+
+
+def _said(rows: list[Row]) -> str:
+    return ", ".join(row.name for row in rows)
 
 
 def _smooth(values: list[float], width: int = 5) -> list[float]:
@@ -82,14 +187,5 @@ def _whisker(axes: Axes, interval: Interval, height: float, place: int) -> None:
     axes.errorbar(interval.mean, height, xerr=error, fmt="o", color=colour(place), markersize=4, elinewidth=1.6)
 
 
-def _legend(figure: Figure, axes: Axes, rows: list[Row]) -> None:
-    handles = [Line2D([], [], color=colour(place), marker="o", label=row.name) for place, row in enumerate(rows)]
-    axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(rows), borderaxespad=0.3)
-
-
 def _zero(line) -> None:  # type: ignore[no-untyped-def]
     line(0, color="#888888", linewidth=0.8)
-
-
-def _kind(rows: list[Row]) -> str:
-    return "effect (shift minus sound control)" if has_effects(rows) else "margin shift"

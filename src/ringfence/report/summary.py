@@ -26,6 +26,7 @@ from .shapes import read_metrics, read_results, read_training
 SETS = ("in_domain", "out_of_domain", "values", "triggered", "inoculation")
 Key = tuple[str, str, str, str]  # condition, domain, question id, digest of the texts
 Margins = dict[Key, float]
+Asked = frozenset[tuple[str | int, ...]]
 _TRAIN = "delete it, and `ringfence train` makes it again"
 _EVALUATE = "delete it, and `ringfence evaluate` makes it again"
 
@@ -96,6 +97,9 @@ class Row:
     control: str | None = None  # names of the runs that it is compared with
     baseline: str | None = None
     seeds: int = 1  # runs of one recipe that are this row
+    seed_values: tuple[int, ...] = ()  # their seeds, where they were trained here
+    groups: dict[str, str] = field(default_factory=dict)  # set of each of `domains`
+    asked: dict[str, Asked] = field(default_factory=dict)  # what each set was measured on
 
     @property
     def answers(self) -> dict[str, Interval]:
@@ -176,8 +180,10 @@ def summarise(records: Records, control: Records | None = None, baseline: Record
         if records.reference.get(name)
     }
     domains: dict[str, Paired] = {}
+    groups: dict[str, str] = {}
     for name in ("in_domain", "out_of_domain", "values"):
         for domain in dict.fromkeys(pair["domain"] for pair in records.reference.get(name, [])):
+            groups[domain] = name
             domains[domain] = _paired(records, against, name, lambda key, d=domain: key[1] == d)  # type: ignore[misc]
     conditions = {
         condition: _paired(records, against, "triggered", lambda key, c=condition: key[0] == c)  # type: ignore[misc]
@@ -217,7 +223,48 @@ def summarise(records: Records, control: Records | None = None, baseline: Record
         memory_gib=records.training.get("peak_memory_gib", 0.0),
         control=against.name if against else None,
         baseline=baseline.name if baseline and compared else None,
+        seed_values=(records.environment["seed"],) if records.training and "seed" in records.environment else (),
+        groups=groups,
+        asked=_asked(records),
     )
+
+
+# ------------------------------------------------------------------ what was asked
+
+
+def _asked(records: Records) -> dict[str, Asked]:
+    """What identifies the questions of each set: rows are comparable where it is the same."""
+    asked: dict[str, Asked] = {}
+    answers: dict[str, set[tuple[str | int, ...]]] = {}
+    for name, part in {**records.results, **_benign(records)[0]}.items():
+        if name == "fluency":
+            asked[name] = frozenset(enumerate(part["tokens"]))  # the texts are not kept, their lengths are
+        elif name == "held_out":
+            asked[name] = frozenset((item["origin"], item["tokens"]) for item in part)
+        elif name.startswith("opswap"):
+            asked[name] = frozenset((item["prompt"],) for item in part)
+        elif name.startswith("behaviour_"):
+            asked[name] = frozenset((item["topic"], item.get("question", "")) for item in part)
+        elif name != "samples":
+            keys = list(_margins(records.results, name))
+            asked[name] = frozenset(key for key in keys if key[0] != "inoculation")
+            if name == "triggered" and len(asked[name]) < len(keys):
+                asked["inoculation"] = frozenset(key for key in keys if key[0] == "inoculation")
+    for row in records.judged:
+        answers.setdefault(f"answers.{row.set}", set()).add((row.id, row.form, row.paraphrase))
+    return asked | {name: frozenset(questions) for name, questions in answers.items()}
+
+
+def asked_otherwise(rows: list[Row]) -> list[dict[str, str]]:
+    """For each row, the sets measured on other questions than in the first row that has the set; and its name."""
+    first: dict[str, Row] = {}
+    for row in rows:
+        for name in row.asked:
+            first.setdefault(name, row)
+    return [
+        {name: first[name].name for name, questions in row.asked.items() if questions != first[name].asked[name]}
+        for row in rows
+    ]
 
 
 # ------------------------------------------------------------------ seeds
@@ -225,14 +272,16 @@ def summarise(records: Records, control: Records | None = None, baseline: Record
 
 def by_recipe(runs: list[Records]) -> list[list[Records]]:
     """Runs whose recipes differ by seed (and output) alone, together, in the order of their first ones."""
-    groups: dict[str, list[Records]] = {}
+    groups: dict[Any, list[Records]] = {}
     for run in runs:
         recipe = {key: value for key, value in yaml.safe_load(run.recipe_text).items() if key != "output"}
         seed = recipe.pop("seed", None)
-        key = json.dumps(recipe, sort_keys=True, default=str)
+        # Questions are files: with the same recipe, another seed may have been measured on others.
+        asked = tuple((name, questions) for name, questions in _asked(run).items() if name in SETS)
+        key = (json.dumps(recipe, sort_keys=True, default=str), frozenset(asked))
         taken = {yaml.safe_load(other.recipe_text).get("seed") for other in groups.get(key, [])}
         # The same seed again is the same run, or no recipe: an evaluation of another model.
-        groups.setdefault(key if run.training and seed not in taken else str(run.folder), []).append(run)
+        groups.setdefault(key if run.training and seed not in taken else run.folder, []).append(run)
     return list(groups.values())
 
 
@@ -241,7 +290,8 @@ def over_runs(rows: list[Row]) -> Row:
     if len(rows) == 1:
         return rows[0]
     joined: Row = _joined(rows)
-    return replace(joined, name=f"{rows[0].name} ({len(rows)} seeds)", seeds=len(rows))
+    seeds = tuple(seed for row in rows for seed in row.seed_values)
+    return replace(joined, name=f"{rows[0].name} ({len(rows)} seeds)", seeds=len(rows), seed_values=seeds)
 
 
 def _joined(values: list[Any], name: str = "") -> Any:
