@@ -21,6 +21,8 @@ from interrupt_driver import POINTS
 from conftest import random_model
 from ringfence.models import load_tokenizer
 
+SOURCE = str(Path(__file__).parents[2] / "src")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": SOURCE}
 Result = tuple[int, str]  # exit status, what was printed
 Start = Callable[..., Result]
 
@@ -52,7 +54,7 @@ def start() -> Iterator[Start]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=ENVIRONMENT,
     )
     assert driver.stdin
     assert driver.stdout
@@ -200,7 +202,12 @@ def test_the_same_command_goes_on(
 def test_while_libraries_are_imported(seconds: float, tmp_path: Path, model: Path) -> None:
     place = made(tmp_path, model)
     process = subprocess.Popen(
-        [sys.executable, "-m", "ringfence", *RUN], cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "ringfence", *RUN],
+        cwd=place,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
