@@ -28,7 +28,7 @@ class ScriptedJudge:
     def __init__(self, score):
         self.score, self.asked = score, 0
 
-    def ask(self, prompts):
+    def ask(self, prompts, skip=frozenset()):
         for place, prompt in enumerate(prompts):
             self.asked += 1
             yield {place: self.score(prompt.text)}

@@ -758,7 +758,7 @@ def test_every_field_of_a_score_is_kept(cache):
     local = LocalJudge("a", "a", lambda: None, 1)
     score = Score(12.5, None, "sampled", 0.75, None)
     prompt = JudgePrompt("p", ("CODE",))
-    cache.put(local, prompt, score)
+    cache.put(local, {prompt: score})
     assert cache.get(local, prompt) == score
     assert cache.get(local, replace(prompt, labels=())) is None
     assert cache.get(LocalJudge("a", "b", lambda: None, 1), prompt) is None

@@ -197,7 +197,7 @@ class ReferenceCache:
         everything = list(rows)
         mine = everything[state.process_index :: state.num_processes]
         for names in (mine, everything):  # the second time: what other machines wrote on disks of their own
-            self._build(self.missing({name: rows[name] for name in names}), compute)
+            self._build({name: rows[name] for name in names}, compute)
             state.wait_for_everyone()
             self._open_shards()
 
@@ -222,8 +222,12 @@ class ReferenceCache:
             f"{len(rows) - len(missing):,} rows are there; {_size(needed)} to write in {self.folder}"
         )
 
-    def _build(self, rows: list[CachedRow], compute: Compute) -> None:
-        if not rows:
+    def _build(self, wanted: Mapping[str, CachedRow], compute: Compute) -> None:
+        """What is missing, in the batches that there would be if nothing were there: a batch may tell in the last bit,
+        and after a kill the states must be those of a run that was left alone."""
+        rows = list(wanted.values())
+        known = {place for place, name in enumerate(wanted) if name in self._shards}
+        if len(known) == len(rows):
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "about.json").write_text(json.dumps(self.about, indent=1))  # for people
@@ -232,8 +236,8 @@ class ReferenceCache:
                 if time.time() - file.stat().st_mtime > _STALE:
                     file.unlink()
         shard: dict[str, Tensor] = {}
-        with progress("reference cache", len(rows)) as advance:
-            for places in length_batches([len(row) for row in rows], BATCH_TOKENS):
+        with progress("reference cache", len(rows), len(known)) as advance:
+            for places in length_batches([len(row) for row in rows], BATCH_TOKENS, known):
                 part = [rows[place] for place in places]
                 counts = [row.positions for row in part]
                 pieces = [tensor.cpu().split(counts) for tensor in compute(*_padded(part))]

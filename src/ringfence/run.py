@@ -325,6 +325,8 @@ def _train_run(run: Run, recipe: Recipe) -> Run:
         _check_weights(run, recipe, weights)
         trained = run.trained
     if trained:
+        if is_main():
+            _clear(run.folder / "checkpoints")  # a run may have been killed before it could
         return run
     defenses = _with_carriers(recipe).defenses.build(setup)
     stream = build_stream(recipe, examples, retain, defenses)
@@ -676,8 +678,7 @@ def _train(trainer: Any, run: Run, recipe: Recipe) -> None:
         told = f"{run.folder}: {left} to train, {estimated(size, trained=work, device=device)}"
         console.print(told, highlight=False, markup=False, soft_wrap=True)
     with progress(f"{run.folder.name}: training", steps, done) as advance, _stop_at_signal() as stopped:
-        callback = _step_callback(advance, stopped)
-        trainer.add_callback(callback)
+        trainer.add_callback(_step_callback(advance, stopped))
         reset_peak_memory()
         if done < steps or shards():  # a sharded model is loaded after it has been sharded
             trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -685,7 +686,7 @@ def _train(trainer: Any, run: Run, recipe: Recipe) -> None:
             trainer.start_defenses(str(last))
             trainer._load_from_checkpoint(str(last))
     wait()  # a rank that ends early may have the others killed while they save
-    if callback.stopped and trainer.state.global_step < steps:
+    if largest(len(stopped), trainer.args.device):  # also while the last step was saved
         raise Interrupted(
             f"{run.folder}: stopped at step {trainer.state.global_step}; the same command goes on from there"
         )
@@ -722,12 +723,9 @@ def _step_callback(advance: Any, stopped: list[float]) -> Any:
     from transformers import TrainerCallback
 
     class StepCallback(TrainerCallback):
-        stopped = False
-
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             advance(1)
-            self.stopped = bool(largest(len(stopped), args.device))  # a signal may reach one rank alone
-            if self.stopped:
+            if largest(len(stopped), args.device):  # a signal may reach one rank alone
                 control.should_save = control.should_training_stop = True
 
     return StepCallback()

@@ -135,7 +135,7 @@ class Named:
 def test_spoilt_caches_of_scores(place: Place) -> None:
     prompt = JudgePrompt("How good?", LABELS)
     cache = ScoreCache(place.fresh() / "scores.sqlite")
-    cache.put(Named(), prompt, Score(50.0))  # type: ignore[arg-type]
+    cache.put(Named(), {prompt: Score(50.0)})  # type: ignore[arg-type]
     cache._table.execute("PRAGMA journal_mode = DELETE")
     good = cache.file.read_bytes()
     record = json.loads(cache._table.execute("SELECT score FROM scores").fetchone()[0])
@@ -146,7 +146,7 @@ def test_spoilt_caches_of_scores(place: Place) -> None:
         try:
             if text is not None:
                 again._table.execute("UPDATE scores SET score = ?", (text,))
-            again.put(Named(), JudgePrompt("Another?", LABELS), Score(1.0))  # type: ignore[arg-type]
+            again.put(Named(), {JudgePrompt("Another?", LABELS): Score(1.0)})  # type: ignore[arg-type]
             found = again.get(Named(), prompt)  # type: ignore[arg-type]
             if found is not None:
                 check_score(found)

@@ -8,7 +8,7 @@ Shapes: N nodes of the tree, its root (the prompt's last token) first; K tokens 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -75,9 +75,12 @@ def continuation(chat: Chat, reply: str, opening: str = "") -> Path:
 
 
 def reply_probabilities(
-    model: Any, tree: ReplyTree, prompts: Sequence[list[int]], batch_tokens: int
+    model: Any, tree: ReplyTree, prompts: Sequence[list[int]], batch_tokens: int, skip: Container[int] = ()
 ) -> Iterator[dict[int, dict[str, float]]]:
     """P(reply), by reply, for each prompt's token ids.
+
+    Args:
+        skip: places of prompts that are left out; the others stand in the batches in which they stand with them.
 
     Yields:
         For each batch, by place of the prompt.
@@ -88,7 +91,7 @@ def reply_probabilities(
     groups = [[_Row(prompt, branches)] for prompt in prompts]
     if not _can_pack(model, head, [row for group in groups for row in group], tokens):
         groups = [[_Row(prompt, [branch]) for branch in branches] or [_Row(prompt, [])] for prompt in prompts]
-    for places in forward_batches([sum(map(len, group)) for group in groups], batch_tokens, model.device):
+    for places in forward_batches([sum(map(len, group)) for group in groups], batch_tokens, model.device, skip):
         rows = [row for place in places for row in groups[place]]
         found = iter(_node_logprobs(model, head, rows, tokens))
         yield {place: tree.probabilities(_join([next(found) for _ in groups[place]])) for place in places}

@@ -9,7 +9,7 @@ import json
 import math
 import re
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
@@ -184,8 +184,9 @@ class Judge(Protocol):
     name: str
     identity: str
 
-    def ask(self, prompts: Sequence[JudgePrompt]) -> Iterator[dict[int, Score]]:
-        """Every prompt's one score, some at a time as they come, by place of the prompt."""
+    def ask(self, prompts: Sequence[JudgePrompt], skip: Set[int] = frozenset()) -> Iterator[dict[int, Score]]:
+        """Every prompt's one score, some at a time as they come, by place of the prompt; none for those of `skip`,
+        without which the others score as they do with them."""
 
 
 def open_judge(config: LocalJudgeConfig | EndpointJudgeConfig, batch_tokens: int = 4096) -> Judge:
@@ -215,11 +216,12 @@ class EndpointJudge:
         self.identity = " ".join([config.url, config.model, *([str(config.max_tokens)] if config.max_tokens else [])])
         self._endpoint = Endpoint(config)
 
-    def ask(self, prompts: Sequence[JudgePrompt]) -> Iterator[dict[int, Score]]:
-        requests = [
-            Request([{"role": "user", "content": prompt.text}], 0.0, _REPLY_TOKENS, None, _TOP) for prompt in prompts
-        ]
-        for place, reply in self._endpoint.ask(requests):
+    def ask(self, prompts: Sequence[JudgePrompt], skip: Set[int] = frozenset()) -> Iterator[dict[int, Score]]:
+        places = [place for place in range(len(prompts)) if place not in skip]
+        texts = [prompts[place].text for place in places]
+        requests = [Request([{"role": "user", "content": text}], 0.0, _REPLY_TOKENS, None, _TOP) for text in texts]
+        for number, reply in self._endpoint.ask(requests):
+            place = places[number]
             yield {place: replace(read_reply(reply, prompts[place].labels), adapted=reply.adapted)}
 
 
@@ -238,7 +240,7 @@ class LocalJudge:
         self._load, self._batch_tokens, self._opening = load, batch_tokens, opening
         self._loaded: tuple[Any, Chat, ReplyTree] | None = None
 
-    def ask(self, prompts: Sequence[JudgePrompt]) -> Iterator[dict[int, Score]]:
+    def ask(self, prompts: Sequence[JudgePrompt], skip: Set[int] = frozenset()) -> Iterator[dict[int, Score]]:
         if self._loaded is None:
             model, chat = self._load()
             self._loaded = model, chat, ReplyTree(chat, [*NUMBERS, *LABELS], self._opening)
@@ -248,9 +250,11 @@ class LocalJudge:
         most = positions - max(map(len, tree.branches), default=0)
         fits = [place for place, ids in enumerate(encoded) if len(ids) <= most]
         if len(fits) < len(prompts):
-            long = {place: len(ids) for place, ids in enumerate(encoded) if len(ids) > most}
+            long = {place: len(ids) for place, ids in enumerate(encoded) if len(ids) > most and place not in skip}
             yield {p: Score(unscored=f"the prompt has {n} tokens, the judge takes {most}") for p, n in long.items()}
-        for batch in reply_probabilities(model, tree, [encoded[place] for place in fits], self._batch_tokens):
+        known = {at for at, place in enumerate(fits) if place in skip}
+        texts = [encoded[place] for place in fits]
+        for batch in reply_probabilities(model, tree, texts, self._batch_tokens, known):
             yield {fits[at]: _exact_score(found, prompts[fits[at]].labels) for at, found in batch.items()}
 
 
@@ -299,11 +303,14 @@ class ScoreCache:
             return None
         return None if score and not 0 <= (score.value or 0) <= 100 else score
 
-    def put(self, judge: Judge, prompt: JudgePrompt, score: Score) -> None:
-        row = _key(judge, prompt), json.dumps(asdict(score))
-        self._run("INSERT OR REPLACE INTO scores VALUES (?, ?)", row)
+    def put(self, judge: Judge, scores: Mapping[JudgePrompt, Score]) -> None:
+        """All of them or, after a kill, none."""
+        rows = [(_key(judge, prompt), json.dumps(asdict(score))) for prompt, score in scores.items()]
+        if rows:
+            places = ", ".join(["(?, ?)"] * len(rows))
+            self._run(f"INSERT OR REPLACE INTO scores VALUES {places}", [cell for row in rows for cell in row])
 
-    def _run(self, statement: str, values: tuple[str, ...]) -> sqlite3.Cursor:
+    def _run(self, statement: str, values: Sequence[str]) -> sqlite3.Cursor:
         try:
             return self._table.execute(statement, values)
         except sqlite3.Error as error:
@@ -319,15 +326,14 @@ def ask_once(judge: Judge, prompts: Iterable[JudgePrompt], cache: ScoreCache) ->
     """A score for every prompt: from the cache, else asked, equal prompts once. Failures are not kept."""
     wanted = list(dict.fromkeys(prompts))
     scores = {prompt: found for prompt in wanted if (found := cache.get(judge, prompt))}
-    new = [prompt for prompt in wanted if prompt not in scores]
-    if not new:
+    known = {place for place, prompt in enumerate(wanted) if prompt in scores}
+    if len(known) == len(wanted):
         return scores
     with progress(f"judge {judge.name}", len(wanted), len(scores)) as advance:
-        for batch in judge.ask(new):
-            for place, score in batch.items():
-                scores[new[place]] = score
-                if not score.failed:
-                    cache.put(judge, new[place], score)
+        for batch in judge.ask(wanted, known):
+            found = {wanted[place]: score for place, score in batch.items()}
+            cache.put(judge, {prompt: score for prompt, score in found.items() if not score.failed})
+            scores |= found
             advance(len(batch))
     return scores
 

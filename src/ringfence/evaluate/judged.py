@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..errors import DataError, nearest
+from ..runfolder import write_whole
 from ..stats import (
     Comparison,
     Interval,
@@ -405,10 +406,7 @@ def _answer(j: Judgement) -> str:
 
 def write_judged(file: Path, judgements: Iterable[Judgement]) -> None:
     """`judged.jsonl`: a line of JSON for each judgement; the file is whole or not there."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_suffix(".partial")
-    scratch.write_text("".join(json.dumps(asdict(judgement)) + "\n" for judgement in judgements))
-    scratch.replace(file)
+    write_whole(file, "".join(json.dumps(asdict(judgement)) + "\n" for judgement in judgements))
 
 
 def read_judged(file: Path) -> list[Judgement]:
