@@ -171,9 +171,10 @@ def evaluate(
 ) -> None:
     """Measure a trained run, or any model, against its reference. Goes on where it was interrupted."""
     from .run import evaluate_target
+    from .shapes import read_results
 
     folder = evaluate_target(target, overrides or [], reference, endpoint, output)
-    if not json.loads((folder / "results.json").read_text())["parts"] and not (folder / "answers.jsonl").is_file():
+    if not read_results(folder / "results.json")["parts"] and not (folder / "answers.jsonl").is_file():
         raise RingfenceError(f"{target}: nothing was measured: evaluate asks for no questions, rows or answers")
     _report([folder], None, folder / "report.html")
 

@@ -36,6 +36,7 @@ from .errors import DefenseError, RecipeError
 from .evaluate.scoring import length_batches
 from .journal import digest
 from .models import cache_folder
+from .runfolder import write_whole
 from .stream import TrainStream
 from .taps import Needs
 
@@ -224,8 +225,7 @@ class ReferenceCache:
     def _build(self, rows: list[CachedRow], compute: Compute) -> None:
         if not rows:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "about.json").write_text(json.dumps(self.about, indent=1))  # for people
+        write_whole(self.folder / "about.json", json.dumps(self.about, indent=1))  # for people
         for file in self.folder.glob("*.part"):
             with suppress(FileNotFoundError):  # another rank or run has just finished it
                 if time.time() - file.stat().st_mtime > _STALE:
