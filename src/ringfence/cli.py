@@ -23,6 +23,7 @@ from rich.text import Text
 
 from .errors import RingfenceError, first_line
 from .processes import is_main
+from .redact import redact
 
 app = typer.Typer(
     help="Fine-tune an aligned language model on a narrow task, and keep it aligned everywhere else.",
@@ -76,7 +77,7 @@ def _tell(error: BaseException) -> int:
         return _say(f"out of memory ({first_line(error)}); `--dry-run` estimates what a run needs", 2)
     log = _keep_log(error)
     where = f"; its traceback is in {log}" if log else ""
-    return _say(f"an error of ringfence itself: {type(error).__name__}: {first_line(error)}{where}", 1)
+    return _say(f"an error of ringfence itself: {type(error).__name__}: {redact(first_line(error))}{where}", 1)
 
 
 def _say(message: str, code: int) -> int:
@@ -90,7 +91,7 @@ def _keep_log(error: BaseException) -> Path | None:
     text = "".join(traceback.format_exception(error))
     try:
         with tempfile.NamedTemporaryFile("w", prefix="ringfence-error-", suffix=".log", delete=False) as log:
-            log.write(text)
+            log.write(redact(text))
     except OSError:
         return None
     return Path(log.name)

@@ -35,7 +35,7 @@ from .data import Example
 from .errors import DefenseError, RecipeError
 from .evaluate.scoring import length_batches
 from .journal import digest
-from .models import cache_folder
+from .models import cache_folder, make_cache
 from .runfolder import write_whole
 from .stream import TrainStream
 from .taps import Needs
@@ -225,6 +225,7 @@ class ReferenceCache:
     def _build(self, rows: list[CachedRow], compute: Compute) -> None:
         if not rows:
             return
+        make_cache(self.folder)
         write_whole(self.folder / "about.json", json.dumps(self.about, indent=1))  # for people
         for file in self.folder.glob("*.part"):
             with suppress(FileNotFoundError):  # another rank or run has just finished it
