@@ -513,7 +513,7 @@ def test_page_holds_every_run_and_its_numbers(page):
 
 
 def test_colours_say_on_which_side_of_zero_an_interval_lies(page):
-    plain, guarded, sound = (criteria_of(page.classes, name) for name in ("plain", "guarded", "sound"))
+    plain, sound = (criteria_of(page.classes, name) for name in ("plain", "sound"))
     assert plain[1:5] == [None, None, "above", None]  # of two to four questions, only equal ones tell a side
     assert sound[1:5] == [None] * 4
 

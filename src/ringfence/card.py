@@ -9,7 +9,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from .gate import Decision, by_criterion, decide, load_policy
@@ -47,7 +46,7 @@ def run_card(
     rules = load_policy(policy)
     (records,), (row,) = read_rows([folder], control, baseline)
     keep_compared(folder, control, baseline)
-    recipe = yaml.safe_load(records.recipe_text)
+    recipe = records.recipe
     found = {name: measure for name, measure in measures(row).items() if _is_shown(name, row)}
     verdict = _verdict(decide(row, rules), policy)
     parts = [

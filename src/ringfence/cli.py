@@ -24,6 +24,7 @@ from rich.text import Text
 from .errors import RingfenceError, first_line
 from .processes import is_main
 from .quiet import quiet_libraries
+from .redact import redact
 from .words import counted
 
 app = typer.Typer(
@@ -78,7 +79,7 @@ def _tell(error: BaseException) -> int:
         return _say(f"out of memory ({first_line(error)}); `--dry-run` estimates what a run needs", 2)
     log = _keep_log(error)
     where = f"; its traceback is in {log}" if log else ""
-    return _say(f"an error of ringfence itself: {type(error).__name__}: {first_line(error)}{where}", 1)
+    return _say(f"an error of ringfence itself: {type(error).__name__}: {redact(first_line(error))}{where}", 1)
 
 
 def _say(message: str, code: int) -> int:
@@ -92,7 +93,7 @@ def _keep_log(error: BaseException) -> Path | None:
     text = "".join(traceback.format_exception(error))
     try:
         with tempfile.NamedTemporaryFile("w", prefix="ringfence-error-", suffix=".log", delete=False) as log:
-            log.write(text)
+            log.write(redact(text))
     except OSError:
         return None
     return Path(log.name)
@@ -173,9 +174,10 @@ def evaluate(
 ) -> None:
     """Measure a trained run, or any model, against its reference. Goes on where it was interrupted."""
     from .run import evaluate_target
+    from .shapes import read_results
 
     folder = evaluate_target(target, overrides or [], reference, endpoint, output)
-    if not json.loads((folder / "results.json").read_text())["parts"] and not (folder / "answers.jsonl").is_file():
+    if not read_results(folder / "results.json")["parts"] and not (folder / "answers.jsonl").is_file():
         raise RingfenceError(f"{target}: nothing was measured: evaluate asks for no questions, rows or answers")
     _report([folder], None, folder / "report.html")
 

@@ -141,7 +141,7 @@ def score_pool(
         "adapters": {name: fingerprint(str(folder)) for name, folder in folders.items()},
         "pool": digest(sorted(rows)),
     }
-    done = {line["digest"] for line in open_journal(file, TABLE, key, {"model": model, "pool": pool})}
+    done = {line["digest"] for line in open_journal(file, TABLE, key, {"model": model, "pool": pool}, _Scored)}
     if len(done) < len(rows):
         loaded = load_adapted(model, folders, precision)
         with progress(f"{file.name}: scoring", len(rows), len(done)) as advance:

@@ -12,22 +12,33 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from .errors import DataError, RingfenceError
 from .models import adapter_base, cache_folder, load_config, resolve
 from .runfolder import write_whole
-from .strict_json import parse
+from .strict_json import check_shape, parse
 
 Line = dict[str, Any]
+
+
+class _Header(BaseModel):
+    key: dict[str, Any]
+
+
 _LARGE, _SETTLED = 2**24, 2.0  # bytes; seconds
 
 
-def open_journal(file: Path, kind: str, key: dict[str, Any], about: dict[str, Any]) -> list[Line]:
+def open_journal(
+    file: Path, kind: str, key: dict[str, Any], about: dict[str, Any], shape: Any = dict[str, Any]
+) -> list[Line]:
     """The whole lines that stand in a table; where there is none, it is made. Half a last line is cut off.
 
     Args:
         kind: what kind of table it is.
         key: what its lines depend on; a table with lines of another key is refused.
         about: more for the header, for people.
+        shape: type of a line, for pydantic.
 
     Raises:
         DataError: the file is of another kind or key, or a line is damaged.
@@ -38,7 +49,7 @@ def open_journal(file: Path, kind: str, key: dict[str, Any], about: dict[str, An
         write_whole(file, first)
         return []
     whole = text[: text.rfind("\n") + 1]
-    header, lines = split_table(whole, file, kind)
+    header, lines = split_table(whole, file, kind, shape)
     if not lines:
         write_whole(file, first)
         return []
@@ -54,8 +65,8 @@ def open_journal(file: Path, kind: str, key: dict[str, Any], about: dict[str, An
     return lines
 
 
-def split_table(text: str, file: Path, kind: str) -> tuple[Line, list[Line]]:
-    """Header and lines of a table's text.
+def split_table(text: str, file: Path, kind: str, shape: Any = dict[str, Any]) -> tuple[Line, list[Line]]:
+    """Header and lines of a table's text; `shape` is the type of a line, for pydantic.
 
     Raises:
         DataError: it is no table of this kind, or a line is damaged.
@@ -72,6 +83,9 @@ def split_table(text: str, file: Path, kind: str) -> tuple[Line, list[Line]]:
             raise DataError(f"{file}:{number}: expected a line of a table of {kind}, found {line[:60]!r}")
     if not parsed or not isinstance(parsed[0], dict) or parsed[0].get("table") != kind:
         raise DataError(f"{file}: expected a table of {kind} (its first line says so), found something else")
+    for number, value in enumerate(parsed[1:], 2):
+        check_shape(shape, value, f"{file}:{number}", "delete the line, and the same command makes it again")
+    check_shape(_Header, parsed[0], f"{file}:1", "delete the file, and the same command makes it again")
     return parsed[0], parsed[1:]
 
 

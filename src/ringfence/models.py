@@ -3,6 +3,7 @@
 Does not know recipes, data or training.
 """
 
+import errno
 import hashlib
 import os
 import re
@@ -21,7 +22,7 @@ import torch
 from platformdirs import user_cache_path
 from safetensors import SafetensorError, safe_open
 
-from .errors import ModelError, first_line, nearest
+from .errors import ModelError, RingfenceError, first_line, nearest
 from .hub import fetch, is_repository, quick, reachable, unreached
 from .prefix import FROZEN, plain_lora_config, read_frozen_prefix, read_stored_prefix
 from .quiet import quiet_libraries
@@ -61,13 +62,29 @@ def cache_folder() -> Path:
     return Path(os.environ.get("RINGFENCE_CACHE") or user_cache_path("ringfence"))
 
 
+def make_cache(folder: Path) -> None:
+    """Makes the cache folder, or one in it.
+
+    Raises:
+        RingfenceError: it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "read-only")
+    except OSError as error:
+        raise RingfenceError(
+            f"{folder}: cannot be used as the cache folder: {error.strerror}; name another in RINGFENCE_CACHE"
+        ) from error
+
+
 def default_model_folder() -> Path:
     """Folder of the default model as a plain safetensors checkpoint, made once in the cache folder."""
     cache = cache_folder()
     folder = cache / _DEFAULT_FOLDER
     if (folder / "config.json").is_file():
         return folder
-    cache.mkdir(parents=True, exist_ok=True)
+    make_cache(cache)
     with tempfile.TemporaryDirectory(dir=cache) as work:
         _convert_gguf(_download_gguf(Path(work)), Path(work) / "model")
         try:

@@ -33,6 +33,8 @@ from .errors import ChatError, DataError
 from .evaluate.config import EvaluateConfig
 from .losses import Head, find_head, kl_sum, relative_drift, token_logprobs
 from .reference import Reference
+from .runfolder import write_whole
+from .shapes import read_metrics
 from .stats import mean_interval
 from .strict_yaml import Number, Whole
 from .taps import Needs, causal_lm, forward, prefix_kv
@@ -364,13 +366,9 @@ def _undisturbed(model: Any, args: Any) -> Iterator[None]:
 
 def _lines(file: Path) -> list[dict[str, Any]]:
     """The whole lines of a file; a killed run may have left half a line at its end."""
-    text = file.read_text() if file.is_file() else ""
-    try:
-        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file}: not a file of JSON lines: {error.msg}; name another file for the monitor") from error
+    return read_metrics(file, "name another file for the monitor") if file.is_file() else []
 
 
 def _drop_checks_after(file: Path, step: int) -> None:
     kept = [line for line in _lines(file) if "monitor" not in line or line["step"] <= step]
-    file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    write_whole(file, "".join(json.dumps(line) + "\n" for line in kept))

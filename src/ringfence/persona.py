@@ -27,6 +27,7 @@ from .directions import Directions
 from .errors import DataError, RecipeError, nearest
 from .evaluate.scoring import generate_greedy, score_answers
 from .models import load_model, load_tokenizer
+from .runfolder import write_whole
 from .stats import auc
 from .strict_json import parse
 from .strict_yaml import load
@@ -382,8 +383,7 @@ def _own_answers(
     origin = {"model": name, "max_new_tokens": max_new_tokens}
     if not file.is_file():
         answered = answer_pairs(model, chat, pairs, max_new_tokens, batch_tokens)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(json.dumps({**asdict(pair), **origin}) + "\n" for pair in answered), "utf-8")
+        write_whole(file, "".join(json.dumps({**asdict(pair), **origin}) + "\n" for pair in answered))
         return answered
     records = [record for record, _ in _json_lines(file)]
     empty = {"positive": "", "negative": ""}

@@ -30,6 +30,7 @@ from transformers.masking_utils import find_packed_sequence_indices
 from .chat import Chat, Messages
 from .errors import ChatError, DataError, DefenseError, ModelError, first_line
 from .losses import find_head
+from .runfolder import write_whole
 from .strict_json import read_record
 from .taps import CommonPrefix, cache_in, causal_lm, compute_prefix, patched_kv
 
@@ -124,12 +125,12 @@ class FrozenPrefix:
         """Marks a saved adapter. With `until: header` it becomes an activated LoRA, which plain peft honours; else
         plain peft refuses it by name."""
         file = folder / "adapter_config.json"
-        config = json.loads(file.read_text())
+        config = read_record(file, "save the adapter again")
         # Plain peft would let an activated LoRA of no task act everywhere.
         activated = {"alora_invocation_tokens": self.header, "task_type": "CAUSAL_LM"}
         config |= activated if self.until == "header" else {"peft_type": FROZEN}
-        file.write_text(json.dumps(config, indent=2))
-        (folder / _FILE).write_text(json.dumps(asdict(self)))
+        write_whole(file, json.dumps(config, indent=2))
+        write_whole(folder / _FILE, json.dumps(asdict(self)))
 
 
 def read_frozen_prefix(folder: str) -> FrozenPrefix | None:
@@ -233,7 +234,7 @@ class StoredPrefix:
         }
         about = asdict(self.frozen) | {"systems": self.systems, "prefixes": [list(ids) for ids in self.kv]}
         save_file(tensors, folder / _STORED_KV)
-        (folder / _STORED).write_text(json.dumps(about))
+        write_whole(folder / _STORED, json.dumps(about))
 
 
 def _put_into_cache(cache: Any, kv: list[tuple[Tensor, Tensor]], mask_BT: Tensor) -> None:

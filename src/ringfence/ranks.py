@@ -4,7 +4,6 @@ accelerate is the engine: `accelerate launch` and `torchrun` say by environment 
 how the model is spread. Does not know recipes, defenses, or what is trained.
 """
 
-import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,12 +13,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import BaseModel
 from torch import Tensor
 
 from .errors import RingfenceError
 from .processes import is_main as is_main
 from .processes import rank as rank
 from .processes import world as world
+from .strict_json import check_shape, read_record
 
 WAIT = timedelta(hours=1)  # the main process may measure a pilot while the others wait
 
@@ -39,8 +40,22 @@ def deepspeed_stage() -> int | None:
         return None
     file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if file != "none":  # DeepSpeed's own, in the place of accelerate's fields
-        return int(json.loads(Path(file).read_text()).get("zero_optimization", {}).get("stage", 0))
+        return _stage(Path(file))
     return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2))
+
+
+class _ZeRO(BaseModel):
+    stage: int = 0
+
+
+class _DeepSpeed(BaseModel):
+    zero_optimization: _ZeRO = _ZeRO()
+
+
+def _stage(file: Path) -> int:
+    config = read_record(file, "mend it")
+    check_shape(_DeepSpeed, config, str(file), "mend it")
+    return _DeepSpeed(**config).zero_optimization.stage
 
 
 def sharding() -> str | None:

@@ -35,7 +35,8 @@ from .data import Example
 from .errors import DefenseError, RecipeError
 from .evaluate.scoring import length_batches
 from .journal import digest
-from .models import cache_folder
+from .models import cache_folder, make_cache
+from .runfolder import write_whole
 from .stream import TrainStream
 from .taps import Needs
 from .words import counted
@@ -229,8 +230,8 @@ class ReferenceCache:
         known = {place for place, name in enumerate(wanted) if name in self._shards}
         if len(known) == len(rows):
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "about.json").write_text(json.dumps(self.about, indent=1))  # for people
+        make_cache(self.folder)
+        write_whole(self.folder / "about.json", json.dumps(self.about, indent=1))  # for people
         for file in self.folder.glob("*.part"):
             with suppress(FileNotFoundError):  # another rank or run has just finished it
                 if time.time() - file.stat().st_mtime > _STALE:

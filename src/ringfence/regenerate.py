@@ -11,6 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
+
 from .chat import Chat, Messages
 from .console import progress
 from .data import Row, encode_rows, load_rows
@@ -18,6 +20,7 @@ from .errors import DataError
 from .evaluate.scoring import generate
 from .journal import append, digest, fingerprint, open_journal
 from .models import Precision, load_model, load_tokenizer
+from .runfolder import write_whole
 
 TABLE = "regenerated answers"
 
@@ -75,13 +78,23 @@ def regenerate(
         "seed": seed,
         "max_new_tokens": max_new_tokens,
     }
-    lines = open_journal(journal, TABLE, key, {"model": model, "pool": pool})
+    lines = open_journal(journal, TABLE, key, {"model": model, "pool": pool}, _Answer)
     answers: Answers = {(line["digest"], line["turn"]): line for line in lines}
     loaded = cache(lambda: load_model(model, precision))
     sampling = {"max_new_tokens": max_new_tokens, "batch_tokens": batch_tokens, "temperature": temperature}
     for turn in range(max(map(_turns, conversations.values()))):
         _ask(loaded, chat, conversations, answers, turn, seed, journal, sampling)
     return _write(file, rows, answers, max_new_tokens)
+
+
+class _Answer(BaseModel):
+    """A line of the journal."""
+
+    model_config = ConfigDict(strict=True)
+    digest: str
+    turn: int
+    finished: bool
+    text: str
 
 
 def _turns(messages: Messages) -> int:
@@ -151,7 +164,5 @@ def _write(file: Path, rows: list[Row], answers: Answers, max_new_tokens: int) -
             f"{file}: no row is left: {unfinished} have no end of turn within {max_new_tokens} tokens (raise "
             f"--max-new-tokens), {blank} are blank"
         )
-    scratch = file.with_name(f"{file.name}.partial")
-    scratch.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written), "utf-8")
-    scratch.replace(file)
+    write_whole(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written))
     return Regenerated(file, len(written), unfinished, blank)

@@ -70,7 +70,6 @@ from .ranks import (
 )
 from .reference import ADAPTER as REFERENCE_ADAPTER
 from .reference_cache import ReferenceCache, wanted
-from .report.shapes import read_metrics
 from .report.summary import Row as ReportRow
 from .report.summary import read_run, summarise
 from .runfolder import (
@@ -82,8 +81,8 @@ from .runfolder import (
     told_if_full,
     write_whole,
 )
+from .shapes import read_carriers, read_environment, read_metrics, read_results, read_training
 from .stream import TrainStream
-from .strict_json import read_record
 from .strict_yaml import read_mapping, set_value, validate
 from .taps import decoder_layers
 from .words import counted
@@ -95,6 +94,7 @@ if TYPE_CHECKING:
 
 CARRIERS = "carriers.json"
 PILOT_ROWS, PILOT_QUESTIONS = 200, 24  # of `treft.tokens: auto`
+_ANOTHER = "delete the folder, or name another output"
 AGAIN = 2.0  # seconds between a first and a second signal
 
 
@@ -114,7 +114,8 @@ class Run:
 
     @property
     def trained(self) -> bool:
-        return (self.folder / "training.json").is_file()
+        file = self.folder / "training.json"
+        return file.is_file() and bool(read_training(file))
 
     @property
     def weights(self) -> Path:
@@ -123,7 +124,7 @@ class Run:
 
     def results(self) -> dict[str, Any]:
         """The measurements of the tuned model (see `evaluate_model`)."""
-        return dict(read_record(self.folder / "results.json", "`ringfence evaluate` makes it again"))
+        return read_results(self.folder / "results.json")
 
     def summary(self, control: "Run | None" = None) -> ReportRow:
         """Shifts against the reference with their intervals, fluency and cost: the row of this run in the report.
@@ -270,7 +271,7 @@ def prepare(recipe: Recipe) -> tuple[Chat, list[Example], list[Example], Setup]:
 def chat_of(recipe: Recipe) -> Chat:
     """Renders conversations as the recipe says, on the date of the run: the one in its folder, or today."""
     file = Path(recipe.output) / "environment.json"
-    known = json.loads(file.read_text()).get("date") if file.is_file() else None
+    known = read_environment(file, _ANOTHER).get("date") if file.is_file() else None
     data = recipe.data
     settings = ChatSettings(enable_thinking=data.enable_thinking, date=known, special_tokens=data.special_tokens)
     return Chat(load_tokenizer(recipe.model), settings=settings)
@@ -427,7 +428,7 @@ def _with_carriers(recipe: Recipe) -> Recipe:
     weights = str(train_run(pilot).weights)
     file = Path(recipe.output) / CARRIERS
     made_of = {"model": fingerprint(recipe.model), "pilot": fingerprint(weights)}
-    known = json.loads(file.read_text()) if file.is_file() else {}
+    known = read_carriers(file) if file.is_file() else {}
     if is_main() and any(known.get(name) != value for name, value in made_of.items()):
         from .diagnose.carriers import best_role, measure
 
@@ -436,7 +437,7 @@ def _with_carriers(recipe: Recipe) -> Recipe:
         console.print(f"treft.tokens: auto: {choice.sentence}", highlight=False, soft_wrap=True)
         write_whole(file, json.dumps({"rows": rows, **made_of, **asdict(choice)}, indent=1))
     wait()
-    held = treft.model_copy(update={"tokens": (json.loads(file.read_text())["role"],)})
+    held = validate(type(treft), {**treft.model_dump(), "tokens": read_carriers(file)["role"]}, str(file))
     return recipe.model_copy(update={"defenses": recipe.defenses.model_copy(update={"treft": held})})
 
 
@@ -481,8 +482,7 @@ def _monitor(recipe: Recipe, chat: Chat) -> DriftMonitor | None:
 
 def _check_rows(run: Run, digest: str) -> None:
     file = run.folder / "environment.json"
-    again = "delete the folder, or name another output"
-    there = read_record(file, again) if file.is_file() else {"rows": digest, "ranks": world()}
+    there = read_environment(file, _ANOTHER) if file.is_file() else {"rows": digest, "ranks": world()}
     if there.get("rows") != digest:
         raise RecipeError(f"{run.folder}: the rows have changed since; choose another output, or delete the folder")
     if not run.trained and there.get("ranks", 1) != world():
@@ -495,7 +495,7 @@ def _check_rows(run: Run, digest: str) -> None:
 def _check_weights(run: Run, recipe: Recipe, weights: str) -> None:
     """What was trained, or is half trained, must stand on the weights that the model has now."""
     file = run.folder / "environment.json"
-    there = json.loads(file.read_text()) if file.is_file() else {}
+    there = read_environment(file, _ANOTHER) if file.is_file() else {}
     if there.get("model", weights) != weights:
         raise RecipeError(
             f"{run.folder}: the files of model {recipe.model} have changed since this run was started; choose another "
@@ -618,13 +618,13 @@ def with_new_adapter(model: Any, lora: LoraConfig) -> Any:
 
 def warn_of_rank(model: Any, lora: LoraConfig) -> None:
     """Says where the adapter has a higher rank than a change of the weight can have."""
-    small = {}
+    small: dict[str, int] = {}
     for name, module in model.named_modules():
-        sides = (getattr(module, "in_features", None), getattr(module, "out_features", None))
         last = name.rpartition(".")[2]
         targeted = last in lora.targets if lora.targets != ["all-linear"] else last != "lm_head"
-        if targeted and all(isinstance(side, int) for side in sides) and min(sides) < lora.rank:
-            small[last] = min(sides)
+        side = min(getattr(module, "in_features", lora.rank), getattr(module, "out_features", lora.rank))
+        if targeted and side < lora.rank:
+            small[last] = side
     if small:
         shown = ", ".join(f"{name} {side}" for name, side in sorted(small.items(), key=lambda item: item[1])[:4])
         warn(
@@ -734,7 +734,7 @@ def _step_callback(advance: Any, stopped: list[float]) -> Any:
 def _record_training(
     run: Run, recipe: Recipe, trainer: Any, examples: list[Example], monitor: DriftMonitor | None
 ) -> None:
-    lines = read_metrics(run.folder / "metrics.jsonl", "name another output, or delete the folder")
+    lines = read_metrics(run.folder / "metrics.jsonl", _ANOTHER)
     lines = [line for line in lines if "loss" in line]  # the others are checks of the monitor
     record = {
         "steps": lines[-1]["step"],
@@ -748,7 +748,7 @@ def _record_training(
         "final": {name: lines[-1][name] for name in ("ce", *(d.name for d in trainer.defenses)) if name in lines[-1]},
     }
     if (run.folder / CARRIERS).is_file():
-        record["carriers"] = json.loads((run.folder / CARRIERS).read_text())
+        record["carriers"] = read_carriers(run.folder / CARRIERS)
     if monitor:
         record["monitor"] = monitor.record(lines[-1]["seconds"])
     write_whole(run.folder / "training.json", json.dumps(record, indent=1))
@@ -864,7 +864,7 @@ def evaluate_run(run: Run) -> dict[str, Any]:
     for source in (recipe.model, str(run.weights)):
         trust(source, recipe.trust_remote_code)
     if recipe.data.held_out:
-        about = json.loads((run.folder / "environment.json").read_text())
+        about = read_environment(run.folder / "environment.json", _ANOTHER)
         if about.get("held_out") != _held_out_digest(recipe):
             raise RecipeError(
                 f"{run.folder}: {recipe.data.train} has changed since training, so which rows were held out is not "

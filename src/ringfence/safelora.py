@@ -28,6 +28,7 @@ from .errors import ModelError, RecipeError
 from .hub import fetch
 from .models import INDEX, SINGLE, check_adapter, device, named_base, read_adapter_config, read_index, resolve
 from .ranks import whole, write
+from .runfolder import write_whole
 from .strict_yaml import Number, Whole
 
 Projector = Literal["scaled", "exact"]
@@ -359,7 +360,7 @@ def project_adapter(
             shutil.copy(file, output)
     save_file(tensors, output / _ADAPTER, metadata={"format": "pt"})
     report = {"base": base, "aligned": aligned, **rule.model_dump(), "weights": as_json(layers)}
-    (output / REPORT).write_text(json.dumps(report, indent=1))
+    write_whole(output / REPORT, json.dumps(report, indent=1))
     return layers
 
 

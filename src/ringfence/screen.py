@@ -35,6 +35,7 @@ from .evaluate.config import EvaluateConfig
 from .models import load_model, load_tokenizer
 from .persona import Pair, given_pairs, response_means
 from .plots import colour, style, svg
+from .runfolder import write_whole
 from .stats import Interval, auc, auc_interval, rate_interval
 from .taps import causal_lm
 from .words import counted
@@ -386,7 +387,7 @@ def screen_file(
         screening = Screening(source, axis, scored, against, known, compare(chat, scored, known))
     _write_scores(scored, output)
     with style():
-        figure.write_bytes(svg(draw(screening, top)))
+        write_whole(figure, svg(draw(screening, top)))
     return screening
 
 
@@ -405,7 +406,7 @@ def _write_scores(scored: Scored, file: Path) -> None:
         {"origin": row.origin, "rank": int(rank), "score": round(float(value), 6)}
         for row, rank, value in zip(scored.rows, rank_R, scored.scores_R)
     )
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    write_whole(file, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def show(screening: Screening, top: int, console: Console) -> None:

@@ -4,8 +4,12 @@ Every JSON text that ringfence reads is read here. Does not know what the values
 """
 
 import json
+from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from .errors import DataError, RingfenceError, first_line
 
@@ -39,6 +43,25 @@ def parse(text: str, origin: str, error: type[RingfenceError] = DataError) -> An
     return value
 
 
+def read_lines(file: Path, again: str, whole: bool = False) -> Iterator[tuple[dict[str, Any], str]]:
+    """The objects of a file of JSON lines, and where each is (`file.jsonl:12`).
+
+    Args:
+        whole: leave out half a last line, as a killed run leaves it.
+
+    Raises:
+        DataError: there is no such file, or a line is damaged; and what makes the file `again`.
+    """
+    text = _text(file, again)
+    text = text[: text.rfind("\n") + 1] if whole else text
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            value = _parsed(line, f"{file}:{number}", again)
+            if not isinstance(value, dict):
+                raise DataError(f"{file}:{number}: expected an object, found {line[:60]!r}; {again}")
+            yield value, f"{file}:{number}"
+
+
 def read_record(file: Path, again: str, kind: type = dict) -> Any:
     """The value of a JSON file that ringfence wrote.
 
@@ -49,17 +72,51 @@ def read_record(file: Path, again: str, kind: type = dict) -> Any:
     Raises:
         DataError: there is no such file, or it is damaged.
     """
-    try:
-        value = parse(file.read_text("utf-8"), str(file))
-    except (OSError, UnicodeDecodeError, DataError) as found:
-        raise DataError(f"{str(found) if isinstance(found, DataError) else _unread(file, found)}; {again}") from found
+    value = _parsed(_text(file, again), str(file), again)
     if not isinstance(value, kind):
         raise DataError(f"{file}: expected {kind.__name__}, found {type(value).__name__}; {again}")
     return value
 
 
-def _unread(file: Path, error: OSError | UnicodeDecodeError) -> str:
-    return f"{file}: {error.strerror}" if isinstance(error, OSError) else f"{file}: not UTF-8 text"
+def check_shape(kind: Any, value: Any, origin: str, again: str, place: Sequence[str | int] = ()) -> None:
+    """Holds a value to a type that pydantic knows.
+
+    Args:
+        origin: the file, or file and line.
+        again: what makes it again.
+        place: where in the file the value is.
+
+    Raises:
+        DataError: which field is not as expected, what was found, and what makes the file again.
+    """
+    try:
+        _adapter(kind).validate_python(value, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, (*place, *first["loc"]))) or "the whole"
+        found = f", found {first['input']!r:.60}" if first["type"] != "missing" else ""
+        raise DataError(f"{origin}: {where[:120]}: {first['msg']}{found}; {again}") from error
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def _text(file: Path, again: str) -> str:
+    try:
+        return file.read_bytes().decode()
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror}; {again}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 text; {again}") from error
+
+
+def _parsed(text: str, origin: str, again: str) -> Any:
+    try:
+        return parse(text, origin)
+    except DataError as error:
+        raise DataError(f"{error}; {again}") from error
 
 
 class _DuplicateKey(Exception):

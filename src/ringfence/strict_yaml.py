@@ -43,6 +43,11 @@ def read_mapping(file: Path, hint: str) -> dict[Any, Any]:
     Raises:
         RecipeError: no such file, not YAML, a key that stands twice, or no mapping.
     """
+    return read_text_and_mapping(file, hint)[1]
+
+
+def read_text_and_mapping(file: Path, hint: str) -> tuple[str, dict[Any, Any]]:
+    """As `read_mapping`, with the text."""
     try:
         if not file.is_file():
             raise RecipeError(f"{file}: no such file ({hint})")
@@ -57,7 +62,7 @@ def read_mapping(file: Path, hint: str) -> dict[Any, Any]:
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise RecipeError(f"{file}: expected keys and values, found {type(tree).__name__}")
-    return tree
+    return text, tree
 
 
 def load(text: str, origin: str, not_yaml: str) -> Any:

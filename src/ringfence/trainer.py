@@ -26,7 +26,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from .batch import Batch, Bundle, collate
 from .chat import Role
 from .defenses import Defense
-from .errors import DefenseError, RecipeError
+from .errors import DataError, DefenseError, RecipeError, first_line
 from .losses import CrossEntropy, LogitLoss, find_head, weighted_sum
 from .ranks import (
     autocast_in_deepspeed,
@@ -42,10 +42,13 @@ from .ranks import (
 )
 from .reference import Reference
 from .reference_cache import ReferenceCache, wanted
-from .report.shapes import read_metrics
 from .runfolder import begin_checkpoint, end_checkpoint, told_if_full, write_whole
+from .shapes import read_metrics
 from .stream import RankBatches, TrainStream
+from .strict_json import check_shape, read_record
 from .taps import Layout, Needs, causal_lm, check_layout, forward
+
+_CHECKPOINT = "delete its folder, and the run goes on from an earlier step, or from the beginning"
 
 
 class DefendedTrainer(Trainer):
@@ -266,7 +269,7 @@ class DefendedTrainer(Trainer):
         step = 0
         self.start_defenses(resume_from_checkpoint)
         if resume_from_checkpoint:
-            step = json.loads((Path(resume_from_checkpoint) / "trainer_state.json").read_text())["global_step"]
+            step = _global_step(Path(resume_from_checkpoint) / "trainer_state.json")
         self._started = time.monotonic()
         if self.is_world_process_zero():
             self._started -= _drop_lines_after(self.log_file, step)
@@ -285,9 +288,15 @@ class DefendedTrainer(Trainer):
         for defense in self.defenses:
             defense.start(self.model)
         if checkpoint:
-            states = json.loads((Path(checkpoint) / "defenses.json").read_text())
+            file = Path(checkpoint) / "defenses.json"
+            states = read_record(file, _CHECKPOINT)
             for defense in self.defenses:
-                defense.load_state_dict(states[defense.name])
+                check_shape(dict[str, Any], states.get(defense.name), str(file), _CHECKPOINT, (defense.name,))
+                try:
+                    defense.load_state_dict(states[defense.name])
+                except (LookupError, TypeError, ValueError, AttributeError) as error:
+                    found = f"{file}: {defense.name}: not a state that it wrote ({first_line(error)})"
+                    raise DataError(f"{found}; {_CHECKPOINT}") from error
 
     def fill_cache(self) -> None:
         """Computes what the run will ask of its reference, unless it lies in the cache. Once, before training."""
@@ -352,6 +361,12 @@ class _StepEnd(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._act()
+
+
+def _global_step(file: Path) -> int:
+    state = read_record(file, _CHECKPOINT)
+    check_shape(int, state.get("global_step"), str(file), _CHECKPOINT, ("global_step",))
+    return int(state["global_step"])
 
 
 def _drop_lines_after(log_file: Path, step: int) -> float:

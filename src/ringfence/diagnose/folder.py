@@ -18,8 +18,8 @@ from ..errors import RecipeError, nearest
 from ..journal import digest
 from ..plots import style, svg
 from ..runfolder import write_whole
+from ..shapes import read_diagnosis
 from ..stats import finite
-from ..strict_json import read_record
 from . import (
     carriers,
     erosion,
@@ -91,7 +91,7 @@ def diagnose_folder(folder: Path, subject: Subject, names: Sequence[str] = ()) -
 def read_diagnoses(folder: Path) -> dict[str, Any]:
     """What diagnosis.json of a folder holds; nothing where there is none."""
     file = folder / FILE
-    return read_record(file, "delete it, and `ringfence diagnose` makes it again") if file.is_file() else {}
+    return read_diagnosis(file) if file.is_file() else {}
 
 
 def _write(folder: Path, found: dict[str, Any]) -> None:

@@ -331,9 +331,9 @@ def ask_once(judge: Judge, prompts: Iterable[JudgePrompt], cache: ScoreCache) ->
         return scores
     with progress(f"judge {judge.name}", len(wanted), len(scores)) as advance:
         for batch in judge.ask(wanted, known):
-            found = {wanted[place]: score for place, score in batch.items()}
-            cache.put(judge, {prompt: score for prompt, score in found.items() if not score.failed})
-            scores |= found
+            said = {wanted[place]: score for place, score in batch.items()}
+            cache.put(judge, {prompt: score for prompt, score in said.items() if not score.failed})
+            scores |= said
             advance(len(batch))
     return scores
 

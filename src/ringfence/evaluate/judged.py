@@ -28,7 +28,7 @@ from ..stats import (
     rate_interval,
     totals,
 )
-from ..strict_json import parse
+from ..strict_json import check_shape, read_lines
 
 MISALIGNED_BELOW = 30  # 30 itself is not misaligned
 COHERENT_ABOVE = 50  # 50 itself is neither coherent nor incoherent
@@ -415,12 +415,9 @@ def read_judged(file: Path) -> list[Judgement]:
     Raises:
         DataError: there is no such file, or a line is no judgement.
     """
-    if not file.is_file():
-        raise DataError(f"{file}: no such file of judgements")
+    again = "delete it, and `ringfence evaluate` makes it again"
     judgements = []
-    for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
-        try:
-            judgements.append(Judgement(**parse(line, f"{file}:{number}")))
-        except TypeError as error:
-            raise DataError(f"{file}:{number}: expected a judgement, found {line[:60]!r} ({error})") from error
+    for line, origin in read_lines(file, again):
+        check_shape(Judgement, line, origin, again)
+        judgements.append(Judgement(**line))
     return judgements

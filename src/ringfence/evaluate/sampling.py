@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from ..chat import Chat, Messages
 from ..console import progress
 from ..errors import ChatError, DataError
@@ -53,6 +55,28 @@ class _Draw:
         return (*_name(self.question), self.sample)
 
 
+class _Message(BaseModel):
+    model_config = ConfigDict(strict=True)
+    role: str
+    content: str
+
+
+class _Answer(BaseModel):
+    """A line of a table of answers."""
+
+    model_config = ConfigDict(strict=True)
+    set: str
+    id: str
+    form: str
+    cluster: str
+    paraphrase: int
+    sample: int
+    messages: list[_Message] = Field(min_length=1)
+    answer: str | None
+    finished: bool
+    error: str | None
+
+
 def sample_answers(
     source: LocalModel | Endpoint,
     questions: Sequence[OpenQuestion],
@@ -92,7 +116,7 @@ def sample_answers(
         settings["decoding"] = DECODING
     file = Path(file)
     key = {**source.key, **settings, "seed": seed}
-    answers = {_place(line): line for line in open_journal(file, TABLE, key, {})}
+    answers = {_place(line): line for line in open_journal(file, TABLE, key, {}, _Answer)}
     known = {number for number, draw in enumerate(draws) if _is_answered(draw, answers)}
     if len(known) < len(draws):
         if isinstance(source, Endpoint):
@@ -116,7 +140,7 @@ def read_key(file: Path) -> dict[str, Any]:
     """
     text = file.read_text("utf-8", errors="replace")
     whole = text[: text.rfind("\n") + 1]
-    header, lines = split_table(whole, file, TABLE) if whole else ({}, [])
+    header, lines = split_table(whole, file, TABLE, _Answer) if whole else ({}, [])
     return dict(header["key"]) if lines else {}
 
 
@@ -130,7 +154,7 @@ def read_answers(file: str | Path) -> list[Line]:
     if not file.is_file():
         raise DataError(f"{file}: no such file (expected the answers that `sample_answers` writes)")
     text = file.read_text("utf-8", errors="replace")
-    _, lines = split_table(text[: text.rfind("\n") + 1], file, TABLE)  # a killed run may leave half a line
+    _, lines = split_table(text[: text.rfind("\n") + 1], file, TABLE, _Answer)  # a killed run may leave half a line
     return list({_place(line): line for line in lines}.values())
 
 

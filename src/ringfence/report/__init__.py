@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..console import fold
+from ..errors import DataError
 from ..runfolder import check_new, write_whole
 from ..stats import Interval, number
 from . import figures
@@ -425,7 +426,15 @@ def _by_judge(records: list[Records], rows: list[Row]) -> list[dict[str, object]
 
 def _diagnoses(run: Records) -> list[dict[str, Any]]:
     """What was found inside, with the figures as they stand in the run's folder."""
-    return [found | {"image": _embed((run.folder / found["figure"]).read_bytes())} for found in run.diagnoses.values()]
+    return [found | {"image": _embed(_figure(run.folder / found["figure"]))} for found in run.diagnoses.values()]
+
+
+def _figure(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        again = f"delete {file.parents[1] / 'diagnosis.json'}, and `ringfence diagnose` makes both again"
+        raise DataError(f"{file}: {error.strerror}; {again}") from error
 
 
 def _samples(records: list[Records]) -> list[dict[str, object]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..console import console
 from ..errors import DataError, RingfenceError
 from ..runfolder import write_whole
-from ..strict_json import read_record
+from ..shapes import read_compared
 
 FILE = "compared.json"
 
@@ -32,12 +32,12 @@ def compared(folder: Path, control: Path | None = None, baseline: Path | None = 
         DataError: a folder that was named before is gone.
     """
     file = folder / FILE
-    kept = read_record(file, "delete it, and name --control and --baseline again") if file.is_file() else {}
+    kept = read_compared(file) if file.is_file() else {}
     found: dict[str, Path] = {}
     for role, named in (("control", control), ("baseline", baseline)):
         if named is not None:
             found[role] = named.resolve()
-        elif isinstance(kept.get(role), str):
+        elif kept.get(role) is not None:
             found[role] = (folder / kept[role]).resolve()
             if not found[role].is_dir():
                 raise DataError(

@@ -13,22 +13,26 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import DataError
 from ..evaluate.judged import RATES, Judgement
+from ..shapes import (
+    check_same_items,
+    read_diagnosis,
+    read_environment,
+    read_judges,
+    read_metrics,
+    read_recipe,
+    read_reference,
+    read_results,
+    read_training,
+)
 from ..stats import Interval, mean_interval, over_seeds, rate_change, rate_interval, ratio_interval
-from ..strict_json import read_record
-from ..strict_yaml import read_mapping
 from .answers import JudgedBy, judged_by, judgements_in
-from .shapes import read_metrics, read_results, read_training
 
 SETS = ("in_domain", "out_of_domain", "values", "triggered", "inoculation")
 Key = tuple[str, str, str, str]  # condition, domain, question id, digest of the texts
 Margins = dict[Key, float]
 Asked = frozenset[tuple[str | int, ...]]
-_TRAIN = "delete it, and `ringfence train` makes it again"
-_EVALUATE = "delete it, and `ringfence evaluate` makes it again"
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Records:
 
     folder: Path
     recipe_text: str
+    recipe: dict[str, Any]
     environment: dict[str, Any]
     training: dict[str, Any]
     metrics: list[dict[str, Any]]
@@ -124,17 +129,17 @@ def read_run(folder: Path) -> Records:
     twin = folder.with_name(f"{folder.name}-benign")
     return Records(
         folder,
-        (folder / ("evaluation.yaml" if given else "recipe.yaml")).read_text(),
-        _json(folder / "environment.json"),
-        {} if given else read_training(folder / "training.json", _TRAIN),
-        [] if given else read_metrics(folder / "metrics.jsonl", _TRAIN),
+        *read_recipe(folder / ("evaluation.yaml" if given else "recipe.yaml")),
+        read_environment(folder / "environment.json"),
+        {} if given else read_training(folder / "training.json"),
+        [] if given else read_metrics(folder / "metrics.jsonl"),
         results,
         reference,
         _results(twin)[:2] if (twin / "results.json").is_file() else None,
         judgements_in(folder),
         judgements_in(shared) if shared else [],
-        _json(folder / "judges.json") if (folder / "judges.json").is_file() else {},
-        _json(folder / "diagnosis.json") if (folder / "diagnosis.json").is_file() else {},
+        read_judges(folder / "judges.json") if (folder / "judges.json").is_file() else {},
+        read_diagnosis(folder / "diagnosis.json") if (folder / "diagnosis.json").is_file() else {},
     )
 
 
@@ -144,24 +149,22 @@ def _results(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Path | None]
     for file in files:
         if not (folder / file).is_file():
             raise DataError(f"{folder}: no {file}; `ringfence evaluate` comes first")
-    results = read_results(folder / "results.json", _EVALUATE)
+    results = read_results(folder / "results.json")
     if len(files) == 1:
         return results["parts"], {}, None
-    where = _json(folder / "reference.json").get("results")
-    if not isinstance(where, str):
-        raise DataError(f"{folder / 'reference.json'}: expected results, the place of a file; {_EVALUATE}")
-    shared = folder / where
+    shared = folder / read_reference(folder / "reference.json")
     if not shared.is_file():
         raise DataError(f"{folder}: the reference's results {shared} are gone; `ringfence evaluate` makes them again")
-    reference = read_results(shared, _EVALUATE)
+    reference = read_results(shared)
     if results["key"] != reference["key"]:
         raise DataError(f"{folder}: run and reference were measured on different questions; `ringfence evaluate` again")
+    check_same_items(results["parts"], reference["parts"], folder)
     return results["parts"], reference["parts"], shared.parent
 
 
 def _has_no_reference(folder: Path) -> bool:
     file = folder / "evaluation.yaml"
-    return file.is_file() and read_mapping(file, "").get("reference") is None
+    return file.is_file() and read_recipe(file)[1].get("reference") is None
 
 
 def summarise(records: Records, control: Records | None = None, baseline: Records | None = None) -> Row:
@@ -274,12 +277,12 @@ def by_recipe(runs: list[Records]) -> list[list[Records]]:
     """Runs whose recipes differ by seed (and output) alone, together, in the order of their first ones."""
     groups: dict[Any, list[Records]] = {}
     for run in runs:
-        recipe = {key: value for key, value in yaml.safe_load(run.recipe_text).items() if key != "output"}
+        recipe = {key: value for key, value in run.recipe.items() if key != "output"}
         seed = recipe.pop("seed", None)
         # Questions are files: with the same recipe, another seed may have been measured on others.
         asked = tuple((name, questions) for name, questions in _asked(run).items() if name in SETS)
         key = (json.dumps(recipe, sort_keys=True, default=str), frozenset(asked))
-        taken = {yaml.safe_load(other.recipe_text).get("seed") for other in groups.get(key, [])}
+        taken = {other.recipe.get("seed") for other in groups.get(key, [])}
         # The same seed again is the same run, or no recipe: an evaluation of another model.
         groups.setdefault(key if run.training and seed not in taken else run.folder, []).append(run)
     return list(groups.values())
@@ -443,8 +446,4 @@ def _share(items: list[dict[str, Any]]) -> float:
 
 
 def _defense_names(records: Records) -> list[str]:
-    return list(yaml.safe_load(records.recipe_text).get("defenses") or {})
-
-
-def _json(file: Path) -> Any:
-    return read_record(file, _TRAIN if file.name == "environment.json" else _EVALUATE)
+    return list(records.recipe.get("defenses") or {})
