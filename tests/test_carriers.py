@@ -30,6 +30,7 @@ from ringfence.diagnose.texts import Text, pair_texts
 from ringfence.errors import DataError, ModelError
 from ringfence.losses import find_head
 from ringfence.models import load_tokenizer
+from ringfence.stats import Interval, draws
 
 ASKED = [  # question, one answer, another: of unlike lengths
     ("How do I bake bread?", "Quickly, and never wait.", "Let the dough rise for some hours."),
@@ -58,6 +59,17 @@ def chat(tokenizer: Any) -> Chat:
 
 def tiny(architecture: str = "llama", seed: int = 0) -> Any:
     return random_model(**ARCHITECTURES[architecture], seed=seed, num_hidden_layers=DEPTH)
+
+
+@pytest.fixture(autouse=True)
+def _few_questions_establish_a_shift(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Student's t three questions establish no shift, and nothing would be recoverable; plain percentiles do."""
+
+    def percentiles(values: Any, clusters: Any = None, seed: int = 0) -> Interval:
+        drawn = np.asarray(values, float)[draws(len(values), seed)].mean(1)
+        return Interval(float(np.mean(values)), *np.percentile(drawn, [2.5, 97.5]).tolist(), len(values))
+
+    monkeypatch.setattr(carriers, "mean_interval", percentiles)
 
 
 def oriented(reference: Any, tuned: Any, chat: Chat, asked: list[tuple[str, str, str]] = ASKED) -> list[PairedQuestion]:
