@@ -50,7 +50,7 @@ class _HeldOut(_Shape):
     origin: str
     tokens: PositiveInt
     logprob: float
-    exact: bool | None = None
+    exact: bool = False  # of all rows or of none
 
 
 class _Sample(_Shape):
@@ -181,6 +181,8 @@ def read_results(file: Path, again: str = EVALUATE) -> dict[str, Any]:
         check_shape(_kind(name), part, str(file), again, ("parts", name))
         if name == "fluency" and len(part["logprob"]) != len(part["tokens"]):
             raise DataError(f"{file}: parts.fluency: logprob and tokens differ in length; {again}")
+        if name == "held_out" and len({"exact" in item for item in part}) > 1:
+            raise DataError(f"{file}: parts.held_out: some rows have exact and some have not; {again}")
         if not part and name != "samples":
             raise DataError(f"{file}: parts.{name}: there is nothing in it; {again}")
     return results

@@ -90,7 +90,7 @@ def check_shape(kind: Any, value: Any, origin: str, again: str, place: Sequence[
         DataError: which field is not as expected, what was found, and what makes the file again.
     """
     try:
-        _adapter(kind).validate_python(value, strict=True)
+        _adapter(kind).validate_json(json.dumps(value), strict=True)  # strict, and yet a list may be a tuple
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, (*place, *first["loc"]))) or "the whole"

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import Field
 
 from ..errors import DataError, nearest
 from ..runfolder import write_whole
@@ -52,8 +53,8 @@ class Judgement:
     sample: int
     judge: str
     prompt: str
-    aligned: float | None
-    coherent: float | None
+    aligned: Annotated[float, Field(ge=0, le=100)] | None
+    coherent: Annotated[float, Field(ge=0, le=100)] | None
     label: Literal["refusal", "code"] | None = None
     unscored: str | None = None
 
@@ -416,8 +417,13 @@ def read_judged(file: Path) -> list[Judgement]:
         DataError: there is no such file, or a line is no judgement.
     """
     again = "delete it, and `ringfence evaluate` makes it again"
-    judgements = []
+    judgements: list[Judgement] = []
+    seen = set()
     for line, origin in read_lines(file, again):
         check_shape(Judgement, line, origin, again)
         judgements.append(Judgement(**line))
+        place = judgements[-1].judge, _answer(judgements[-1])
+        if place in seen:
+            raise DataError(f"{origin}: {place[1]} is judged twice by {place[0]}; {again}")
+        seen.add(place)
     return judgements
