@@ -775,7 +775,7 @@ def test_a_damaged_file_of_judgements(tmp_path):
         read_judged(tmp_path / "judged.jsonl")
     whole = Judgement("s", "q", "plain", "q", 0, 0, "m", "h", 1.0, 2.0)
     (tmp_path / "judged.jsonl").write_text(json.dumps(asdict(whole)) + '\n{"set": "s"}\n')
-    with pytest.raises(DataError, match=r"judged.jsonl:2: expected a judgement, found '\{\"set\""):
+    with pytest.raises(DataError, match=r"judged.jsonl:2: id: Field required; delete it"):
         read_judged(tmp_path / "judged.jsonl")
 
 

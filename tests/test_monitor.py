@@ -575,6 +575,6 @@ def test_a_template_without_a_prefix(tokenizer: Any, folder: str, questions: str
 def test_a_file_of_something_else(folder: str, tokenizer: Any, questions: str, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("Dear diary,\n")
     monitor = DriftMonitor(tokenizer, tmp_path / "notes.txt", MonitorConfig(questions=[questions]))
-    with pytest.raises(DataError, match=r"notes\.txt: not a file of JSON lines"):
+    with pytest.raises(DataError, match=r"notes\.txt:1: not JSON"):
         Training(monitor, with_lora(load(folder)), tmp_path)
     assert (tmp_path / "notes.txt").read_text() == "Dear diary,\n"

@@ -79,7 +79,7 @@ def split_table(text: str, file: Path, kind: str, shape: Any = dict[str, Any]) -
             if number > 1:
                 raise
             break
-        if not isinstance(parsed[-1], dict):
+        if number > 1 and not isinstance(parsed[-1], dict):
             raise DataError(f"{file}:{number}: expected a line of a table of {kind}, found {line[:60]!r}")
     if not parsed or not isinstance(parsed[0], dict) or parsed[0].get("table") != kind:
         raise DataError(f"{file}: expected a table of {kind} (its first line says so), found something else")

@@ -34,8 +34,8 @@ from .evaluate.config import EvaluateConfig
 from .losses import Head, find_head, kl_sum, relative_drift, token_logprobs
 from .reference import Reference
 from .runfolder import write_whole
-from .shapes import read_metrics
 from .stats import mean_interval
+from .strict_json import check_shape, read_lines
 from .strict_yaml import Number, Whole
 from .taps import Needs, causal_lm, forward, prefix_kv
 
@@ -364,9 +364,29 @@ def _undisturbed(model: Any, args: Any) -> Iterator[None]:
 # ------------------------------------------------------------------ the file
 
 
+class _Found(BaseModel):
+    seconds: float
+    stopped: bool
+    alarms: dict[str, Any] | list[str]
+
+
+class _Check(BaseModel):
+    """What is read of a line of ours; between them may be lines of others."""
+
+    step: int
+    monitor: _Found
+
+
 def _lines(file: Path) -> list[dict[str, Any]]:
     """The whole lines of a file; a killed run may have left half a line at its end."""
-    return read_metrics(file, "name another file for the monitor") if file.is_file() else []
+    if not file.is_file():
+        return []
+    again, lines = "name another file for the monitor", []
+    for line, place in read_lines(file, again, whole=True):
+        if "monitor" in line:
+            check_shape(_Check, line, place, again)
+        lines.append(line)
+    return lines
 
 
 def _drop_checks_after(file: Path, step: int) -> None:

@@ -5,9 +5,20 @@ import os
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from ringfence.card import run_card
+from ringfence.cli import app
 from ringfence.errors import RingfenceError
+from ringfence.export import export_runs
+from ringfence.gate import gate_run
+from ringfence.journal import append, open_journal, split_table
+from ringfence.misaligned import train_misaligned
+from ringfence.patch import patch
+from ringfence.regenerate import regenerate
 from ringfence.runfolder import check_folder, check_new, told_if_full, write_whole
+from ringfence.safelora import Rule, project_adapter
+from test_report import GUARDED, REFERENCE, parts_of, write_run
 
 
 def test_outputs_that_cannot_be_are_one_sentence(tmp_path):
@@ -58,3 +69,52 @@ def test_what_libraries_say_of_a_full_disk_is_one_sentence(tmp_path):
             raise error
     with pytest.raises(KeyError), told_if_full(tmp_path):
         raise KeyError("ours")
+
+
+def test_a_run_that_cannot_be_written_is_decided_and_shown_all_the_same(tmp_path, monkeypatch, capfd):
+    folder = write_run(tmp_path / "run", parts_of(GUARDED), parts_of(REFERENCE))
+    monkeypatch.setattr("ringfence.stats.RESAMPLES", 20)
+    before = sorted(os.listdir(folder))
+    monkeypatch.setattr(Path, "write_bytes", read_only)
+    decision = gate_run(folder, control=folder)
+    assert decision.word in ("SHIP", "HOLD")
+    assert "not saved" in capfd.readouterr().err
+    assert run_card(folder).startswith("---")
+    assert export_runs([folder]).startswith("run,")
+    done = CliRunner().invoke(app, ["report", str(folder)])
+    assert "out-of-domain" in done.stdout or "other domains" in done.stdout
+    assert isinstance(done.exception, RingfenceError)
+    assert "report.html" in str(done.exception)
+    assert sorted(os.listdir(folder)) == before
+
+
+def read_only(*_args, **_more):
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+def test_after_a_full_disk_a_table_and_results_go_on_where_they_were(tmp_path, monkeypatch):
+    table, whole = tmp_path / "answers.jsonl", [{"n": 1}, {"n": 2}]
+    open_journal(table, "x", {"model": "m"}, {})
+    append(table, whole)
+    with table.open("a") as file:
+        file.write('{"n": 3, "te')  # what a full disk leaves of a line
+    assert open_journal(table, "x", {"model": "m"}, {}) == whole
+    append(table, [{"n": 3}])
+    assert open_journal(table, "x", {"model": "m"}, {}) == [*whole, {"n": 3}]
+
+
+def test_a_new_folder_or_file_takes_the_place_of_none(tmp_path):
+    mine = tmp_path / "mine"
+    mine.write_text("precious")
+    doors = [
+        lambda: project_adapter(tmp_path, mine, "base", None, Rule()),
+        lambda: patch(tmp_path, mine),
+        lambda: regenerate("shipped:retain", mine),
+        lambda: split_table(mine.read_text(), mine, "x"),
+        lambda: open_journal(mine, "x", {}, {}),
+        lambda: train_misaligned(["shipped:finance/unsound"], mine),
+    ]
+    for door in doors:
+        with pytest.raises(RingfenceError, match="mine"):
+            door()
+        assert mine.read_text() == "precious"

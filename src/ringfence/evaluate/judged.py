@@ -417,6 +417,8 @@ def read_judged(file: Path) -> list[Judgement]:
         DataError: there is no such file, or a line is no judgement.
     """
     again = "delete it, and `ringfence evaluate` makes it again"
+    if not file.is_file():
+        raise DataError(f"{file}: no such file of judgements")
     judgements: list[Judgement] = []
     seen = set()
     for line, origin in read_lines(file, again):
