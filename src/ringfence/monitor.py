@@ -204,7 +204,10 @@ class DriftMonitor(TrainerCallback):
         }
 
     def _checks(self) -> list[dict[str, Any]]:
-        return [line for line in _lines(self.file) if "monitor" in line]
+        checks = [line for line in _lines(self.file) if "monitor" in line]
+        for check in checks:
+            check_shape(_Found, check["monitor"], str(self.file), _ANOTHER, (f"step {check['step']}", "monitor"))
+        return checks
 
     def _warn(self, step: int, alarms: dict[str, float], stops: bool) -> None:
         """Once for each limit."""
@@ -364,6 +367,9 @@ def _undisturbed(model: Any, args: Any) -> Iterator[None]:
 # ------------------------------------------------------------------ the file
 
 
+_ANOTHER = "name another file for the monitor"
+
+
 class _Found(BaseModel):
     seconds: float
     stopped: bool
@@ -374,17 +380,17 @@ class _Check(BaseModel):
     """What is read of a line of ours; between them may be lines of others."""
 
     step: int
-    monitor: _Found
+    monitor: dict[str, Any]
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
     """The whole lines of a file; a killed run may have left half a line at its end."""
     if not file.is_file():
         return []
-    again, lines = "name another file for the monitor", []
-    for line, place in read_lines(file, again, whole=True):
+    lines = []
+    for line, place in read_lines(file, _ANOTHER, whole=True):
         if "monitor" in line:
-            check_shape(_Check, line, place, again)
+            check_shape(_Check, line, place, _ANOTHER)
         lines.append(line)
     return lines
 
