@@ -141,6 +141,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
         evaluate=False,
         batch_size=4,
         learning_rate=2e-3,
+        precision="fp32",  # many CPUs have no fast bf16
     )
     overrides = [f"{key}={json.dumps(value)}" for key, value in MEASURED.items()]
     set_evaluation(run, [*overrides, f"evaluate.fluency={write_rows(folder / 'fluency.jsonl', 2, start=70)}"])
@@ -154,7 +155,7 @@ def test_recipe_in_the_folder_is_the_recipe_that_ran(finished: Run) -> None:
         {
             "output": str(finished.folder),
             "data": {"train": str(home / "rows.jsonl"), "retain": str(home / "retain.jsonl")},
-            "train": {"batch_size": 4, "learning_rate": 2e-3},
+            "train": {"batch_size": 4, "learning_rate": 2e-3, "precision": "fp32"},
             "defenses": DEFENSE_TREE,
             "evaluate": MEASURED | {"fluency": str(home / "fluency.jsonl")},
             "seed": 3,

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,7 +71,9 @@ class Models:
     def _settings(self) -> ChatSettings | None:
         """Those with which the first tuned model was trained."""
         source = self.sources[self.tuned[0]]
-        return stored_settings(load_tokenizer(source)) if isinstance(source, str) and not self._tokenizer else None
+        if not isinstance(source, str) or self._tokenizer or not (Path(source) / "tokenizer_config.json").is_file():
+            return None  # the reference's
+        return stored_settings(load_tokenizer(source))
 
     @property
     def config(self) -> Any:
