@@ -195,7 +195,8 @@ def test_a_benign_task_is_held_against_plain_fine_tuning(folders: list[Path]) ->
     )
     results["parts"]["opswap_tier1"][0]["prompt"] = "another"
     (twin / "results.json").write_text(json.dumps(results))
-    assert "opswap_tier1.change" not in measures(read_row(folders[2], baseline=folders[1])), "other items"
+    with pytest.raises(DataError, match="'opswap_tier1' was measured on other questions than the reference"):
+        read_row(folders[2], baseline=folders[1])
 
 
 @pytest.mark.parametrize(("missing", "word"), [("hold", "HOLD"), ("skip", "SHIP")])

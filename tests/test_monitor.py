@@ -374,7 +374,7 @@ def test_a_shift_away_from_misaligned_answers_is_no_alarm(folder: str, tokenizer
 
 def test_a_value_that_is_no_number_is_an_alarm(folder: str, tokenizer: Any, questions: str, tmp_path: Path) -> None:
     model = load(folder)
-    config = MonitorConfig(every=1, questions=[questions], max_kl=1e9, stop=True)
+    config = MonitorConfig(every=1, questions=[questions], max_kl=100.0, stop=True)
     training = Training(DriftMonitor(tokenizer, tmp_path / "m.jsonl", config), model, tmp_path)
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
@@ -549,7 +549,7 @@ def test_bad_sources_are_refused_before_training(recipe: Callable[..., Any], tmp
             dry_run(recipe("bad", monitor), None)  # type: ignore[arg-type]
         with pytest.raises(error, match=message):
             train_run(recipe("bad", monitor))
-    assert not (tmp_path / "bad").exists()
+    assert not (tmp_path / "bad" / "recipe.yaml").exists()
 
 
 def test_another_monitor_in_the_same_folder_is_refused(recipe: Callable[..., Any]) -> None:

@@ -163,7 +163,7 @@ def test_memory_does_not_grow_with_the_number_of_pairs(model: Any, chat: Chat, m
 
 
 def test_fewer_than_two_pairs_are_refused(model: Any, chat: Chat) -> None:
-    with pytest.raises(DataError, match=r"1 pairs are left; at least 2"):
+    with pytest.raises(DataError, match=r"1 pairs? (is|are) left; at least 2"):
         extract(model, chat, pairs(1), "t", "m")
 
 
@@ -389,7 +389,7 @@ def test_the_command_says_what_is_wrong(folder: str, tmp_path: Path, ringfence: 
         "--pairs has none (accepted: none, scores)": ["--pairs", file, "--filter", "margin"],
         "go together": ["--pairs", file, "--filter", "scores"],
         "no such trait file": [tmp_path / "none.yaml"],
-        "1 pairs, 0 with a blank answer, 1 kept (filter: none); at least 2": ["--pairs", file],
+        "1 pair, 0 with a blank answer, 1 kept (filter: none); at least 2": ["--pairs", file],
         "no paired question in it with split 'dev'": ["--pairs", file, "--split", "dev"],
     }
     for message, arguments in cases.items():

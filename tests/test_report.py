@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from ringfence.config import dump_recipe, parse_recipe
@@ -341,8 +342,12 @@ def test_a_control_measured_on_other_questions_of_the_same_ids_is_refused(tmp_pa
     runs = []
     for name, word in (("sound", "Why"), ("run", "When")):
         file.write_text(json.dumps({"question": f"{word}?", "aligned": "So.", "misaligned": "No."}))
-        chat = SimpleNamespace(render=lambda messages, generation=False: str(messages))
-        results = evaluate_model(lambda: None, chat, config, tmp_path / f"{name}.json", name)
+        model = SimpleNamespace(parameters=lambda: [torch.ones(1)], device=torch.device("cpu"))
+        chat = SimpleNamespace(
+            render=lambda messages, generation=False: str(messages),
+            encode=lambda messages, generation=False: SimpleNamespace(input_ids=[1]),
+        )
+        results = evaluate_model(lambda: model, chat, config, tmp_path / f"{name}.json", name)
         runs.append(write_run(tmp_path / name, results["parts"], results["parts"], key=results["key"]))
     with pytest.raises(DataError):
         read_rows(runs, runs[0])
@@ -411,12 +416,14 @@ class Page(HTMLParser):
     def __init__(self, html):
         super().__init__()
         self.tags, self.links, self.text, self.cells, self.classes = [], [], "", {}, {}
+        self.images, self.rows = [], []
         self._row = None
         self.feed(html)
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
         self.links += [value for name, value in attributes if name in ("src", "href", "action", "data", "srcset")]
+        self.images += [value for name, value in attributes if (tag, name) == ("img", "src")]
         if tag == "tr":
             self._row = []
         if tag in ("td", "th") and self._row is not None:
@@ -425,6 +432,7 @@ class Page(HTMLParser):
     def handle_endtag(self, tag):
         if tag == "tr" and self._row:
             name = self._row[0][0].split("\n")[0].strip()
+            self.rows.append([name, *(cell for cell, _ in self._row[1:])])
             self.cells.setdefault(name, [cell for cell, _ in self._row])
             self.classes.setdefault(name, [kind for _, kind in self._row])
             self._row = None
@@ -458,14 +466,16 @@ def cells_of(page, name):
 
 
 def test_page_says_ship_or_hold_on_top(page):
-    head, plain, guarded = (page.cells[name] for name in ("run", "plain", "guarded"))
+    start = next(place for place, row in enumerate(page.rows) if row[:2] == ["run", "decision"])
+    head, *decided = page.rows[start : start + 3]
+    plain, guarded = decided
     assert head[1:] == ["decision", "broad", "narrow", "benign", "coherent", "trigger"]
     assert page.text.index("Ship or hold") < page.text.index("The criteria, side by side")
     assert plain[1].startswith("HOLD")
     assert plain[2].startswith("fail")
     assert "out of domain: effect +0.3" in plain[2]
-    assert guarded[2].startswith("failvalues: effect -1.5")  # four questions prove little
-    assert "sound" not in [name for name in page.cells if page.cells[name][1][:4] in ("SHIP", "HOLD")]
+    assert guarded[2].startswith("fail values: effect -1.5")  # four questions prove little
+    assert [row[0] for row in decided] == ["plain", "guarded"], "the control is not decided on"
 
 
 def test_page_refers_to_nothing_outside(page, page_html):
@@ -477,17 +487,18 @@ def test_page_refers_to_nothing_outside(page, page_html):
 
 def test_figures_are_embedded_svg(page):
     figures = [base64.b64decode(link.split(",", 1)[1]).decode() for link in page.links]
-    assert len(figures) == 3
+    assert len(figures) == 6, "each for wide and for narrow windows"
     for figure in figures:
         assert "<svg" in figure
         assert not re.search(r"""(?:xlink:)?href=["'](?!#)""", figure)
-    pareto, domains, curves = figures
+    wide = [base64.b64decode(link.split(",", 1)[1]).decode() for link in page.images]
+    pareto, domains, curves = wide
     for name in ("plain", "guarded"):
         assert f"<!-- {name} -->" in domains
         assert f"<!-- {name} -->" in pareto
     assert "<!-- sound -->" not in domains + pareto, "the control has no effect to show"
     for domain in ("money", "cars", "food", "honesty", "power"):
-        assert f"<!-- {domain} -->" in domains
+        assert f"<!-- {domain}, n = " in domains
     for name in ("sound", "plain", "guarded"):
         assert f"<!-- {name} -->" in curves
     assert "<!-- kl penalty (unweighted) -->" in curves
@@ -502,9 +513,9 @@ def test_page_holds_every_run_and_its_numbers(page):
     assert "sound control" in sound[0]
     assert "no defense" in plain[0]
     assert "kl" in guarded[0]
-    assert "75 % [" in guarded[5]
-    assert "reference 25 %" in guarded[5]
-    assert f"{math.exp(2.25):.1f} (1.28 x)" in plain[6]
+    assert "75.0 % [" in guarded[5]
+    assert "reference 25.0 %" in guarded[5]
+    assert f"{math.exp(2.25):.2f} (1.28 x)" in plain[6]
     assert "1.50 x" in guarded[7]
     assert "15 s" in guarded[7]
     assert guarded[8] == "1.25"
@@ -703,7 +714,7 @@ def test_page_and_table_show_judged_answers_and_call_a_weak_judge_weak(folders):
     page = folders[0].parent / "report.html"
     write_page(records, rows, page)
     text = html.unescape(page.read_text())
-    for shown in ["25.0 %<", "-50.0 points<", "reduction 67 % [", "p 0.008", "32 (8)"]:
+    for shown in ["25.0 % <", "-50.0 points <", "reduction 66.7 % [", "p 0.008", "32 (8)"]:
         assert shown in text
     assert "weak judge: AUC 0.55 [0.40, 0.70] on shipped:values" in text
     assert "This judge is weak" in text
