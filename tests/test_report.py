@@ -347,7 +347,7 @@ def test_a_control_measured_on_other_questions_of_the_same_ids_is_refused(tmp_pa
             render=lambda messages, generation=False: str(messages),
             encode=lambda messages, generation=False: SimpleNamespace(input_ids=[1]),
         )
-        results = evaluate_model(lambda: model, chat, config, tmp_path / f"{name}.json", name)
+        results = evaluate_model(lambda model=model: model, chat, config, tmp_path / f"{name}.json", name)
         runs.append(write_run(tmp_path / name, results["parts"], results["parts"], key=results["key"]))
     with pytest.raises(DataError):
         read_rows(runs, runs[0])
