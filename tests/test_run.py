@@ -385,7 +385,7 @@ def test_what_does_not_fit_is_refused_before_training(
 
 def test_a_loss_that_is_no_number_stops_the_run(recipe: Callable[..., Recipe]) -> None:
     with pytest.raises(RingfenceError, match="smaller learning rate"):
-        train_run(recipe(defenses={"treft": {}}, learning_rate=1e38))
+        train_run(recipe(defenses={"treft": {}}, learning_rate=100))
 
 
 def test_a_template_token_that_is_embedded_as_zero_has_no_drift(tmp_path: Path, recipe: Callable[..., Recipe]) -> None:
@@ -507,9 +507,6 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     interrupt_at(step, monkeypatch)
     stopped = recipe("stopped", **settings)
-    if step == steps:  # nothing is left to do
-        train_run(stopped)
-        return
     with pytest.raises(Interrupted, match=f"stopped at step {step};"):
         train_run(stopped)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
@@ -610,7 +607,7 @@ def test_default_model_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("load", [load_model, load_tokenizer])
 def test_unreadable_model_folder(load: Callable[[str], Any], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{garbage")
-    with pytest.raises(ModelError, match=r"cannot be loaded: .* \(accepted: 'default', a local folder"):
+    with pytest.raises(ModelError, match=r"config\.json: not JSON"):
         load(str(tmp_path))
 
 
@@ -618,7 +615,7 @@ def test_unreadable_weights(tiny_model: str, tmp_path: Path) -> None:
     for file in Path(tiny_model).iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "model.safetensors").write_bytes(b"\x10" * 100)
-    with pytest.raises(ModelError, match="model cannot be loaded"):
+    with pytest.raises(ModelError, match=r"model\.safetensors: damaged, or not a safetensors file"):
         load_model(str(tmp_path))
 
 
