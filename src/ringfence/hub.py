@@ -92,7 +92,7 @@ def fetch(repository: str, file: str) -> Path | None:
 
 
 def unreached() -> str:
-    """Why something of the hub cannot be had without a network, and what to do."""
+    """Why something of the hub is unavailable without a network, and what to do."""
     from huggingface_hub import constants
 
     return f"no such folder, and not in the hub's cache; {constants.ENDPOINT} cannot be reached. {OFFLINE}"

@@ -493,7 +493,7 @@ def _check_rows(run: Run, digest: str) -> None:
 
 
 def _check_weights(run: Run, recipe: Recipe, weights: str) -> None:
-    """What was trained, or is half trained, must stand on the weights that the model has now."""
+    """What was trained, or is half trained, must be based on the weights that the model has now."""
     file = run.folder / "environment.json"
     there = read_environment(file, _ANOTHER) if file.is_file() else {}
     if there.get("model", weights) != weights:

@@ -86,10 +86,7 @@ def _ratio(top: np.ndarray, bottom: np.ndarray, seed: int) -> Interval:
         return Interval(value, -math.inf, math.inf, 1)
     with np.errstate(all="ignore"):
         drawn = _resampled(top, bottom, n, seed)
-    drawn = drawn[np.isfinite(drawn)]
-    if not len(drawn):
-        return Interval(value, -math.inf, math.inf, n)
-    return Interval(value, *bounds(value, drawn, effective(bottom)), n)
+    return drawn_interval(value, drawn, n, effective(bottom))
 
 
 def effective(weights: np.ndarray) -> float:
@@ -191,13 +188,17 @@ def times_drawn(clusters_N: np.ndarray, seed: int | np.random.Generator = 0) -> 
     return counts_RN
 
 
-def drawn_interval(value: float, drawn_R: np.ndarray, n: int) -> Interval:
+def drawn_interval(value: float, drawn_R: np.ndarray, n: int, equal: float | None = None) -> Interval:
     """A statistic with the `bounds` of what bootstrap draws of `n` clusters gave; draws in which it is
-    not defined are left out. One cluster alone bounds nothing."""
+    not defined are left out. One cluster alone bounds nothing.
+
+    Args:
+        equal: how many clusters of equal weight tell as much, see `effective`; default: n.
+    """
     drawn_R = drawn_R[np.isfinite(drawn_R)]
     if n == 1 or not len(drawn_R):
         return Interval(value, -math.inf, math.inf, n)
-    return Interval(value, *bounds(value, drawn_R, n), n)
+    return Interval(value, *bounds(value, drawn_R, n if equal is None else equal), n)
 
 
 def _resampled(sums: np.ndarray, counts: np.ndarray, n: int, seed: int) -> np.ndarray:
