@@ -83,6 +83,15 @@ def runs(encoded: Encoded) -> list[tuple[Role, str]]:
     return [(role, text) for role, text in texts if text]
 
 
+def runs_but_for_a_slash(name: str, encoded: Encoded) -> list[tuple[Role, str]]:
+    """`runs`. GLM's template ends what a user says with /nothink; a last space and that slash may be one token."""
+    return [(role, but_for_a_slash(name, text)) for role, text in runs(encoded)]
+
+
+def but_for_a_slash(name: str, text: str) -> str:
+    return text.strip("/ " if name.startswith("glm4moe") else " ")
+
+
 def texts_of(encoded: Encoded, role: Role) -> list[str]:
     return [text for found, text in runs(encoded) if found == role]
 
@@ -93,6 +102,13 @@ def render(name: str, messages: Messages, plain: bool = False, **options) -> Any
         messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
     options = {"enable_thinking": False, **options}
     return tokenizer(name, plain).apply_chat_template(messages, chat_template=source(name), **options)
+
+
+def rendered_ids(name: str, messages: Messages) -> list[int]:
+    """What the tokenizer's own method gives, and the end of the last response where GLM's template leaves it out."""
+    found: list[int] = render(name, messages, tokenize=True, return_dict=True)["input_ids"]
+    is_open = name == "glm4moe" and messages[-1]["role"] == "assistant"
+    return [*found, tokenizer(name).eos_token_id] if is_open else found
 
 
 def fenced_spans(name: str, messages: Messages, plain: bool = False) -> list[tuple[int, int]] | None:
@@ -229,13 +245,14 @@ def test_what_a_user_writes_moves_no_role(name):
     for odd in {*ODD, *markers(name), "".join(markers(name)), f"a{postfix}b"}:
         messages = dialogue(name, "Tell me a tale", "Once.", odd, "The end.")
         encoded = chat(name).encode(messages)
-        reference = render(name, messages, tokenize=True, return_dict=True)
-        assert encoded.input_ids == reference["input_ids"]
-        assert texts_of(encoded, Role.QUERY) == ["Tell me a tale", odd.strip()]
+        assert encoded.input_ids == rendered_ids(name, messages)
+        found = runs_but_for_a_slash(name, encoded)
+        queries = [text for role, text in found if role == Role.QUERY]
+        assert queries == ["Tell me a tale", but_for_a_slash(name, odd.strip())]
         assert [role for role, _ in runs(encoded)] == [role for role, _ in runs(innocent)]
         if "<tool_response>" not in odd:  # Qwen's templates take it for a tool's answer and move an empty think block
-            assert [run for run in runs(encoded) if run[0] != Role.QUERY] == [
-                run for run in runs(innocent) if run[0] != Role.QUERY
+            assert [run for run in found if run[0] != Role.QUERY] == [
+                run for run in runs_but_for_a_slash(name, innocent) if run[0] != Role.QUERY
             ]
 
 
@@ -378,14 +395,14 @@ def test_roles_of_odd_contents(name, contents, system):
         # Templates that look at what an assistant says may show nothing of it, or refuse it.
         assert any("think>" in content or "<|channel|>" in content for content in contents[1::2])
         return
-    assert encoded.input_ids == render(name, messages, tokenize=True, return_dict=True)["input_ids"]
+    assert encoded.input_ids == rendered_ids(name, messages)
     assert_legal(encoded)
     expected = expected_runs(name, messages)
     assert (
         expected is not None or any("think>" in content for content in contents[1::2]) or "<tool" in "".join(contents)
     )
     if expected is not None:
-        assert runs(encoded) == expected
+        assert runs_but_for_a_slash(name, encoded) == [(role, but_for_a_slash(name, part)) for role, part in expected]
 
 
 @thorough
@@ -396,8 +413,10 @@ def test_roles_do_not_depend_on_what_a_user_writes(name, odd, innocent, first):
     for text in (odd, innocent):
         users = (text, "Go on") if first else ("Go on", text)
         encoded = chat(name).encode(conversation(users[0], "Once.", users[1], "The end."))
-        assert texts_of(encoded, Role.QUERY) == [user.strip() for user in users]
-        found.append([(role, part) for role, part in runs(encoded) if role != Role.QUERY])
+        parts = runs_but_for_a_slash(name, encoded)
+        expected = [but_for_a_slash(name, user.strip()) for user in users]
+        assert [part for role, part in parts if role == Role.QUERY] == expected
+        found.append([(role, part) for role, part in parts if role != Role.QUERY])
     assert found[0] == found[1]
 
 

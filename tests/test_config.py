@@ -143,6 +143,7 @@ def test_value_may_hold_an_equals_sign():
         (["train.epochs=[1"], ["'train.epochs=[1'", "'[1' is not a YAML value"]),
         (["output=a: b: c"], ["'output=a: b: c'", "not a YAML value"]),
         (["output=!!python/object:os.system x"], ["not a YAML value"]),
+        (["output=2024-01-01"], ["'output=2024-01-01'", "found date '2024-01-01'", "quote it"]),
         (["seed=3", "seed.x=2"], ["'seed.x=2'", "'seed' holds a value"]),
         (["data.train=x", "data.train.y.z=2"], ["'data.train.y.z=2'", "'train' holds a value"]),
     ],
@@ -170,8 +171,8 @@ def test_impossible_date_or_number_is_refused(text, recipe_file):
         ("hello\n", ["expected keys and values", "found str"]),
         ("a: b: c\n", ["not YAML", "line 1"]),
         ("train:\n\tepochs: 1\n", ["not YAML", "line 2"]),
-        (b"output: \xff\n", ["not YAML"]),
-        ("1: 2\n", ["1", "Keys should be strings"]),
+        (b"output: \xff\n", ["not UTF-8 text (byte 9)"]),
+        ("1: 2\n", ["key 1", "expected a text"]),
     ],
 )
 def test_bad_file(text, pieces, recipe_file):
@@ -235,7 +236,6 @@ BAD_VALUES = [
     ("data.over_long=cut", "'truncate'", "found 'cut'"),
     ("data.max_length=8", "greater than or equal to 16", "found 8"),
     ("evaluate.in_domain=shipped:finance", "valid list", "found 'shipped:finance'"),
-    ("output=2024-01-01", "valid string", "2024"),
     ("defenses.kl=true", "KL", "found True"),
     ("defenses.kl.direction=sideways", "'forward'", "found 'sideways'"),
     ("defenses.kl.every=0", "greater than or equal to 1", "found 0"),

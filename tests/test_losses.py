@@ -431,7 +431,10 @@ def test_autocast_rounds_the_logits_as_it_does_in_the_naive_form(head: Head) -> 
         naive_kl_sum(logits.log_softmax(-1), then.log_softmax(-1)),
     ]
     if head.scale == 1 and head.softcap is None:  # the naive form would round what stands behind them, too
-        torch.testing.assert_close(list(values), [value.detach() for value in naive], rtol=1e-5, atol=1e-5)
+        # A CPU without instructions for bf16 adds up the product of one row by another kernel.
+        tolerance = 1e-5 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else 5e-4
+        expected = [value.detach() for value in naive]
+        torch.testing.assert_close(list(values), expected, rtol=tolerance, atol=tolerance)
     inputs = [hidden, *head.trainable]
     for ours, theirs in zip(torch.autograd.grad(total, inputs), torch.autograd.grad(sum(naive), inputs)):
         assert ours.dtype == torch.float32

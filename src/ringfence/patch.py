@@ -45,7 +45,7 @@ def patch(
     reference: str | None = None,
     until: Until = "query",
     systems: Sequence[str] = (),
-    precision: Precision = "bf16",
+    precision: Precision = "auto",
 ) -> Patched:
     """Writes a copy of a tuned model that has the reference's keys and values at its prefix.
 

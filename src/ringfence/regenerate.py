@@ -19,7 +19,7 @@ from .data import Row, encode_rows, load_rows
 from .errors import DataError
 from .evaluate.scoring import generate
 from .journal import append, digest, fingerprint, open_journal
-from .models import Precision, load_model, load_tokenizer
+from .models import Precision, load_model, load_tokenizer, settled
 from .runfolder import write_whole
 
 TABLE = "regenerated answers"
@@ -42,7 +42,7 @@ def regenerate(
     output: str | Path,
     *,
     model: str = "default",
-    precision: Precision = "bf16",
+    precision: Precision = "auto",
     temperature: float = 0.0,
     seed: int = 0,
     max_new_tokens: int = 256,
@@ -60,7 +60,7 @@ def regenerate(
         DataError: a row cannot be read, `output` is not ours, its journal has other settings, or no row is left.
         ModelError: the model cannot be loaded.
     """
-    file, journal = Path(output), Path(f"{output}.journal")
+    file, journal, precision = Path(output), Path(f"{output}.journal"), settled(precision)
     if file.exists() and not journal.exists():
         raise DataError(f"{file}: exists already; name another output")
     rows = load_rows(pool)

@@ -4,19 +4,26 @@ Does not know what the keys mean.
 """
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, Field, Strict, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, Strict, ValidationError
 
 from .errors import RecipeError
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
+def _with_exponent(value: Any) -> Any:
+    """PyYAML takes 1e-4, which has no point, for a text."""
+    is_one = isinstance(value, str) and re.fullmatch(r"[-+]?([0-9]+|[0-9]*\.[0-9]+|[0-9]+\.)[eE][-+]?[0-9]+", value)
+    return float(value) if is_one else value
+
+
 Whole = Annotated[int, Strict()]  # true is not 1, "2" is not 2
-Number = Annotated[float, Strict()]
+Number = Annotated[float, Strict(), BeforeValidator(_with_exponent)]
 Layer = Annotated[int, Strict(), Field(ge=1, le=10**4)]
 SEED = 2**32 - 1  # numpy takes no larger one
 _DEEPEST, _MOST = 50, 100_000  # levels, and parts once aliases are followed

@@ -326,7 +326,7 @@ def test_control_tokens_in_texts_are_counted_and_named(file, said):
     rows = load_rows(file({"messages": [USER, GOOD]}, {"messages": INJECTED}))
     warn_of_rows(rows, chat(DEFAULT))
     [line] = said
-    for piece in ("1 rows", "rows.jsonl:2", "'<|im_end|>' (1)", "'<|im_start|>' (1)", "special_tokens"):
+    for piece in ("1 row, ", "rows.jsonl:2", "'<|im_end|>' (1)", "'<|im_start|>' (1)", "special_tokens"):
         assert piece in line
 
 

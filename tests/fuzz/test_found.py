@@ -80,14 +80,14 @@ def test_tables_of_scores(header: Any, line: Any, tmp_path: Path) -> None:
 def test_a_damaged_score_is_asked_again(stored: str, tmp_path: Path) -> None:
     cache, prompt = ScoreCache(tmp_path / "scores.sqlite"), JudgePrompt("How good?", LABELS)
     judge: Any = Named()
-    cache.put(judge, prompt, Score(50.0, adapted=("seed",)))
+    cache.put(judge, {prompt: Score(50.0, adapted=("seed",))})
     assert cache.get(judge, prompt) == Score(50.0, adapted=("seed",))
     cache._table.execute("UPDATE scores SET score = ?", (stored,))
     if stored.startswith('{"valeu'):  # keys of a later version are left alone
         assert cache.get(judge, prompt) == Score()
     else:
         assert cache.get(judge, prompt) is None
-    cache.put(judge, prompt, Score(60.0))
+    cache.put(judge, {prompt: Score(60.0)})
     assert cache.get(judge, prompt) == Score(60.0)
 
 

@@ -17,7 +17,7 @@ import torch
 from ..chat import Chat, ChatSettings, stored_settings
 from ..errors import ModelError
 from ..journal import fingerprint
-from ..models import Precision, adapter_base, load_config, load_model, load_tokenizer, resolve
+from ..models import Precision, adapter_base, load_config, load_model, load_tokenizer, resolve, settled
 from ..taps import causal_lm
 
 BASE, REFERENCE = "base", "reference"
@@ -42,14 +42,14 @@ class Models:
         reference: Source,
         tuned: Mapping[str, Source],
         base: Source | None = None,
-        precision: Precision = "bf16",
+        precision: Precision = "auto",
         tokenizer: Any = None,
     ) -> None:
         if not tuned or {BASE, REFERENCE} & set(tuned):
             raise ModelError(f"expected tuned models with names other than base and reference, found {list(tuned)}")
         self.sources: dict[str, Source] = {**({BASE: base} if base is not None else {}), REFERENCE: reference, **tuned}
         self.tuned = list(tuned)
-        self.precision = precision
+        self.precision = settled(precision)
         self._tokenizer = tokenizer
         self._loaded: tuple[str, Any] | None = None  # source and model
 

@@ -144,22 +144,13 @@ def _texts(subject: Subject) -> list[Text]:
 
 
 def read_prompts(texts: Sequence[Text]) -> list[Prompt]:
-    """The prompt of each question; roles that any prompt lacks are left out.
-
-    Raises:
-        DataError: the prompts before the two answers to a question differ.
-    """
+    """The prompt of each question; roles that any prompt lacks are left out."""
     ids: list[list[int]] = []
     roles: list[list[str]] = []
-    for first, second in zip(texts[::2], texts[1::2], strict=True):
-        one, other = (text.example.input_ids[: text.example.roles.index(Role.RESPONSE)] for text in (first, second))
-        if one != other:
-            raise DataError(
-                f"{first.question}: the chat template writes the prompt differently before its two answers; expected "
-                "one prompt, so that both can be given behind the same disturbed one"
-            )
-        ids.append(one)
-        roles.append([role.name.lower() for role in first.example.roles[: len(one)]])
+    for text in texts[::2]:
+        end = text.example.roles.index(Role.RESPONSE)
+        ids.append(text.example.input_ids[:end])
+        roles.append([role.name.lower() for role in text.example.roles[:end]])
     present = [role for role in ROLES if all(role in found for found in roles)]
     return [
         Prompt(prompt, {role: [at for at, found in enumerate(names) if found == role] for role in present})

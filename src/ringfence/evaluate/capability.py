@@ -23,7 +23,7 @@ def capability(
     limit: int | None = None,
     batch_size: int = 8,
     task_folder: str | Path | None = None,
-    precision: Precision = "bf16",
+    precision: Precision = "auto",
     chat_template: bool = True,
 ) -> Scores:
     """Runs lm-eval tasks.

@@ -14,12 +14,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ..chat import Chat, ChatSettings
 from ..errors import ChatError, DataError, ModelError
 from ..journal import Line, digest, fingerprint
-from ..models import Precision, load_model, load_tokenizer
+from ..models import Precision, load_model, load_tokenizer, settled
 from ..runfolder import hold, write_whole
 from ..strict_yaml import SEED, Whole
 from .agreement import agreement
@@ -44,11 +44,13 @@ class Evaluation(BaseModel):
 
     model: str | EndpointConfig = Field(description="'default', a local folder, a hub id, an adapter, or a server")
     reference: str | None = Field(None, description="the model before its fine-tuning; null = none, so no shifts")
-    precision: Precision = "bf16"
+    precision: Precision = Field("auto", validate_default=True, description="of the weights")
     trust_remote_code: bool = Field(False, description="run the code that comes with the model and its reference")
     seed: Whole = Field(0, ge=0, le=SEED, description="of the answers that are drawn")
     chat: ChatSettings | None = Field(None, description="how prompts are rendered; null = as is stored with the model")
     evaluate: EvaluateConfig = EvaluateConfig()
+
+    _settled = field_validator("precision")(settled)
 
 
 def evaluate_folder(folder: Path, what: Evaluation) -> dict[str, Any]:

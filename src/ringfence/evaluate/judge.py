@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError, field_validator
 
 from ..chat import Chat
 from ..console import progress
 from ..errors import RecipeError, RingfenceError
 from ..journal import digest, fingerprint
-from ..models import Precision, cache_folder, load_model, load_tokenizer
+from ..models import Precision, cache_folder, load_model, load_tokenizer, settled
 from .endpoint import Endpoint, EndpointConfig, Reply, Request
 from .exact import NUMBERS, ReplyTree, continuation, reply_probabilities
 from .framing import LABELS, JudgePrompt, prompt_hash, render, spell_out, templates_of
@@ -42,8 +42,10 @@ class LocalJudgeConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str = Field(description="'default', a local folder, a hub id or an adapter folder")
-    precision: Precision = Field("bf16", description="of the weights")
+    precision: Precision = Field("auto", validate_default=True, description="of the weights")
     opening: str = Field("", description="words put before the number, for models that would chat first: 'Number: '")
+
+    _settled = field_validator("precision")(settled)
 
     @property
     def name(self) -> str:
