@@ -16,8 +16,9 @@ demo: $(VENV)/installed
 demo-quick: $(VENV)/installed
 	$(RINGFENCE) demo --quick
 
+# A file of tests in each process, one thread each: models of tests are too small for more.
 test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist loadfile --durations 15
 
 check: $(VENV)/installed
 	$(VENV)/bin/ruff check .

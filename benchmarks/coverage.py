@@ -1,51 +1,132 @@
 """Coverage of the intervals by simulation: how often a nominal 95 % interval holds the truth.
 
-    python benchmarks/coverage.py [--tables 400]
+    python benchmarks/coverage.py [--tables 1000]
 
-Prints a Markdown table: clusters as many as the shipped sets have (4 topics of values, 6 domains, ...), by kind of
-cluster. Knows `ringfence.stats` only.
+Prints the Markdown tables of docs/measures.md: means, rates, changes of rates, AUCs, and several seeds. The numbers of
+clusters are those of the shipped sets: 4 topics and 80 questions of values, 6 domains of 66 questions, 42 questions of
+a behaviour on its topic, 50 of fluency; and smaller ones, as a user's own sets may be.
 """
 
 import argparse
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from scipy.stats import norm
 
-from ringfence.stats import ratio_interval
+from ringfence.stats import Interval, auc_interval, mean_interval, over_seeds, rate_change, rate_interval, ratio_interval
 
-SIZES = (2, 3, 4, 5, 6, 10, 20, 80)
-KINDS = ("normal", "heavy-tailed (t, 3)", "skewed (gamma 4)", "skewed (exponential)", "unbalanced 1:10")
-
-
-def draw(kind: str, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, float]:
-    """Sums and sizes of `n` clusters, and the true mean."""
-    if kind == "unbalanced 1:10":
-        size_N = np.linspace(1, 10, n)
-        return rng.normal(size=n) * size_N, size_N, 0.0
-    values_N, truth = {
-        "normal": (rng.normal(size=n), 0.0),
-        "heavy-tailed (t, 3)": (rng.standard_t(3, size=n), 0.0),
-        "skewed (gamma 4)": (rng.gamma(4, size=n), 4.0),
-        "skewed (exponential)": (rng.exponential(size=n), 1.0),
-    }[kind]
-    return values_N, np.ones(n), truth
+SIZES = (2, 3, 4, 5, 6, 8, 12, 20, 42, 50, 66, 80)
+SHIFT, ANSWERS = 1.0, 20
+Draw = Callable[[np.random.Generator, int], tuple[Interval, float]]
 
 
-def coverage(kind: str, n: int, tables: int) -> float:
-    rng, held = np.random.default_rng(n), 0
-    for _ in range(tables):
-        top_N, bottom_N, truth = draw(kind, n, rng)
-        found = ratio_interval(top_N, bottom_N)
-        held += found.low <= truth <= found.high
-    return held / tables
+def mean_of(values: Callable[[np.random.Generator, int], np.ndarray], truth: float) -> Draw:
+    return lambda rng, n: (mean_interval(values(rng, n).tolist()), truth)
+
+
+def unbalanced(rng: np.random.Generator, n: int) -> tuple[Interval, float]:
+    size_N = np.linspace(1, 10, n)
+    return ratio_interval(rng.normal(size=n) * size_N, size_N), 0.0
+
+
+def rate_of(rate: float, answers: int = 1, correlation: float = 0.0) -> Draw:
+    """Each cluster has a rate of its own where there is a correlation (beta-binomial)."""
+
+    def draw(rng: np.random.Generator, n: int) -> tuple[Interval, float]:
+        size = (1 - correlation) / correlation if correlation else math.inf
+        rate_N = rng.beta(rate * size, (1 - rate) * size, n) if correlation else np.full(n, rate)
+        yes_NA = rng.random((n, answers)) < rate_N[:, None]
+        names = [str(cluster) for cluster in range(n) for _ in range(answers)]
+        return rate_interval(yes_NA.ravel().astype(float).tolist(), names), rate
+
+    return draw
+
+
+def change_of(before: float, after: float) -> Draw:
+    """The same questions before and after; what a question is likely to show is mostly its own."""
+
+    def draw(rng: np.random.Generator, n: int) -> tuple[Interval, float]:
+        common_N = rng.normal(size=n)
+        shown = [
+            norm.cdf(0.9 * common_N + math.sqrt(1 - 0.81) * rng.normal(size=n)) < rate for rate in (after, before)
+        ]
+        names = [str(question) for question in range(n)]
+        a, b = (side.astype(float).tolist() for side in shown)
+        return rate_change(a, names, b, names).difference, after - before
+
+    return draw
+
+
+def auc_of(distance: float) -> Draw:
+    """Two answers to each question, one of each kind, normal, with a common part of the question."""
+
+    def draw(rng: np.random.Generator, n: int) -> tuple[Interval, float]:
+        common_N = 0.7 * rng.normal(size=n)
+        first, second = (common_N + math.sqrt(1 - 0.49) * rng.normal(size=n) for _ in range(2))
+        names = [str(question) for question in range(n)] * 2
+        values = np.concatenate([first + distance, second])
+        return auc_interval(values, np.arange(2 * n) < n, names), float(norm.cdf(distance / math.sqrt(2)))
+
+    return draw
+
+
+def seeds_of(runs: int) -> Draw:
+    """Runs of several seeds on the same questions; a seed moves the mean as far as the questions' standard error."""
+
+    def draw(rng: np.random.Generator, n: int) -> tuple[Interval, float]:
+        of_question_N, of_seed_R = rng.normal(size=n), rng.normal(size=runs) / math.sqrt(n)
+        found = [mean_interval((of_question_N + SHIFT + moved).tolist()) for moved in of_seed_R]
+        return over_seeds(found), SHIFT
+
+    return draw
+
+
+TABLES: dict[str, dict[str, Draw]] = {
+    "mean": {
+        "normal": mean_of(lambda rng, n: rng.normal(size=n), 0.0),
+        "heavy tails (t, 3)": mean_of(lambda rng, n: rng.standard_t(3, size=n), 0.0),
+        "skewed (gamma 4)": mean_of(lambda rng, n: rng.gamma(4, size=n), 4.0),
+        "skewed (exponential)": mean_of(lambda rng, n: rng.exponential(size=n), 1.0),
+        "sizes 1 to 10": unbalanced,
+    },
+    "rate": {
+        **{f"{rate:.0%}".replace("%", " %"): rate_of(rate) for rate in (0.02, 0.1, 0.3, 0.5)},
+        f"10 %, {ANSWERS} answers each": rate_of(0.1, ANSWERS, 0.2),
+        f"30 %, {ANSWERS} answers each": rate_of(0.3, ANSWERS, 0.2),
+    },
+    "change of a rate": {
+        "10 to 10 %": change_of(0.1, 0.1),
+        "5 to 30 %": change_of(0.05, 0.3),
+        "30 to 60 %": change_of(0.3, 0.6),
+    },
+    "AUC": {f"{norm.cdf(distance / math.sqrt(2)):.2f}": auc_of(distance) for distance in (0.5, 1.5, 2.5)},
+    "seeds": {f"{runs} seeds": seeds_of(runs) for runs in (1, 2, 3, 5)},
+}
+
+
+def coverage(draw: Draw, n: int, tables: int) -> float:
+    rng = np.random.default_rng(n)
+    found = [draw(rng, n) for _ in range(tables)]
+    return float(np.mean([interval.low <= truth <= interval.high for interval, truth in found]))
+
+
+def table(name: str, draws: dict[str, Draw], tables: int, sizes: Sequence[int] = SIZES) -> str:
+    lines = [f"| clusters: {name} | " + " | ".join(draws) + " |", "|" + "---|" * (len(draws) + 1)]
+    for n in sizes:
+        cells = [f"{100 * coverage(draw, n, tables):.1f}" for draw in draws.values()]
+        lines.append(f"| {n} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tables", type=int, default=400)
-    tables = parser.parse_args().tables
-    print("| clusters | " + " | ".join(KINDS) + " |\n|" + "---|" * (len(KINDS) + 1))
-    for n in SIZES:
-        print(f"| {n} | " + " | ".join(f"{100 * coverage(kind, n, tables):.0f} %" for kind in KINDS) + " |", flush=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tables", type=int, default=1000, help="simulated tables for each cell")
+    parser.add_argument("--only", choices=list(TABLES), help="one of the tables")
+    arguments = parser.parse_args()
+    for name, draws in TABLES.items():
+        if arguments.only in (None, name):
+            print(table(name, draws, arguments.tables), flush=True)
 
 
 if __name__ == "__main__":

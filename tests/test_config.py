@@ -2,12 +2,16 @@ import json
 from typing import get_args
 
 import pytest
+import torch
 import yaml
 from pydantic import BaseModel
 
 from ringfence.config import Recipe, dump_recipe, load_recipe, parse_recipe
 from ringfence.defenses import Defenses
 from ringfence.errors import RecipeError
+from ringfence.evaluate.evaluation import Evaluation
+from ringfence.evaluate.judge import LocalJudgeConfig
+from ringfence.recipes import commented_recipe
 
 
 def refused(*overrides):
@@ -363,3 +367,18 @@ def test_json_schema_lists_every_defense_with_all_its_fields():
         config = type(getattr(parse_recipe({"defenses": {name: {}}}).defenses, name))
         assert reference == f"#/$defs/{config.__name__}"
         assert set(schema["$defs"][config.__name__]["properties"]) == set(config.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "in_cpu", "expected"), [(True, False, "bf16"), (False, True, "bf16"), (False, False, "fp32")]
+)
+def test_auto_precision_is_what_the_machine_computes_fast(accelerator, in_cpu, expected, monkeypatch, recipe_file):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: in_cpu)
+    assert load_recipe(recipe_file("train: {epochs: 1}")).train.precision == expected
+    assert load_recipe(recipe_file("train: {precision: auto}")).train.precision == expected
+    assert load_recipe(recipe_file("train: {precision: bf16}")).train.precision == "bf16"
+    assert f"precision: {expected}\n" in dump_recipe(load_recipe(None, ["train.epochs=1"]))
+    assert "precision: auto  #" in commented_recipe()
+    assert "precision: auto  #" in commented_recipe(train="opswap:tier=1,rows=8")
+    assert Evaluation(model="m").precision == LocalJudgeConfig(model="m").precision == expected

@@ -29,7 +29,15 @@ from ringfence.data import load_questions
 from ringfence.errors import ModelError, RecipeError, RingfenceError
 from ringfence.evaluate.parts import evaluation_key
 from ringfence.models import load_model, load_tokenizer, resolve
-from ringfence.run import Interrupted, benign_twin, evaluate_run, run_recipe, set_evaluation, train_run
+from ringfence.run import (
+    Interrupted,
+    benign_twin,
+    evaluate_run,
+    run_recipe,
+    set_evaluation,
+    train_run,
+    trainable_model,
+)
 
 DEFENSES = [KL(weight=0.5), TReFT(weight=10.0), Interleave(ratio=0.25)]
 DEFENSE_TREE = {"kl": {"weight": 0.5}, "treft": {"weight": 10.0}, "interleave": {"ratio": 0.25}}
@@ -204,14 +212,12 @@ def test_training_record_agrees_with_rows_and_adapter(finished: Run) -> None:
 
 
 def test_adapter_loads_with_plain_peft_and_changes_the_base(finished: Run) -> None:
-    base = AutoModelForCausalLM.from_pretrained(resolve("default"), dtype=torch.bfloat16).eval()
+    base = AutoModelForCausalLM.from_pretrained(resolve("default"), dtype=torch.float32).eval()
     before = logits(base, IDS)
-    tuned = PeftModel.from_pretrained(base, str(finished.weights), autocast_adapter_dtype=False).eval()
-    for parameter in tuned.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16)
+    tuned = PeftModel.from_pretrained(base, str(finished.weights)).eval()
     after = logits(tuned, IDS)
     assert (after - before).abs().max() > 0.05
-    assert torch.equal(logits(load_model(str(finished.weights)), IDS), after)
+    assert torch.equal(logits(load_model(str(finished.weights), "fp32"), IDS), after)
     with tuned.disable_adapter():
         assert torch.equal(logits(tuned, IDS), before)
 
@@ -619,6 +625,17 @@ def test_unreadable_weights(tiny_model: str, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"\x10" * 100)
     with pytest.raises(ModelError, match=r"model\.safetensors: damaged, or not a safetensors file"):
         load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(("precision", "supported", "said"), [("bf16", False, 1), ("fp32", False, 0), ("bf16", True, 0)])
+def test_a_slow_precision_is_said(
+    precision: str, supported: bool, said: int, recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    heard: list[str] = []
+    monkeypatch.setattr("ringfence.run.warn", heard.append)
+    trainable_model(recipe(defenses={}, precision=precision))
+    assert sum("no instructions for bf16" in sentence for sentence in heard) == said
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])

@@ -44,6 +44,7 @@ from .models import (
     pad_id,
     position_limit,
     resolve,
+    settled,
     trust,
     with_adapter,
 )
@@ -581,6 +582,11 @@ def trainable_model(recipe: Recipe) -> Any:
     method = recipe.train.method
     base = adapter_base(resolve(recipe.model))
     place = "cpu" if fsdp() else None  # the whole of it need not fit on one device
+    if recipe.train.precision != "fp32" and settled("auto") == "fp32":
+        warn(
+            f"train.precision: {recipe.train.precision}: this CPU has no instructions for bf16 and computes it up to a "
+            "hundred times slower than float32; fp32 or auto is quicker"
+        )
     if base:
         folder = resolve(recipe.model)
         loaded = load_model(base, recipe.train.precision, recipe.train.attention, place)

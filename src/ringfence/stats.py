@@ -98,12 +98,13 @@ def effective(weights: np.ndarray) -> float:
 def rate_interval(values: Sequence[float], clusters: Sequence[str] | None = None, seed: int = 0) -> Interval:
     """Mean of `values`, each from 0 to 1 (a yes or no, or a share), and an interval that is honest near 0 and near 1.
 
-    Where no cluster shows what is counted, every bootstrap draw is 0 and the percentile interval is [0, 0], as if it
-    could not occur. Where each cluster is one yes or no, the interval is the exact one (Clopper and Pearson 1934): after
-    12 noes [0, 0.26]. Else each end is the wider of two: the bootstrap's (see `bounds`), and that of the posterior of
-    the rate in a beta-binomial model, in which each cluster has its own rate. Its prior is Jeffreys' on the mean rate
-    and flat on the correlation within a cluster: what few clusters cannot tell of that widens the interval. One
-    cluster alone: [0, 1].
+    Where no cluster shows what is counted, every bootstrap draw is 0 and the percentile interval is
+    [0, 0], as if it could not occur. Where each cluster is one yes or no, the interval is the exact one
+    (Clopper and Pearson 1934): after 12 noes [0, 0.26]. Else each end is the wider of two: the
+    bootstrap's (see `bounds`), and that of the posterior of the rate in a beta-binomial model, in which
+    each cluster has its own rate. Its prior is Jeffreys' on the mean rate and flat on the correlation
+    within a cluster: what few clusters cannot tell of that widens the interval. One cluster alone:
+    [0, 1].
 
     Raises:
         ValueError: no values, or one outside 0 to 1.

@@ -58,7 +58,10 @@ def _field(name: str, info: FieldInfo, value: Any, indent: str) -> list[str]:
     if isinstance(value, BaseModel):
         lines = [f"{indent}# {' '.join((type(value).__doc__ or '').split())}", f"{indent}{name}:"]
         for part, part_info in type(value).model_fields.items():
-            lines += _field(part, part_info, getattr(value, part), indent + "  ")
+            shown = getattr(value, part)
+            if part not in value.model_fields_set and not isinstance(shown, BaseModel):
+                shown = part_info.get_default()  # auto, not what it means on this machine
+            lines += _field(part, part_info, shown, indent + "  ")
         return lines
     comment = f"  # {info.description}" if info.description else ""
     return [f"{indent}{name}: {_value(value)}{comment}"]
