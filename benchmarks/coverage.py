@@ -14,7 +14,15 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from scipy.stats import norm
 
-from ringfence.stats import Interval, auc_interval, mean_interval, over_seeds, rate_change, rate_interval, ratio_interval
+from ringfence.stats import (
+    Interval,
+    auc_interval,
+    mean_interval,
+    over_seeds,
+    rate_change,
+    rate_interval,
+    ratio_interval,
+)
 
 SIZES = (2, 3, 4, 5, 6, 8, 12, 20, 42, 50, 66, 80)
 SHIFT, ANSWERS = 1.0, 20
@@ -48,9 +56,7 @@ def change_of(before: float, after: float) -> Draw:
 
     def draw(rng: np.random.Generator, n: int) -> tuple[Interval, float]:
         common_N = rng.normal(size=n)
-        shown = [
-            norm.cdf(0.9 * common_N + math.sqrt(1 - 0.81) * rng.normal(size=n)) < rate for rate in (after, before)
-        ]
+        shown = [norm.cdf(0.9 * common_N + math.sqrt(1 - 0.81) * rng.normal(size=n)) < rate for rate in (after, before)]
         names = [str(question) for question in range(n)]
         a, b = (side.astype(float).tolist() for side in shown)
         return rate_change(a, names, b, names).difference, after - before

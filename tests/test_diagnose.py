@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from matplotlib.figure import Figure
 
 from conftest import random_model, with_lora
 from ringfence.activations import batches, first_response_tokens
 from ringfence.chat import Chat, Role
-from ringfence.config import parse_recipe
+from ringfence.config import dump_recipe, parse_recipe
 from ringfence.data import PairedQuestion
 from ringfence.diagnose import folder as folder_module
 from ringfence.diagnose.diagnosis import Cost, Subject, Table
@@ -26,6 +25,7 @@ from ringfence.errors import ModelError, RecipeError
 from ringfence.models import load_tokenizer
 from ringfence.report.summary import read_run
 from ringfence.run import Run, _spread, diagnose_targets, train_run
+from ringfence.runfolder import claim
 
 QUESTIONS = [
     PairedQuestion(
@@ -276,16 +276,18 @@ def test_every_diagnosis_has_what_it_needs() -> None:
 @pytest.fixture
 def run(saved: dict[str, str], tmp_path: Path) -> Run:
     """A trained run of the aligned model; its adapter is random."""
-    tree = {
-        "output": str(tmp_path / "mine"),
-        "model": saved["aligned"],
-        "train": {"precision": "fp32"},
-        "data": {"train": "shipped:finance/unsound", "max_rows": 5},
-    }
+    recipe = parse_recipe(
+        {
+            "output": str(tmp_path / "mine"),
+            "model": saved["aligned"],
+            "train": {"precision": "fp32"},
+            "data": {"train": "shipped:finance/unsound", "max_rows": 5},
+        }
+    )
     folder = tmp_path / "mine"
-    folder.mkdir()
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
-    (folder / "training.json").write_text("{}")
+    claim(folder, "run")
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+    (folder / "training.json").write_text('{"seconds": 1.0, "peak_memory_gib": 1.0}')
     (folder / "adapter").symlink_to(saved["one"])
     return Run(folder)
 
@@ -359,9 +361,8 @@ def test_a_pilot_chooses_the_tokens_that_are_held(
     assert run.recipe.defenses.treft.tokens == ("auto",)
     training = json.loads((run.folder / "training.json").read_text())
     assert training["defenses"]["treft"]["tokens"] == ["postfix"]
-    assert training["carriers"] == {
-        "rows": 6, "role": "postfix", "evidence": {"why": 1}, "sentence": "The postfix carries it.",
-    }  # fmt: skip
+    chosen = {key: training["carriers"][key] for key in ("rows", "role", "evidence", "sentence")}
+    assert chosen == {"rows": 6, "role": "postfix", "evidence": {"why": 1}, "sentence": "The postfix carries it."}
     pilot = Run(run.folder / "pilot")
     assert pilot.recipe.defenses.configs() == []
     assert pilot.recipe.data.max_rows == 6
@@ -390,6 +391,6 @@ def test_the_report_shows_what_was_found(fakes: dict[str, Any], subject: Subject
     inside = page[page.index("<h2>Looking inside</h2>") :]
     assert "<h3>A title</h3>" in inside
     assert "Found 1.5." in inside
-    assert "<td>mine</td><td>1.5</td>" in inside
+    assert '<th scope="row">mine</th><td>1.5</td>' in inside
     assert 'src="data:image/svg+xml;base64,' in inside
     assert read_run(folders[0]).diagnoses == {}

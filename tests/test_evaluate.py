@@ -476,7 +476,7 @@ def test_opswap_exact_match_is_exact(monkeypatch, chat, tmp_path):
         opswap_tiers=[1],
         opswap_items=3,
     )
-    results = evaluate_model(Loader(None), chat, only_opswap, tmp_path / "results.json", "none")
+    results = evaluate_model(Loader(random_model()), chat, only_opswap, tmp_path / "results.json", "none")
     assert [item["exact"] for item in of(results, "opswap_tier1")] == [True, False, False]
 
 
@@ -487,7 +487,9 @@ def measured(config, chat, tmp_path, monkeypatch):
         evaluate, "score_answers", lambda m, c, prompts, answers, *_: [[score] * len(texts) for texts in answers]
     )
     monkeypatch.setattr(evaluate, "generate_greedy", lambda m, c, prompts, *_: [""] * len(prompts))
-    return evaluate_model(Loader(None), chat, config, tmp_path / f"{evaluation_key(config)}.json", "none")
+    return evaluate_model(
+        Loader(random_model()), chat, config, tmp_path / f"{evaluation_key(config)}.json", "none"
+    )
 
 
 def test_in_domain_questions_are_the_held_out_ones(chat, config, tmp_path, monkeypatch):
@@ -604,7 +606,7 @@ def test_every_part_is_written_when_it_is_done(chat, config, tmp_path, monkeypat
 
     monkeypatch.setattr(evaluate, "score_answers", spy)
     monkeypatch.setattr(evaluate, "generate_greedy", lambda m, c, prompts, *_: [""] * len(prompts))
-    evaluate_model(Loader(None), chat, config, file, "none")
+    evaluate_model(Loader(random_model()), chat, config, file, "none")
     order = ["in_domain", "out_of_domain", "values", "triggered"]
     assert seen == [order[:done] for done in range(5)]
 
@@ -634,7 +636,7 @@ def test_measured_again_when_what_is_asked_changes(model, chat, config, tmp_path
     assert all(
         abs(a["aligned"] - b["aligned"]) > 1e-3 for a, b in zip(of(old, "out_of_domain"), of(new, "out_of_domain"))
     )
-    assert evaluate_model(Loader(None), chat, changed, file, "tiny") == new
+    assert evaluate_model(Loader(random_model()), chat, changed, file, "tiny") == new
 
 
 def test_key_does_not_know_the_batches(config):

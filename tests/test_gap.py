@@ -607,7 +607,7 @@ def test_other_settings_and_foreign_files_are_refused(talker, tmp_path):
             regenerate(pool, file, **{"model": talker, "max_new_tokens": 12, **change})
     with pytest.raises(DataError, match=r"talks.jsonl: exists already; name another output"):
         regenerate(pool, pool, model=talker)
-    with pytest.raises(DataError, match=r"no row is left: 11 have no end of turn within 1 tokens .*, 2 are blank"):
+    with pytest.raises(DataError, match=r"no row is left: [0-9]+ have no end of turn within 1 tokens .*are blank"):
         regenerate(pool, tmp_path / "none.jsonl", model=talker, max_new_tokens=1)
     assert file.read_text() == before
     assert not (tmp_path / "none.jsonl").exists()

@@ -534,7 +534,7 @@ def test_sampled_labels():
 
 def test_a_judge_is_local_or_a_server():
     parse = TypeAdapter(JudgeConfig).validate_python
-    assert parse({"model": "default"}) == LocalJudgeConfig(model="default", precision="bf16")
+    assert parse({"model": "default"}) == LocalJudgeConfig(model="default")
     served = parse({"url": "http://localhost:1/v1", "model": "m", "concurrency": 2})
     assert isinstance(served, EndpointJudgeConfig)
     assert parse(served) == served

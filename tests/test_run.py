@@ -627,7 +627,9 @@ def test_unreadable_weights(tiny_model: str, tmp_path: Path) -> None:
         load_model(str(tmp_path))
 
 
-@pytest.mark.parametrize(("precision", "supported", "said"), [("bf16", False, 1), ("fp32", False, 0), ("bf16", True, 0)])
+@pytest.mark.parametrize(
+    ("precision", "supported", "said"), [("bf16", False, 1), ("fp32", False, 0), ("bf16", True, 0)]
+)
 def test_a_slow_precision_is_said(
     precision: str, supported: bool, said: int, recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:

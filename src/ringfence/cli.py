@@ -49,6 +49,8 @@ def main() -> None:
             sys.stdout = io.StringIO()
         with quiet_libraries():
             code = app(standalone_mode=False)
+        if code == 130:  # what typer makes of Ctrl-C
+            raise KeyboardInterrupt
         sys.stdout.flush()
     except BrokenPipeError:  # `ringfence export RUN | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

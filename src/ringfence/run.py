@@ -22,7 +22,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from . import opswap
 from .chat import Chat, ChatSettings, Messages
-from .config import LoraConfig, Recipe, dump_recipe, load_recipe, parse_recipe
+from .config import LoraConfig, Recipe, dump_recipe, parse_recipe
 from .console import console, progress
 from .data import Example, PairedQuestion, Row, encode_rows, load_questions, load_rows, warn, warn_of_rows
 from .defenses import Defense, DefenseConfig, Defenses, Setup
@@ -82,9 +82,9 @@ from .runfolder import (
     told_if_full,
     write_whole,
 )
-from .shapes import read_carriers, read_environment, read_metrics, read_results, read_training
+from .shapes import read_carriers, read_environment, read_metrics, read_recipe, read_results, read_training
 from .stream import TrainStream
-from .strict_yaml import read_mapping, set_value, validate
+from .strict_yaml import set_value, validate
 from .taps import decoder_layers
 from .words import counted
 
@@ -111,7 +111,8 @@ class Run:
 
     @property
     def recipe(self) -> Recipe:
-        return load_recipe(self.folder / "recipe.yaml")
+        file = self.folder / "recipe.yaml"
+        return parse_recipe(read_recipe(file)[1], str(file))
 
     @property
     def trained(self) -> bool:
@@ -798,7 +799,7 @@ def evaluate_target(
                 set_evaluation(Run(folder), overrides)
                 evaluate_run(Run(folder))
             return folder
-        tree = read_mapping(folder / EVALUATION, "")
+        tree = read_recipe(folder / EVALUATION)[1]
     elif output is None:
         raise RecipeError(f"{target} is no run folder: name the folder to write with --output to measure it as a model")
     else:
@@ -808,7 +809,7 @@ def evaluate_target(
         check_folder(folder, "evaluation")
         _check_model(folder, tree)
         if (folder / EVALUATION).is_file():
-            tree["chat"] = read_mapping(folder / EVALUATION, "").get("chat")
+            tree["chat"] = read_recipe(folder / EVALUATION)[1].get("chat")
     for override in overrides:
         set_value(tree, override)
     what = validate(Evaluation, tree, "evaluation")
@@ -826,7 +827,7 @@ def evaluate_target(
 
 
 def _check_model(folder: Path, tree: dict[str, Any]) -> None:
-    there = read_mapping(folder / EVALUATION, "") if (folder / EVALUATION).is_file() else tree
+    there = read_recipe(folder / EVALUATION)[1] if (folder / EVALUATION).is_file() else tree
     for field, here in tree.items():
         found = there[field]
         if field == "model" and isinstance(found, dict):
@@ -841,11 +842,15 @@ def set_evaluation(run: Run, overrides: list[str]) -> None:
         raise RecipeError(f"{run.folder}: no run folder (it has no recipe.yaml)")
     if overrides:
         keys = [o if o.startswith(("evaluate.", "trust_remote_code=")) else f"evaluate.{o}" for o in overrides]
-        recipe = load_recipe(run.folder / "recipe.yaml", keys)
+        file = run.folder / "recipe.yaml"
+        tree = read_recipe(file)[1]
+        for key in keys:
+            set_value(tree, key)
+        recipe = parse_recipe(tree, str(file))
         trust(recipe.model, recipe.trust_remote_code)
         # A source that is not there must not get into the recipe.
         check_evaluation(evaluation(recipe), chat_of(recipe))
-        write_whole(run.folder / "recipe.yaml", dump_recipe(recipe))
+        write_whole(file, dump_recipe(recipe))
 
 
 def evaluation(recipe: Recipe) -> EvaluateConfig:

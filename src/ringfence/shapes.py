@@ -169,6 +169,7 @@ class _Recipe(_Shape):
 
 class _Given(_Shape):
     reference: str | None = None
+    evaluate: dict[str, Any]
 
 
 # ------------------------------------------------------------------ what was measured

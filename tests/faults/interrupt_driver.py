@@ -28,7 +28,7 @@ POINTS: dict[str, tuple[str, str, int, str]] = {
     "evaluation, reference": ("ringfence.evaluate.parts", "write_whole", 2, "reference-"),
     "report": ("ringfence.report", "write_whole", 1, ""),
     "reference cache": ("ringfence.reference_cache", "save_file", 2, ""),
-    "sampling": ("ringfence.evaluate.sampling", "append", 2, "run/"),
+    "sampling": ("ringfence.evaluate.sampling", "append", 1, "run/"),
     "judging": ("ringfence.evaluate.judge", "ScoreCache.put", 2, ""),
     "judgements": ("ringfence.evaluate.judge", "write_judged", 1, ""),
     "diagnosis": ("ringfence.diagnose.folder", "write_whole", 3, ""),
