@@ -487,9 +487,7 @@ def measured(config, chat, tmp_path, monkeypatch):
         evaluate, "score_answers", lambda m, c, prompts, answers, *_: [[score] * len(texts) for texts in answers]
     )
     monkeypatch.setattr(evaluate, "generate_greedy", lambda m, c, prompts, *_: [""] * len(prompts))
-    return evaluate_model(
-        Loader(random_model()), chat, config, tmp_path / f"{evaluation_key(config)}.json", "none"
-    )
+    return evaluate_model(Loader(random_model()), chat, config, tmp_path / f"{evaluation_key(config)}.json", "none")
 
 
 def test_in_domain_questions_are_the_held_out_ones(chat, config, tmp_path, monkeypatch):
