@@ -234,14 +234,14 @@ def test_evaluate_takes_overrides(
     assert (code, output.splitlines()[-1]) == (0, str(folder / "adapter"))
     trained = (folder / "training.json").stat().st_mtime_ns
     small = ["in_domain=[shipped:finance]", "evaluate.out_of_domain=[shipped:car_care]", "values=[]", "fluency=null"]
-    small += ["triggers=false", "evaluate.samples=0"]
+    small += ["triggers=false", "evaluate.samples=0", "max_in_domain=4"]
     for count in (2, 3):
         code, output, _ = ringfence("evaluate", folder, *small, f"max_per_domain={count}")
         assert code == 0
         assert "narrow: in-domain" in output
         assert Run(folder).recipe.evaluate.max_per_domain == count
         results = Run(folder).results()["parts"]
-        assert {name: len(pairs) for name, pairs in results.items()} == {"in_domain": 80, "out_of_domain": count}
+        assert {name: len(pairs) for name, pairs in results.items()} == {"in_domain": 4, "out_of_domain": count}
     assert (folder / "training.json").stat().st_mtime_ns == trained
     before = (folder / "recipe.yaml").read_text()
     code, _, errors = ringfence("evaluate", folder, "max_per_domains=2")

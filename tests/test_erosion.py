@@ -78,7 +78,8 @@ def naive_mean(model: Any, text: Text) -> np.ndarray:
 
 def naive_bounds(statistic: Callable[[np.ndarray], float], count: int, seed: int = 0) -> list[float]:
     """The interval of a statistic of drawn places, draw by draw."""
-    return list(bounds(np.array([statistic(places) for places in draws(count, seed)]), count))
+    found = np.array([statistic(places) for places in draws(count, seed)])
+    return list(bounds(statistic(np.arange(count)), found, count))
 
 
 # ---------------------------------------------------------------- activations

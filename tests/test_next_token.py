@@ -18,6 +18,7 @@ from ringfence.diagnose.diagnosis import Numbers
 from ringfence.diagnose.next_token import POSITIONS
 from ringfence.errors import DataError, ModelError
 from ringfence.models import load_tokenizer
+from ringfence.stats import mean_interval
 from test_logprob import INSIDE, OUTSIDE, SETS, answer_tokens, subject, unigram
 
 NAMES = ["base", "reference", "undefended", "kl"]
@@ -81,8 +82,8 @@ def naive_kl(distributions: Distributions, one: str, other: str, where: str, spa
 def close(interval: dict[str, float], values: np.ndarray) -> None:
     assert interval["mean"] == pytest.approx(values.mean(), rel=1e-3, abs=1e-4)
     assert interval["n"] == len(values)
-    slack = 1e-3 * np.abs(values).max()
-    assert values.min() - slack <= interval["low"] < interval["high"] <= values.max() + slack
+    expected, slack = mean_interval(values.tolist()), 2e-3 * np.abs(values).max() + 1e-6
+    assert (interval["low"], interval["high"]) == pytest.approx((expected.low, expected.high), abs=slack)
 
 
 # ---------------------------------------------------------------- numbers

@@ -539,6 +539,6 @@ def test_recipes_name_the_layout(tmp_path: Path) -> None:
 def test_flash_attention_that_is_not_there_is_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"train\.attention: flash_attention_2 needs train\.method: lora, and bf16"):
         parse_recipe({"train": {"attention": "flash_attention_2", "precision": "fp32"}})
-    recipe = parse_recipe({"model": "no/such-model", "train": {"attention": "flash_attention_2"}})
+    recipe = parse_recipe({"model": "no/such-model", "train": {"attention": "flash_attention_2", "precision": "bf16"}})
     with pytest.raises(RecipeError, match=r"train\.attention: flash_attention_2 needs a CUDA device"):
         train_run(recipe)

@@ -33,7 +33,8 @@ def test_fine_tune_in_a_few_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     write_rows(tmp_path / "mine.jsonl", 9)
     monkeypatch.setattr(ringfence, "fine_tune", functools.partial(ringfence.fine_tune, model=model), raising=False)
     exec(block_with("fine_tune("), {})
-    assert re.search(r"[+-]\d\.\d\d \[[+-]\d\.\d\d, [+-]\d\.\d\d\]", capsys.readouterr().out)
+    number = r"[+-]?\d\.\d\d"  # 0.00 has no sign
+    assert re.search(rf"{number} \[{number}, {number}\]", capsys.readouterr().out)
     assert (tmp_path / "runs" / "mine" / "adapter" / "adapter_model.safetensors").is_file()
 
 

@@ -46,6 +46,7 @@ MEASURED: dict[str, Any] = {
     "out_of_domain": ["shipped:car_care"],
     "values": [],
     "max_per_domain": 2,
+    "max_in_domain": 2,
     "triggered_per_domain": 2,
     "samples": 1,
     "batch_tokens": 1024,

@@ -127,6 +127,7 @@ def hold(folder: Path, kind: Kind, wait: bool = False) -> Iterator[None]:
         yield
         return
     check_folder(folder, kind)
+    was_there = folder.is_dir()
     _make(folder)
     lock = FileLock(folder / _LOCK)
     try:
@@ -148,6 +149,8 @@ def hold(folder: Path, kind: Kind, wait: bool = False) -> Iterator[None]:
         _held.remove(place)
         (folder / _HOLDER).unlink(missing_ok=True)
         lock.release()
+        if not was_there and {file.name for file in folder.iterdir()} <= {MARKER, _LOCK}:
+            shutil.rmtree(folder)  # it was refused before anything was made
 
 
 def _holder(folder: Path) -> str:
