@@ -382,3 +382,11 @@ def test_auto_precision_is_what_the_machine_computes_fast(accelerator, in_cpu, e
     assert "precision: auto  #" in commented_recipe()
     assert "precision: auto  #" in commented_recipe(train="opswap:tier=1,rows=8")
     assert Evaluation(model="m").precision == LocalJudgeConfig(model="m").precision == expected
+
+
+def test_a_text_that_looks_like_a_number_with_an_exponent_is_written_in_quotes(recipe_file):
+    recipe = load_recipe(None, ["output='1e-4'", "train.learning_rate=1e-4"])
+    text = dump_recipe(recipe)
+    assert "output: '1e-4'\n" in text
+    assert load_recipe(recipe_file(text)) == recipe
+    assert "valid string, found 0.0001" in refused("output=1e-4")

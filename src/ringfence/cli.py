@@ -39,7 +39,11 @@ out = Console()
 RecipeFile = Annotated[Path | None, typer.Argument(help="Recipe in YAML; without it, the defaults.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the recipe: key.path=value ...")]
 RunFolder = Annotated[Path, typer.Argument(help="A run folder.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and show what would be done; train nothing.")]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", metavar="", help="Check everything and show what would be done; train nothing."),
+]
+_MOST = 10**6  # of anything that is counted
 
 
 def main() -> None:
@@ -110,7 +114,7 @@ def _version(asked: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", metavar="", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Fine-tune an aligned language model on a narrow task, and keep it aligned everywhere else."""
@@ -213,7 +217,7 @@ def diagnose(
     reference: Annotated[str | None, typer.Option(help="The aligned model. Default: what they were made from.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder to write. Default: the first run's.")] = None,
     questions: Annotated[
-        int, typer.Option(help="Paired questions of the training domain; as many of other domains.", min=4)
+        int, typer.Option(help="Paired questions of the training domain; as many of other domains.", min=4, max=_MOST)
     ] = 24,
 ) -> None:
     """Look inside: where alignment eroded, and what carries it. All diagnoses, or those named behind the models:
@@ -243,7 +247,9 @@ def gate(
     policy: PolicyFile = None,
     control: Control = None,
     baseline: Baseline = None,
-    print_policy: Annotated[bool, typer.Option("--print-policy", help="Print the policy that ships.")] = False,
+    print_policy: Annotated[
+        bool, typer.Option("--print-policy", metavar="", help="Print the policy that ships.")
+    ] = False,
 ) -> None:
     """Print SHIP or HOLD, with every rule's number and limit, and write gate.json. Exit code 0 = SHIP, 3 = HOLD."""
     from .gate import HOLD, default_policy_text, gate_run, print_decision
@@ -291,7 +297,7 @@ def card(
 @app.command()
 def demo(
     quick: Annotated[
-        bool, typer.Option("--quick", help="Reference, undefended and TReFT on 200 rows; under 5 minutes.")
+        bool, typer.Option("--quick", metavar="", help="Reference, undefended and TReFT on 200 rows; under 5 minutes.")
     ] = False,
     output: Annotated[Path, typer.Option(help="Folder of the demo's runs.")] = Path("runs/demo"),
 ) -> None:
@@ -308,7 +314,7 @@ def show_tokens(
         str, typer.Argument(help="A file of conversations, a hub id or shipped:NAME.")
     ] = "shipped:finance/unsound",
     model: Annotated[str, typer.Option(help="Whose tokenizer and chat template.")] = "default",
-    row: Annotated[int, typer.Option(help="Number of the row, from 1.", min=1)] = 1,
+    row: Annotated[int, typer.Option(help="Number of the row, from 1.", min=1, max=_MOST)] = 1,
 ) -> None:
     """Print a conversation coloured by token role."""
     from .chat import Chat
@@ -331,7 +337,9 @@ def project(
     threshold: Annotated[
         float | None, typer.Option(help="Project weights of at most this cosine. Default: 0.3.", min=0, max=1)
     ] = None,
-    lowest: Annotated[int | None, typer.Option(help="Instead: so many weights, of least cosine.", min=1)] = None,
+    lowest: Annotated[
+        int | None, typer.Option(help="Instead: so many weights, of least cosine.", min=1, max=_MOST)
+    ] = None,
     projector: Annotated[Literal["scaled", "exact"], typer.Option(help="As published, or orthogonal.")] = "scaled",
 ) -> None:
     """Project a finished adapter on what alignment changed (SafeLoRA). Reads weight by weight, loads no model."""
@@ -371,7 +379,7 @@ def persona_extract(
     scores: Annotated[
         Path | None, typer.Option(help="JSONL of a judge's scores: id, positive, negative (0 to 100).")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of a generated answer.", min=1)] = 120,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of a generated answer.", min=1, max=_MOST)] = 120,
 ) -> None:
     """Make a file of directions from answers that show a trait and answers that do not."""
     from .persona import extract_file
@@ -418,7 +426,7 @@ def screen(
     ] = None,
     output: Annotated[Path, typer.Option(help="JSONL of all scores to write.")] = Path("scores.jsonl"),
     figure: Annotated[Path, typer.Option(help="SVG to write.")] = Path("screen.svg"),
-    top: Annotated[int, typer.Option(help="How many of the riskiest rows are printed.", min=1)] = 20,
+    top: Annotated[int, typer.Option(help="How many of the riskiest rows are printed.", min=1, max=_MOST)] = 20,
     layer: Annotated[
         int | None, typer.Option(help="Default: best on pairs left out; with --vectors the middle one.")
     ] = None,
@@ -450,7 +458,7 @@ InPrecision = Annotated[
     typer.Option(help="Of the weights; auto: bf16 where this machine computes it fast, else fp32."),
 ]
 BatchTokens = Annotated[
-    int, typer.Option(help="Of one batch, padding included; a CPU scores at most 1,024 at once.", min=64)
+    int, typer.Option(help="Of one batch, padding included; a CPU scores at most 1,024 at once.", min=64, max=_MOST)
 ]
 
 
@@ -491,9 +499,11 @@ def regenerate(
     output: Annotated[Path, typer.Option(help="The file of rows to write.")],
     model: Aligned = "default",
     precision: InPrecision = "auto",
-    temperature: Annotated[float, typer.Option(help="0 = greedy.", min=0)] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the draws.", min=0)] = 0,
-    max_new_tokens: Annotated[int, typer.Option(help="Rows with a longer answer are left out.", min=1)] = 256,
+    temperature: Annotated[float, typer.Option(help="0 = greedy.", min=0, max=100)] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the draws.", min=0, max=2**32 - 1)] = 0,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Rows with a longer answer are left out.", min=1, max=_MOST)
+    ] = 256,
     batch_tokens: BatchTokens = 4096,
 ) -> None:
     """Have the aligned model write the answers of safe rows anew, for interleaving on-policy."""
@@ -541,10 +551,12 @@ def patch(
 def capability(
     model: Annotated[str, typer.Argument(help="A run folder, a model or an adapter.")],
     tasks: Annotated[list[str], typer.Argument(help="Names of lm-eval tasks.")],
-    limit: Annotated[int | None, typer.Option(help="Only the first so many items of each task.", min=1)] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Only the first so many items of each task.", min=1, max=_MOST)
+    ] = None,
     task_folder: Annotated[Path | None, typer.Option(help="Folder of task files of your own.")] = None,
     precision: InPrecision = "auto",
-    batch_size: Annotated[int, typer.Option(help="Items in one forward pass.", min=1)] = 8,
+    batch_size: Annotated[int, typer.Option(help="Items in one forward pass.", min=1, max=_MOST)] = 8,
 ) -> None:
     """Run tasks of lm-eval (pip install 'ringfence[lm-eval]'), adapters and frozen prefixes honoured."""
     from .evaluate.capability import capability as measure
@@ -571,7 +583,9 @@ def judge_calibrate(
     opening: Annotated[
         str, typer.Option(help="Words before the number, for a local model that would chat first: 'Number: '.")
     ] = "",
-    rows: Annotated[int | None, typer.Option(help="Judge only so many answers, drawn at random.", min=2)] = None,
+    rows: Annotated[
+        int | None, typer.Option(help="Judge only so many answers, drawn at random.", min=2, max=_MOST)
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file to write too.")] = None,
 ) -> None:
     """Measure a judge on labelled answers: AUC, confusion, thresholds. A weak judge is called weak."""

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from .chat import SpecialTokens
@@ -13,7 +12,7 @@ from .evaluate.config import EvaluateConfig
 from .held_out import SHARE, is_own
 from .models import DEFAULT, Attention, Precision, settled
 from .monitor import MonitorConfig
-from .strict_yaml import SEED, Number, Whole, read_mapping, set_value, validate
+from .strict_yaml import SEED, Number, Whole, dump, read_mapping, set_value, validate
 from .taps import Layout
 
 
@@ -181,8 +180,13 @@ def parse_recipe(tree: dict[str, Any], name: str = "recipe") -> Recipe:
     return validate(Recipe, tree, name)
 
 
-def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML."""
+def recipe_tree(recipe: Recipe) -> dict[str, Any]:
+    """The resolved recipe as keys and values."""
     tree = recipe.model_dump(mode="json")
     tree["defenses"] = {name: config for name, config in tree["defenses"].items() if config is not None}
-    return yaml.safe_dump(tree, sort_keys=False)
+    return tree
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML."""
+    return dump(recipe_tree(recipe))

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 
 from . import held_out
@@ -35,6 +34,7 @@ from .run import (
 )
 from .show import show_tokens
 from .stream import TrainStream
+from .strict_yaml import dump
 from .words import counted, gib
 
 STEPS, SECONDS = 10**6, 14 * 86400  # beyond these a field is more likely mistyped than meant
@@ -176,7 +176,7 @@ def narrow(recipe: Recipe) -> str:
 def changed(recipe: Recipe) -> str:
     """YAML of the fields that are not at their defaults; read again, it is this recipe."""
     tree = recipe.model_dump(mode="json", exclude_defaults=True)
-    return yaml.safe_dump(tree, sort_keys=False).rstrip() if tree else "none"
+    return dump(tree).rstrip() if tree else "none"
 
 
 def _data(plan: Plan) -> Iterator[str]:

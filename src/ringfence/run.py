@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from . import opswap
 from .chat import Chat, ChatSettings, Messages
-from .config import LoraConfig, Recipe, dump_recipe, parse_recipe
+from .config import LoraConfig, Recipe, dump_recipe, parse_recipe, recipe_tree
 from .console import console, progress
 from .data import Example, PairedQuestion, Row, encode_rows, load_questions, load_rows, warn, warn_of_rows
 from .defenses import Defense, DefenseConfig, Defenses, Setup
@@ -84,7 +83,7 @@ from .runfolder import (
 )
 from .shapes import read_carriers, read_environment, read_metrics, read_recipe, read_results, read_training
 from .stream import TrainStream
-from .strict_yaml import set_value, validate
+from .strict_yaml import dump, set_value, validate
 from .taps import decoder_layers
 from .words import counted
 
@@ -202,7 +201,7 @@ def benign_twin(recipe: Recipe) -> Recipe:
     assert recipe.evaluate.benign is not None
     task = opswap.options(recipe.evaluate.benign.removeprefix("opswap:"))
     found = (Path(recipe.output) / CARRIERS).is_file()  # the twin has no pilot of its own
-    tree = yaml.safe_load(dump_recipe(_with_carriers(recipe) if found else recipe))
+    tree = recipe_tree(_with_carriers(recipe) if found else recipe)
     tree["output"] = f"{recipe.output}-benign"
     tree["data"]["train"] = recipe.evaluate.benign
     tree["data"] |= {"max_rows": None, "held_out": None}
@@ -821,7 +820,7 @@ def evaluate_target(
     what = what.model_copy(update={"chat": chat.settings if chat else what.chat})
     with hold(folder, "evaluation"):
         write_whole(folder / "environment.json", json.dumps(environment(what.seed), indent=1))
-        write_whole(folder / EVALUATION, yaml.safe_dump(what.model_dump(mode="json"), sort_keys=False))
+        write_whole(folder / EVALUATION, dump(what.model_dump(mode="json")))
         evaluate_folder(folder, what)
     return folder
 

@@ -9,25 +9,23 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, Strict, ValidationError
+from pydantic import BaseModel, Field, Strict, ValidationError
 
 from .errors import RecipeError
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def _with_exponent(value: Any) -> Any:
-    """PyYAML takes 1e-4, which has no point, for a text."""
-    is_one = isinstance(value, str) and re.fullmatch(r"[-+]?([0-9]+|[0-9]*\.[0-9]+|[0-9]+\.)[eE][-+]?[0-9]+", value)
-    return float(value) if is_one else value
-
-
 Whole = Annotated[int, Strict()]  # true is not 1, "2" is not 2
-Number = Annotated[float, Strict(), BeforeValidator(_with_exponent)]
+Number = Annotated[float, Strict()]
 Layer = Annotated[int, Strict(), Field(ge=1, le=10**4)]
 SEED = 2**32 - 1  # numpy takes no larger one
 _DEEPEST, _MOST = 50, 100_000  # levels, and parts once aliases are followed
 _LONGEST = 4_000_000  # characters of a file
+
+
+# PyYAML takes 1e-4, which has no point, for a text; YAML 1.2 for a number.
+_WITH_EXPONENT = re.compile(r"[-+]?(?:[0-9]+|[0-9]*\.[0-9]+|[0-9]+\.)[eE][-+]?[0-9]+\Z")
 
 
 class UniqueKeys(yaml.SafeLoader):
@@ -39,6 +37,19 @@ class UniqueKeys(yaml.SafeLoader):
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
         return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes a text that looks like such a number in quotes."""
+
+
+for kind in (UniqueKeys, _Dumper):
+    kind.add_implicit_resolver("tag:yaml.org,2002:float", _WITH_EXPONENT, list("-+.0123456789"))
+
+
+def dump(value: Any, **style: Any) -> str:
+    """YAML of plain parts, with the keys in their order."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, **style)
 
 
 def read_mapping(file: Path, hint: str) -> dict[Any, Any]:

@@ -1,7 +1,9 @@
 """Numbers and YAML that nobody can mean: refused in one sentence, before anything is computed."""
 
 import pytest
+from typer.main import get_command
 
+from ringfence.cli import app
 from ringfence.config import Recipe, load_recipe, parse_recipe
 from ringfence.errors import RecipeError
 from ringfence.evaluate.evaluation import Evaluation
@@ -26,6 +28,20 @@ def unbounded(node, path=""):
 def test_every_number_has_a_least_and_a_largest_value(config):
     found = [path for path in unbounded(config.model_json_schema()) if not path.endswith("opswap_tiers/items")]
     assert found == []  # tiers are 1, 2, 3
+
+
+def options(command):
+    for below in getattr(command, "commands", {}).values():
+        yield from options(below)
+    yield from ((f"{command.name} {option.name}", option) for option in command.params if hasattr(option, "is_flag"))
+
+
+def test_every_number_of_the_command_line_has_them_too_and_no_flag_shows_bool():
+    found = dict(options(get_command(app)))
+    numbers = {name for name, option in found.items() if option.min is not None}
+    assert len(numbers) > 10
+    assert {name for name in numbers if found[name].max is None} == set()
+    assert {name for name, option in found.items() if option.is_flag and option.metavar != ""} == set()
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ..config import Recipe, parse_recipe
 from ..defenses import Defenses
+from ..strict_yaml import dump
 
 _HEAD = """\
 # A ringfence recipe. Every field is shown with its default; leave out what you do not change.
@@ -69,4 +69,4 @@ def _field(name: str, info: FieldInfo, value: Any, indent: str) -> list[str]:
 
 def _value(value: Any) -> str:
     value = list(value) if isinstance(value, tuple) else value
-    return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
+    return dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
