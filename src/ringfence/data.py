@@ -18,6 +18,7 @@ from . import opswap, strict_json
 from .chat import Chat, Encoded, Messages, Role, is_learnt
 from .console import console
 from .errors import ChatError, DataError, first_line, nearest
+from .hub import quick, reachable, unreached
 from .words import counted
 
 SHIPPED = resources.files("ringfence") / "recipes" / "data"
@@ -210,10 +211,13 @@ def _datasets(open_with: Callable[[Any], Any], source: str) -> Iterator[tuple[di
     from datasets import load_dataset
 
     try:
-        rows = open_with(load_dataset)
+        with quick(source):
+            rows = open_with(load_dataset)
     except Exception as error:  # datasets raises a dozen kinds; the user needs one sentence
         if "corresponds to no data" in str(error):
             return
+        if not Path(source).exists() and not reachable():
+            raise DataError(f"{source}: {unreached('data set')}") from error
         what = "cannot be read" if Path(source).exists() else "neither a local file nor a data set that could be loaded"
         raise DataError(f"{source}: {what}: {first_line(error.__cause__ or error)}") from error
     for number, record in enumerate(rows, 1):

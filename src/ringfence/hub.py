@@ -2,19 +2,21 @@
 read its cache. Does not know what a file means. Imports no torch.
 """
 
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 from .errors import ModelError, first_line
 
 SECONDS = 8.0  # that the hub has to answer in, the look-up of its name included
-OFFLINE = (
-    "Name a local folder, or `default`; or fetch it where there is a network (`hf download`), bring the hub's cache "
-    "here, and set HF_HUB_OFFLINE=1"
-)
+_LOCAL = {
+    "model": ("folder", "Name a local folder, or `default`", "hf download"),
+    "data set": ("file", "Name a local file, or shipped rows", "hf download --repo-type dataset"),
+}
 
 
 @cache
@@ -47,11 +49,15 @@ def quick(source: str) -> Iterator[None]:
     if Path(source).exists() or reachable():
         yield
         return
-    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    asked = [constants, *filter(None, [sys.modules.get("datasets.config")])]  # datasets keeps a copy
+    before = [module.HF_HUB_OFFLINE for module in asked]
+    for module in asked:
+        module.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        constants.HF_HUB_OFFLINE = before
+        for module, value in zip(asked, before):
+            module.HF_HUB_OFFLINE = value  # type: ignore[attr-defined]
 
 
 def is_repository(name: str) -> bool:
@@ -91,11 +97,15 @@ def fetch(repository: str, file: str) -> Path | None:
             ) from error
 
 
-def unreached() -> str:
+def unreached(kind: Literal["model", "data set"] = "model") -> str:
     """Why something of the hub is unavailable without a network, and what to do."""
     from huggingface_hub import constants
 
-    return f"no such folder, and not in the hub's cache; {constants.ENDPOINT} cannot be reached. {OFFLINE}"
+    place, otherwise, command = _LOCAL[kind]
+    return (
+        f"no such {place}, and not in the hub's cache; {constants.ENDPOINT} cannot be reached. {otherwise}; or fetch "
+        f"it where there is a network (`{command}`), bring the hub's cache here, and set HF_HUB_OFFLINE=1"
+    )
 
 
 def _is_cached(repository: str) -> bool:

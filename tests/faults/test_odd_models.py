@@ -375,6 +375,7 @@ def test_a_hub_id_without_a_network(tmp_path: Path) -> None:
     here = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
     code = """
 import time
+from ringfence.data import load_rows
 from ringfence.errors import RingfenceError
 from ringfence.journal import fingerprint
 from ringfence.models import load_config, load_model, load_tokenizer
@@ -382,7 +383,7 @@ from ringfence.losses import Head, cross_entropy_sum
 from ringfence.run import prepare
 from ringfence.safelora import Checkpoint
 started = time.monotonic()
-for load in (load_tokenizer, load_model, load_config, Checkpoint, fingerprint):
+for load in (load_tokenizer, load_model, load_config, Checkpoint, fingerprint, load_rows):
     try:
         load("org/none")
     except RingfenceError as error:
@@ -391,10 +392,13 @@ print(time.monotonic() - started)
 """
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | here, capture_output=True, text=True)
     *lines, seconds = done.stdout.splitlines()
-    assert len(lines) == 5, done.stdout + done.stderr
+    assert len(lines) == 6, done.stdout + done.stderr
     for line in lines:
         assert "org/none" in line
-        for word in ("cannot be reached", "local folder", "HF_HUB_OFFLINE=1", "`default`"):
+        for word in ("cannot be reached", "HF_HUB_OFFLINE=1"):
             assert word in line
+    for line in lines[:5]:
+        assert "local folder, or `default`" in line
+    assert "local file, or shipped rows" in lines[5]
     assert float(seconds) < 10
     assert "Retrying" not in done.stderr
