@@ -17,8 +17,10 @@ demo-quick: $(VENV)/installed
 	$(RINGFENCE) demo --quick
 
 # A file of tests in each process, one thread each: models of tests are too small for more.
+pytest = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n auto --dist loadfile
+
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist loadfile --durations 15
+	$(call pytest,$(VENV)) --durations 15
 
 check: $(VENV)/installed
 	$(VENV)/bin/ruff check .
@@ -78,10 +80,10 @@ LIBRARIES := $(patsubst %,tests/test_%.py,chat data trainer packing frozen_prefi
 	perturbation evaluate inspect) tests/faults/test_versions.py
 
 test-oldest: .venv-oldest/installed
-	.venv-oldest/bin/python -m pytest $(LIBRARIES)
+	$(call pytest,.venv-oldest) $(LIBRARIES)
 
 test-newest: .venv-newest/installed
-	.venv-newest/bin/python -m pytest $(LIBRARIES)
+	$(call pytest,.venv-newest) $(LIBRARIES)
 
 constraints:
 	rm -rf .venv-newest

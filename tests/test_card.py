@@ -191,7 +191,9 @@ def test_a_model_that_was_not_trained_here(folders: list[Path]) -> None:
     """The folder of an evaluation: no recipe, no training."""
     for name in ("recipe.yaml", "training.json", "metrics.jsonl"):
         (folders[1] / name).unlink()
-    (folders[1] / "evaluation.yaml").write_text(yaml.safe_dump({"model": "org/tuned", "reference": "org/base"}))
+    (folders[1] / "evaluation.yaml").write_text(
+        yaml.safe_dump({"model": "org/tuned", "reference": "org/base", "evaluate": {}})
+    )
     card = run_card(folders[1])
     assert "Measured with ringfence against `org/base`; not trained with it." in card
     assert (ModelCard(card).data.base_model, ModelCard(card).data.library_name) == ("org/base", "transformers")

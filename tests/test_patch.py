@@ -19,6 +19,7 @@ from conftest import nudged, with_lora
 from ringfence.activations import batches
 from ringfence.batch import collate
 from ringfence.chat import Chat, Messages, Role
+from ringfence.config import dump_recipe, parse_recipe
 from ringfence.data import Example, PairedQuestion
 from ringfence.diagnose.models import Models
 from ringfence.diagnose.texts import pair_texts, response_logprobs
@@ -273,7 +274,8 @@ def test_a_run_folder_names_its_own_reference(
     run = tmp_path / "run"
     run.mkdir()
     method = "lora" if kind == "adapter" else "full"
-    (run / "recipe.yaml").write_text(f"model: {reference}\ntrain: {{method: {method}}}\n")
+    recipe = parse_recipe({"model": reference, "train": {"method": method}})
+    (run / "recipe.yaml").write_text(dump_recipe(recipe))
     with pytest.raises(RecipeError, match="no trained model in it"):
         patch(run, tmp_path / "out")
     (run / kind).symlink_to(tuned[kind])

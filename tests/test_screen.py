@@ -446,14 +446,17 @@ def write_pairs(file: Path, given: list[Pair]) -> str:
     return str(file)
 
 
-def test_the_command_ranks_writes_and_compares(folder: str, chat: Chat, tmp_path: Path, ringfence: Any) -> None:
+def test_the_command_ranks_writes_and_compares(
+    folder: str, chat: Chat, tmp_path: Path, ringfence: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # names of files must be short enough for the table
     given = [
-        *rows(5, name=str(tmp_path / "a.jsonl")),
-        row("Pair 3?", "red\x1b[31m\n[bold]blue", f"{tmp_path}/a.jsonl:6"),
+        *rows(5, name="a.jsonl"),
+        row("Pair 3?", "red\x1b[31m\n[bold]blue", "a.jsonl:6"),
     ]
-    a, b = write(tmp_path / "a.jsonl", given), write(tmp_path / "b.jsonl", rows(4, 2))
-    one, two = write_pairs(tmp_path / "p.jsonl", pairs(6)), write_pairs(tmp_path / "r.jsonl", pairs(5, 6))
-    output, figure = tmp_path / "s.jsonl", tmp_path / "s.svg"
+    a, b = write(Path("a.jsonl"), given), write(Path("b.jsonl"), rows(4, 2))
+    one, two = write_pairs(Path("p.jsonl"), pairs(6)), write_pairs(Path("r.jsonl"), pairs(5, 6))
+    output, figure = Path("s.jsonl"), Path("s.svg")
     code, printed, errors = ringfence(
         *("screen", a, "--model", folder, "--pairs", one, "--pairs", two, "--against", b, "--top", 4),
         *("--output", output, "--figure", figure),

@@ -1,16 +1,23 @@
 """The command `ringfence`, also as `python -m ringfence`; so `torchrun -m ringfence train ...` works."""
 
+import os
+import signal
 import sys
+from typing import Any
 
 
 def main() -> None:
-    """Runs the command line; Ctrl-C while that is imported needs no traceback either."""
-    try:
-        from .cli import main as run
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        sys.exit(130)
+    """Runs the command line. Ctrl-C while that is imported needs no traceback either, and no library may swallow it."""
+    before = signal.signal(signal.SIGINT, _stop)
+    from .cli import main as run
+
+    signal.signal(signal.SIGINT, before)
     run()
+
+
+def _stop(*_: Any) -> None:
+    print("stopped; the same command goes on", file=sys.stderr, flush=True)
+    os._exit(130)
 
 
 if __name__ == "__main__":
