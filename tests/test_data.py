@@ -359,6 +359,7 @@ def test_hub_failure_becomes_one_line(monkeypatch):
         raise RuntimeError("no such set\nand forty lines more")
 
     monkeypatch.setattr("datasets.load_dataset", fails)
+    monkeypatch.setattr("ringfence.data.reachable", lambda: True)
     with pytest.raises(DataError) as caught:
         load_rows("org/name@x")
     assert "org/name@x" in str(caught.value)
