@@ -149,8 +149,8 @@ def hold(folder: Path, kind: Kind, wait: bool = False) -> Iterator[None]:
         _held.remove(place)
         (folder / _HOLDER).unlink(missing_ok=True)
         lock.release()
-        if not was_there and {file.name for file in folder.iterdir()} <= {MARKER, _LOCK}:
-            shutil.rmtree(folder)  # it was refused before anything was made
+        if not was_there and {file.name for file in folder.glob("*")} <= {MARKER, _LOCK}:
+            shutil.rmtree(folder, ignore_errors=True)  # it was refused before anything was made
 
 
 def _holder(folder: Path) -> str:
