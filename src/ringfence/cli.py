@@ -338,7 +338,7 @@ def project(
         float | None, typer.Option(help="Project weights of at most this cosine. Default: 0.3.", min=0, max=1)
     ] = None,
     lowest: Annotated[
-        int | None, typer.Option(help="Instead: so many weights, of least cosine.", min=1, max=_MOST)
+        int | None, typer.Option(help="Instead: this number of weights, those of least cosine.", min=1, max=_MOST)
     ] = None,
     projector: Annotated[Literal["scaled", "exact"], typer.Option(help="As published, or orthogonal.")] = "scaled",
 ) -> None:
@@ -552,7 +552,7 @@ def capability(
     model: Annotated[str, typer.Argument(help="A run folder, a model or an adapter.")],
     tasks: Annotated[list[str], typer.Argument(help="Names of lm-eval tasks.")],
     limit: Annotated[
-        int | None, typer.Option(help="Only the first so many items of each task.", min=1, max=_MOST)
+        int | None, typer.Option(help="Take at most this number of items of each task, the first.", min=1, max=_MOST)
     ] = None,
     task_folder: Annotated[Path | None, typer.Option(help="Folder of task files of your own.")] = None,
     precision: InPrecision = "auto",

@@ -1,5 +1,6 @@
 """The recipe: everything a run is told, validated, with one schema for files, command line and Python."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -12,6 +13,7 @@ from .evaluate.config import EvaluateConfig
 from .held_out import SHARE, is_own
 from .models import DEFAULT, Attention, Precision, settled
 from .monitor import MonitorConfig
+from .shapes import read_recipe
 from .strict_yaml import SEED, Number, Whole, dump, read_mapping, set_value, validate
 from .taps import Layout
 
@@ -173,6 +175,19 @@ def load_recipe(path: str | Path | None = None, overrides: list[str] | None = No
     for override in overrides or []:
         set_value(tree, override)
     return parse_recipe(tree, str(path or "recipe"))
+
+
+def stored_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a run folder, which must be whole: of one that was cut off, the rest would be defaults.
+
+    Raises:
+        DataError: as `read_recipe`.
+        RecipeError: as `load_recipe`.
+    """
+    tree = read_recipe(file)[1]
+    for override in overrides:
+        set_value(tree, override)
+    return parse_recipe(tree, str(file))
 
 
 def parse_recipe(tree: dict[str, Any], name: str = "recipe") -> Recipe:

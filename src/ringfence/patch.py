@@ -15,13 +15,12 @@ import torch
 from safetensors import safe_open
 
 from .chat import Chat, Messages
-from .config import parse_recipe
+from .config import stored_recipe
 from .errors import ChatError, DefenseError, ModelError, RecipeError
 from .evaluate.config import EvaluateConfig
 from .evaluate.parts import disguises
 from .models import Precision, adapter_base, check_adapter, load_config, load_model, load_tokenizer, resolve
 from .prefix import FrozenPrefix, StoredPrefix, Until, find_header, read_frozen_prefix, read_stored_prefix
-from .shapes import read_recipe
 from .taps import prefix_kv
 
 _WEIGHTS = "adapter_model.safetensors"
@@ -82,8 +81,7 @@ def patch(
 def _weights(source: Path) -> tuple[Path, str | None]:
     """The folder of what was tuned, and the reference that its recipe names."""
     if (source / "recipe.yaml").is_file():
-        file = source / "recipe.yaml"
-        recipe = parse_recipe(read_recipe(file)[1], str(file))
+        recipe = stored_recipe(source / "recipe.yaml")
         folder = source / ("adapter" if recipe.train.method == "lora" else "model")
         if not folder.is_dir():
             raise RecipeError(f"{source}: no trained model in it; `ringfence train` comes first")

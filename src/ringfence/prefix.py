@@ -254,7 +254,7 @@ _NO_CACHE = (
 
 @dataclass(frozen=True)
 class _About:
-    """What stands beside the states of a stored prefix."""
+    """What is stored with the states of a prefix."""
 
     header: list[int]
     until: Until

@@ -21,7 +21,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from . import opswap
 from .chat import Chat, ChatSettings, Messages
-from .config import LoraConfig, Recipe, dump_recipe, parse_recipe, recipe_tree
+from .config import LoraConfig, Recipe, dump_recipe, parse_recipe, recipe_tree, stored_recipe
 from .console import console, progress
 from .data import Example, PairedQuestion, Row, encode_rows, load_questions, load_rows, warn, warn_of_rows
 from .defenses import Defense, DefenseConfig, Defenses, Setup
@@ -110,8 +110,7 @@ class Run:
 
     @property
     def recipe(self) -> Recipe:
-        file = self.folder / "recipe.yaml"
-        return parse_recipe(read_recipe(file)[1], str(file))
+        return stored_recipe(self.folder / "recipe.yaml")
 
     @property
     def trained(self) -> bool:
@@ -841,15 +840,11 @@ def set_evaluation(run: Run, overrides: list[str]) -> None:
         raise RecipeError(f"{run.folder}: no run folder (it has no recipe.yaml)")
     if overrides:
         keys = [o if o.startswith(("evaluate.", "trust_remote_code=")) else f"evaluate.{o}" for o in overrides]
-        file = run.folder / "recipe.yaml"
-        tree = read_recipe(file)[1]
-        for key in keys:
-            set_value(tree, key)
-        recipe = parse_recipe(tree, str(file))
+        recipe = stored_recipe(run.folder / "recipe.yaml", keys)
         trust(recipe.model, recipe.trust_remote_code)
         # A source that is not there must not get into the recipe.
         check_evaluation(evaluation(recipe), chat_of(recipe))
-        write_whole(file, dump_recipe(recipe))
+        write_whole(run.folder / "recipe.yaml", dump_recipe(recipe))
 
 
 def evaluation(recipe: Recipe) -> EvaluateConfig:

@@ -80,7 +80,7 @@ def reply_probabilities(
     """P(reply), by reply, for each prompt's token ids.
 
     Args:
-        skip: places of prompts that are left out; the others stand in the batches in which they stand with them.
+        skip: places of prompts that are left out; the others are batched as if they were there.
 
     Yields:
         For each batch, by place of the prompt.

@@ -34,7 +34,7 @@ SAMPLE_TOKENS = 80
 EXACT_TOKENS = 8  # of an answer to an item of OpSwap
 COUNTED = 24  # texts of a part whose tokens are counted for an estimate
 _FORMAT = 3
-# The inoculation prompt stands in the questions that are asked under it; what a cap leaves is among the items.
+# The inoculation prompt is part of the questions that are asked under it; what a cap leaves is among the items.
 _NOT_MEASURED = {"batch_tokens", "benign", "benign_epochs", "inoculation", "answers", "max_in_domain"}
 
 Part = Callable[[Any, Chat], Any]
