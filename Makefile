@@ -16,8 +16,9 @@ demo: $(VENV)/installed
 demo-quick: $(VENV)/installed
 	$(RINGFENCE) demo --quick
 
-# A file of tests in each process, one thread each: models of tests are too small for more.
-pytest = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n auto --dist loadfile
+# A file of tests in each process, one thread each: models of tests are too small for more. Files in their order, since
+# xdist would leave those with few tests, which are the slowest, to the end.
+pytest = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/installed
 	$(call pytest,$(VENV)) --durations 15

@@ -174,10 +174,9 @@ class Workload:
 def _random_trainable(recipe: Recipe) -> Any:
     """As `trainable_model` makes it, of random weights. They are made where they stay: the CPU need not hold them."""
     full = recipe.train.method == "full"
+    dtype = torch.float32 if full or recipe.train.precision == "fp32" else torch.bfloat16
     with torch.device(device()):
-        model = LlamaForCausalLM._from_config(
-            load_config(recipe.model), dtype=torch.float32 if full else torch.bfloat16
-        )
+        model = LlamaForCausalLM._from_config(load_config(recipe.model), dtype=dtype)
     return model.eval() if full else with_new_adapter(model.eval(), recipe.train.lora)
 
 

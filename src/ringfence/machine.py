@@ -9,6 +9,7 @@ import resource
 import subprocess
 import sys
 import time
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ import torch
 
 from .words import about
 
-PARAMETERS, CORES = 135e6, 2  # of the figures below
-TRAINED, SCORED, WRITTEN = 300, 1_600, 100  # tokens a second
+# Of the speed of a linear layer, for each parameter: what training, scoring and writing reach (docs/development.md).
+TRAINED, SCORED, WRITTEN = 0.3, 0.6, 0.1
 
 
 def environment(seed: int) -> dict[str, Any]:
@@ -82,13 +83,25 @@ def device_type() -> str:
     return str(torch.accelerator.current_accelerator().type) if torch.accelerator.is_available() else "cpu"  # type: ignore[union-attr]
 
 
-def seconds(parameters: int, scored: float = 0, written: float = 0, trained: float = 0) -> float:
-    """About how long a CPU takes, from counts alone; nothing is measured here.
+@cache
+def speed() -> float:
+    """Multiplications a second of this CPU in a linear layer of the default model, in float32: the best of ten, which
+    takes some 50 ms."""
+    tokens, inputs, outputs = 256, 576, 1536
+    x, weight = torch.randn(tokens, inputs), torch.randn(outputs, inputs)
+    times = []
+    for _ in range(10):
+        started = time.perf_counter()
+        torch.nn.functional.linear(x, weight)
+        times.append(time.perf_counter() - started)
+    return tokens * inputs * outputs / min(times)
 
-    The basis: on two cores the default model with its 135M parameters trains a LoRA at about 300 tokens a second and
-    scores 1,400 to 2,000 (docs). Writing at 100 in a batch of a dozen answers is assumed, not measured. All three are
-    taken to grow with the cores that torch uses and to fall with the parameters. Meant to be within a factor of two for
-    that model, which was not checked against a whole run; other CPUs, loaded machines and large models are further off.
+
+def seconds(parameters: int, scored: float = 0, written: float = 0, trained: float = 0) -> float:
+    """About how long this CPU takes: one multiplication for each token and parameter, at a share of its `speed`.
+
+    The shares were measured on the default model in float32, on one kind of CPU. Meant to be within a factor of two
+    there; weights in bf16, where the CPU has instructions for it, are scored up to three times faster.
 
     Args:
         parameters: of the whole model.
@@ -96,8 +109,7 @@ def seconds(parameters: int, scored: float = 0, written: float = 0, trained: flo
         written: tokens of greedy answers, at most.
         trained: tokens of rows that are trained on, each reference pass counted as half a token more.
     """
-    work = trained / TRAINED + scored / SCORED + written / WRITTEN
-    return work * (parameters / PARAMETERS) * (CORES / torch.get_num_threads())
+    return parameters / speed() * (trained / TRAINED + scored / SCORED + written / WRITTEN)
 
 
 def estimated(parameters: int, scored: float = 0, written: float = 0, trained: float = 0, device: str = "cpu") -> str:

@@ -47,6 +47,16 @@ for kind in (UniqueKeys, _Dumper):
     kind.add_implicit_resolver("tag:yaml.org,2002:float", _WITH_EXPONENT, list("-+.0123456789"))
 
 
+def _number(dumper: _Dumper, value: float) -> yaml.ScalarNode:
+    """4.0 is written as people write it, `4`."""
+    if value.is_integer() and abs(value) < 1e15:
+        return dumper.represent_int(int(value))
+    return dumper.represent_float(value)
+
+
+_Dumper.add_representer(float, _number)
+
+
 def dump(value: Any, **style: Any) -> str:
     """YAML of plain parts, with the keys in their order."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, **style)

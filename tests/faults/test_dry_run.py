@@ -3,12 +3,14 @@
 import io
 import logging
 import os
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
@@ -124,15 +126,29 @@ def test_benign_twin_is_counted_too(shown: Callable[..., str]) -> None:
 # ---------------------------------------------------------------- time
 
 
-def test_time_scales_with_parameters_cores_and_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine.torch, "get_num_threads", lambda: 2)
+def test_time_scales_with_parameters_speed_and_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "speed", lambda: 80e9)
     default = machine.seconds(135_000_000, trained=46_000)
-    assert 46_000 / 600 < default < 46_000 / 150  # about 300 tokens a second, within a factor of two
+    assert default == pytest.approx(46_000 * 135e6 / (0.3 * 80e9))
     assert machine.seconds(1_350_000_000, trained=46_000) == pytest.approx(10 * default)
     assert machine.seconds(135_000_000, scored=46_000) < default < machine.seconds(135_000_000, written=46_000)
-    monkeypatch.setattr(machine.torch, "get_num_threads", lambda: 16)
+    monkeypatch.setattr(machine, "speed", lambda: 640e9)
     assert machine.seconds(135_000_000, trained=46_000) == pytest.approx(default / 8)
     assert "not estimated" in machine.estimated(135_000_000, trained=1, device="cuda")
+
+
+def test_time_of_this_machine() -> None:
+    """A forward takes about as long as is said, whatever the CPU and whatever else it does."""
+    model = random_model(vocab_size=100, hidden_size=576, intermediate_size=1536, num_hidden_layers=4)
+    ids = torch.randint(10, 90, (8, 60))
+    times = []
+    with torch.no_grad():
+        for _ in range(4):
+            started = time.perf_counter()
+            model(ids)
+            times.append(time.perf_counter() - started)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert 1 / 6 < machine.seconds(parameters, scored=ids.numel()) / min(times) < 6
 
 
 def test_work_of_an_evaluation() -> None:

@@ -217,6 +217,6 @@ def test_while_libraries_are_imported(seconds: float, tmp_path: Path, model: Pat
             process.wait(5)
             break
     _, errors = process.communicate(timeout=5)
-    assert process.returncode == 130, errors
+    assert process.returncode in (130, -signal.SIGINT), errors  # a shell says 130 for both; a second one came late
     assert "the same command goes on" in errors
     assert "Traceback" not in errors

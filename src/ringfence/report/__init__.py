@@ -47,7 +47,7 @@ _GENERATOR = b'<meta name="generator" content="ringfence">'
 _MODELS = {"default": "default (SmolLM2-135M-Instruct)"}
 OTHER = "*"  # marks a number that was measured on other questions
 _LABEL, _NAME, _CELL = 28, 22, 13  # columns of the terminal: of a label and a run's name at most, of a cell at least
-HELD_OUT_TITLES = {"exact": "benign: held-out rows, exact", "loss": "benign: held-out rows, loss"}
+HELD_OUT_TITLES = {"exact": "held-out rows, exact", "loss": "held-out rows, loss"}
 
 
 def read_rows(
