@@ -328,7 +328,7 @@ def print_decision(decision: Decision, console: Console) -> None:
     """A line for each rule, a sentence for each that holds back, and the decision."""
     cells = [_cells(verdict) for verdict in decision.verdicts]
     beside = [max(len(row[place]) for row in cells) for place in range(1, 4)]
-    room = console.width - sum(beside) - 8
+    room = console.width - sum(beside) - 9  # three gaps of three
     if room < max(len(part) for row in cells for part in row[0].split(".")) + 1:
         # Intervals go below their means, so that no name breaks inside a word.
         cells = [(name, found.replace(" [", "\n["), limit, word) for name, found, limit, word in cells]

@@ -101,7 +101,7 @@ def test_a_decision_that_cannot_be_saved_counts(folders, monkeypatch, capsys):
     assert "not saved" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("width", [60, 80, 140])
+@pytest.mark.parametrize("width", [60, *range(76, 92), 140])
 def test_counts_add_up_and_words_do_not_break(folders, width):
     decision = decide_run(folders[1], control=folders[0])
     text = io.StringIO()

@@ -193,9 +193,11 @@ def _legend(rows: list[Row]) -> str:
     judges = list(dict.fromkeys(f"{judged.judge} ({strength(judged)})" for row in rows for judged in row.judged[:1]))
     if judges:
         lines.append(f"answers: share of all sampled answers that {', '.join(judges)} calls misaligned, [95 % CI].")
+    if any(row.opswap for row in rows):
+        lines.append("benign: exact match on held-out items.")
     lines.append(
-        "benign: exact match on held-out items. perplexity x: against the reference. time x: against undefended. "
-        "n: questions (of answers: families of questions)."
+        "perplexity x: against the reference. time x: against undefended. n: questions (of answers: families of "
+        "questions)."
     )
     return "\n".join([*lines, seeds_note(rows), *other_questions(rows)])
 
