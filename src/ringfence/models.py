@@ -45,6 +45,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _COUNTS = (*_LAYERS, "num_experts", "num_local_experts", "n_routed_experts")
 _MOST_LAYERS = 4096
+_SHARD = re.compile(r"[\w .-]{1,200}\.safetensors", re.ASCII)
 _ACCEPTED = "accepted: 'default', a local folder with config.json and safetensors weights, a hub id, an adapter folder"
 _NEEDS_CODE = (
     "comes with code of its own (auto_map), which is not run. If you have read it and trust it, say "
@@ -466,7 +467,7 @@ def _checked_config(source: str, model: str, trusted: bool) -> dict[str, Any]:
     kind = config.get("model_type")
     if trusted and config.get("auto_map"):
         return config
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         if config.get("auto_map"):
             raise ModelError(f"{model}: {_NEEDS_CODE}")
         if not isinstance(kind, str):
@@ -547,9 +548,9 @@ def read_index(file: Path) -> dict[str, str]:
     if not isinstance(shards, dict) or not shards:
         raise ModelError(f"{file}: expected a weight_map of file names by weight")
     for weight, name in shards.items():
-        if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
+        if not isinstance(name, str) or not _SHARD.fullmatch(name):
             raise ModelError(
-                f"{file}: {weight} is said to be in {name!r}; accepted: a safetensors file of the same folder"
+                f"{file}: {weight} is said to be in {name!r:.200}; accepted: a safetensors file of the same folder"
             )
     return shards
 

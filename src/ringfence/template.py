@@ -69,7 +69,10 @@ def _compiled(text: str) -> jinja2.Template:
     is_safe = environment.is_safe_attribute
     environment.is_safe_attribute = lambda owner, name, value: name not in PADDING and is_safe(owner, name, value)
     environment.call_binop = lambda _, operator, left, right: _bounded(environment, operator, left, right)
-    return environment.from_string(text)
+    try:
+        return environment.from_string(text)
+    except SyntaxError as error:  # of the Python code that jinja2 makes: `break` outside a loop
+        raise jinja2.TemplateSyntaxError(error.msg, error.lineno or 1) from error
 
 
 def _bounded(environment: Any, operator: str, left: Any, right: Any) -> Any:

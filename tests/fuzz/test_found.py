@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
-from ringfence.errors import LONGEST, MOST, DataError, RingfenceError
+from ringfence.chat import Chat
+from ringfence.errors import LONGEST, MOST, DataError, ModelError, RingfenceError
 from ringfence.evaluate.endpoint import Reply
 from ringfence.evaluate.framing import LABELS, JudgePrompt
 from ringfence.evaluate.judge import Score, ScoreCache, read_reply
 from ringfence.gap import read_table
+from ringfence.models import load_model, load_tokenizer, read_index
 from ringfence.persona import load_trait, shown_by_scores
 from ringfence.prefix import read_frozen_prefix, read_stored_prefix
 
@@ -76,19 +78,49 @@ def test_tables_of_scores(header: Any, line: Any, tmp_path: Path) -> None:
         read_table(file)
 
 
-@pytest.mark.parametrize("stored", ['""', "", "{", '{"value": 1e267}', '{"valeu": 5, "x": 1}', '{"label": []}'])
+@pytest.mark.parametrize("stored", ['""', "", "{", "{}", '{"value": 1e267}', '{"valeu": 5}', '{"label": []}'])
 def test_a_damaged_score_is_asked_again(stored: str, tmp_path: Path) -> None:
     cache, prompt = ScoreCache(tmp_path / "scores.sqlite"), JudgePrompt("How good?", LABELS)
     judge: Any = Named()
     cache.put(judge, {prompt: Score(50.0, adapted=("seed",))})
     assert cache.get(judge, prompt) == Score(50.0, adapted=("seed",))
     cache._table.execute("UPDATE scores SET score = ?", (stored,))
-    if stored.startswith('{"valeu'):  # keys of a later version are left alone
-        assert cache.get(judge, prompt) == Score()
-    else:
-        assert cache.get(judge, prompt) is None
+    assert cache.get(judge, prompt) is None
     cache.put(judge, {prompt: Score(60.0)})
     assert cache.get(judge, prompt) == Score(60.0)
+
+
+def test_a_score_of_a_later_version_is_read(tmp_path: Path) -> None:
+    cache, prompt = ScoreCache(tmp_path / "scores.sqlite"), JudgePrompt("How good?", LABELS)
+    judge: Any = Named()
+    cache.put(judge, {prompt: Score(50.0)})
+    cache._table.execute("UPDATE scores SET score = ?", ('{"value": 5, "new": 1}',))
+    assert cache.get(judge, prompt) == Score(5.0)
+
+
+@pytest.mark.parametrize("kind", [{}, [], None, 5])
+def test_model_types(kind: Any, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(ModelError, match=r"config\.json: model_type: expected .* found"):
+        load_model(str(tmp_path), "fp32")
+
+
+@pytest.mark.parametrize("name", ["x" * 3_000, "é" * 200, "a/b", "../w", "a\0b", "", 5])
+def test_shards(name: Any, tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors.index.json"
+    named = f"{name}.safetensors" if isinstance(name, str) else name
+    file.write_text(json.dumps({"weight_map": {"lm_head.weight": named}}))
+    with pytest.raises(ModelError, match="accepted: a safetensors file of the same folder") as caught:
+        read_index(file)
+    check_message(str(caught.value), ["index.json"])
+
+
+@pytest.mark.parametrize("text", ["{% break %}", "{% continue %}", "{% if true %}{% break %}{% endif %}"])
+def test_loop_controls_outside_a_loop(text: str) -> None:
+    tokenizer = load_tokenizer("default")
+    tokenizer.chat_template = text + tokenizer.chat_template
+    with pytest.raises(RingfenceError, match=r"outside loop|not properly in loop"):
+        Chat(tokenizer)
 
 
 def test_a_damaged_cache_of_scores_is_refused(tmp_path: Path) -> None:

@@ -303,7 +303,10 @@ class ScoreCache:
             score = _SCORE.validate_json(found[0]) if found else None
         except (ValidationError, TypeError):  # damaged: it is asked again
             return None
-        return None if score and not 0 <= (score.value or 0) <= 100 else score
+        if score is None or not 0 <= (score.value or 0) <= 100:
+            return None
+        said = [each for each in (score.value, score.label, score.unscored) if each is not None]
+        return score if len(said) == 1 else None
 
     def put(self, judge: Judge, scores: Mapping[JudgePrompt, Score]) -> None:
         """All of them or, after a kill, none."""
