@@ -155,7 +155,7 @@ def bounds(value: float, draws: np.ndarray, n: float) -> tuple[float, float]:
       normal clusters, too;
     - the same t, moved by the skewness of the draws (Johnson 1978): of skewed clusters a few seldom
       show the long tail. Of few values the skewness found is too small (at most (n - 2) / sqrt(n - 1)
-      of n), so it counts up to twice: found by simulation of exponential clusters.
+      of n), so it counts up to three times: found by simulation of exponential clusters.
 
     Coverage by simulation: docs/measures.md.
     """
@@ -167,7 +167,7 @@ def bounds(value: float, draws: np.ndarray, n: float) -> tuple[float, float]:
         return min(value, float(low)), max(value, float(high))
     error = spread * math.sqrt(n / (n - 1))
     skewness = float((((draws - draws.mean()) / spread) ** 3).mean())
-    few = min(2.0, (n + 1) / (n - 2)) if n > 2 else 2.0
+    few = min(3.0, (n + 4) / (n - 2)) if n > 2 else 3.0
     move = few * error * skewness * (1 + 2 * min(quantile, LARGEST) ** 2) / 6
     return (
         min(float(low), value - quantile * error + min(move, 0.0)),
