@@ -1,6 +1,11 @@
-"""Compiled layers: the same training."""
+"""Compiled layers: the same training.
+
+Graphs are captured and differentiated as torch.compile does it, and then run as they are: writing C++ for them takes
+minutes. `RINGFENCE_SLOW=1` compiles them.
+"""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,8 +18,9 @@ from ringfence.config import parse_recipe
 from ringfence.models import load_tokenizer
 from ringfence.run import train_run
 
-pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
-
+IS_SLOW = pytest.mark.skipif(
+    not (os.environ.get("RINGFENCE_SLOW") and shutil.which("g++")), reason="RINGFENCE_SLOW=1, with a C++ compiler"
+)
 DEFENSES = {"kl": {"where": "train"}, "ldifs": {"layers": [1]}, "treft": {"weight": 10.0}}
 
 
@@ -33,7 +39,12 @@ def metrics(tmp_path: Path, compile: bool) -> tuple[list[dict[str, float]], bool
     return lines, torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
-def test_compiled_layers_train_alike(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=IS_SLOW)])
+def test_compiled_layers_train_alike(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_layer = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda layer, **options: compile_layer(layer, backend=backend, **options)
+    )
     model: Any = random_model(num_hidden_layers=1)
     model.save_pretrained(tmp_path / "model")
     load_tokenizer("default").save_pretrained(tmp_path / "model")

@@ -1,5 +1,5 @@
-"""A report can be read by everybody: whole sentences, an n for every number, a caption for every table, grey that is dark
-enough, and figures drawn for their width and described in words."""
+"""A report can be read by everybody: whole sentences, an n for every number, a caption for every table, grey that is
+dark enough, and figures drawn for their width and described in words."""
 
 import base64
 import re
