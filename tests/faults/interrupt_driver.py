@@ -1,10 +1,12 @@
 """Runs ringfence's command line and stops it at a named point: a job a line on stdin.
 
 A job is {"folder", "cache", "args", "output"} and, where it is to be stopped, "point", "at" and "signal": the process
-sends itself the signal at the n-th call of a function of ringfence, before or after what that function does. Each job
-is a forked child, so torch is imported once. Answers with the exit status, negative for a signal. Knows no test.
+sends itself the signal at the n-th call of a function of ringfence, before or after what that function does; the signal
+"ENOSPC" is what the system says of a full disk. Each job is a forked child, so torch is imported once. Answers with the
+exit status, negative for a signal. Knows no test.
 """
 
+import errno
 import functools
 import importlib
 import itertools
@@ -36,7 +38,13 @@ POINTS: dict[str, tuple[str, str, int, str]] = {
 IMPORTS = ["run", "trainer", "report", "reference_cache", "diagnose.folder", "evaluate.judge", "evaluate.sampling"]
 
 
-def stop_at(point: str, at: str, number: int) -> None:
+def stop(name: str) -> None:
+    if name == "ENOSPC":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "the file")
+    os.kill(os.getpid(), getattr(signal, name))
+
+
+def stop_at(point: str, at: str, signal_name: str) -> None:
     module_name, name, turn, part = POINTS[point]
     owner: Any = importlib.import_module(module_name)
     *outer, name = name.split(".")
@@ -50,10 +58,10 @@ def stop_at(point: str, at: str, number: int) -> None:
         if now and at == "half":  # of a file that a library writes by itself
             Path(args[1]).write_bytes(b"half a file")
         if now and at != "after":
-            os.kill(os.getpid(), number)
+            stop(signal_name)
         result = original(*args, **kwargs)
         if now and at == "after":
-            os.kill(os.getpid(), number)
+            stop(signal_name)
         return result
 
     setattr(owner, name, patched)
@@ -69,7 +77,7 @@ def work(job: dict[str, Any]) -> int:
 
     reference_cache.SHARD_ROWS, reference_cache.BATCH_TOKENS = 4, 200  # several files of several batches
     if job.get("point"):
-        stop_at(job["point"], job["at"], getattr(signal, job["signal"]))
+        stop_at(job["point"], job["at"], job["signal"])
     sys.argv = ["ringfence", *job["args"]]
     try:
         cli.main()

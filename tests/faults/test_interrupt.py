@@ -1,4 +1,5 @@
-"""Ctrl-C and kill -9 wherever a run can be stopped: the same command then ends as if nothing had happened, to the bit.
+"""Ctrl-C, kill -9 and a full disk wherever a run can be stopped: the same command then ends as if nothing had happened,
+to the bit.
 
 Here a few points with one of the signals each; RINGFENCE_SLOW=1 tries all points, before and after, with both.
 """
@@ -37,9 +38,13 @@ FEW = [
     ("sampling", "after", "SIGKILL"),
     ("judging", "after", "SIGKILL"),
     ("diagnosis", "before", "SIGINT"),
+    ("checkpoint", "before", "ENOSPC"),
+    ("evaluation, tuned", "before", "ENOSPC"),
 ]
 ALL = [(point, place, name) for point in POINTS for place in ("before", "after") for name in ("SIGINT", "SIGKILL")]
-ALL += [("reference cache", "half", name) for name in ("SIGINT", "SIGKILL")]
+ALL += [("reference cache", "half", name) for name in ("SIGINT", "SIGKILL", "ENOSPC")]
+ALL += [(point, "before", "ENOSPC") for point in POINTS if "step" not in point and point != "judging"]
+CODES = {"SIGINT": 130, "SIGKILL": -signal.SIGKILL, "ENOSPC": 2}
 CASES = ALL if os.environ.get("RINGFENCE_SLOW") else FEW
 PASSING = {"seconds", "peak_memory_gib", "time", "git"}  # what no two runs have in common
 
@@ -181,10 +186,12 @@ def test_the_same_command_goes_on(
         place = made(tmp_path / "place", model)
     command = COMMANDS.get(point, RUN)
     code, printed = start(place, *command, point=point, at=at, signal=name)
-    assert code == (130 if name == "SIGINT" else -signal.SIGKILL), printed
+    assert code == CODES[name], printed
+    assert "Traceback" not in printed
     if name == "SIGINT":
         assert "the same command goes on" in printed
-        assert "Traceback" not in printed
+    if name == "ENOSPC":
+        assert "No space left on device" in printed
     code, printed = start(place, *command)
     assert code == 0, printed
     found, expected = (
