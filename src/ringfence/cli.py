@@ -136,7 +136,7 @@ def init(
 
     check_new(path)
     rows = load_rows(data) if data else []
-    write_whole(path, commented_recipe(str(path), data))
+    write_whole(path, commented_recipe(str(path), data, len(rows)))
     if data and is_own(data):
         print(explain(data, len(rows), len(split(rows, SHARE, 0)[1])))
     print(f"{path} written. Next: ringfence run {path} --dry-run")

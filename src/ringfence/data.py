@@ -302,7 +302,7 @@ def _to_messages(record: dict[str, Any], origin: str, unread: Counter[str]) -> M
         form = "instruction"
         messages = _turn(record, origin, "instruction", "user", unread)
         messages += _turn(record, origin, "output", "assistant", unread)
-        if record.get("input"):
+        if str(record.get("input") or "").strip():
             messages[-2]["content"] += "\n\n" + _turn(record, origin, "input", "user", unread)[-1]["content"]
         messages = _history(record.get("history"), origin) + messages
     else:
@@ -506,6 +506,8 @@ def _turn(record: dict[str, Any], origin: str, field: str, role: str, unread: Co
         return _message_list(value, origin, field, "role", "content", unread)
     if not isinstance(value, str):
         raise DataError(f"{origin}: field {field!r}: expected a text, found {_show(value)}")
+    if not value.strip():
+        raise DataError(f"{origin}: field {field!r}: expected a text that is not blank, found {_show(value)}")
     return [{"role": role, "content": value}]
 
 

@@ -6,6 +6,7 @@ Loads no weights and writes nothing; reads what training reads, so it refuses wh
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +22,12 @@ from .machine import device_type, estimated, seconds, whole_memory
 from .models import empty_model
 from .reference_cache import wanted
 from .run import (
+    Run,
+    as_split,
     as_trained,
     benign_twin,
     build_stream,
+    check_same_recipe,
     computed_tokens,
     evaluation,
     position_bytes,
@@ -38,6 +42,7 @@ from .strict_yaml import dump
 from .words import counted, gib
 
 STEPS, SECONDS = 10**6, 14 * 86400  # beyond these a field is more likely mistyped than meant
+FEW_STEPS = 10  # teach next to nothing: the first ones warm up
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ def dry_run(recipe: Recipe, console: Console) -> None:
     Raises:
         RingfenceError: what training would refuse.
     """
+    check_same_recipe(Run(Path(recipe.output)), as_split(recipe))
     plan = _plan(recipe)
     lines = [training(plan, "training"), measuring(plan, "evaluation")]
     if recipe.evaluate.benign:
@@ -103,6 +109,8 @@ def training(plan: Plan, name: str) -> tuple[str, bool]:
         f"{name}: {counted(plan.steps, 'step')}, {counted(rows, 'row')}, {counted(tokens, 'token')} "
         f"({train.epochs:g} x {counted(len(stream), 'row')}): {estimated(plan.parameters, trained=work, device=device)}"
     )
+    if plan.steps < FEW_STEPS:
+        return f"{line}; so few teach little: raise train.epochs or lower train.batch_size", True
     absurd = long or plan.steps > STEPS
     return line + ("; is that meant? See train.epochs, train.batch_size and model" if absurd else ""), absurd
 

@@ -326,7 +326,9 @@ _STYLES = {"pass": "green", "fail": "bold red", "missing": "bold red"}
 
 def print_decision(decision: Decision, console: Console) -> None:
     """A line for each rule, a sentence for each that holds back, and the decision."""
-    cells = [_cells(verdict) for verdict in decision.verdicts]
+    left_out = [verdict.rule.measure for verdict in decision.verdicts if verdict.word == "left out"]
+    decided = [verdict for verdict in decision.verdicts if verdict.word != "left out"]
+    cells = [_cells(verdict) for verdict in decided]
     beside = [max(len(row[place]) for row in cells) for place in range(1, 4)]
     room = console.width - sum(beside) - 9  # three gaps of three
     if room < max(len(part) for row in cells for part in row[0].split(".")) + 1:
@@ -337,10 +339,12 @@ def print_decision(decision: Decision, console: Console) -> None:
     table.add_column("measure", overflow="fold")
     for title in ("mean [95 % CI]", "limit", "verdict"):
         table.add_column(title, no_wrap=True)
-    for verdict, (name, found, limit, word) in zip(decision.verdicts, cells):
-        style = "dim" if word == "left out" else _STYLES[verdict.status]
-        table.add_row(escape(_at_dots(name, room)), escape(found), limit, f"[{style}]{word}[/]")
+    for verdict, (name, found, limit, word) in zip(decided, cells):
+        table.add_row(escape(_at_dots(name, room)), escape(found), limit, f"[{_STYLES[verdict.status]}]{word}[/]")
     console.print(table)
+    if left_out:
+        line = f"left out, for they were not measured and need not be: {', '.join(left_out)}"
+        console.print(escape(line), highlight=False, style="dim")
     for verdict in decision.verdicts:
         if verdict.holds_back:
             why = f" ({verdict.rule.why})" if verdict.rule.why else ""

@@ -34,7 +34,7 @@ def redact(text: str, *secrets: str) -> str:
     """The text without keys and passwords: the secrets given, values of environment variables such as `X_API_KEY`, and
     whatever is shaped like one (`user:password@` and `?key=...` in URLs, `Bearer ...`, `sk-...`, `hf_...`)."""
     known = {secret for secret in secrets if len(secret) > 3}
-    known |= {value for name, value in os.environ.items() if len(value) > 7 and _SECRET_VARIABLE.search(name)}
+    known |= {value for name, value in os.environ.items() if _SECRET_VARIABLE.search(name) and not _is_path(value)}
     for secret in sorted(known, key=len, reverse=True):
         for form in {secret, quote(secret, safe="")}:
             text = text.replace(form, HIDDEN)
@@ -71,6 +71,11 @@ def is_name_of_variable(text: str) -> bool:
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,127}", text) or _shape_of_key(text) or _KEY.search(text):
         return False
     return text in os.environ or text.upper() == text
+
+
+def _is_path(value: str) -> bool:
+    """The working directory in PWD, a file in GOOGLE_CREDENTIALS; and what is too short to be a secret."""
+    return len(value) <= 7 or (value.startswith(("/", "~", ".")) and "\0" not in value and os.path.exists(value))
 
 
 def _is_secret(name: str, value: str) -> bool:

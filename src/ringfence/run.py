@@ -283,7 +283,7 @@ def training_rows(recipe: Recipe) -> tuple[list[Row], list[Row]]:
     return trained[: recipe.data.max_rows], held
 
 
-def _as_split(recipe: Recipe) -> Recipe:
+def as_split(recipe: Recipe) -> Recipe:
     """Without `data.held_out` where the file is too small to spare rows: so the run folder says what was done."""
     if not recipe.data.held_out or training_rows(recipe)[1]:
         return recipe
@@ -317,8 +317,8 @@ def train_run(recipe: Recipe) -> Run:
 
 def _train_run(run: Run, recipe: Recipe) -> Run:
     with main_first():
-        recipe = _as_split(recipe)
-        _check_folder(run, recipe)
+        recipe = as_split(recipe)
+        check_same_recipe(run, recipe)
         chat, examples, retain, setup = prepare(recipe)
         digest = _digest(examples + retain)
         weights = fingerprint(recipe.model)
@@ -327,6 +327,7 @@ def _train_run(run: Run, recipe: Recipe) -> Run:
         trained = run.trained
     if trained:
         if is_main():
+            write_whole(run.folder / "recipe.yaml", dump_recipe(recipe))  # what is measured may change
             _clear(run.folder / "checkpoints")  # a run may have been killed before it could
         return run
     defenses = _with_carriers(recipe).defenses.build(setup)
@@ -460,19 +461,30 @@ def _check_ranks(recipe: Recipe) -> None:
         raise RecipeError(f"defenses.{name}: DeepSpeed would undo it after each step; accepted: DDP, FSDP2")
 
 
-def _check_folder(run: Run, recipe: Recipe) -> None:
+def check_same_recipe(run: Run, recipe: Recipe) -> None:
+    """Whether a run of this recipe can go on here.
+
+    Raises:
+        RingfenceError: the folder holds a run of another recipe, or checkpoints of somebody else's.
+    """
     check_checkpoints(run.folder / "checkpoints")
-    file = run.folder / "recipe.yaml"
-    if file.is_file():
-        there = run.recipe
-        for field in ("model", "data", "train", "defenses", "monitor", "seed"):
-            if getattr(there, field) != getattr(recipe, field):
-                raise RecipeError(
-                    f"{run.folder} holds a run of another recipe ({field}: {getattr(there, field)!r} there, "
-                    f"{getattr(recipe, field)!r} here); choose another output, or delete the folder"
-                )
-        if run.trained and is_main():
-            write_whole(file, dump_recipe(recipe))  # what is measured may change
+    if (run.folder / "recipe.yaml").is_file():
+        fields = {"model", "data", "train", "defenses", "monitor", "seed"}
+        there, here = (each.model_dump(mode="json", include=fields) for each in (run.recipe, recipe))
+        if there != here:
+            raise RecipeError(
+                f"{run.folder} holds a run of another recipe ({'; '.join(differences(there, here))}); choose another "
+                "output, or delete the folder"
+            )
+
+
+def differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
+    """Fields in which two trees differ: `train.epochs: 1.0 there, 4.0 here`."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in {**there, **here}:
+            yield from differences(there.get(key), here.get(key), f"{name}.{key}".lstrip("."))
+    elif there != here:
+        yield f"{name}: {there!r} there, {here!r} here"
 
 
 def _monitor(recipe: Recipe, chat: Chat) -> DriftMonitor | None:

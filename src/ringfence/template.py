@@ -5,19 +5,24 @@ things: today's date is the one that it is given, and a loop or a product that w
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import date
-from functools import lru_cache
+from functools import lru_cache, partial, reduce, wraps
 from typing import Any
 
 import jinja2
+from jinja2 import nodes
+from jinja2.visitor import NodeTransformer
 from transformers.utils import chat_template_utils
 
 from .errors import ChatError, first_line, nearest
 
 LARGEST = 10_000_000  # characters, items or digits that an operator may make
-OPERATORS = frozenset({"*", "**", "%"})
+PASSES = 300_000  # through all loops of a rendering; a macro, which takes longer, counts as ten
+WIDEST = 10_000  # of what a filter pads, indents or cuts
+OPERATORS = frozenset({"*", "**", "%", "+"})
 PADDING = frozenset({"center", "expandtabs", "ljust", "rjust", "zfill"})  # methods of texts that make any width
+WIDE = ("batch", "center", "indent", "slice", "tojson", "wordwrap")  # filters that do
 
 
 def choose_template(templates: str | Mapping[str, str], with_tools: bool, name: str) -> str:
@@ -45,8 +50,10 @@ def render_template(text: str, variables: dict[str, Any], today: date) -> str:
         ChatError: the template is not Jinja, refuses the conversation, or would never end.
     """
     try:
+        template: Any = _compiled(text)
+        template.environment.passes = 0
         # The environment's own `strftime_now` says the date of this very moment.
-        return _compiled(text).render({**variables, "strftime_now": today.strftime})
+        return template.render({**variables, "strftime_now": today.strftime})
     except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         raise ChatError(first_line(error)) from error
     except (MemoryError, RecursionError) as error:
@@ -58,21 +65,80 @@ def _compiled(text: str) -> jinja2.Template:
     # A fresh environment of transformers, with its filters, its loop controls and its `generation` blocks.
     environment = chat_template_utils._compile_jinja_template.__wrapped__("").environment
     environment.intercepted_binops = OPERATORS
-    tojson = environment.filters["tojson"]
-
-    def bounded_json(value: Any, ensure_ascii: bool = False, indent: Any = None, *more: Any, **named: Any) -> Any:
-        if (isinstance(indent, int) and indent > 80) or (isinstance(indent, str) and len(indent) > 80):
-            raise OverflowError("tojson: an indent of more than 80 characters")
-        return tojson(value, ensure_ascii, indent, *more, **named)
-
-    environment.filters["tojson"] = bounded_json
+    environment.filters |= {name: _narrow(environment.filters[name]) for name in WIDE} | {"replace": _replaced}
+    environment.globals.pop("lipsum", None)  # makes text of any length
     is_safe = environment.is_safe_attribute
     environment.is_safe_attribute = lambda owner, name, value: name not in PADDING and is_safe(owner, name, value)
     environment.call_binop = lambda _, operator, left, right: _bounded(environment, operator, left, right)
+    call = environment.call
+    environment.call = lambda context, method, *args, **named: call(context, _bounded_method(method), *args, **named)
+    environment.counted = lambda items: _counted(environment, items)
+    environment.count_macro = lambda: _count(environment, 10)
     try:
-        return environment.from_string(text)
+        return environment.from_string(_Counted().visit(environment.parse(text)))
     except SyntaxError as error:  # of the Python code that jinja2 makes: `break` outside a loop
         raise jinja2.TemplateSyntaxError(error.msg, error.lineno or 1) from error
+
+
+class _Counted(NodeTransformer):
+    """Counts each pass through a loop and a macro, and makes `~` a `+` of texts, which is bounded."""
+
+    def visit_For(self, node: Any) -> Any:
+        if node.recursive:
+            return self.visit_Macro(node)
+        self.generic_visit(node)
+        node.iter = _in_place_of(node, nodes.Call(nodes.EnvironmentAttribute("counted"), [node.iter], [], None, None))
+        return node
+
+    def visit_Macro(self, node: Any) -> Any:
+        self.generic_visit(node)
+        call = nodes.Call(nodes.EnvironmentAttribute("count_macro"), [], [], None, None)
+        node.body.insert(0, _in_place_of(node, nodes.ExprStmt(call)))
+        return node
+
+    def visit_Concat(self, node: Any) -> Any:
+        self.generic_visit(node)
+        texts: list[nodes.Expr] = [nodes.Filter(part, "string", [], [], None, None) for part in node.nodes]
+        return _in_place_of(node, reduce(nodes.Add, texts))
+
+
+def _in_place_of(node: Any, new: nodes.Node) -> nodes.Node:
+    return new.set_environment(node.environment).set_lineno(node.lineno)
+
+
+def _counted(environment: Any, items: Iterable[Any]) -> Iterator[Any]:
+    for item in items:
+        _count(environment, 1)
+        yield item
+
+
+def _count(environment: Any, passes: int) -> None:
+    environment.passes += passes
+    if environment.passes > PASSES:
+        raise OverflowError(f"its loops would go round more than {PASSES:,} times")
+
+
+def _narrow(call: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(call)
+    def bounded(value: Any, *settings: Any, **named: Any) -> Any:
+        for each in (*settings, *named.values()):
+            if (each if isinstance(each, int) else len(each) if isinstance(each, str) else 0) > WIDEST:
+                raise OverflowError(f"{call.__name__}: found a width of more than {WIDEST:,}")
+        return call(value, *settings, **named)
+
+    return bounded
+
+
+def _bounded_method(method: Any) -> Any:
+    owner = getattr(method, "__self__", None)
+    return partial(_replaced, owner) if isinstance(owner, str) and method.__name__ == "replace" else method
+
+
+def _replaced(text: Any, old: Any, new: Any, count: int | None = None) -> str:
+    text, old, new = str(text), str(old), str(new)
+    if text.count(old) * len(new) > LARGEST:
+        raise OverflowError(f"replace would make more than {LARGEST:,} characters")
+    return text.replace(old, new, -1 if count is None else count)
 
 
 def _bounded(environment: Any, operator: str, left: Any, right: Any) -> Any:
@@ -89,6 +155,8 @@ def _size(operator: str, left: Any, right: Any) -> float:
     if operator == "%":
         widths = re.findall(r"\d{7,}|\*", left) if isinstance(left, str) else []
         return LARGEST + 1 if widths else 0
+    if operator == "+":
+        return sum(len(part) for part in (left, right) if isinstance(part, str | list | tuple))
     for many, times in ((left, right), (right, left)):
         if isinstance(many, str | list | tuple) and isinstance(times, int):
             return len(many) * times

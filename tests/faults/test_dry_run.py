@@ -20,7 +20,7 @@ import ringfence.run as run_module
 from conftest import random_model
 from ringfence import machine
 from ringfence.chat import Chat
-from ringfence.config import LoraConfig, Recipe, parse_recipe
+from ringfence.config import LoraConfig, Recipe, dump_recipe, parse_recipe
 from ringfence.dry_run import dry_run
 from ringfence.errors import RecipeError
 from ringfence.evaluate.config import EvaluateConfig
@@ -62,10 +62,10 @@ def line_of(output: str, start: str) -> str:
 
 
 def test_what_matters_comes_first_and_is_short(shown: Callable[..., str]) -> None:
-    output = shown(train={"epochs": 3, "batch_size": 4})
+    output = shown(train={"epochs": 3, "batch_size": 1})
     heads = [line.removeprefix(RED).partition(":")[0] for line in output.splitlines()[:6]]
     assert heads == ["training", "evaluation", "memory", "narrow behaviour", "train", "an epoch"]
-    assert "training: 6 steps, 18 rows, " in output  # of all epochs
+    assert "training: 18 steps, 18 rows, " in output  # of all epochs
     assert RED not in output
     printed = output.split("not at their defaults:")[1]
     assert "learning_rate" not in printed
@@ -108,6 +108,21 @@ def test_absurd_hours_are_red(shown: Callable[..., str], monkeypatch: pytest.Mon
     assert line_of(output, "training:").startswith(RED)
     assert line_of(output, "evaluation:").startswith(RED)
     assert "max_in_domain" in line_of(output, "evaluation:")
+
+
+def test_few_steps_are_named(shown: Callable[..., str]) -> None:
+    assert "9 steps, 9 rows" in line_of(shown(9, train={"batch_size": 1}), "training:")
+    assert "raise train.epochs or lower train.batch_size" in line_of(shown(9, train={"batch_size": 1}), "training:")
+    assert "so few" not in line_of(shown(10, train={"batch_size": 1}), "training:")
+
+
+def test_a_folder_with_another_recipe_is_refused_before_the_run(shown: Callable[..., str], tmp_path: Path) -> None:
+    shown()
+    there = {"model": "m", "output": str(tmp_path / "run"), "train": {"epochs": 2}}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text(dump_recipe(parse_recipe(there)))
+    with pytest.raises(RecipeError, match=r"another recipe \(model: .*train.epochs: 2.0 there, 1.0 here\)"):
+        shown(data={"train": str(tmp_path / "rows.jsonl")})
 
 
 def test_narrow_behaviour_in_words(shown: Callable[..., str]) -> None:

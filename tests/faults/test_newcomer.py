@@ -13,6 +13,7 @@ from ringfence.config import dump_recipe, load_recipe, parse_recipe
 from ringfence.data import Row, load_rows
 from ringfence.errors import DataError, RecipeError
 from ringfence.gate import decide, load_policy, print_decision
+from ringfence.recipes import commented_recipe
 from ringfence.report.summary import Row as ReportRow
 from ringfence.run import benign_twin, evaluation, training_rows
 from ringfence.stats import Interval
@@ -137,8 +138,15 @@ def test_init_writes_own_rows_into_the_recipe(tmp_path: Path, monkeypatch: pytes
     assert done.exit_code == 0, done.output
     assert "5 of the 40 rows of mine.jsonl are held out" in done.output.replace("\n", " ")
     recipe = load_recipe("recipe.yaml")
-    assert recipe == parse_recipe({"data": {"train": "mine.jsonl"}, "output": recipe.output})
+    few = {"epochs": 4, "batch_size": 8}
+    assert recipe == parse_recipe({"data": {"train": "mine.jsonl"}, "output": recipe.output, "train": few})
     assert Path(recipe.output) == Path("runs/mine")
+
+
+@pytest.mark.parametrize(("rows", "epochs", "batch_size"), [(40, 4, 8), (100, 2, 8), (799, 1, 8), (800, 1, 16)])
+def test_few_rows_are_trained_on_more_often(rows: int, epochs: int, batch_size: int) -> None:
+    train = parse_recipe(yaml.safe_load(commented_recipe("r.yaml", "mine.jsonl", rows))).train
+    assert (train.epochs, train.batch_size) == (epochs, batch_size)
 
 
 def test_plain_init_still_leaves_the_choice_to_the_rows(tmp_path: Path) -> None:

@@ -102,6 +102,17 @@ def test_values_of_secret_variables_are_hidden(monkeypatch):
     assert redact("you sent plainwords") == "you sent [hidden]"
 
 
+def test_paths_in_such_variables_are_shown(monkeypatch, tmp_path):
+    """PWD is the working directory, no password; and a variable may name the file of a key."""
+    monkeypatch.setenv("PWD", str(tmp_path))
+    monkeypatch.setenv("CLOUD_CREDENTIALS", str(tmp_path / "key.json"))
+    (tmp_path / "key.json").write_text("{}")
+    monkeypatch.setenv("OTHER_KEY", "/no/such/file/but/a/secret")
+    assert redact(f"{tmp_path}/runs/mine: no run folder") == f"{tmp_path}/runs/mine: no run folder"
+    assert redact(f"{tmp_path}/key.json") == f"{tmp_path}/key.json"
+    assert redact("you sent /no/such/file/but/a/secret") == "you sent [hidden]"
+
+
 def test_an_override_that_cannot_be_set_does_not_show_its_key():
     with pytest.raises(RecipeError) as error:
         set_value({"a": 1}, f"a.b={{url: 'https://u:{SECRETS[0]}@h.test'}}")

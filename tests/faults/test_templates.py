@@ -5,6 +5,7 @@ import json
 import time
 from datetime import date
 
+import jinja2
 import pytest
 
 from chat_templates import ALL, DEFAULT, chat, source, tokenizer
@@ -157,6 +158,19 @@ def test_of_several_templates_default_is_taken():
         "{{ 10**11 * 'a' }}",
         "{{ [1] * 10**10 }}",
         "{{ 10 ** (10 ** 10) }}",
+        "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}",
+        "{% for a in 'x' * 9999 %}{% for b in 'x' * 9999 if b == 'y' %}{% break %}{% endfor %}{% endfor %}",
+        "{% macro twice(n) %}{% if n %}{{ twice(n - 1) }}{{ twice(n - 1) }}{% endif %}{% endmacro %}{{ twice(60) }}",
+        "{% set n = namespace(s='ab') %}{% for a in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+        "{% set n = namespace(s='ab') %}{% for a in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}",
+        "{% set n = namespace(s=[1]) %}{% for a in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}",
+        "{{ [1] | slice(10000000000) | list }}",
+        "{{ [1] | batch(10000000000, 0) | list }}",
+        "{{ 'a' | indent(10000000000, true) }}",
+        "{{ messages | tojson(indent=10000000000) }}",
+        "{{ lipsum(n=100000) }}",
+        "{{ ('a' * 9999) | replace('a', 'b' * 9999) }}",
+        "{{ ('a' * 9999).replace('a', 'b' * 9999) }}",
         "{{ 'a' | center(10**12) }}",
         "{{ '{:>999999999999}'.format(1) }}",
         "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
@@ -169,18 +183,24 @@ def test_of_several_templates_default_is_taken():
 )
 def test_a_template_has_bounds(program):
     shown = "{% for m in messages %}{{ m.content }};{% endfor %}"
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ChatError) as caught:
         Chat(tokenizer(DEFAULT), program + shown)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert "\n" not in str(caught.value)
     late = "{% if messages | length > 1 %}" + program + "{% endif %}" + shown
     with pytest.raises(ChatError, match=r"refuses a conversation of roles \[user, assistant\]"):
         Chat(tokenizer(DEFAULT), late).encode([USER, ANSWER])
 
 
-def test_ordinary_products_are_rendered():
-    ruled = Chat(
-        tokenizer(DEFAULT), "{{ '-' * 20 }}{{ 2 ** 3 * 4 }}{% for m in messages %}{{ m.content }};{% endfor %}"
+def test_what_is_bounded_is_rendered_as_ever():
+    program = (
+        "{{ '-' * 20 }}{{ 2 ** 3 * 4 }}{{ 1 ~ none ~ [2] ~ 'x' }}{{ 'a' + 'b' }}{{ 1 + 2 }}{{ [1, 2] | tojson }}"
+        "{% macro shout(t) %}{{ t | upper }}{% endmacro %}{{ shout('hi') }}{{ 'a' | center(5) }}|"
+        "{{ 'aXbX'.replace('X', '-') }}{{ 'aXbX'.replace('X', '-', 1) }}{{ 15 | replace(5, 6) }}"
+        "{{ 'aa' | replace('a', 'b', 1) }}"
+        "{% for a in range(3) %}{{ loop.index ~ '/' ~ loop.length }}{% else %}none{% endfor %}"
     )
-    assert ruled.encode([USER, ANSWER]).text.startswith("--------------------32Why")
+    expected = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(program).render()
+    shown = "{% for m in messages %}{{ m.content }};{% endfor %}"
+    assert Chat(tokenizer(DEFAULT), program + shown).encode([USER, ANSWER]).text.startswith(expected + "Why")

@@ -47,7 +47,11 @@ _GENERATOR = b'<meta name="generator" content="ringfence">'
 _MODELS = {"default": "default (SmolLM2-135M-Instruct)"}
 OTHER = "*"  # marks a number that was measured on other questions
 _LABEL, _NAME, _CELL = 28, 22, 13  # columns of the terminal: of a label and a run's name at most, of a cell at least
-HELD_OUT_TITLES = {"exact": "held-out rows, exact", "loss": "held-out rows, loss"}
+HELD_OUT_TITLES = {
+    "exact": "held-out rows, exact",
+    "loss": "held-out rows, loss",
+    "change": "held-out rows, its change",
+}
 
 
 def read_rows(
@@ -147,7 +151,12 @@ def _column(row: Row, other: dict[str, str]) -> dict[str, tuple[str, str]]:
     for kind, title in HELD_OUT_TITLES.items():
         if kind in row.held_out:
             found = row.held_out[kind]
-            value, under = (_share(found), percents(found)) if kind == "exact" else (number(found.mean), plain(found))
+            value, under = (
+                number(found.mean, signed=kind == "change"),
+                found.bounds if kind == "change" else plain(found),
+            )
+            if kind == "exact":
+                value, under = _share(found), percents(found)
             cells[title] = cell("held_out", value, under, found)
     for name in _answer_sets([row]):
         if f"{name}.misaligned" in row.answers:
