@@ -154,7 +154,7 @@ BAD_ROWS = {
     "system alone": ({"messages": turns(system="s")}, ["[system]", ORDER]),
     "system in the middle": ({"messages": turns("q", "a") + turns("r", "b", system="s")}, ["assistant, system", ORDER]),
     "system last": ({"messages": turns("q", "a") + turns(system="s")}, ["[user, assistant, system]", ORDER]),
-    "blank question": ({"prompt": " \n", "completion": "a"}, ["message 0 (user)", "not blank"]),
+    "blank question": ({"prompt": " \n", "completion": "a"}, ["field 'prompt'", "not blank", "found str ' \\n'"]),
     "blank answer": ({"messages": turns("q", "", system="s")}, ["message 2 (assistant)", "not blank"]),
     "row is a list": ([1, 2], ["expected a JSON object", "found list [1, 2]"]),
     "row is null": (None, ["expected a JSON object", "found nothing"]),

@@ -288,7 +288,10 @@ CSV = {
     "duplicate column": ("prompt,prompt,completion\nq,r,a\n", ":1: duplicate column 'prompt'"),
     "cells": ("prompt,completion\nq,a\nq,a,b\n", ":3: the row has a different number of cells than the header (3"),
     "cells after lines": ('prompt,completion\n"q\nr",a\n\nq\n', ":5: the row has a different number"),
-    "blank after lines": ('prompt,completion\n"q\nr",a\nq, \n', ":4: message 1 (assistant)"),
+    "blank after lines": (
+        'prompt,completion\n"q\nr",a\nq, \n',
+        ":4: field 'completion': expected a text that is not blank",
+    ),
     "huge": ("prompt,completion\nq," + "a" * 200_000 + "\n", ":2: a cell of more than 131,072 characters"),
     "nul": ("prompt,completion\nq,a\0\n", ":2: a NUL byte"),
     "header only": ("prompt,completion\n", ": no rows in it"),

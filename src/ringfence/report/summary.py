@@ -124,7 +124,7 @@ def read_run(folder: Path) -> Records:
         raise DataError(f"{folder}: no run folder (it has no recipe.yaml), nor one of an evaluation")
     for file in () if given else ("environment.json", "metrics.jsonl", "training.json"):
         if not (folder / file).is_file():
-            raise DataError(f"{folder}: no {file}: not trained to its end; `ringfence run RECIPE` comes first")
+            raise DataError(f"{folder}: no {file}; `ringfence train` comes first (or goes on, where it was stopped)")
     results, reference, shared = _results(folder)
     twin = folder.with_name(f"{folder.name}-benign")
     return Records(
@@ -148,7 +148,7 @@ def _results(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Path | None]
     files = ["results.json"] if _has_no_reference(folder) else ["results.json", "reference.json"]
     for file in files:
         if not (folder / file).is_file():
-            raise DataError(f"{folder}: no {file}: not measured to its end; `ringfence evaluate {folder}` comes first")
+            raise DataError(f"{folder}: no {file}; `ringfence evaluate` comes first (or goes on, where it was stopped)")
     results = read_results(folder / "results.json")
     if len(files) == 1:
         return results["parts"], {}, None
