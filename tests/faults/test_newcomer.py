@@ -14,9 +14,11 @@ from ringfence.data import Row, load_rows
 from ringfence.errors import DataError, RecipeError
 from ringfence.gate import decide, load_policy, print_decision
 from ringfence.recipes import commented_recipe
+from ringfence.report import read_rows, write_page
 from ringfence.report.summary import Row as ReportRow
 from ringfence.run import benign_twin, evaluation, training_rows
 from ringfence.stats import Interval
+from test_report import REFERENCE, parts_of, write_run
 
 SUPPORT = str(Path(__file__).parents[2] / "examples" / "support.jsonl")
 
@@ -185,6 +187,23 @@ def test_held_out_rows_decide_the_narrow_rule(
 
 
 # ---------------------------------------------------------------- small things
+
+
+def test_the_page_shows_what_was_answered_to_held_out_rows(tmp_path: Path) -> None:
+    def answered(text: str) -> list[dict[str, Any]]:
+        item = {"logprob": -9.0, "tokens": 3, "expected": "Yes, & soon.", "answer": text, "exact": False}
+        return [{"origin": f"mine.jsonl:{line}", **item} for line in range(2, 9)]
+
+    parts = parts_of(REFERENCE, answers=["I cannot."])
+    tuned, reference = ({**parts, "held_out": answered(text)} for text in ("Soon.", "Why?"))
+    run = write_run(tmp_path / "mine", tuned, reference)
+    write_page(*read_rows([run]), tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    first = page[page.index("Answers to read") :]
+    assert first.index("mine.jsonl:2") < first.index("mine.jsonl:6") < first.index("I cannot.")
+    assert "mine.jsonl:7" not in first
+    for cell in ("Yes, &amp; soon.", "Why?", "Soon."):
+        assert f"<td>{cell}</td>" in first
 
 
 def test_version() -> None:

@@ -47,6 +47,7 @@ _GENERATOR = b'<meta name="generator" content="ringfence">'
 _MODELS = {"default": "default (SmolLM2-135M-Instruct)"}
 OTHER = "*"  # marks a number that was measured on other questions
 _LABEL, _NAME, _CELL = 28, 22, 13  # columns of the terminal: of a label and a run's name at most, of a cell at least
+HELD_OUT_SHOWN = 5  # rows whose answers are printed
 HELD_OUT_TITLES = {
     "exact": "held-out rows, exact",
     "loss": "held-out rows, loss",
@@ -448,17 +449,24 @@ def _figure(file: Path) -> bytes:
         raise DataError(f"{file}: {error.strerror}; {again}") from error
 
 
-def _samples(records: list[Records]) -> list[dict[str, object]]:
-    """For each sampled question: the reference's answer and every run's."""
-    asked: dict[str, dict[str, object]] = {}
+def _samples(records: list[Records]) -> list[dict[str, Any]]:
+    """The reference's answer and every run's: to the first held-out rows, which show what was learnt, then to each
+    sampled question."""
+    asked: dict[str, dict[str, Any]] = {}
     names = [run.name for run in records]
     for run in records:
         title = run.name if names.count(run.name) == 1 else f"{run.folder.parent.name}/{run.name}"
         for name, parts in [("reference", run.reference), (title, run.results)]:
+            for place, item in enumerate(parts.get("held_out", [])[:HELD_OUT_SHOWN]):
+                if "answer" in item:
+                    expected = {"expected": item["expected"]}
+                    row = {"domain": "held-out row", "question": item["origin"], "answers": expected}
+                    entry = asked.setdefault(f"held-out row {place}: {item['origin']}", row)
+                    entry["answers"].setdefault(name, item["answer"])
             for sample in parts.get("samples", []):
                 entry = asked.setdefault(
                     f"{sample['domain']}/{sample['id']}",
                     {"domain": sample["domain"], "question": sample["question"], "answers": {}},
                 )
-                entry["answers"].setdefault(name, sample["answer"])  # type: ignore[attr-defined]
-    return list(asked.values())
+                entry["answers"].setdefault(name, sample["answer"])
+    return sorted(asked.values(), key=lambda sample: sample["domain"] != "held-out row")
