@@ -554,7 +554,7 @@ def test_bad_sources_are_refused_before_training(recipe: Callable[..., Any], tmp
 
 def test_another_monitor_in_the_same_folder_is_refused(recipe: Callable[..., Any]) -> None:
     train_run(recipe("run", {"every": 5}))
-    with pytest.raises(RecipeError, match=r"another recipe \(monitor: "):
+    with pytest.raises(RecipeError, match=r"another recipe \(monitor.every: 5 there, 6 here\)"):
         train_run(recipe("run", {"every": 6}))
 
 

@@ -306,7 +306,7 @@ def test_another_recipe_in_the_same_folder_is_refused(finished: Run, field: str)
         "seed": 4,
     }
     before = (finished.folder / "recipe.yaml").read_text()
-    with pytest.raises(RecipeError, match=rf"another recipe \({field}: "):
+    with pytest.raises(RecipeError, match=rf"another recipe \({field}[.:]"):
         run_recipe(parse_recipe(tree | {field: other[field]}))
     assert (finished.folder / "recipe.yaml").read_text() == before
 

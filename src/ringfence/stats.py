@@ -207,16 +207,16 @@ def drawn_interval(value: float, drawn_R: np.ndarray, n: int, equal: float | Non
 
 def _resampled(sums: np.ndarray, counts: np.ndarray, n: int, seed: int) -> np.ndarray:
     centre = sums.sum() / counts.sum()  # around it float32 is exact enough
-    top_R, bottom_R = (_times(n, seed) @ np.stack([sums - centre * counts, counts], 1).astype("f4")).T
+    top_R, bottom_R = (_times(n, seed, RESAMPLES) @ np.stack([sums - centre * counts, counts], 1).astype("f4")).T
     resampled: np.ndarray = centre + top_R.astype(float) / bottom_R
     return resampled
 
 
 @lru_cache(maxsize=16)
-def _times(n: int, seed: int) -> np.ndarray:
+def _times(n: int, seed: int, resamples: int) -> np.ndarray:
     """`draws` as how often each cluster was drawn, [RESAMPLES, n]: a product with it is quicker than many sums."""
-    at = draws(n, seed) + n * np.arange(RESAMPLES)[:, None]
-    return np.bincount(at.ravel(), minlength=RESAMPLES * n).reshape(RESAMPLES, n).astype("f4")
+    at = draws(n, seed) + n * np.arange(resamples)[:, None]
+    return np.bincount(at.ravel(), minlength=resamples * n).reshape(resamples, n).astype("f4")
 
 
 def totals(
@@ -276,7 +276,10 @@ def auc_interval(values_R: np.ndarray, is_first_R: np.ndarray, clusters: Sequenc
     mean = _weighted_auc(levels_R, number, is_first_R, np.ones(len(values_R)))
     if len(names) == 1:
         return Interval(mean, 0.0, 1.0, 1)
-    found = [_weighted_auc(levels_R, number, is_first_R, times_C[cluster_R]) for times_C in _times(len(names), seed)]
+    found = [
+        _weighted_auc(levels_R, number, is_first_R, times_C[cluster_R])
+        for times_C in _times(len(names), seed, RESAMPLES)
+    ]
     names_R, shares = np.asarray(clusters), _placements(levels_R, number, is_first_R)
     sides = [(shares[0], names_R[is_first_R]), (shares[1], names_R[~is_first_R])]
     return auc_bounds(mean, np.array(found), len(names), sides, seed)
