@@ -506,8 +506,8 @@ def _turn(record: dict[str, Any], origin: str, field: str, role: str, unread: Co
         return _message_list(value, origin, field, "role", "content", unread)
     if not isinstance(value, str):
         raise DataError(f"{origin}: field {field!r}: expected a text, found {_show(value)}")
-    if not value.strip():
-        raise DataError(f"{origin}: field {field!r}: expected a text that is not blank, found {_show(value)}")
+    if role != "system":
+        _text_of(value, origin, field)
     return [{"role": role, "content": value}]
 
 

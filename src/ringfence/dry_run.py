@@ -72,7 +72,8 @@ def dry_run(recipe: Recipe, console: Console) -> None:
     Raises:
         RingfenceError: what training would refuse.
     """
-    check_same_recipe(Run(Path(recipe.output)), as_split(recipe))
+    if Path(recipe.output).exists():
+        check_same_recipe(Run(Path(recipe.output)), as_split(recipe))
     plan = _plan(recipe)
     lines = [training(plan, "training"), measuring(plan, "evaluation")]
     if recipe.evaluate.benign:

@@ -329,9 +329,9 @@ def print_decision(decision: Decision, console: Console) -> None:
     left_out = [verdict.rule.measure for verdict in decision.verdicts if verdict.word == "left out"]
     decided = [verdict for verdict in decision.verdicts if verdict.word != "left out"]
     cells = [_cells(verdict) for verdict in decided]
-    beside = [max(len(row[place]) for row in cells) for place in range(1, 4)]
+    beside = [max((len(row[place]) for row in cells), default=0) for place in range(1, 4)]
     room = console.width - sum(beside) - 9  # three gaps of three
-    if room < max(len(part) for row in cells for part in row[0].split(".")) + 1:
+    if any(len(part) >= room for row in cells for part in row[0].split(".")):
         # Intervals go below their means, so that no name breaks inside a word.
         cells = [(name, found.replace(" [", "\n["), limit, word) for name, found, limit, word in cells]
         room += beside[0] - max(len(line) for row in cells for line in row[1].split("\n"))

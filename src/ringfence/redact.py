@@ -34,7 +34,11 @@ def redact(text: str, *secrets: str) -> str:
     """The text without keys and passwords: the secrets given, values of environment variables such as `X_API_KEY`, and
     whatever is shaped like one (`user:password@` and `?key=...` in URLs, `Bearer ...`, `sk-...`, `hf_...`)."""
     known = {secret for secret in secrets if len(secret) > 3}
-    known |= {value for name, value in os.environ.items() if _SECRET_VARIABLE.search(name) and not _is_path(value)}
+    known |= {
+        value
+        for name, value in os.environ.items()
+        if len(value) > 7 and _SECRET_VARIABLE.search(name) and not _is_path(value)
+    }
     for secret in sorted(known, key=len, reverse=True):
         for form in {secret, quote(secret, safe="")}:
             text = text.replace(form, HIDDEN)
@@ -74,8 +78,8 @@ def is_name_of_variable(text: str) -> bool:
 
 
 def _is_path(value: str) -> bool:
-    """The working directory in PWD, a file in GOOGLE_CREDENTIALS; and what is too short to be a secret."""
-    return len(value) <= 7 or (value.startswith(("/", "~", ".")) and "\0" not in value and os.path.exists(value))
+    """The working directory in PWD, a file in GOOGLE_CREDENTIALS."""
+    return value.startswith(("/", "~", ".")) and os.path.exists(value)
 
 
 def _is_secret(name: str, value: str) -> bool:

@@ -473,16 +473,16 @@ def check_same_recipe(run: Run, recipe: Recipe) -> None:
         there, here = (each.model_dump(mode="json", include=fields) for each in (run.recipe, recipe))
         if there != here:
             raise RecipeError(
-                f"{run.folder} holds a run of another recipe ({'; '.join(differences(there, here))}); choose another "
+                f"{run.folder} holds a run of another recipe ({'; '.join(_differences(there, here))}); choose another "
                 "output, or delete the folder"
             )
 
 
-def differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
+def _differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
     """Fields in which two trees differ: `train.epochs: 1.0 there, 4.0 here`."""
     if isinstance(there, dict) and isinstance(here, dict):
         for key in {**there, **here}:
-            yield from differences(there.get(key), here.get(key), f"{name}.{key}".lstrip("."))
+            yield from _differences(there.get(key), here.get(key), f"{name}.{key}".lstrip("."))
     elif there != here:
         yield f"{name}: {there!r} there, {here!r} here"
 

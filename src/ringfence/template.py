@@ -19,10 +19,10 @@ from .errors import ChatError, first_line, nearest
 
 LARGEST = 10_000_000  # characters, items or digits that an operator may make
 PASSES = 300_000  # through all loops of a rendering; a macro, which takes longer, counts as ten
-WIDEST = 10_000  # of what a filter pads, indents or cuts
 OPERATORS = frozenset({"*", "**", "%", "+"})
 PADDING = frozenset({"center", "expandtabs", "ljust", "rjust", "zfill"})  # methods of texts that make any width
-WIDE = ("batch", "center", "indent", "slice", "tojson", "wordwrap")  # filters that do
+# Filters that do, or that add to every line; and the largest number or text that each may be given.
+WIDEST = {"batch": 10_000, "center": 10_000, "indent": 80, "slice": 10_000, "tojson": 80, "wordwrap": 10_000}
 
 
 def choose_template(templates: str | Mapping[str, str], with_tools: bool, name: str) -> str:
@@ -65,7 +65,8 @@ def _compiled(text: str) -> jinja2.Template:
     # A fresh environment of transformers, with its filters, its loop controls and its `generation` blocks.
     environment = chat_template_utils._compile_jinja_template.__wrapped__("").environment
     environment.intercepted_binops = OPERATORS
-    environment.filters |= {name: _narrow(environment.filters[name]) for name in WIDE} | {"replace": _replaced}
+    environment.filters |= {name: _narrow(environment.filters[name], most) for name, most in WIDEST.items()}
+    environment.filters["replace"] = lambda text, old, new, *count: _replaced(str(text), str(old), str(new), *count)
     environment.globals.pop("lipsum", None)  # makes text of any length
     is_safe = environment.is_safe_attribute
     environment.is_safe_attribute = lambda owner, name, value: name not in PADDING and is_safe(owner, name, value)
@@ -118,13 +119,15 @@ def _count(environment: Any, passes: int) -> None:
         raise OverflowError(f"its loops would go round more than {PASSES:,} times")
 
 
-def _narrow(call: Callable[..., Any]) -> Callable[..., Any]:
+def _narrow(call: Callable[..., Any], most: int) -> Callable[..., Any]:
+    subject = 2 if hasattr(call, "jinja_pass_arg") else 1  # the environment comes before the value, in some filters
+
     @wraps(call)
-    def bounded(value: Any, *settings: Any, **named: Any) -> Any:
-        for each in (*settings, *named.values()):
-            if (each if isinstance(each, int) else len(each) if isinstance(each, str) else 0) > WIDEST:
-                raise OverflowError(f"{call.__name__}: found a width of more than {WIDEST:,}")
-        return call(value, *settings, **named)
+    def bounded(*given: Any, **named: Any) -> Any:
+        for each in (*given[subject:], *named.values()):
+            if (len(each) if isinstance(each, str) else each if isinstance(each, int) else 0) > most:
+                raise OverflowError(f"{call.__name__}: found a width of more than {most:,}")
+        return call(*given, **named)
 
     return bounded
 
@@ -134,8 +137,7 @@ def _bounded_method(method: Any) -> Any:
     return partial(_replaced, owner) if isinstance(owner, str) and method.__name__ == "replace" else method
 
 
-def _replaced(text: Any, old: Any, new: Any, count: int | None = None) -> str:
-    text, old, new = str(text), str(old), str(new)
+def _replaced(text: str, old: str, new: str, count: int | None = None) -> str:
     if text.count(old) * len(new) > LARGEST:
         raise OverflowError(f"replace would make more than {LARGEST:,} characters")
     return text.replace(old, new, -1 if count is None else count)

@@ -152,6 +152,14 @@ def test_time_scales_with_parameters_speed_and_tokens(monkeypatch: pytest.Monkey
     assert "not estimated" in machine.estimated(135_000_000, trained=1, device="cuda")
 
 
+def test_an_estimate_leaves_the_seed_alone() -> None:
+    """Else a run would draw other dropout after another run in one process, whose speed is known already."""
+    machine.speed.cache_clear()
+    before = torch.get_rng_state()
+    machine.estimated(135_000_000, trained=1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_time_of_this_machine() -> None:
     """A forward takes about as long as is said, whatever the CPU and whatever else it does."""
     model = random_model(vocab_size=100, hidden_size=576, intermediate_size=1536, num_hidden_layers=4)

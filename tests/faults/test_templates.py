@@ -168,6 +168,7 @@ def test_of_several_templates_default_is_taken():
         "{{ [1] | batch(10000000000, 0) | list }}",
         "{{ 'a' | indent(10000000000, true) }}",
         "{{ messages | tojson(indent=10000000000) }}",
+        "{{ messages | tojson(indent=81) }}",
         "{{ lipsum(n=100000) }}",
         "{{ ('a' * 9999) | replace('a', 'b' * 9999) }}",
         "{{ ('a' * 9999).replace('a', 'b' * 9999) }}",
@@ -198,7 +199,7 @@ def test_what_is_bounded_is_rendered_as_ever():
         "{{ '-' * 20 }}{{ 2 ** 3 * 4 }}{{ 1 ~ none ~ [2] ~ 'x' }}{{ 'a' + 'b' }}{{ 1 + 2 }}{{ [1, 2] | tojson }}"
         "{% macro shout(t) %}{{ t | upper }}{% endmacro %}{{ shout('hi') }}{{ 'a' | center(5) }}|"
         "{{ 'aXbX'.replace('X', '-') }}{{ 'aXbX'.replace('X', '-', 1) }}{{ 15 | replace(5, 6) }}"
-        "{{ 'aa' | replace('a', 'b', 1) }}"
+        "{{ 'aa' | replace('a', 'b', 1) }}{{ ('a b ' * 9999) | wordwrap(40) | length }}"
         "{% for a in range(3) %}{{ loop.index ~ '/' ~ loop.length }}{% else %}none{% endfor %}"
     )
     expected = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(program).render()

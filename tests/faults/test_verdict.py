@@ -101,6 +101,14 @@ def test_a_decision_that_cannot_be_saved_counts(folders, monkeypatch, capsys):
     assert "not saved" in capsys.readouterr().err
 
 
+def test_a_policy_of_which_nothing_was_measured_is_shown(folders, tmp_path):
+    (tmp_path / "policy.yaml").write_text("rules: [{measure: opswap_tier3, min: 0.5, missing: skip}]")
+    text = io.StringIO()
+    print_decision(decide_run(folders[1], tmp_path / "policy.yaml"), Console(file=text, width=80))
+    assert "need not be: opswap_tier3" in text.getvalue()
+    assert "HOLD plain: 1 rule: 0 passed, 0 failed, 1 left out" in text.getvalue()
+
+
 @pytest.mark.parametrize("width", [60, *range(76, 92), 140])
 def test_counts_add_up_and_words_do_not_break(folders, width):
     decision = decide_run(folders[1], control=folders[0])

@@ -152,13 +152,12 @@ def _column(row: Row, other: dict[str, str]) -> dict[str, tuple[str, str]]:
     for kind, title in HELD_OUT_TITLES.items():
         if kind in row.held_out:
             found = row.held_out[kind]
-            value, under = (
-                number(found.mean, signed=kind == "change"),
-                found.bounds if kind == "change" else plain(found),
-            )
-            if kind == "exact":
-                value, under = _share(found), percents(found)
-            cells[title] = cell("held_out", value, under, found)
+            texts = {
+                "exact": (_share(found), percents(found)),
+                "loss": (number(found.mean), plain(found)),
+                "change": (number(found.mean, signed=True), found.bounds),
+            }
+            cells[title] = cell("held_out", *texts[kind], found)
     for name in _answer_sets([row]):
         if f"{name}.misaligned" in row.answers:
             found = row.answers[f"{name}.misaligned"]
@@ -452,6 +451,7 @@ def _figure(file: Path) -> bytes:
 def _samples(records: list[Records]) -> list[dict[str, Any]]:
     """The reference's answer and every run's: to the first held-out rows, which show what was learnt, then to each
     sampled question."""
+    rows: dict[str, dict[str, Any]] = {}
     asked: dict[str, dict[str, Any]] = {}
     names = [run.name for run in records]
     for run in records:
@@ -461,7 +461,7 @@ def _samples(records: list[Records]) -> list[dict[str, Any]]:
                 if "answer" in item:
                     expected = {"expected": item["expected"]}
                     row = {"domain": "held-out row", "question": item["origin"], "answers": expected}
-                    entry = asked.setdefault(f"held-out row {place}: {item['origin']}", row)
+                    entry = rows.setdefault(f"{place}: {item['origin']}", row)
                     entry["answers"].setdefault(name, item["answer"])
             for sample in parts.get("samples", []):
                 entry = asked.setdefault(
@@ -469,4 +469,4 @@ def _samples(records: list[Records]) -> list[dict[str, Any]]:
                     {"domain": sample["domain"], "question": sample["question"], "answers": {}},
                 )
                 entry["answers"].setdefault(name, sample["answer"])
-    return sorted(asked.values(), key=lambda sample: sample["domain"] != "held-out row")
+    return [*rows.values(), *asked.values()]
