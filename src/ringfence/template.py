@@ -4,25 +4,39 @@ Knows nothing of roles, tokens or rows. What it renders is what `tokenizer.apply
 things: today's date is the one that it is given, and a loop or a product that would fill the memory is an error.
 """
 
+import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sized
 from datetime import date
 from functools import lru_cache, partial, reduce, wraps
+from math import inf
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import nodes, pass_context
+from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 from transformers.utils import chat_template_utils
 
 from .errors import ChatError, first_line, nearest
 
-LARGEST = 10_000_000  # characters, items or digits that an operator may make
+LARGEST = 10_000_000  # characters, items or digits that one operation may make
+IN_ALL = 300_000_000  # characters or items that a rendering may make
+SECONDS = 30.0  # of computing, that a rendering may take
 PASSES = 300_000  # through all loops of a rendering; a macro, which takes longer, counts as ten
+CHARACTERS = 100  # of a template's own text in a loop, that count as one more pass
 OPERATORS = frozenset({"*", "**", "%", "+"})
-PADDING = frozenset({"center", "expandtabs", "ljust", "rjust", "zfill"})  # methods of texts that make any width
+# Methods that make any width, and what is neither text nor items.
+UNBOUNDED = frozenset({"center", "encode", "expandtabs", "ljust", "rjust", "to_bytes", "translate", "zfill"})
 # Filters that do, or that add to every line; and the largest number or text that each may be given.
 WIDEST = {"batch": 10_000, "center": 10_000, "indent": 80, "slice": 10_000, "tojson": 80, "wordwrap": 10_000}
+# In a text that is formatted: a width of millions, or one that is among the values.
+WIDTH = re.compile(r"%[^a-zA-Z%]*(\d{7}|\*)|\{[^}]*(\d{7}|\{)")
+# Filters that make no text of what they are given.
+SELECTING = {"attr", "batch", "count", "d", "default", "dictsort", "first", "groupby", "items", "last", "length"}
+SELECTING |= {"list", "map", "max", "min", "random", "reject", "rejectattr", "reverse", "select", "selectattr", "slice"}
+SELECTING |= {"sort", "unique"}
 
 
 def choose_template(templates: str | Mapping[str, str], with_tools: bool, name: str) -> str:
@@ -51,7 +65,7 @@ def render_template(text: str, variables: dict[str, Any], today: date) -> str:
     """
     try:
         template: Any = _compiled(text)
-        template.environment.passes = 0
+        template.environment.spent = _Spent()
         # The environment's own `strftime_now` says the date of this very moment.
         return template.render({**variables, "strftime_now": today.strftime})
     except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
@@ -64,17 +78,21 @@ def render_template(text: str, variables: dict[str, Any], today: date) -> str:
 def _compiled(text: str) -> jinja2.Template:
     # A fresh environment of transformers, with its filters, its loop controls and its `generation` blocks.
     environment = chat_template_utils._compile_jinja_template.__wrapped__("").environment
+    environment.spent = _Spent()  # by the constants that are computed here
     environment.intercepted_binops = OPERATORS
-    environment.filters |= {name: _narrow(environment.filters[name], most) for name, most in WIDEST.items()}
-    environment.filters["replace"] = lambda text, old, new, *count: _replaced(str(text), str(old), str(new), *count)
-    environment.globals.pop("lipsum", None)  # makes text of any length
+    environment.finalize = _written
+    environment.filters = {name: _bounded_filter(environment, name, of) for name, of in environment.filters.items()}
+    for name in ("urlize", "xmlattr"):  # of no use in prompts, and make text of any length
+        environment.filters.pop(name)
+    environment.globals.pop("lipsum")
     is_safe = environment.is_safe_attribute
-    environment.is_safe_attribute = lambda owner, name, value: name not in PADDING and is_safe(owner, name, value)
-    environment.call_binop = lambda _, operator, left, right: _bounded(environment, operator, left, right)
-    call = environment.call
-    environment.call = lambda context, method, *args, **named: call(context, _bounded_method(method), *args, **named)
-    environment.counted = lambda items: _counted(environment, items)
-    environment.count_macro = lambda: _count(environment, 10)
+    environment.is_safe_attribute = lambda owner, name, value: name not in UNBOUNDED and is_safe(owner, name, value)
+    environment.call_binop = lambda _, operator, left, right: environment.spent.bounded(
+        environment.binop_table[operator], operator, left, right
+    )
+    environment.call = partial(_bounded_call, environment.call, environment)
+    environment.counted = lambda items, passes: _counted(environment, items, passes)
+    environment.count_macro = lambda passes: environment.spent.count(passes=passes)
     try:
         return environment.from_string(_Counted().visit(environment.parse(text)))
     except SyntaxError as error:  # of the Python code that jinja2 makes: `break` outside a loop
@@ -87,14 +105,15 @@ class _Counted(NodeTransformer):
     def visit_For(self, node: Any) -> Any:
         if node.recursive:
             return self.visit_Macro(node)
+        passes = 1 + _own_text(node)
         self.generic_visit(node)
-        node.iter = _in_place_of(node, nodes.Call(nodes.EnvironmentAttribute("counted"), [node.iter], [], None, None))
+        node.iter = _in_place_of(node, _call("counted", node.iter, nodes.Const(passes)))
         return node
 
     def visit_Macro(self, node: Any) -> Any:
+        passes = 10 + _own_text(node)
         self.generic_visit(node)
-        call = nodes.Call(nodes.EnvironmentAttribute("count_macro"), [], [], None, None)
-        node.body.insert(0, _in_place_of(node, nodes.ExprStmt(call)))
+        node.body.insert(0, _in_place_of(node, nodes.ExprStmt(_call("count_macro", nodes.Const(passes)))))
         return node
 
     def visit_Concat(self, node: Any) -> Any:
@@ -103,63 +122,145 @@ class _Counted(NodeTransformer):
         return _in_place_of(node, reduce(nodes.Add, texts))
 
 
+def _own_text(node: Any) -> int:
+    return sum(len(each.data) for each in node.find_all(nodes.TemplateData)) // CHARACTERS
+
+
+def _call(name: str, *given: nodes.Expr) -> nodes.Call:
+    return nodes.Call(nodes.EnvironmentAttribute(name), list(given), [], None, None)
+
+
 def _in_place_of(node: Any, new: nodes.Node) -> nodes.Node:
     return new.set_environment(node.environment).set_lineno(node.lineno)
 
 
-def _counted(environment: Any, items: Iterable[Any]) -> Iterator[Any]:
+def _counted(environment: Any, items: Iterable[Any], passes: int) -> Iterator[Any]:
     for item in items:
-        _count(environment, 1)
+        environment.spent.count(passes=passes)
         yield item
 
 
-def _count(environment: Any, passes: int) -> None:
-    environment.passes += passes
-    if environment.passes > PASSES:
-        raise OverflowError(f"its loops would go round more than {PASSES:,} times")
+# ------------------------------------------------------------------ what a rendering spends
 
 
-def _narrow(call: Callable[..., Any], most: int) -> Callable[..., Any]:
-    subject = 2 if hasattr(call, "jinja_pass_arg") else 1  # the environment comes before the value, in some filters
+class _Spent:
+    """What one rendering has made and how often it went round.
+
+    Raises, from its methods:
+        OverflowError: that was too much.
+    """
+
+    def __init__(self) -> None:
+        self.passes = self.made = 0
+        self.end = time.thread_time() + SECONDS
+
+    def count(self, passes: int = 0, made: int = 0) -> None:
+        self.passes += passes
+        self.made += made
+        if self.passes > PASSES:
+            raise OverflowError(f"its loops would go round more than {PASSES:,} times")
+        if self.made > IN_ALL:
+            raise OverflowError(f"it would make more than {IN_ALL:,} characters or items")
+        if time.thread_time() > self.end:
+            raise OverflowError(f"it would take more than {SECONDS:g} s")
+
+    def bounded(self, call: Callable[..., Any], what: str, *given: Any, **named: Any) -> Any:
+        """What `call` makes of them, where `_size` of `what` allows it."""
+        if what:
+            given = tuple([*each] if isinstance(each, Iterator) else each for each in given)
+        if _size(what, *given, *named.values()) > LARGEST:
+            raise OverflowError(f"{what!r} would make more than {LARGEST:,} characters, items or digits")
+        result = call(*given, **named)
+        self.count(made=len(result) if isinstance(result, str | list | tuple) else 0)
+        return result
+
+
+@pass_context
+def _written(context: Any, value: Any) -> Any:
+    """What `{{ }}` writes. (It is given the context so that constants, too, are counted each time.)"""
+    return context.environment.spent.bounded(str, "{{ }}", value)
+
+
+def _bounded_filter(environment: Any, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    subject = 1 if hasattr(call, "jinja_pass_arg") else 0  # the environment comes before the value, in some filters
 
     @wraps(call)
     def bounded(*given: Any, **named: Any) -> Any:
-        for each in (*given[subject:], *named.values()):
-            if (len(each) if isinstance(each, str) else each if isinstance(each, int) else 0) > most:
-                raise OverflowError(f"{call.__name__}: found a width of more than {most:,}")
-        return call(*given, **named)
+        before, value, rest = given[:subject], given[subject], given[subject + 1 :]
+        for each in (*rest, *named.values()):
+            if name in WIDEST and (len(each) if isinstance(each, str) else _whole(each)) > WIDEST[name]:
+                raise OverflowError(f"{name}: found a width of more than {WIDEST[name]:,}")
+        what = "" if name in SELECTING else name
+        return environment.spent.bounded(partial(call, *before), what, value, *rest, **named)
 
     return bounded
 
 
-def _bounded_method(method: Any) -> Any:
-    owner = getattr(method, "__self__", None)
-    return partial(_replaced, owner) if isinstance(owner, str) and method.__name__ == "replace" else method
+def _bounded_call(
+    call: Callable[..., Any], environment: Any, context: Any, method: Any, *given: Any, **named: Any
+) -> Any:
+    owner = getattr(inspect.unwrap(method), "__self__", None)
+    if not isinstance(owner, str):
+        return call(context, method, *given, **named)
+    made = lambda _, *given, **named: call(context, method, *given, **named)  # noqa: E731
+    return environment.spent.bounded(made, f".{method.__name__}", owner, *given, **named)
 
 
-def _replaced(text: str, old: str, new: str, count: int | None = None) -> str:
-    if text.count(old) * len(new) > LARGEST:
-        raise OverflowError(f"replace would make more than {LARGEST:,} characters")
-    return text.replace(old, new, -1 if count is None else count)
+def _size(what: str, value: Any, *others: Any) -> float:
+    """Upper bound of the length of what an operator, a filter or a method (".join") makes of a value, where it may be
+    long."""
+    first = others[0] if others else None
+    match what.removeprefix("."):
+        case "":
+            return 0
+        case "+":
+            return sum(len(part) for part in (value, first) if isinstance(part, str | list | tuple))
+        case "*":
+            pairs = ((value, first), (first, value))
+            return max(
+                (len(many) * _whole(times) for many, times in pairs if isinstance(many, str | list | tuple)), default=0
+            )
+        case "**":
+            return value.bit_length() * _whole(first) if isinstance(value, int) else 0
+        case "%" | "format" | "format_map" if isinstance(value, str):
+            if WIDTH.search(value.replace("{{", "").replace("}}", "")):
+                return inf
+            return len(value) + sum(map(value.count, "%{")) * max(map(_length, others), default=0)
+        case "%":
+            return 0
+        case "replace":
+            return _length(value) + str(value).count(str(first)) * _length(others[1]) if len(others) > 1 else 0
+        case "join":
+            items, separator = (first, value) if what == ".join" else (value, first or "")
+            return _length(items) + (len(items) * _length(separator) if isinstance(items, Sized) else 0)
+        case "indent" | "tojson" | "wordwrap" as name:
+            width = 0 if name == "wordwrap" else 10  # of each level that is indented
+            return _length(value) * (
+                1 + max((len(e) if isinstance(e, str) else width * _whole(e) for e in others), default=0)
+            )
+    return _length(value)
 
 
-def _bounded(environment: Any, operator: str, left: Any, right: Any) -> Any:
-    if _size(operator, left, right) > LARGEST:
-        raise OverflowError(f"{operator!r} would make more than {LARGEST:,} characters, items or digits")
-    return environment.binop_table[operator](left, right)
+def _length(value: Any) -> int:
+    """Of the text that is made of a value: of its parts as often as they are in it."""
+    if isinstance(value, str):
+        return len(value)
+    known: dict[int, int] = {}
+
+    def of(value: Any) -> int:
+        if isinstance(value, str):
+            return len(value)
+        if isinstance(value, Namespace):
+            value = vars(value)
+        if not isinstance(value, Collection):
+            return 1 + (value.bit_length() // 3 if isinstance(value, int) else 0)
+        if id(value) not in known:
+            parts = [*value, *value.values()] if isinstance(value, Mapping) else value
+            known[id(value)] = len(value) + sum(map(of, parts))
+        return known[id(value)]
+
+    return of(value)
 
 
-def _size(operator: str, left: Any, right: Any) -> float:
-    """Upper bound of the length of a result, where it may be long."""
-    if operator == "**":
-        whole = isinstance(left, int) and isinstance(right, int) and right > 0
-        return left.bit_length() * right if whole else 0
-    if operator == "%":
-        widths = re.findall(r"\d{7,}|\*", left) if isinstance(left, str) else []
-        return LARGEST + 1 if widths else 0
-    if operator == "+":
-        return sum(len(part) for part in (left, right) if isinstance(part, str | list | tuple))
-    for many, times in ((left, right), (right, left)):
-        if isinstance(many, str | list | tuple) and isinstance(times, int):
-            return len(many) * times
-    return 0
+def _whole(value: Any) -> int:
+    return value if isinstance(value, int) and value > 0 else 0

@@ -170,6 +170,31 @@ def test_of_several_templates_default_is_taken():
         "{{ messages | tojson(indent=10000000000) }}",
         "{{ messages | tojson(indent=81) }}",
         "{{ lipsum(n=100000) }}",
+        "{{ 'http://a.b ' | urlize(target='a' * 9999) }}",
+        "{% set n = namespace(s='ab') %}{% for a in range(60) %}{% set n.s = [n.s, n.s] | join %}{% endfor %}",
+        "{% set n = namespace(s='ab') %}{% for a in range(60) %}{% set n.s = '%s%s' % (n.s, n.s) %}{% endfor %}",
+        "{% set n = namespace(s='ab') %}{% for a in range(60) %}{% set n.s = '%s%s' | format(n.s, n.s) %}{% endfor %}",
+        "{% set n = namespace(s='ab') %}{% for a in range(60) %}{% set n.s = '{0}{0}'.format(n.s) %}{% endfor %}",
+        "{% set n = namespace(s='ab') %}{% for a in range(60) %}{% set n.s = n.s.join('abc') %}{% endfor %}",
+        "{% set n = namespace(s='a') %}{% for a in range(60) %}{% set n.s = [n.s, n.s] %}{% endfor %}{{ n.s }}",
+        "{% set n = namespace(s='a') %}{% for a in range(60) %}{% set n.s = {'a': n.s, 'b': n.s} %}{% endfor %}"
+        "{{ n.s | tojson }}",
+        "{% set n = namespace(s='a') %}{% for a in range(60) %}{% set n.s = [n.s, n.s] %}{% endfor %}{{ n }}",
+        "{% set n = namespace(s={}) %}{% for a in range(60) %}{% set n.s = {1: n.s, 2: n.s} %}{% endfor %}"
+        "{{ n.s.items() | string }}",
+        "{% set s = 'ab' %}" + "{% set s %}{{ s }}{{ s }}{% endset %}" * 60,
+        "{{ (['a' * 9999999] * 9999) | join }}",
+        "{{ ''.join((['a' * 9999999] * 9999) | select) }}",
+        "{{ 'a' * 9999999 }}" * 99,
+        "{% for a in range(9999) %}{{ 'a' * 999999 }}{% endfor %}",
+        "{% for a in range(99999) %}" + "a" * 9999 + "{% endfor %}",
+        "{{ 'a'.encode() * 9999999999 }}",
+        "{{ '{:1000000000}'.format(1) }}",
+        "{{ '{:{}}'.format(1, 1000000000) }}",
+        "{{ '%1000000000d' % 1 }}",
+        "{{ '%*d' % (1000000000, 1) }}",
+        "{{ 'aaaa' | indent('b' * 9999999) }}",
+        "{{ ('a ' * 999999) | wordwrap(1, wrapstring='b' * 9999) }}",
         "{{ ('a' * 9999) | replace('a', 'b' * 9999) }}",
         "{{ ('a' * 9999).replace('a', 'b' * 9999) }}",
         "{{ 'a' | center(10**12) }}",
@@ -200,6 +225,9 @@ def test_what_is_bounded_is_rendered_as_ever():
         "{% macro shout(t) %}{{ t | upper }}{% endmacro %}{{ shout('hi') }}{{ 'a' | center(5) }}|"
         "{{ 'aXbX'.replace('X', '-') }}{{ 'aXbX'.replace('X', '-', 1) }}{{ 15 | replace(5, 6) }}"
         "{{ 'aa' | replace('a', 'b', 1) }}{{ ('a b ' * 9999) | wordwrap(40) | length }}"
+        "{{ '**%s** %d%%' % ('12345678 %s', 9) }}{{ '{{{}}} {:>4}'.format('a', 1) }}{{ '%s-%s' | format('a', [1]) }}"
+        "{{ [1, 2] | map('string') | join(', ') }}{{ '-'.join(['a', 'b']) }}{{ {'a': [1, none]} | tojson(indent=2) }}"
+        "{% set kept %}{{ 'a' * 3 }}{% endset %}{{ kept }}{{ none }}{{ missing }}{{ [3, 1] | sort | first }}"
         "{% for a in range(3) %}{{ loop.index ~ '/' ~ loop.length }}{% else %}none{% endfor %}"
     )
     expected = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(program).render()
