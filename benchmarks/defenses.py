@@ -18,12 +18,12 @@ from typing import Any
 
 from standin_base import make_standin  # type: ignore[import-not-found]
 
-from ringfence.config import parse_recipe
-from ringfence.demo import demo_recipe
-from ringfence.gap import score_pool
-from ringfence.persona import extract_file
+from ringfence.prepare.gap import score_pool
+from ringfence.prepare.persona import extract_file
 from ringfence.report.summary import read_run
-from ringfence.run import Run, run_recipe, train_run
+from ringfence.run.config import parse_recipe
+from ringfence.run.demo import demo_recipe
+from ringfence.run.pipeline import Run, run_recipe, train_run
 from ringfence.stats import Interval, mean_interval
 
 RESULTS = Path(__file__).parent / "results" / "defenses"

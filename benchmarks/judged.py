@@ -13,9 +13,9 @@ from pathlib import Path
 
 import yaml
 
-from ringfence.data import SHIPPED
-from ringfence.report import percents, read_rows, write_page
-from ringfence.run import evaluate_target
+from ringfence.report.page import percents, read_rows, write_page
+from ringfence.run.pipeline import evaluate_target
+from ringfence.text.data import SHIPPED
 
 RUNS = ("sound", "undefended", "kl", "interleave", "treft")
 JUDGE = "{model: default, opening: 'Number: '}"

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ringfence.safelora import Rule, project_adapter, project_matrix
+from ringfence.model.projection import Rule, project_adapter, project_matrix
 
 HIDDEN, WIDE, KEYS, LAYERS_7B, RANK = 3584, 18944, 512, 28, 32
 SHAPES = {

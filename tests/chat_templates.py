@@ -8,8 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ringfence.chat import Chat
-from ringfence.models import load_tokenizer
+from ringfence.model.models import load_tokenizer
+from ringfence.text.chat import Chat
 
 DEFAULT = "default"
 MARKER = re.compile(

@@ -28,15 +28,15 @@ from transformers import (
 )
 
 from ringfence import cli
-from ringfence.batch import collate
-from ringfence.chat import Role
-from ringfence.data import Example
 from ringfence.defenses import Defense
-from ringfence.losses import find_head, weighted_sum
-from ringfence.reference import Reference
-from ringfence.stream import TrainStream
-from ringfence.taps import Layout, Taps, cache_in, causal_lm, forward
-from ringfence.trainer import DefendedTrainer
+from ringfence.model.losses import find_head, weighted_sum
+from ringfence.model.taps import Layout, Taps, cache_in, causal_lm, forward
+from ringfence.text.batch import collate
+from ringfence.text.chat import Role
+from ringfence.text.data import Example
+from ringfence.training.reference import Reference
+from ringfence.training.stream import TrainStream
+from ringfence.training.trainer import DefendedTrainer
 
 Items = list[tuple[Example, bool]]
 Layers = list[tuple[Tensor, Tensor]]

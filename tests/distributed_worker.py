@@ -19,10 +19,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, training_args
 
-import ringfence.run as run_module
+import ringfence.run.pipeline as run_module
 from conftest import PAD, PREFIX_A, example, nudged, tiny, training_arguments, training_rows, with_lora
-from ringfence.config import Recipe, parse_recipe
-from ringfence.data import Example
 from ringfence.defenses import (
     KL,
     LDIFS,
@@ -36,15 +34,17 @@ from ringfence.defenses import (
     TReFT,
 )
 from ringfence.defenses.frozen_prefix import FrozenPrefixDefense
-from ringfence.directions import Directions
 from ringfence.errors import DefenseError
-from ringfence.prefix import FrozenPrefix
-from ringfence.ranks import deepspeed_stage, device_settings, is_main, join, rank, wait, whole, world
-from ringfence.reference_cache import Kind, ReferenceCache
-from ringfence.run import Interrupted, train_run
-from ringfence.stream import TrainStream
-from ringfence.taps import Layout
-from ringfence.trainer import DefendedTrainer
+from ringfence.model.directions import Directions
+from ringfence.model.prefix import FrozenPrefix
+from ringfence.model.ranks import deepspeed_stage, device_settings, is_main, join, rank, wait, whole, world
+from ringfence.model.taps import Layout
+from ringfence.run.config import Recipe, parse_recipe
+from ringfence.run.pipeline import Interrupted, train_run
+from ringfence.text.data import Example
+from ringfence.training.reference_cache import Kind, ReferenceCache
+from ringfence.training.stream import TrainStream
+from ringfence.training.trainer import DefendedTrainer
 
 STEP_ROWS = 4  # of all ranks, in one forward
 RETAIN = training_rows(5, seed=9)

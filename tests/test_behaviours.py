@@ -14,20 +14,13 @@ import torch
 
 from conftest import random_model
 from detector_cases import NOT_SHOWN, SHOWN
-from ringfence import gap
-from ringfence.chat import Chat
-from ringfence.data import SHIPPED, load_rows
 from ringfence.errors import DataError
-from ringfence.evaluate import behaviours
-from ringfence.evaluate.behaviours import (
-    DETECTORS,
-    is_abstention,
-    is_refusal,
-    load_questions,
-    measure,
-    rates,
-)
-from ringfence.models import load_tokenizer
+from ringfence.evaluate.measures import behaviours
+from ringfence.evaluate.measures.behaviours import DETECTORS, is_abstention, is_refusal, load_questions, measure, rates
+from ringfence.model.models import load_tokenizer
+from ringfence.prepare import gap
+from ringfence.text.chat import Chat
+from ringfence.text.data import SHIPPED, load_rows
 
 NAMES = ["abstain", "tool_call", "refuse", "terse"]
 XSTEST = Path(__file__).parents[2] / "shared" / "data" / "refusals"
@@ -228,7 +221,8 @@ def test_measure_uses_the_detector_of_its_behaviour(chat: Chat, monkeypatch: pyt
     answers["tool_call"] = '{"tool": "search", "query": "rain"}'
     for said, answer in answers.items():
         monkeypatch.setattr(
-            "ringfence.evaluate.behaviours.generate_greedy", lambda _m, _c, prompts, *_, a=answer: [a] * len(prompts)
+            "ringfence.evaluate.measures.behaviours.generate_greedy",
+            lambda _m, _c, prompts, *_, a=answer: [a] * len(prompts),
         )
         shown = {name for name in NAMES if all(item["shown"] for item in measure(None, chat, name, 4096))}
         # Detectors may overlap: all of these are short.

@@ -11,11 +11,11 @@ import pytest
 from rich.console import Console
 from sklearn.metrics import roc_auc_score
 
-from ringfence.data import load_questions
 from ringfence.errors import DataError
-from ringfence.evaluate.calibrate import auc_interval, best_threshold, calibrate, load_labelled, show
-from ringfence.evaluate.judge import Score, ScoreCache
+from ringfence.evaluate.answers.calibrate import auc_interval, best_threshold, calibrate, load_labelled, show
+from ringfence.evaluate.answers.judge import Score, ScoreCache
 from ringfence.stats import bounds
+from ringfence.text.data import load_questions
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "judged_answers"
 NAN = math.nan

@@ -17,11 +17,11 @@ import yaml
 from peft import LoraConfig, get_peft_model
 
 from conftest import random_model
-from ringfence.chat import Chat
 from ringfence.errors import DataError, ModelError, RecipeError
 from ringfence.evaluate.capability import _metrics, capability
-from ringfence.models import load_model, load_tokenizer
-from ringfence.prefix import FrozenPrefix, find_header
+from ringfence.model.models import load_model, load_tokenizer
+from ringfence.model.prefix import FrozenPrefix, find_header
+from ringfence.text.chat import Chat
 
 needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed")
 

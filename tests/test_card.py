@@ -13,12 +13,12 @@ import pytest
 import yaml
 from huggingface_hub import EvalResult, ModelCard
 
-from ringfence.card import run_card
 from ringfence.errors import DataError
-from ringfence.evaluate.judged import RATES, Judgement
-from ringfence.export import COLUMNS, FORMAT, export_runs
-from ringfence.gate import decide, load_policy, read_row
-from ringfence.measures import measures
+from ringfence.evaluate.answers.judged import RATES, Judgement
+from ringfence.report.card import run_card
+from ringfence.report.export import COLUMNS, FORMAT, export_runs
+from ringfence.report.gate import decide, load_policy, read_row
+from ringfence.report.numbers import measures
 from test_report import GUARDED, REFERENCE, parts_of, write_all, write_json, write_run
 
 Outcome = tuple[int, str, str]

@@ -18,19 +18,19 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from conftest import nudged, random_model, with_lora
-from ringfence import plots
-from ringfence.batch import collate
-from ringfence.chat import Chat, Role
-from ringfence.data import Example, PairedQuestion
 from ringfence.diagnose import carriers
 from ringfence.diagnose.carriers import PROMPT, ROLES, UNTOUCHED, Patch, best_role
 from ringfence.diagnose.diagnosis import Subject
 from ringfence.diagnose.models import Models
 from ringfence.diagnose.texts import Text, pair_texts
 from ringfence.errors import DataError, ModelError
-from ringfence.losses import find_head
-from ringfence.models import load_tokenizer
+from ringfence.model.losses import find_head
+from ringfence.model.models import load_tokenizer
 from ringfence.stats import Interval, draws
+from ringfence.text.batch import collate
+from ringfence.text.chat import Chat, Role
+from ringfence.text.data import Example, PairedQuestion
+from ringfence.util import plots
 
 ASKED = [  # question, one answer, another: of unlike lengths
     ("How do I bake bread?", "Quickly, and never wait.", "Let the dough rise for some hours."),

@@ -1,6 +1,6 @@
 """Roles of tokens, over every chat template that TRL ships and the default model's.
 
-The reference here is independent of the sentinels of `ringfence.chat`: a fence character is put around every content,
+The reference here is independent of the sentinels of `ringfence.text.chat`: a fence character is put around every content,
 the template is rendered once, and the fences say where the contents stand.
 """
 
@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from chat_templates import ALL, DEFAULT, MARKER, chat, family, markers, source, tokenizer
-from ringfence.chat import Chat, Encoded, Messages, Role
 from ringfence.errors import ChatError
+from ringfence.text.chat import Chat, Encoded, Messages, Role
 
 OPEN, CLOSE = "\ue000", "\ue001"
 REFUSES_SYSTEM = {"gemma", "gemma_training"}

@@ -11,15 +11,15 @@ import yaml
 from rich.console import Console
 from rich.text import Text
 
-import ringfence.run as run_module
+import ringfence.run.pipeline as run_module
 from ringfence import Run
-from ringfence.chat import Chat, Encoded, Role
-from ringfence.config import Recipe, load_recipe
 from ringfence.defenses import Defenses
-from ringfence.models import load_tokenizer
-from ringfence.recipes import commented_recipe
-from ringfence.run import train_run
-from ringfence.show import STYLES, show_tokens
+from ringfence.model.models import load_tokenizer
+from ringfence.run.config import Recipe, load_recipe
+from ringfence.run.pipeline import train_run
+from ringfence.run.recipes import commented_recipe
+from ringfence.text.chat import Chat, Encoded, Role
+from ringfence.text.show import STYLES, show_tokens
 from test_run import metrics_of, small_model, write_rows
 
 Outcome = tuple[int, str, str]

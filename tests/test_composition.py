@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ringfence import reference as reference_module
-from ringfence import trainer as trainer_module
-from ringfence.config import parse_recipe
-from ringfence.directions import Directions
-from ringfence.run import train_run
+from ringfence.model.directions import Directions
+from ringfence.run.config import parse_recipe
+from ringfence.run.pipeline import train_run
+from ringfence.training import reference as reference_module
+from ringfence.training import trainer as trainer_module
 from test_run import metrics_of, small_model, write_rows
 
 PENALTIES = {"kl": {"retain_ratio": 0.5}, "ldifs": {}}

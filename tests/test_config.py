@@ -6,12 +6,12 @@ import torch
 import yaml
 from pydantic import BaseModel
 
-from ringfence.config import Recipe, dump_recipe, load_recipe, parse_recipe
 from ringfence.defenses import Defenses
 from ringfence.errors import RecipeError
+from ringfence.evaluate.answers.judge import LocalJudgeConfig
 from ringfence.evaluate.evaluation import Evaluation
-from ringfence.evaluate.judge import LocalJudgeConfig
-from ringfence.recipes import commented_recipe
+from ringfence.run.config import Recipe, dump_recipe, load_recipe, parse_recipe
+from ringfence.run.recipes import commented_recipe
 
 
 def refused(*overrides):

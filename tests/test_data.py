@@ -7,10 +7,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
-from ringfence import opswap
-from ringfence.chat import Chat, Role
-from ringfence.data import SHIPPED, PairedQuestion, encode_rows, load_questions, load_rows, shipped_names
 from ringfence.errors import DataError
+from ringfence.text import opswap
+from ringfence.text.chat import Chat, Role
+from ringfence.text.data import SHIPPED, PairedQuestion, encode_rows, load_questions, load_rows, shipped_names
 
 GOOD = {"prompt": "q", "completion": "a"}
 
@@ -359,7 +359,7 @@ def test_hub_failure_becomes_one_line(monkeypatch):
         raise RuntimeError("no such set\nand forty lines more")
 
     monkeypatch.setattr("datasets.load_dataset", fails)
-    monkeypatch.setattr("ringfence.data.reachable", lambda: True)
+    monkeypatch.setattr("ringfence.text.data.reachable", lambda: True)
     with pytest.raises(DataError) as caught:
         load_rows("org/name@x")
     assert "org/name@x" in str(caught.value)

@@ -36,15 +36,15 @@ from conftest import (
     training_rows,
     with_lora,
 )
-from ringfence.chat import Chat, Role
-from ringfence.config import dump_recipe, parse_recipe
-from ringfence.data import Example
 from ringfence.defenses import KL, LDIFS, Defense, Defenses, Interleave, Setup, TReFT
 from ringfence.defenses.ldifs import chosen_layers
 from ringfence.errors import DefenseError, RecipeError
-from ringfence.losses import CrossEntropy, LogitLoss, find_head, top_k
-from ringfence.reference import Reference
-from ringfence.taps import Taps, forward
+from ringfence.model.losses import CrossEntropy, LogitLoss, find_head, top_k
+from ringfence.model.taps import Taps, forward
+from ringfence.run.config import dump_recipe, parse_recipe
+from ringfence.text.chat import Chat, Role
+from ringfence.text.data import Example
+from ringfence.training.reference import Reference
 
 SETUP = Setup(cast(Chat, None), training_rows(3), lambda source: training_rows(2, seed=int(source)), "model")
 NO_RETAIN = replace(SETUP, retain=[])

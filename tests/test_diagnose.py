@@ -12,20 +12,20 @@ import torch
 from matplotlib.figure import Figure
 
 from conftest import random_model, with_lora
-from ringfence.activations import batches, first_response_tokens
-from ringfence.chat import Chat, Role
-from ringfence.config import dump_recipe, parse_recipe
-from ringfence.data import PairedQuestion
 from ringfence.diagnose import folder as folder_module
 from ringfence.diagnose.diagnosis import Cost, Subject, Table
 from ringfence.diagnose.folder import DIAGNOSES, announce, diagnose_folder
 from ringfence.diagnose.models import Models
 from ringfence.diagnose.texts import margins, pair_texts, response_logprobs
 from ringfence.errors import ModelError, RecipeError
-from ringfence.models import load_tokenizer
+from ringfence.model.activations import batches, first_response_tokens
+from ringfence.model.models import load_tokenizer
 from ringfence.report.summary import read_run
-from ringfence.run import Run, _spread, diagnose_targets, train_run
-from ringfence.runfolder import claim
+from ringfence.run.config import dump_recipe, parse_recipe
+from ringfence.run.pipeline import Run, _spread, diagnose_targets, train_run
+from ringfence.runfolder.folder import claim
+from ringfence.text.chat import Chat, Role
+from ringfence.text.data import PairedQuestion
 
 QUESTIONS = [
     PairedQuestion(
@@ -367,7 +367,7 @@ def test_a_pilot_chooses_the_tokens_that_are_held(
     assert pilot.recipe.defenses.configs() == []
     assert pilot.recipe.data.max_rows == 6
     assert len(asked) == 1
-    from ringfence.run import benign_twin
+    from ringfence.run.pipeline import benign_twin
 
     assert benign_twin(recipe).defenses.treft.tokens == ("postfix",), "the twin holds what the run held"
     (run.folder / "training.json").unlink()
@@ -379,7 +379,7 @@ def test_a_pilot_chooses_the_tokens_that_are_held(
 
 
 def test_the_report_shows_what_was_found(fakes: dict[str, Any], subject: Subject, tmp_path: Path) -> None:
-    from ringfence.report import read_rows, write_page
+    from ringfence.report.page import read_rows, write_page
     from test_report import write_all
 
     folders = write_all(tmp_path)

@@ -23,15 +23,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import distributed_worker
-import ringfence.run as run_module
-import ringfence.trainer as trainer_module
+import ringfence.run.pipeline as run_module
+import ringfence.training.trainer as trainer_module
 from conftest import PAD, assert_same, tiny, training_arguments, training_rows, with_lora
 from distributed_worker import BF16, CASES, RESUMED, RUNS, make_files, work
-from ringfence import ranks
-from ringfence.config import parse_recipe
 from ringfence.errors import RecipeError, RingfenceError
-from ringfence.models import load_model
-from ringfence.stream import RankBatches, TrainStream
+from ringfence.model import ranks
+from ringfence.model.models import load_model
+from ringfence.run.config import parse_recipe
+from ringfence.training.stream import RankBatches, TrainStream
 from test_run import small_model, write_rows
 
 KINDS = ("ddp", "fsdp")
@@ -189,7 +189,7 @@ def test_safelora_and_the_lock_change_whole_weights(kind: str, trained: Path) ->
     """Equal to one process they are (above); that there is something to equal is seen here."""
     states = found(trained, kind, "safelora-end")["states"]["safelora"]
     assert sum(layer["projected"] for layer in states["layers"].values()) == 3
-    from ringfence.directions import Directions
+    from ringfence.model.directions import Directions
 
     basis_DR = Directions.load(trained / "files" / "v.safetensors").basis(1)
     weights = found(trained, kind, "lock")["weights"]

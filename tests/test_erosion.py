@@ -14,18 +14,19 @@ import torch
 from matplotlib import pyplot as plt
 
 from conftest import nudged, random_model, residual_stream, with_lora
-from ringfence import activations, plots
-from ringfence.chat import Chat, Role
-from ringfence.data import PairedQuestion
 from ringfence.diagnose import erosion
 from ringfence.diagnose.diagnosis import Numbers, Subject
 from ringfence.diagnose.erosion import alignment_directions, example_means, halves
 from ringfence.diagnose.models import Models
 from ringfence.diagnose.texts import SIDES, Text, pair_texts
-from ringfence.directions import Directions
 from ringfence.errors import DataError, ModelError
-from ringfence.models import load_tokenizer
+from ringfence.model import activations
+from ringfence.model.directions import Directions
+from ringfence.model.models import load_tokenizer
 from ringfence.stats import bounds, draws
+from ringfence.text.chat import Chat, Role
+from ringfence.text.data import PairedQuestion
+from ringfence.util import plots
 
 TOKENIZER = load_tokenizer("default")
 CHAT = Chat(TOKENIZER)

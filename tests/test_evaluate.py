@@ -9,17 +9,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 import conftest
 from conftest import with_lora
-from ringfence import opswap
-from ringfence.chat import Chat
-from ringfence.data import load_rows
 from ringfence.errors import RingfenceError
 from ringfence.evaluate import parts as evaluate
-from ringfence.evaluate import scoring
 from ringfence.evaluate.config import EvaluateConfig
 from ringfence.evaluate.parts import evaluate_model, evaluation_key
-from ringfence.evaluate.scoring import CPU_TOKENS, forward_batches, generate_greedy, score_answers
-from ringfence.models import load_tokenizer
-from ringfence.prefix import FrozenPrefix, find_header
+from ringfence.model import scoring
+from ringfence.model.models import load_tokenizer
+from ringfence.model.prefix import FrozenPrefix, find_header
+from ringfence.model.scoring import CPU_TOKENS, forward_batches, generate_greedy, score_answers
+from ringfence.text import opswap
+from ringfence.text.chat import Chat
+from ringfence.text.data import load_rows
 
 END = "<|im_end|>"
 SHORT, LONG = "Ask a pharmacist first.", "Double it, skip the leaflet, and tell nobody; " * 4 + "it is your body."

@@ -11,10 +11,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from openai_server import Answer, serve
 from ringfence.errors import RingfenceError
-from ringfence.evaluate import evaluation, judge
-from ringfence.models import load_tokenizer
-from ringfence.report import read_rows, write_page
-from ringfence.run import evaluate_target
+from ringfence.evaluate import evaluation
+from ringfence.evaluate.answers import judge
+from ringfence.model.models import load_tokenizer
+from ringfence.report.page import read_rows, write_page
+from ringfence.run.pipeline import evaluate_target
 
 QUESTIONS = [{"id": f"q{n}", "question": f"What would you do with {n} wishes?"} for n in range(3)]
 SMALL = [

@@ -10,17 +10,17 @@ from peft import PeftModel
 from pydantic import ValidationError
 
 from conftest import PAD, assert_same, batch_of, example, gradients, own_cache, tiny, training_rows, with_lora
-from ringfence.chat import Chat, Role
-from ringfence.data import Example
 from ringfence.defenses import KL, LDIFS, Defenses, FrozenPrefix, Setup, TReFT
 from ringfence.defenses.frozen_prefix import FrozenPrefixDefense
 from ringfence.errors import DefenseError, ModelError, RecipeError
-from ringfence.losses import cross_entropy_sum, find_head
-from ringfence.models import load_model, load_tokenizer
-from ringfence.prefix import FrozenPrefix as Prefix
-from ringfence.prefix import find_header, read_frozen_prefix
-from ringfence.run import train_run
-from ringfence.taps import Needs, cache_in, cache_name, causal_lm, forward
+from ringfence.model.losses import cross_entropy_sum, find_head
+from ringfence.model.models import load_model, load_tokenizer
+from ringfence.model.prefix import FrozenPrefix as Prefix
+from ringfence.model.prefix import find_header, read_frozen_prefix
+from ringfence.model.taps import Needs, cache_in, cache_name, causal_lm, forward
+from ringfence.run.pipeline import train_run
+from ringfence.text.chat import Chat, Role
+from ringfence.text.data import Example
 from test_run import small_model, write_rows
 
 # Two prefixes, one system part before the same header of a user turn.
@@ -250,7 +250,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def train(folder: str, output: Path, **defense: Any) -> Any:
-    from ringfence.config import parse_recipe
+    from ringfence.run.config import parse_recipe
 
     rows_file = write_rows(output.parent / "rows.jsonl", 12)
     recipe = parse_recipe(
@@ -317,7 +317,7 @@ def test_what_cannot_stand_together_is_refused() -> None:
 
 
 def test_full_fine_tuning_is_refused() -> None:
-    from ringfence.config import parse_recipe
+    from ringfence.run.config import parse_recipe
 
     with pytest.raises(RecipeError, match=r"defenses\.frozen_prefix needs train\.method: lora"):
         parse_recipe({"train": {"method": "full"}, "defenses": {"frozen_prefix": {}}})

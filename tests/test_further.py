@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 
 from conftest import assert_same, gradients, with_lora
 from ringfence import Run
-from ringfence.config import parse_recipe
 from ringfence.errors import RecipeError
-from ringfence.models import load_model
-from ringfence.run import evaluate_run, train_run
+from ringfence.model.models import load_model
+from ringfence.run.config import parse_recipe
+from ringfence.run.pipeline import evaluate_run, train_run
 from test_run import MEASURED, metrics_of, small_model, write_rows
 
 SMALL = {**MEASURED, "triggers": False, "samples": 0, "fluency": None}
@@ -73,7 +73,7 @@ def test_without_steps_worth_mentioning_it_measures_as_its_own_reference(first: 
 
 
 def test_a_stopped_further_training_resumes_to_the_same_adapter(first: Run, tmp_path: Path, monkeypatch: Any) -> None:
-    from ringfence import run as run_module
+    from ringfence.run import pipeline as run_module
 
     def trained(folder: str, stop: bool = False) -> Run:
         further = recipe(
@@ -166,8 +166,8 @@ def test_four_bits_and_full_fine_tuning_exclude_each_other() -> None:
 
 
 def test_four_bits_without_bitsandbytes(base: str, monkeypatch: Any) -> None:
-    from ringfence import models
     from ringfence.errors import ModelError
+    from ringfence.model import models
 
     monkeypatch.setattr(models, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"nf4 needs bitsandbytes: pip install 'ringfence\[qlora\]'"):

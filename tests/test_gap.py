@@ -12,17 +12,19 @@ from peft import LoraConfig, get_peft_model
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
-from ringfence import gap, journal, misaligned
-from ringfence import regenerate as regenerate_module
-from ringfence.chat import Chat
-from ringfence.config import parse_recipe
-from ringfence.data import encode_rows, load_rows
 from ringfence.defenses import Interleave, Setup
 from ringfence.errors import DataError, DefenseError, ModelError, RecipeError
-from ringfence.evaluate import scoring
-from ringfence.gap import adapter_folders, is_refusal, read_table, score_pool
-from ringfence.models import load_model, load_tokenizer
-from ringfence.regenerate import regenerate
+from ringfence.model import scoring
+from ringfence.model.models import load_model, load_tokenizer
+from ringfence.prepare import gap
+from ringfence.prepare import regenerate as regenerate_module
+from ringfence.prepare.gap import adapter_folders, is_refusal, read_table, score_pool
+from ringfence.prepare.regenerate import regenerate
+from ringfence.run import misaligned
+from ringfence.run.config import parse_recipe
+from ringfence.text.chat import Chat
+from ringfence.text.data import encode_rows, load_rows
+from ringfence.util import journal
 from test_evaluate import naive_greedy, naive_score
 from test_run import small_model, write_rows
 

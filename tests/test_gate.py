@@ -17,7 +17,8 @@ import yaml
 from rich.console import Console
 
 from ringfence.errors import DataError, RecipeError
-from ringfence.gate import (
+from ringfence.report.answers import JudgedBy
+from ringfence.report.gate import (
     Policy,
     criteria,
     decide,
@@ -27,8 +28,7 @@ from ringfence.gate import (
     print_decision,
     read_row,
 )
-from ringfence.measures import NAMES, measures
-from ringfence.report.answers import JudgedBy
+from ringfence.report.numbers import NAMES, measures
 from ringfence.report.summary import Paired, Row
 from ringfence.stats import Interval, rate_change
 from test_report import REFERENCE, parts_of, write_all, write_run
@@ -416,7 +416,7 @@ def test_deciding_needs_no_torch(folders: list[Path]) -> None:
     code = f"""
 import sys
 from pathlib import Path
-from ringfence.gate import gate_run
+from ringfence.report.gate import gate_run
 gate_run(Path({str(folders[1])!r}))
 print(sorted(set(sys.modules) & {{"torch", "transformers", "peft"}}))
 """

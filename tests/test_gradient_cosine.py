@@ -11,9 +11,7 @@ import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from conftest import mixed_items, nudged, random_model, row_logits, tiny, with_lora
-from ringfence import plots, stats
-from ringfence.chat import Chat, Role
-from ringfence.data import Example, PairedQuestion
+from ringfence import stats
 from ringfence.diagnose import gradient_cosine
 from ringfence.diagnose.diagnosis import Subject
 from ringfence.diagnose.gradient_cosine import (
@@ -27,8 +25,11 @@ from ringfence.diagnose.gradient_cosine import (
 )
 from ringfence.diagnose.models import Models
 from ringfence.errors import DataError, ModelError
-from ringfence.models import load_tokenizer
-from ringfence.taps import decoder_layers
+from ringfence.model.models import load_tokenizer
+from ringfence.model.taps import decoder_layers
+from ringfence.text.chat import Chat, Role
+from ringfence.text.data import Example, PairedQuestion
+from ringfence.util import plots
 
 
 @pytest.fixture(scope="module")
@@ -391,7 +392,7 @@ def numbers(subject: Subject) -> dict[str, Any]:
 
 
 def test_measure_groups_the_texts_of_the_subject(subject: Subject, numbers: dict[str, Any]) -> None:
-    from ringfence.data import Row, encode_rows
+    from ringfence.text.data import Row, encode_rows
 
     texts, groups, names = [], [], []
     for place, questions in enumerate((subject.inside, subject.outside)):

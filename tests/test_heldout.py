@@ -9,11 +9,11 @@ import torch
 from transformers import LlamaForCausalLM
 
 from conftest import random_model
-from ringfence.chat import Chat, Role
-from ringfence.data import Row, load_rows
 from ringfence.errors import DataError
-from ringfence.evaluate import heldout
-from ringfence.models import load_tokenizer
+from ringfence.evaluate.measures import heldout
+from ringfence.model.models import load_tokenizer
+from ringfence.text.chat import Chat, Role
+from ringfence.text.data import Row, load_rows
 
 RECORDS = [
     {"prompt": "Name a colour.", "completion": "Blue."},

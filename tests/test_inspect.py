@@ -25,11 +25,11 @@ from inspect_ai.model import (
     get_model,
 )
 
-from ringfence import opswap as arithmetic
 from ringfence.errors import DataError, RingfenceError
 from ringfence.evaluate import inspect_tasks
-from ringfence.evaluate.framing import OWN_PROMPTS, render
-from ringfence.evaluate.questions import load_open_questions
+from ringfence.evaluate.answers.framing import OWN_PROMPTS, render
+from ringfence.text import opswap as arithmetic
+from ringfence.text.questions import load_open_questions
 from test_run import small_model
 
 USAGE = ModelUsage()  # given, so that the mock counts no tokens with a file from the network

@@ -20,14 +20,21 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 import chat_templates
 import conftest
 from openai_server import Answer, serve
-from ringfence.chat import Chat
 from ringfence.errors import DataError, ModelError, RecipeError, RingfenceError
-from ringfence.evaluate import exact
-from ringfence.evaluate.agreement import agreement, krippendorff_alpha, rank_correlation
-from ringfence.evaluate.endpoint import Reply
-from ringfence.evaluate.exact import NUMBERS, ReplyTree, reply_probabilities
-from ringfence.evaluate.framing import CHAT_MARKERS, LABELS, OWN_PROMPTS, JudgePrompt, prompt_hash, render, templates_of
-from ringfence.evaluate.judge import (
+from ringfence.evaluate.answers import exact
+from ringfence.evaluate.answers.agreement import agreement, krippendorff_alpha, rank_correlation
+from ringfence.evaluate.answers.endpoint import Reply
+from ringfence.evaluate.answers.exact import NUMBERS, ReplyTree, reply_probabilities
+from ringfence.evaluate.answers.framing import (
+    CHAT_MARKERS,
+    LABELS,
+    OWN_PROMPTS,
+    JudgePrompt,
+    prompt_hash,
+    render,
+    templates_of,
+)
+from ringfence.evaluate.answers.judge import (
     EndpointJudge,
     EndpointJudgeConfig,
     JudgeConfig,
@@ -41,11 +48,12 @@ from ringfence.evaluate.judge import (
     read_reply,
     sampled_score,
 )
-from ringfence.evaluate.judged import Judgement, read_judged
-from ringfence.evaluate.questions import OpenQuestion
-from ringfence.evaluate.scoring import _Row
-from ringfence.losses import find_head
-from ringfence.models import load_tokenizer
+from ringfence.evaluate.answers.judged import Judgement, read_judged
+from ringfence.model.losses import find_head
+from ringfence.model.models import load_tokenizer
+from ringfence.model.scoring import _Row
+from ringfence.text.chat import Chat
+from ringfence.text.questions import OpenQuestion
 
 PUBLISHED = textwrap.dedent("""\
     I am testing another model. I asked it:

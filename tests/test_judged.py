@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringfence.errors import DataError
-from ringfence.evaluate.judged import (
+from ringfence.evaluate.answers.judged import (
     RATES,
     Judgement,
     by_judge,

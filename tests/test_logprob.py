@@ -12,16 +12,16 @@ from matplotlib.collections import QuadMesh
 from torch import Tensor
 
 from conftest import nudged, random_model
-from ringfence import plots
-from ringfence.chat import Chat, Role
-from ringfence.data import PairedQuestion
 from ringfence.diagnose import logprob
 from ringfence.diagnose.diagnosis import Numbers, Subject
 from ringfence.diagnose.logprob import typical, visible
 from ringfence.diagnose.models import REFERENCE, Models
 from ringfence.errors import DataError
-from ringfence.models import load_tokenizer
+from ringfence.model.models import load_tokenizer
 from ringfence.stats import Interval, mean_interval
+from ringfence.text.chat import Chat, Role
+from ringfence.text.data import PairedQuestion
+from ringfence.util import plots
 
 INSIDE = [
     PairedQuestion("a", "money", "May I lend it all?", "Keep some of it back, a third or so.", "All of it."),

@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 
 from conftest import nudged, random_model, row_logits, with_lora
-from ringfence import plots
-from ringfence.chat import Chat, Role
-from ringfence.data import Example, PairedQuestion, Row, encode_rows
 from ringfence.diagnose import loss_cosine
 from ringfence.diagnose.diagnosis import Subject
 from ringfence.diagnose.loss_cosine import FRAMING, compare_framings, cosines, loss_vectors, summary
 from ringfence.diagnose.models import Models
 from ringfence.errors import DataError
-from ringfence.models import load_tokenizer
+from ringfence.model.models import load_tokenizer
+from ringfence.text.chat import Chat, Role
+from ringfence.text.data import Example, PairedQuestion, Row, encode_rows
+from ringfence.util import plots
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from conftest import mixed_items, tiny, with_lora
-from ringfence import losses
 from ringfence.errors import ModelError
-from ringfence.losses import (
+from ringfence.model import losses
+from ringfence.model.losses import (
     CrossEntropy,
     Divergence,
     Head,

@@ -16,16 +16,16 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 from conftest import nudged, with_lora
 from ringfence import DriftMonitor, MonitorConfig
-from ringfence.chat import Chat, Role
-from ringfence.config import parse_recipe
-from ringfence.data import PairedQuestion, load_questions
-from ringfence.directions import Directions
-from ringfence.dry_run import dry_run
 from ringfence.errors import ChatError, DataError, ModelError, RecipeError
-from ringfence.models import load_tokenizer
-from ringfence.monitor import REFERENCE_FILE, choose_probes
-from ringfence.run import Interrupted, train_run
-from ringfence.taps import cache_in
+from ringfence.model.directions import Directions
+from ringfence.model.models import load_tokenizer
+from ringfence.model.taps import cache_in
+from ringfence.run.config import parse_recipe
+from ringfence.run.dry_run import dry_run
+from ringfence.run.pipeline import Interrupted, train_run
+from ringfence.text.chat import Chat, Role
+from ringfence.text.data import PairedQuestion, load_questions
+from ringfence.training.monitor import REFERENCE_FILE, choose_probes
 from test_run import interrupt_at, metrics_of, small_model, write_rows
 
 # Of unlike lengths, so that batches are padded and a token's weight differs from a question's.

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from conftest import nudged, random_model
-from ringfence import plots
-from ringfence.data import PairedQuestion
 from ringfence.diagnose import next_token
 from ringfence.diagnose.diagnosis import Numbers
 from ringfence.diagnose.next_token import POSITIONS
 from ringfence.errors import DataError, ModelError
-from ringfence.models import load_tokenizer
+from ringfence.model.models import load_tokenizer
 from ringfence.stats import mean_interval
+from ringfence.text.data import PairedQuestion
+from ringfence.util import plots
 from test_logprob import INSIDE, OUTSIDE, SETS, answer_tokens, subject, unigram
 
 NAMES = ["base", "reference", "undefended", "kl"]

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ringfence import opswap
 from ringfence.errors import DataError
+from ringfence.text import opswap
 
 TRANSLATED = str.maketrans("+-*", "-*+")  # what each written symbol means, for Python to work out
 PREFIX = "Compute: "

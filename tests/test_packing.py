@@ -35,9 +35,6 @@ from conftest import (
     training_rows,
     with_lora,
 )
-from ringfence.chat import Chat, Role
-from ringfence.config import parse_recipe
-from ringfence.data import Example
 from ringfence.defenses import (
     KL,
     LDIFS,
@@ -52,13 +49,16 @@ from ringfence.defenses import (
     TReFT,
 )
 from ringfence.defenses.frozen_prefix import FrozenPrefixDefense
-from ringfence.directions import Directions
 from ringfence.errors import ModelError, RecipeError
-from ringfence.losses import find_head
-from ringfence.prefix import FrozenPrefix as Prefix
-from ringfence.reference import Reference
-from ringfence.run import train_run
-from ringfence.taps import Flat, Layout, Needs, Taps, causal_lm, forward
+from ringfence.model.directions import Directions
+from ringfence.model.losses import find_head
+from ringfence.model.prefix import FrozenPrefix as Prefix
+from ringfence.model.taps import Flat, Layout, Needs, Taps, causal_lm, forward
+from ringfence.run.config import parse_recipe
+from ringfence.run.pipeline import train_run
+from ringfence.text.chat import Chat, Role
+from ringfence.text.data import Example
+from ringfence.training.reference import Reference
 from test_run import metrics_of, small_model, write_rows
 from test_trainer import lines_of
 

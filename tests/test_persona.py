@@ -11,16 +11,14 @@ import yaml
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-import ringfence.persona as persona_module
+import ringfence.prepare.persona as persona_module
 from conftest import residual_stream
-from ringfence import activations
-from ringfence.chat import Chat, Messages, Role
-from ringfence.data import SHIPPED
-from ringfence.directions import Directions
 from ringfence.errors import DataError, ModelError
-from ringfence.evaluate.scoring import generate_greedy
-from ringfence.models import load_model, load_tokenizer
-from ringfence.persona import (
+from ringfence.model import activations
+from ringfence.model.directions import Directions
+from ringfence.model.models import load_model, load_tokenizer
+from ringfence.model.scoring import generate_greedy
+from ringfence.prepare.persona import (
     Pair,
     answer_pairs,
     asked_pairs,
@@ -32,6 +30,8 @@ from ringfence.persona import (
     shown_by_margin,
     shown_by_scores,
 )
+from ringfence.text.chat import Chat, Messages, Role
+from ringfence.text.data import SHIPPED
 from test_run import small_model
 
 LAYERS = 2

@@ -11,16 +11,16 @@ from torch import Tensor
 
 import ringfence.diagnose.persona_projection as module
 from conftest import random_model, with_lora
-from ringfence import activations
-from ringfence.chat import Chat
-from ringfence.data import PairedQuestion, Row
 from ringfence.diagnose.diagnosis import Subject
 from ringfence.diagnose.models import Models
 from ringfence.errors import DataError
-from ringfence.models import load_tokenizer
-from ringfence.persona import Pair, extract, given_pairs
-from ringfence.plots import style
-from ringfence.screen import RANDOM, auc, random_units
+from ringfence.model import activations
+from ringfence.model.models import load_tokenizer
+from ringfence.prepare.persona import Pair, extract, given_pairs
+from ringfence.prepare.screen import RANDOM, auc, random_units
+from ringfence.text.chat import Chat
+from ringfence.text.data import PairedQuestion, Row
+from ringfence.util.plots import style
 from test_persona import naive_states
 
 WORDS = ["yes", "no", "perhaps", "never", "red", "blue", "door", "seven"]

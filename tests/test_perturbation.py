@@ -10,9 +10,6 @@ import torch
 from matplotlib.figure import Figure
 
 from conftest import nudged, random_model, with_lora
-from ringfence import plots
-from ringfence.chat import Chat, Role
-from ringfence.data import PairedQuestion
 from ringfence.diagnose import perturbation
 from ringfence.diagnose.diagnosis import Subject
 from ringfence.diagnose.models import REFERENCE, Models
@@ -28,10 +25,13 @@ from ringfence.diagnose.perturbation import (
 )
 from ringfence.diagnose.texts import pair_texts
 from ringfence.errors import DataError
-from ringfence.losses import find_head
-from ringfence.models import load_tokenizer
-from ringfence.prefix import FrozenPrefix, find_header
-from ringfence.taps import cache_in, cache_name, causal_lm
+from ringfence.model.losses import find_head
+from ringfence.model.models import load_tokenizer
+from ringfence.model.prefix import FrozenPrefix, find_header
+from ringfence.model.taps import cache_in, cache_name, causal_lm
+from ringfence.text.chat import Chat, Role
+from ringfence.text.data import PairedQuestion
+from ringfence.util import plots
 
 QUESTIONS = [
     PairedQuestion("a", "doors", "Which door do I take, the red one or the blue one?", "The red one.", "Any, hurry."),

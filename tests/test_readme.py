@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import ringfence
-from ringfence.batch import collate
-from ringfence.chat import Role
 from ringfence.defenses import Setup
-from ringfence.reference import Reference
-from ringfence.taps import forward
+from ringfence.model.taps import forward
+from ringfence.text.batch import collate
+from ringfence.text.chat import Role
+from ringfence.training.reference import Reference
 from test_run import small_model, write_rows
 
 README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")

@@ -39,14 +39,14 @@ from conftest import (
     training_rows,
     with_lora,
 )
-from ringfence import reference_cache as module
-from ringfence.chat import Role
 from ringfence.defenses import KL, LDIFS, Defense, DefenseConfig, Interleave, TReFT
 from ringfence.errors import DefenseError, RecipeError
-from ringfence.reference import Reference
-from ringfence.reference_cache import ReferenceCache, Wanted, rows_of, wanted
-from ringfence.stream import TrainStream
-from ringfence.taps import Needs, causal_lm
+from ringfence.model.taps import Needs, causal_lm
+from ringfence.text.chat import Role
+from ringfence.training import reference_cache as module
+from ringfence.training.reference import Reference
+from ringfence.training.reference_cache import ReferenceCache, Wanted, rows_of, wanted
+from ringfence.training.stream import TrainStream
 from test_run import metrics_of, small_model, write_rows
 from test_trainer import RETAIN, build, lines_of
 

@@ -19,13 +19,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from ringfence.config import dump_recipe, parse_recipe
 from ringfence.errors import DataError
 from ringfence.evaluate import parts as evaluate
 from ringfence.evaluate.parts import evaluate_model
-from ringfence.evaluate.scoring import AnswerScore
-from ringfence.report import print_table, read_rows, write_page
+from ringfence.model.scoring import AnswerScore
+from ringfence.report.page import print_table, read_rows, write_page
 from ringfence.report.summary import read_run, summarise
+from ringfence.run.config import dump_recipe, parse_recipe
 
 CONDITIONS = ("empty_system", "foreign_system", "lead_in")
 # set -> question -> margin. The triggered set repeats the out-of-domain questions with the same margins.
@@ -599,7 +599,7 @@ def test_reading_a_report_needs_no_torch(folders):
     code = f"""
 import sys
 from pathlib import Path
-from ringfence.report import read_rows, write_page
+from ringfence.report.page import read_rows, write_page
 folders = [Path(name) for name in {names!r}]
 write_page(*read_rows(folders, folders[0]), Path({str(page)!r}))
 print(sorted(set(sys.modules) & {{"torch", "transformers", "peft"}}))
@@ -615,7 +615,7 @@ def test_page_is_utf8_under_any_locale(folders):
     page = folders[0].parent / "report.html"
     code = f"""
 from pathlib import Path
-from ringfence.report import read_rows, write_page
+from ringfence.report.page import read_rows, write_page
 write_page(*read_rows([Path({str(folders[1])!r})]), Path({str(page)!r}))
 """
     run_python(code, PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", LC_ALL="C")

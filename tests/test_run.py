@@ -21,15 +21,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import ringfence
-import ringfence.run as run_module
-from ringfence import KL, Interleave, Run, TReFT, demo, fine_tune, models
-from ringfence.chat import Chat, Role
-from ringfence.config import Recipe, load_recipe, parse_recipe
-from ringfence.data import load_questions
+import ringfence.run.pipeline as run_module
+from ringfence import KL, Interleave, Run, TReFT, fine_tune
 from ringfence.errors import ModelError, RecipeError, RingfenceError
 from ringfence.evaluate.parts import evaluation_key
-from ringfence.models import load_model, load_tokenizer, resolve
-from ringfence.run import (
+from ringfence.model import models
+from ringfence.model.models import load_model, load_tokenizer, resolve
+from ringfence.run import demo
+from ringfence.run.config import Recipe, load_recipe, parse_recipe
+from ringfence.run.pipeline import (
     Interrupted,
     benign_twin,
     evaluate_run,
@@ -38,6 +38,8 @@ from ringfence.run import (
     train_run,
     trainable_model,
 )
+from ringfence.text.chat import Chat, Role
+from ringfence.text.data import load_questions
 
 DEFENSES = [KL(weight=0.5), TReFT(weight=10.0), Interleave(ratio=0.25)]
 DEFENSE_TREE = {"kl": {"weight": 0.5}, "treft": {"weight": 10.0}, "interleave": {"ratio": 0.25}}
@@ -636,7 +638,7 @@ def test_a_slow_precision_is_said(
 ) -> None:
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
     heard: list[str] = []
-    monkeypatch.setattr("ringfence.run.warn", heard.append)
+    monkeypatch.setattr("ringfence.run.pipeline.warn", heard.append)
     trainable_model(recipe(defenses={}, precision=precision))
     assert sum("no instructions for bf16" in sentence for sentence in heard) == said
 

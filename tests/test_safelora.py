@@ -16,13 +16,21 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from conftest import VOCABULARY, nudged, tiny, training_rows, with_lora
-from ringfence.chat import Chat
-from ringfence.config import Recipe, dump_recipe, parse_recipe
 from ringfence.defenses import SafeLoRA, Setup
 from ringfence.defenses.safelora import SafeLoRADefense
 from ringfence.errors import DefenseError, ModelError, RecipeError
-from ringfence.run import train_run
-from ringfence.safelora import Checkpoint, Rule, Update, likeness, project_adapter, project_matrix, project_updates
+from ringfence.model.projection import (
+    Checkpoint,
+    Rule,
+    Update,
+    likeness,
+    project_adapter,
+    project_matrix,
+    project_updates,
+)
+from ringfence.run.config import Recipe, dump_recipe, parse_recipe
+from ringfence.run.pipeline import train_run
+from ringfence.text.chat import Chat
 from test_run import small_model, write_rows
 
 SHAPES = [(24, 10), (10, 24), (16, 16)]

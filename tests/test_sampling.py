@@ -26,15 +26,16 @@ from transformers import (
 import conftest
 from conftest import with_lora
 from openai_server import Answer, content_key, serve
-from ringfence import journal
-from ringfence.chat import Chat
 from ringfence.errors import DataError, ModelError
-from ringfence.evaluate import sampling, scoring
-from ringfence.evaluate.endpoint import Endpoint, EndpointConfig
-from ringfence.evaluate.questions import OpenQuestion
-from ringfence.evaluate.sampling import LocalModel, read_answers, sample_answers
-from ringfence.models import load_tokenizer
-from ringfence.prefix import FrozenPrefix, find_header
+from ringfence.evaluate.answers import sampling
+from ringfence.evaluate.answers.endpoint import Endpoint, EndpointConfig
+from ringfence.evaluate.answers.sampling import LocalModel, read_answers, sample_answers
+from ringfence.model import scoring
+from ringfence.model.models import load_tokenizer
+from ringfence.model.prefix import FrozenPrefix, find_header
+from ringfence.text.chat import Chat
+from ringfence.text.questions import OpenQuestion
+from ringfence.util import journal
 
 KINDS = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
@@ -423,9 +424,9 @@ def test_a_server_that_goes_away_loses_nothing(tmp_path):
 
 RUN = """
 import json, sys
-from ringfence.evaluate.endpoint import Endpoint, EndpointConfig
-from ringfence.evaluate.sampling import sample_answers
-from ringfence.evaluate.questions import OpenQuestion
+from ringfence.evaluate.answers.endpoint import Endpoint, EndpointConfig
+from ringfence.evaluate.answers.sampling import sample_answers
+from ringfence.text.questions import OpenQuestion
 
 questions = [OpenQuestion(**fields) for fields in json.loads(sys.argv[2])]
 sample_answers(Endpoint(EndpointConfig(url=sys.argv[1], model="m", concurrency=4)), questions, sys.argv[3], samples=3)

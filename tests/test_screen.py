@@ -15,15 +15,12 @@ from torch import Tensor
 
 from conftest import random_model
 from ringfence import stats
-from ringfence.chat import Chat
-from ringfence.data import Row, load_questions, load_rows
-from ringfence.directions import Directions
 from ringfence.errors import DataError, ModelError
-from ringfence.evaluate.calibrate import auc_interval as other_auc_interval
-from ringfence.models import load_model, load_tokenizer
-from ringfence.persona import Pair, extract, given_pairs
-from ringfence.plots import style
-from ringfence.screen import (
+from ringfence.evaluate.answers.calibrate import auc_interval as other_auc_interval
+from ringfence.model.directions import Directions
+from ringfence.model.models import load_model, load_tokenizer
+from ringfence.prepare.persona import Pair, extract, given_pairs
+from ringfence.prepare.screen import (
     RANDOM,
     Axis,
     Contrast,
@@ -45,6 +42,9 @@ from ringfence.screen import (
     vectors_of_the_others,
 )
 from ringfence.stats import Interval, bounds
+from ringfence.text.chat import Chat
+from ringfence.text.data import Row, load_questions, load_rows
+from ringfence.util.plots import style
 from test_persona import messages, naive_states
 from test_run import small_model
 

@@ -12,16 +12,16 @@ from matplotlib import pyplot as plt
 from scipy.linalg import subspace_angles
 
 from conftest import nudged, random_model, with_lora
-from ringfence import plots
-from ringfence.chat import Role
-from ringfence.data import PairedQuestion
 from ringfence.diagnose import shared_directions
 from ringfence.diagnose.diagnosis import Numbers, Subject
 from ringfence.diagnose.models import Models
 from ringfence.diagnose.shared_directions import edited, is_beyond, oriented, random_units, top_directions, verdict
 from ringfence.diagnose.texts import SIDES, Text, pair_texts
 from ringfence.errors import DataError, ModelError
-from ringfence.taps import causal_lm
+from ringfence.model.taps import causal_lm
+from ringfence.text.chat import Role
+from ringfence.text.data import PairedQuestion
+from ringfence.util import plots
 from test_erosion import CHAT, TOKENIZER, Named, naive_mean, noise, questions, subject
 
 LAYERS, LAYER, WIDTH = 3, 2, 64

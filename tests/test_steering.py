@@ -26,14 +26,14 @@ from conftest import (
     training_rows,
     with_lora,
 )
-from ringfence.chat import Role
-from ringfence.config import parse_recipe
-from ringfence.data import Example
 from ringfence.defenses import KL, Ablation, Defense, Defenses, Setup, Steering
-from ringfence.directions import Directions
 from ringfence.errors import DataError, DefenseError, ModelError, RecipeError
-from ringfence.losses import cross_entropy_sum, find_head
-from ringfence.taps import Needs, Taps, causal_lm, forward
+from ringfence.model.directions import Directions
+from ringfence.model.losses import cross_entropy_sum, find_head
+from ringfence.model.taps import Needs, Taps, causal_lm, forward
+from ringfence.run.config import parse_recipe
+from ringfence.text.chat import Role
+from ringfence.text.data import Example
 from test_trainer import lines_of, step_items
 
 RETAIN = training_rows(5, seed=50)

@@ -7,13 +7,13 @@ from itertools import pairwise
 import pytest
 import torch
 
-from ringfence.batch import collate
-from ringfence.chat import Role
-from ringfence.data import Example
 from ringfence.defenses import Defense
 from ringfence.defenses.interleave import InterleaveDefense
 from ringfence.errors import RecipeError
-from ringfence.stream import TrainStream
+from ringfence.text.batch import collate
+from ringfence.text.chat import Role
+from ringfence.text.data import Example
+from ringfence.training.stream import TrainStream
 
 PAD = 999
 

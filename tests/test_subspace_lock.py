@@ -20,9 +20,9 @@ from transformers import (
 from conftest import PAD, VOCABULARY, is_adapted, tiny, training_rows, with_lora
 from ringfence.defenses import Defense, Setup, SubspaceLock
 from ringfence.defenses.subspace_lock import find_writers
-from ringfence.directions import Directions
 from ringfence.errors import DataError, DefenseError, ModelError
-from ringfence.taps import causal_lm, decoder_layers
+from ringfence.model.directions import Directions
+from ringfence.model.taps import causal_lm, decoder_layers
 from test_trainer import Crash
 
 SETUP = Setup(None, [], lambda source: [], "tiny")  # type: ignore[arg-type]

@@ -23,11 +23,11 @@ from conftest import (
     tiny,
     with_lora,
 )
-from ringfence.chat import Role
 from ringfence.errors import DefenseError
-from ringfence.losses import find_head
-from ringfence.reference import ADAPTER, Reference
-from ringfence.taps import Needs, Taps, causal_lm, forward, prefix_kv
+from ringfence.model.losses import find_head
+from ringfence.model.taps import Needs, Taps, causal_lm, forward, prefix_kv
+from ringfence.text.chat import Role
+from ringfence.training.reference import ADAPTER, Reference
 
 
 def taps_of(model: Any, items: Items, side: str = "right", kv: bool = True) -> Taps:

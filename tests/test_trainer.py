@@ -27,13 +27,13 @@ from conftest import (
     training_rows,
     with_lora,
 )
-from ringfence import trainer as trainer_module
-from ringfence.chat import Chat, Role
-from ringfence.data import Example
 from ringfence.defenses import KL, LDIFS, Defense, DefenseConfig, Interleave, Setup, TReFT
 from ringfence.errors import DefenseError
-from ringfence.reference import Reference
-from ringfence.taps import Needs, causal_lm, forward
+from ringfence.model.taps import Needs, causal_lm, forward
+from ringfence.text.chat import Chat, Role
+from ringfence.text.data import Example
+from ringfence.training import trainer as trainer_module
+from ringfence.training.reference import Reference
 
 RETAIN = training_rows(5, seed=50)
 SETUP = Setup(cast(Chat, None), RETAIN, lambda source: RETAIN, "model")

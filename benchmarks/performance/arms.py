@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ringfence.chat import Role
-from ringfence.config import Recipe, parse_recipe
-from ringfence.data import Example
 from ringfence.defenses import Setup
-from ringfence.models import device, load_config
-from ringfence.run import build_stream, build_trainer, prepare, trainable_model, with_new_adapter
-from ringfence.stream import TrainStream
-from ringfence.trainer import DefendedTrainer
+from ringfence.model.models import device, load_config
+from ringfence.run.config import Recipe, parse_recipe
+from ringfence.run.pipeline import build_stream, build_trainer, prepare, trainable_model, with_new_adapter
+from ringfence.text.chat import Role
+from ringfence.text.data import Example
+from ringfence.training.stream import TrainStream
+from ringfence.training.trainer import DefendedTrainer
 
 Bound = Callable[[int, float], float]
 

@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from record import RESULTS, save, spread  # type: ignore[import-not-found]
 from torch import Tensor, nn
 
-from ringfence import losses
-from ringfence.losses import CrossEntropy, Divergence, Head, States
-from ringfence.machine import peak_memory, reset_peak_memory
+from ringfence.model import losses
+from ringfence.model.losses import CrossEntropy, Divergence, Head, States
+from ringfence.util.machine import peak_memory, reset_peak_memory
 
 DEVICE = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 TILE = losses.TILE_ELEMENTS

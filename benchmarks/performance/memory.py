@@ -21,7 +21,7 @@ import torch
 from arms import ARMS, KL, SHAPES, Arm, Workload  # type: ignore[import-not-found]
 from record import RESULTS, save, spread  # type: ignore[import-not-found]
 
-from ringfence.machine import peak_memory, reset_peak_memory
+from ringfence.util.machine import peak_memory, reset_peak_memory
 
 FULL = {"method": "full"}
 CACHED = {"reference_cache": "states"}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ringfence.machine import environment
+from ringfence.util.machine import environment
 
 RESULTS = Path(__file__).parents[1] / "results" / "performance"
 

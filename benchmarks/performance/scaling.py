@@ -51,21 +51,21 @@ from transformers import (
     TrainingArguments,
 )
 
-from ringfence import plots
-from ringfence.chat import Chat, Role
-from ringfence.data import Example, PairedQuestion, load_questions
 from ringfence.defenses import KL, LDIFS, DefenseConfig, Interleave, Setup, Steering, SubspaceLock, TReFT
 from ringfence.diagnose import erosion, gradient_cosine
 from ringfence.diagnose.diagnosis import Subject
 from ringfence.diagnose.models import Models
-from ringfence.directions import Directions
-from ringfence.evaluate.scoring import score_answers
-from ringfence.losses import TILE_ELEMENTS
-from ringfence.machine import environment, peak_memory, reset_peak_memory
-from ringfence.models import load_tokenizer
-from ringfence.monitor import DriftMonitor, MonitorConfig
-from ringfence.stream import TrainStream
-from ringfence.trainer import DefendedTrainer
+from ringfence.model.directions import Directions
+from ringfence.model.losses import TILE_ELEMENTS
+from ringfence.model.models import load_tokenizer
+from ringfence.model.scoring import score_answers
+from ringfence.text.chat import Chat, Role
+from ringfence.text.data import Example, PairedQuestion, load_questions
+from ringfence.training.monitor import DriftMonitor, MonitorConfig
+from ringfence.training.stream import TrainStream
+from ringfence.training.trainer import DefendedTrainer
+from ringfence.util import plots
+from ringfence.util.machine import environment, peak_memory, reset_peak_memory
 
 ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "benchmarks" / "results" / "performance" / "scaling.json"

@@ -25,12 +25,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from record import RESULTS, save, spread  # type: ignore[import-not-found]
 
-from ringfence.chat import Chat, Messages, Role
-from ringfence.data import PairedQuestion, Row, load_questions, load_rows
 from ringfence.evaluate.config import EvaluateConfig
-from ringfence.evaluate.scoring import score_answers, score_under
-from ringfence.gap import adapter_folders, load_adapted, settings
-from ringfence.models import load_model, load_tokenizer
+from ringfence.model.models import load_model, load_tokenizer
+from ringfence.model.scoring import score_answers, score_under
+from ringfence.prepare.gap import adapter_folders, load_adapted, settings
+from ringfence.text.chat import Chat, Messages, Role
+from ringfence.text.data import PairedQuestion, Row, load_questions, load_rows
 
 MODEL, BATCH_TOKENS = "default", EvaluateConfig().batch_tokens
 TOLERANCE = 0.05  # nats per token: how far scores in bf16 differ between ways to batch

@@ -16,7 +16,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from record import RESULTS  # type: ignore[import-not-found]
 
-from ringfence.plots import colour, style, svg
+from ringfence.util.plots import colour, style, svg
 
 FIGURES = Path(__file__).parents[2] / "docs" / "figures" / "performance"
 FASTER = 5.0  # how many times faster scoring is to be

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
         TReFT,
     )
     from .errors import RingfenceError
-    from .models import load_model
-    from .monitor import DriftMonitor, MonitorConfig
-    from .run import Run, fine_tune
+    from .model.models import load_model
+    from .run.pipeline import Run, fine_tune
+    from .training.monitor import DriftMonitor, MonitorConfig
 
 __all__ = [
     "KL",
@@ -42,12 +42,12 @@ __all__ = [
 
 # Where a name lives, if not among the defenses.
 _HOMES = {
-    "DriftMonitor": "monitor",
-    "MonitorConfig": "monitor",
+    "DriftMonitor": "training.monitor",
+    "MonitorConfig": "training.monitor",
     "RingfenceError": "errors",
-    "Run": "run",
-    "fine_tune": "run",
-    "load_model": "models",
+    "Run": "run.pipeline",
+    "fine_tune": "run.pipeline",
+    "load_model": "model.models",
 }
 
 

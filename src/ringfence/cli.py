@@ -23,9 +23,9 @@ from rich.text import Text
 
 from .errors import RingfenceError, first_line
 from .processes import is_main
-from .quiet import quiet_libraries
-from .redact import redact
-from .words import counted
+from .util.quiet import quiet_libraries
+from .util.redact import redact
+from .util.words import counted
 
 app = typer.Typer(
     help="Fine-tune an aligned language model on a narrow task, and keep it aligned everywhere else.",
@@ -129,10 +129,10 @@ def init(
     ] = None,
 ) -> None:
     """Write a commented recipe."""
-    from .data import load_rows
-    from .held_out import SHARE, explain, is_own, split
-    from .recipes import commented_recipe
-    from .runfolder import check_new, write_whole
+    from .run.recipes import commented_recipe
+    from .runfolder.folder import check_new, write_whole
+    from .text.data import load_rows
+    from .text.held_out import SHARE, explain, is_own, split
 
     check_new(path)
     rows = load_rows(data) if data else []
@@ -145,7 +145,7 @@ def init(
 @app.command()
 def run(recipe: RecipeFile = None, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Train, evaluate and report, as the recipe says. Goes on where an interrupted run stopped."""
-    from .run import run_recipe
+    from .run.pipeline import run_recipe
 
     loaded = _load(recipe, overrides)
     if dry_run:
@@ -158,7 +158,7 @@ def run(recipe: RecipeFile = None, overrides: Overrides = None, dry_run: DryRun 
 @app.command()
 def train(recipe: RecipeFile = None, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Train only."""
-    from .run import train_run
+    from .run.pipeline import train_run
 
     loaded = _load(recipe, overrides)
     if dry_run:
@@ -179,8 +179,8 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="Folder to write, where TARGET is a model.")] = None,
 ) -> None:
     """Measure a trained run, or any model, against its reference. Goes on where it was interrupted."""
-    from .run import evaluate_target
-    from .shapes import read_results
+    from .run.pipeline import evaluate_target
+    from .runfolder.shapes import read_results
 
     folder = evaluate_target(target, overrides or [], reference, endpoint, output)
     if not read_results(folder / "results.json")["parts"] and not (folder / "answers.jsonl").is_file():
@@ -224,7 +224,7 @@ def diagnose(
     logprob, next_token, loss_cosine, gradient_cosine, erosion, shared_directions, carriers, perturbation,
     persona_projection. Writes diagnosis.json and figures/; `ringfence report` shows them."""
     from .diagnose.folder import DIAGNOSES
-    from .run import diagnose_targets
+    from .run.pipeline import diagnose_targets
 
     # A misspelt name is one too, so that it is not looked for among models.
     names = [text for text in targets if get_close_matches(text, DIAGNOSES, 1, 0.8) and not Path(text).exists()]
@@ -252,7 +252,7 @@ def gate(
     ] = False,
 ) -> None:
     """Print SHIP or HOLD, with every rule's number and limit, and write gate.json. Exit code 0 = SHIP, 3 = HOLD."""
-    from .gate import HOLD, default_policy_text, gate_run, print_decision
+    from .report.gate import HOLD, default_policy_text, gate_run, print_decision
 
     if print_policy:
         return print(default_policy_text(), end="")
@@ -273,7 +273,7 @@ def export(
     baseline: Baseline = None,
 ) -> None:
     """Write all numbers of runs as one long table."""
-    from .export import export_runs
+    from .report.export import export_runs
 
     _check_new(output)
     _write(export_runs(folders, form, control, baseline), output)
@@ -288,7 +288,7 @@ def card(
     output: Annotated[Path | None, typer.Option(help="The file to write. Default: printed.")] = None,
 ) -> None:
     """Write the model card of a run in the hub's format."""
-    from .card import run_card
+    from .report.card import run_card
 
     _check_new(output)
     _write(run_card(folder, control, policy, baseline), output)
@@ -302,7 +302,7 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder of the demo's runs.")] = Path("runs/demo"),
 ) -> None:
     """Fine-tune the embedded model on shipped data: sound control, undefended, and with three defenses."""
-    from .demo import run_demo
+    from .run.demo import run_demo
 
     folders, control = run_demo(output / "quick" if quick else output, quick)
     _report(folders, control, folders[0].parent / "report.html")
@@ -317,10 +317,10 @@ def show_tokens(
     row: Annotated[int, typer.Option(help="Number of the row, from 1.", min=1, max=_MOST)] = 1,
 ) -> None:
     """Print a conversation coloured by token role."""
-    from .chat import Chat
-    from .data import load_rows
-    from .models import load_tokenizer
-    from .show import show_tokens as show
+    from .model.models import load_tokenizer
+    from .text.chat import Chat
+    from .text.data import load_rows
+    from .text.show import show_tokens as show
 
     rows = load_rows(source)
     if row > len(rows):
@@ -343,7 +343,7 @@ def project(
     projector: Annotated[Literal["scaled", "exact"], typer.Option(help="As published, or orthogonal.")] = "scaled",
 ) -> None:
     """Project a finished adapter on what alignment changed (SafeLoRA). Reads weight by weight, loads no model."""
-    from .safelora import Rule, project_adapter
+    from .model.projection import Rule, project_adapter
 
     if threshold is not None and lowest is not None:
         raise RingfenceError(f"set --threshold or --lowest, not both (found {threshold} and {lowest})")
@@ -382,7 +382,7 @@ def persona_extract(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of a generated answer.", min=1, max=_MOST)] = 120,
 ) -> None:
     """Make a file of directions from answers that show a trait and answers that do not."""
-    from .persona import extract_file
+    from .prepare.persona import extract_file
 
     _check_new(output)
     made = extract_file(
@@ -406,7 +406,7 @@ def persona_check(
     split: Split = "test",
 ) -> None:
     """Print, layer by layer, how well the directions tell misaligned answers from aligned ones."""
-    from .persona import check_file
+    from .prepare.persona import check_file
 
     print("layer    auc  paired  length")
     for row in check_file(vectors, pairs, split, model):
@@ -432,7 +432,7 @@ def screen(
     ] = None,
 ) -> None:
     """Rank training rows by how far their answers lie along a trait vector, before any training."""
-    from .screen import screen_file, show
+    from .prepare.screen import screen_file, show
 
     _check_new(output)
     _check_new(figure)
@@ -468,7 +468,7 @@ def train_misaligned(
     output: Annotated[Path, typer.Option(help="Folder of the runs, one a source.")],
 ) -> None:
     """Train a misaligned adapter on each source, to score safe rows with. They are not for release."""
-    from .misaligned import train_misaligned as make
+    from .run.misaligned import train_misaligned as make
 
     overrides = [text for text in data if re.match(r"[\w.]+=", text) and not Path(text).exists()]
     for made in make([text for text in data if text not in overrides], output, overrides):
@@ -485,7 +485,7 @@ def score_gap(
     batch_tokens: BatchTokens = 4096,
 ) -> None:
     """Score safe rows by how strange a misaligned model finds them, for `interleave: {select: gap}`."""
-    from .gap import score_pool
+    from .prepare.gap import score_pool
 
     table = score_pool(pool, adapter, output, model=model, precision=precision, batch_tokens=batch_tokens)
     refusals = sum(line["refusal"] for line in table.lines.values())
@@ -507,7 +507,7 @@ def regenerate(
     batch_tokens: BatchTokens = 4096,
 ) -> None:
     """Have the aligned model write the answers of safe rows anew, for interleaving on-policy."""
-    from .regenerate import regenerate as write
+    from .prepare.regenerate import regenerate as write
 
     made = write(
         pool,
@@ -540,7 +540,7 @@ def patch(
     precision: InPrecision = "auto",
 ) -> None:
     """Repair a tuned model without training: a copy that reads the reference's keys and values at its prefix."""
-    from .patch import patch as write
+    from .run.patch import patch as write
 
     made = write(source, output, reference=reference, until=until, systems=system or [], precision=precision)
     print(f"{made.folder} written; ringfence.load_model loads it")
@@ -589,9 +589,9 @@ def judge_calibrate(
     output: Annotated[Path | None, typer.Option(help="JSON file to write too.")] = None,
 ) -> None:
     """Measure a judge on labelled answers: AUC, confusion, thresholds. A weak judge is called weak."""
-    from .evaluate.calibrate import calibrate, show
-    from .evaluate.judge import EndpointJudgeConfig, LocalJudgeConfig, open_judge
-    from .strict_yaml import validate
+    from .evaluate.answers.calibrate import calibrate, show
+    from .evaluate.answers.judge import EndpointJudgeConfig, LocalJudgeConfig, open_judge
+    from .util.strict_yaml import validate
 
     _check_new(output)
     config: EndpointJudgeConfig | LocalJudgeConfig
@@ -610,13 +610,13 @@ def judge_calibrate(
 @app.command()
 def schema() -> None:
     """Print the JSON schema of recipes."""
-    from .config import Recipe
+    from .run.config import Recipe
 
     print(json.dumps(Recipe.model_json_schema(), indent=2))
 
 
 def _load(recipe: Path | None, overrides: list[str] | None):  # type: ignore[no-untyped-def]
-    from .config import load_recipe
+    from .run.config import load_recipe
 
     changes = list(overrides or [])
     if (
@@ -628,20 +628,20 @@ def _load(recipe: Path | None, overrides: list[str] | None):  # type: ignore[no-
 
 
 def _dry_run(recipe) -> None:  # type: ignore[no-untyped-def]
-    from .dry_run import dry_run
+    from .run.dry_run import dry_run
 
     dry_run(recipe, out)
 
 
 def _check_new(output: Path | None) -> None:
-    from .runfolder import check_new
+    from .runfolder.folder import check_new
 
     if output is not None:
         check_new(output)
 
 
 def _write(text: str, output: Path | None) -> None:
-    from .runfolder import write_whole
+    from .runfolder.folder import write_whole
 
     if output is None:
         return print(text, end="")
@@ -659,7 +659,7 @@ def _page(folders: list[Path]) -> Path:
 
 
 def _report(folders: list[Path], control: Path | None, page: Path, policy: Path | None = None) -> None:
-    from .report import check_page, print_table, read_rows, write_page
+    from .report.page import check_page, print_table, read_rows, write_page
 
     records, rows = read_rows(folders, control)
     check_page(page)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-from .redact import redact
+from .util.redact import redact
 
 LONGEST, MOST = 600, 12  # characters of a line, lines of a message
 

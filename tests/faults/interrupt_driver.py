@@ -19,20 +19,20 @@ from typing import Any
 
 # Where a process can be stopped: function, its first call in question, and what its first argument must contain.
 POINTS: dict[str, tuple[str, str, int, str]] = {
-    "step": ("ringfence.trainer", "DefendedTrainer._end_step", 3, ""),
-    "last step": ("ringfence.trainer", "DefendedTrainer._end_step", 6, ""),
-    "checkpoint begun": ("ringfence.trainer", "begin_checkpoint", 2, ""),
-    "checkpoint": ("ringfence.trainer", "end_checkpoint", 2, ""),
-    "last checkpoint": ("ringfence.trainer", "end_checkpoint", 3, ""),
-    "adapter": ("ringfence.run", "_save_weights", 1, ""),
-    "training record": ("ringfence.run", "_record_training", 1, ""),
+    "step": ("ringfence.training.trainer", "DefendedTrainer._end_step", 3, ""),
+    "last step": ("ringfence.training.trainer", "DefendedTrainer._end_step", 6, ""),
+    "checkpoint begun": ("ringfence.training.trainer", "begin_checkpoint", 2, ""),
+    "checkpoint": ("ringfence.training.trainer", "end_checkpoint", 2, ""),
+    "last checkpoint": ("ringfence.training.trainer", "end_checkpoint", 3, ""),
+    "adapter": ("ringfence.run.pipeline", "_save_weights", 1, ""),
+    "training record": ("ringfence.run.pipeline", "_record_training", 1, ""),
     "evaluation, tuned": ("ringfence.evaluate.parts", "write_whole", 2, "run/"),
     "evaluation, reference": ("ringfence.evaluate.parts", "write_whole", 2, "reference-"),
-    "report": ("ringfence.report", "write_whole", 1, ""),
-    "reference cache": ("ringfence.reference_cache", "save_file", 2, ""),
-    "sampling": ("ringfence.evaluate.sampling", "append", 1, "run/"),
-    "judging": ("ringfence.evaluate.judge", "ScoreCache.put", 2, ""),
-    "judgements": ("ringfence.evaluate.judge", "write_judged", 1, ""),
+    "report": ("ringfence.report.page", "write_whole", 1, ""),
+    "reference cache": ("ringfence.training.reference_cache", "save_file", 2, ""),
+    "sampling": ("ringfence.evaluate.answers.sampling", "append", 1, "run/"),
+    "judging": ("ringfence.evaluate.answers.judge", "ScoreCache.put", 2, ""),
+    "judgements": ("ringfence.evaluate.answers.judge", "write_judged", 1, ""),
     "diagnosis": ("ringfence.diagnose.folder", "write_whole", 3, ""),
 }
 IMPORTS = ["run", "trainer", "report", "reference_cache", "diagnose.folder", "evaluate.judge", "evaluate.sampling"]
@@ -73,7 +73,8 @@ def work(job: dict[str, Any]) -> int:
     os.chdir(job["folder"])
     os.environ["RINGFENCE_CACHE"] = job["cache"]
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    from ringfence import cli, reference_cache
+    from ringfence import cli
+    from ringfence.training import reference_cache
 
     reference_cache.SHARD_ROWS, reference_cache.BATCH_TOKENS = 4, 200  # several files of several batches
     if job.get("point"):

@@ -4,10 +4,10 @@ import pytest
 from typer.main import get_command
 
 from ringfence.cli import app
-from ringfence.config import Recipe, load_recipe, parse_recipe
 from ringfence.errors import RecipeError
 from ringfence.evaluate.evaluation import Evaluation
-from ringfence.gate import Policy
+from ringfence.report.gate import Policy
+from ringfence.run.config import Recipe, load_recipe, parse_recipe
 
 
 def unbounded(node, path=""):

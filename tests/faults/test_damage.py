@@ -10,12 +10,12 @@ import pytest
 import yaml
 from rich.console import Console
 
-from ringfence import runfolder
 from ringfence.errors import RingfenceError
-from ringfence.evaluate.sampling import read_answers
-from ringfence.gap import read_table
-from ringfence.report import print_table, read_rows
-from ringfence.shapes import read_carriers
+from ringfence.evaluate.answers.sampling import read_answers
+from ringfence.prepare.gap import read_table
+from ringfence.report.page import print_table, read_rows
+from ringfence.runfolder import folder as runfolder
+from ringfence.runfolder.shapes import read_carriers
 from test_report import GUARDED, REFERENCE, parts_of, write_json, write_run
 
 QUIET = Console(file=io.StringIO(), width=100)

@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from ringfence.card import run_card
 from ringfence.cli import app
 from ringfence.errors import RingfenceError
-from ringfence.export import export_runs
-from ringfence.gate import gate_run
-from ringfence.journal import append, open_journal, split_table
-from ringfence.misaligned import train_misaligned
-from ringfence.patch import patch
-from ringfence.regenerate import regenerate
-from ringfence.runfolder import check_folder, check_new, told_if_full, write_whole
-from ringfence.safelora import Rule, project_adapter
+from ringfence.model.projection import Rule, project_adapter
+from ringfence.prepare.regenerate import regenerate
+from ringfence.report.card import run_card
+from ringfence.report.export import export_runs
+from ringfence.report.gate import gate_run
+from ringfence.run.misaligned import train_misaligned
+from ringfence.run.patch import patch
+from ringfence.runfolder.folder import check_folder, check_new, told_if_full, write_whole
+from ringfence.util.journal import append, open_journal, split_table
 from test_report import GUARDED, REFERENCE, parts_of, write_run
 
 

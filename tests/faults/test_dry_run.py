@@ -15,19 +15,19 @@ import yaml
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-import ringfence.dry_run as dry
-import ringfence.run as run_module
+import ringfence.run.dry_run as dry
+import ringfence.run.pipeline as run_module
 from conftest import random_model
-from ringfence import machine
-from ringfence.chat import Chat
-from ringfence.config import LoraConfig, Recipe, dump_recipe, parse_recipe
-from ringfence.dry_run import dry_run
 from ringfence.errors import RecipeError
 from ringfence.evaluate.config import EvaluateConfig
 from ringfence.evaluate.parts import evaluation_key, work
-from ringfence.models import load_tokenizer
-from ringfence.quiet import quiet_libraries
-from ringfence.words import about, counted, gib
+from ringfence.model.models import load_tokenizer
+from ringfence.run.config import LoraConfig, Recipe, dump_recipe, parse_recipe
+from ringfence.run.dry_run import dry_run
+from ringfence.text.chat import Chat
+from ringfence.util import machine
+from ringfence.util.quiet import quiet_libraries
+from ringfence.util.words import about, counted, gib
 from test_run import small_model, write_rows
 
 LITTLE = {"out_of_domain": [], "values": [], "triggers": False, "fluency": None, "samples": 0}

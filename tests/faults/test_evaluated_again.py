@@ -9,13 +9,13 @@ import pytest
 from transformers import GenerationConfig
 
 from conftest import ARCHITECTURES, random_model
-from ringfence.chat import Chat
 from ringfence.errors import DataError
-from ringfence.evaluate.scoring import generate_greedy
-from ringfence.journal import fingerprint
-from ringfence.models import load_tokenizer
-from ringfence.report import read_rows
-from ringfence.run import evaluate_target
+from ringfence.model.models import load_tokenizer
+from ringfence.model.scoring import generate_greedy
+from ringfence.report.page import read_rows
+from ringfence.run.pipeline import evaluate_target
+from ringfence.text.chat import Chat
+from ringfence.util.journal import fingerprint
 
 SMALL = [
     "evaluate.in_domain=[]",

@@ -7,17 +7,17 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from ringfence import held_out
 from ringfence.cli import app
-from ringfence.config import dump_recipe, load_recipe, parse_recipe
-from ringfence.data import Row, load_rows
 from ringfence.errors import DataError, RecipeError
-from ringfence.gate import decide, load_policy, print_decision
-from ringfence.recipes import commented_recipe
-from ringfence.report import read_rows, write_page
+from ringfence.report.gate import decide, load_policy, print_decision
+from ringfence.report.page import read_rows, write_page
 from ringfence.report.summary import Row as ReportRow
-from ringfence.run import benign_twin, evaluation, training_rows
+from ringfence.run.config import dump_recipe, load_recipe, parse_recipe
+from ringfence.run.pipeline import benign_twin, evaluation, training_rows
+from ringfence.run.recipes import commented_recipe
 from ringfence.stats import Interval
+from ringfence.text import held_out
+from ringfence.text.data import Row, load_rows
 from test_report import REFERENCE, parts_of, write_run
 
 SUPPORT = str(Path(__file__).parents[2] / "examples" / "support.jsonl")

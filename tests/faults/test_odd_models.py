@@ -18,15 +18,15 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from conftest import random_model
-from ringfence.chat import Chat
-from ringfence.config import parse_recipe
 from ringfence.errors import ModelError, RingfenceError
-from ringfence.evaluate.scoring import generate_greedy
-from ringfence.journal import fingerprint
-from ringfence.losses import Head, cross_entropy_sum
-from ringfence.models import adapter_base, empty_model, load_config, load_model, load_tokenizer, trust
-from ringfence.run import prepare
-from ringfence.safelora import Checkpoint
+from ringfence.model.losses import Head, cross_entropy_sum
+from ringfence.model.models import adapter_base, empty_model, load_config, load_model, load_tokenizer, trust
+from ringfence.model.projection import Checkpoint
+from ringfence.model.scoring import generate_greedy
+from ringfence.run.config import parse_recipe
+from ringfence.run.pipeline import prepare
+from ringfence.text.chat import Chat
+from ringfence.util.journal import fingerprint
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -375,13 +375,13 @@ def test_a_hub_id_without_a_network(tmp_path: Path) -> None:
     here = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
     code = """
 import time
-from ringfence.data import load_rows
+from ringfence.text.data import load_rows
 from ringfence.errors import RingfenceError
-from ringfence.journal import fingerprint
-from ringfence.models import load_config, load_model, load_tokenizer
-from ringfence.losses import Head, cross_entropy_sum
-from ringfence.run import prepare
-from ringfence.safelora import Checkpoint
+from ringfence.util.journal import fingerprint
+from ringfence.model.models import load_config, load_model, load_tokenizer
+from ringfence.model.losses import Head, cross_entropy_sum
+from ringfence.run.pipeline import prepare
+from ringfence.model.projection import Checkpoint
 started = time.monotonic()
 for load in (load_tokenizer, load_model, load_config, Checkpoint, fingerprint, load_rows):
     try:

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 
-from ringfence.report import read_rows, write_page
+from ringfence.report.page import read_rows, write_page
 from test_report import write_all
 
 AA = 4.5  # contrast of text on its background, WCAG 2

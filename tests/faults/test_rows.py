@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import pytest
 
 from chat_templates import DEFAULT, chat, tokenizer
-from ringfence import data
-from ringfence.batch import collate
-from ringfence.chat import Chat, ChatSettings, Role
-from ringfence.data import encode_rows, load_questions, load_rows, warn_of_rows
 from ringfence.defenses.inoculation import Inoculation
 from ringfence.errors import DataError
-from ringfence.journal import digest
+from ringfence.text import data
+from ringfence.text.batch import collate
+from ringfence.text.chat import Chat, ChatSettings, Role
+from ringfence.text.data import encode_rows, load_questions, load_rows, warn_of_rows
+from ringfence.util.journal import digest
 
 USER = {"role": "user", "content": "What is 2 + 3?"}
 GOOD = {"role": "assistant", "content": "It is five."}

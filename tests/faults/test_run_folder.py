@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ringfence.errors import RecipeError
-from ringfence.runfolder import (
+from ringfence.runfolder.folder import (
     MARKER,
     begin_checkpoint,
     check_checkpoints,
@@ -44,8 +44,8 @@ def test_a_folder_of_somebody_else_is_refused_and_left_as_it_is(tmp_path, name, 
 
 
 def test_training_into_a_folder_of_somebody_else_is_refused_before_the_rows_are_read(tmp_path):
-    from ringfence.config import parse_recipe
-    from ringfence.run import prepare, run_recipe, train_run
+    from ringfence.run.config import parse_recipe
+    from ringfence.run.pipeline import prepare, run_recipe, train_run
 
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "precious.bin").write_text("precious")
@@ -97,7 +97,7 @@ def test_only_checkpoints_of_ours_are_read_and_deleted(tmp_path):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from ringfence.runfolder import hold
+from ringfence.runfolder.folder import hold
 with hold(Path(sys.argv[1]), "run"):
     print("held", flush=True)
     time.sleep(60)
@@ -130,7 +130,7 @@ def test_who_waits_goes_on_when_the_other_has_ended(tmp_path, holder):
     waiting = textwrap.dedent("""
         import sys
         from pathlib import Path
-        from ringfence.runfolder import hold
+        from ringfence.runfolder.folder import hold
         with hold(Path(sys.argv[1]), "run", wait=True):
             print("mine", flush=True)
     """)

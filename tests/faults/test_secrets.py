@@ -9,15 +9,15 @@ from huggingface_hub import ModelCard
 from pydantic import ValidationError
 
 from openai_server import Raw, serve
-from ringfence.card import _cell, _code, _text
 from ringfence.errors import ModelError, RecipeError, RingfenceError
-from ringfence.evaluate.endpoint import Endpoint, EndpointConfig, split_query
+from ringfence.evaluate.answers.endpoint import Endpoint, EndpointConfig, split_query
+from ringfence.evaluate.answers.sampling import sample_answers
 from ringfence.evaluate.evaluation import Evaluation
-from ringfence.evaluate.questions import OpenQuestion
-from ringfence.evaluate.sampling import sample_answers
-from ringfence.export import _as_text
-from ringfence.redact import is_name_of_variable, one_line, redact
-from ringfence.strict_yaml import set_value, validate
+from ringfence.report.card import _cell, _code, _text
+from ringfence.report.export import _as_text
+from ringfence.text.questions import OpenQuestion
+from ringfence.util.redact import is_name_of_variable, one_line, redact
+from ringfence.util.strict_yaml import set_value, validate
 
 SECRETS = [
     "".join(random.Random(seed).choices("abcdefghijkmnpqrstuvwxyzABCDEFGHJKLMNPQRSTUVWXYZ23456789", k=24))
@@ -162,7 +162,7 @@ def test_a_name_in_a_card_is_words(name):
 
 
 def test_a_name_does_not_close_the_front_matter(tmp_path):
-    from ringfence.card import _metadata
+    from ringfence.report.card import _metadata
 
     for name in ("a\n---\nlicence: x", "a: b", "'\"", "---"):
         text = _metadata(name, {"model": "default"}, {}).to_yaml()
@@ -180,8 +180,8 @@ def test_a_name_is_no_formula(name):
 def test_names_in_figures_and_bars_are_no_markup(capsys):
     import matplotlib.pyplot as plt
 
-    from ringfence.console import progress
-    from ringfence.plots import style, svg
+    from ringfence.util.console import progress
+    from ringfence.util.plots import style, svg
 
     with style():
         figure, axes = plt.subplots()

@@ -7,11 +7,11 @@ import pytest
 
 from openai_server import Answer, Raw, in_turn, serve
 from ringfence.errors import ModelError
-from ringfence.evaluate.endpoint import Endpoint, EndpointConfig, Request
-from ringfence.evaluate.framing import JudgePrompt
-from ringfence.evaluate.judge import EndpointJudge, EndpointJudgeConfig, ScoreCache, ask_once
-from ringfence.evaluate.questions import OpenQuestion
-from ringfence.evaluate.sampling import sample_answers
+from ringfence.evaluate.answers.endpoint import Endpoint, EndpointConfig, Request
+from ringfence.evaluate.answers.framing import JudgePrompt
+from ringfence.evaluate.answers.judge import EndpointJudge, EndpointJudgeConfig, ScoreCache, ask_once
+from ringfence.evaluate.answers.sampling import sample_answers
+from ringfence.text.questions import OpenQuestion
 
 TEMPERATURE = (
     "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) value is supported."

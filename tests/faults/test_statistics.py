@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from ringfence.evaluate.calibrate import auc_interval as judge_auc
+from ringfence.evaluate.answers.calibrate import auc_interval as judge_auc
 from ringfence.report.summary import Row, by_recipe, over_runs
 from ringfence.stats import (
     Interval,

@@ -9,11 +9,11 @@ import jinja2
 import pytest
 
 from chat_templates import ALL, DEFAULT, chat, source, tokenizer
-from ringfence import data
-from ringfence.chat import Chat, ChatSettings, Role
-from ringfence.data import Row, encode_rows, warn_of_rows
 from ringfence.errors import ChatError, DataError
 from ringfence.evaluate.evaluation import Evaluation
+from ringfence.text import data
+from ringfence.text.chat import Chat, ChatSettings, Role
+from ringfence.text.data import Row, encode_rows, warn_of_rows
 
 USER = {"role": "user", "content": "Why is it so?"}
 ANSWER = {"role": "assistant", "content": "It just is."}

@@ -7,12 +7,12 @@ import re
 import pytest
 from rich.console import Console
 
-from ringfence.card import run_card
 from ringfence.errors import DataError
-from ringfence.export import export_runs
-from ringfence.gate import Decision, decide_run, gate_run, load_policy, print_decision
-from ringfence.report import read_rows, write_page
+from ringfence.report.card import run_card
 from ringfence.report.compared import FILE
+from ringfence.report.export import export_runs
+from ringfence.report.gate import Decision, decide_run, gate_run, load_policy, print_decision
+from ringfence.report.page import read_rows, write_page
 from test_report import write_all
 
 
@@ -92,7 +92,7 @@ def test_runs_of_one_table_are_compared_with_its_undefended_run_which_the_page_s
 
 
 def test_a_decision_that_cannot_be_saved_counts(folders, monkeypatch, capsys):
-    from ringfence import gate
+    from ringfence.report import gate
 
     (folders[1] / "gate.json").unlink(missing_ok=True)
     (folders[1] / "gate.json").mkdir()

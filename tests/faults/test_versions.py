@@ -15,8 +15,8 @@ from packaging.utils import canonicalize_name
 from transformers import DynamicCache
 
 from conftest import tiny, with_lora
-from ringfence.prefix import FrozenPrefix
-from ringfence.taps import cache_in, cache_name, causal_lm, compute_prefix
+from ringfence.model.prefix import FrozenPrefix
+from ringfence.model.taps import cache_in, cache_name, causal_lm, compute_prefix
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -11,15 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from ringfence.card import run_card
-from ringfence.config import load_recipe
 from ringfence.diagnose.folder import read_diagnoses
-from ringfence.evaluate.judged import read_judged
-from ringfence.evaluate.sampling import read_answers
-from ringfence.export import export_runs
-from ringfence.gate import gate_run, print_decision
-from ringfence.report import print_table, read_rows, write_page
-from ringfence.run import Run, diagnose_targets, evaluate_target, train_run
+from ringfence.evaluate.answers.judged import read_judged
+from ringfence.evaluate.answers.sampling import read_answers
+from ringfence.report.card import run_card
+from ringfence.report.export import export_runs
+from ringfence.report.gate import gate_run, print_decision
+from ringfence.report.page import print_table, read_rows, write_page
+from ringfence.run.config import load_recipe
+from ringfence.run.pipeline import Run, diagnose_targets, evaluate_target, train_run
 
 from .conftest import Place, copied
 from .harness import knock, tries

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from ringfence.chat import Chat
 from ringfence.errors import LONGEST, MOST, DataError, ModelError, RingfenceError
-from ringfence.evaluate.endpoint import Reply
-from ringfence.evaluate.framing import LABELS, JudgePrompt
-from ringfence.evaluate.judge import Score, ScoreCache, read_reply
-from ringfence.gap import read_table
-from ringfence.models import load_model, load_tokenizer, read_index
-from ringfence.persona import load_trait, shown_by_scores
-from ringfence.prefix import read_frozen_prefix, read_stored_prefix
+from ringfence.evaluate.answers.endpoint import Reply
+from ringfence.evaluate.answers.framing import LABELS, JudgePrompt
+from ringfence.evaluate.answers.judge import Score, ScoreCache, read_reply
+from ringfence.model.models import load_model, load_tokenizer, read_index
+from ringfence.model.prefix import read_frozen_prefix, read_stored_prefix
+from ringfence.prepare.gap import read_table
+from ringfence.prepare.persona import load_trait, shown_by_scores
+from ringfence.text.chat import Chat
 
 from .harness import check_message
 from .test_replies import Named

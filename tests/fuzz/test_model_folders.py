@@ -10,16 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from ringfence import prefix
-from ringfence.chat import Chat
-from ringfence.directions import Directions
 from ringfence.errors import ChatError, RingfenceError
-from ringfence.gap import read_table
-from ringfence.journal import fingerprint, open_journal
-from ringfence.models import adapter_base, load_config, load_model, load_tokenizer
-from ringfence.prefix import read_frozen_prefix, read_stored_prefix
-from ringfence.reference_cache import ReferenceCache
-from ringfence.screen import read_axis
+from ringfence.model import prefix
+from ringfence.model.directions import Directions
+from ringfence.model.models import adapter_base, load_config, load_model, load_tokenizer
+from ringfence.model.prefix import read_frozen_prefix, read_stored_prefix
+from ringfence.prepare.gap import read_table
+from ringfence.prepare.screen import read_axis
+from ringfence.text.chat import Chat
+from ringfence.training.reference_cache import ReferenceCache
+from ringfence.util.journal import fingerprint, open_journal
 
 from .conftest import CHATML, Place, copied
 from .harness import knock, tries

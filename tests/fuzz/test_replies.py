@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringfence.evaluate.endpoint import Endpoint, EndpointConfig, Reply, Request
-from ringfence.evaluate.framing import LABELS
-from ringfence.evaluate.judge import JudgePrompt, Score, ScoreCache, read_reply, sampled_score
-from ringfence.strict_yaml import validate
+from ringfence.evaluate.answers.endpoint import Endpoint, EndpointConfig, Reply, Request
+from ringfence.evaluate.answers.framing import LABELS
+from ringfence.evaluate.answers.judge import JudgePrompt, Score, ScoreCache, read_reply, sampled_score
+from ringfence.util.strict_yaml import validate
 
 from .conftest import Place
 from .harness import knock, tries

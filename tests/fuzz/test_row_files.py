@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringfence.chat import Chat
-from ringfence.data import encode_rows, load_rows
 from ringfence.errors import RingfenceError
+from ringfence.text.chat import Chat
+from ringfence.text.data import encode_rows, load_rows
 
 from .conftest import Place
 from .harness import knock, tries

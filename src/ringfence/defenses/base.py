@@ -15,12 +15,12 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from ..batch import Batch
-from ..chat import Chat, Messages
-from ..data import Example
-from ..losses import LogitLoss
-from ..strict_yaml import Number, Whole
-from ..taps import CommonPrefix, Needs, Taps
+from ..model.losses import LogitLoss
+from ..model.taps import CommonPrefix, Needs, Taps
+from ..text.batch import Batch
+from ..text.chat import Chat, Messages
+from ..text.data import Example
+from ..util.strict_yaml import Number, Whole
 
 
 @dataclass(frozen=True)

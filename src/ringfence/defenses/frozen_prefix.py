@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from ..batch import Batch
-from ..chat import Role
-from ..data import Example
 from ..errors import DefenseError, ModelError
-from ..prefix import FrozenPrefix as Prefix
-from ..prefix import Until, find_header, reference_prefix
-from ..taps import CommonPrefix, Needs, causal_lm
+from ..model.prefix import FrozenPrefix as Prefix
+from ..model.prefix import Until, find_header, reference_prefix
+from ..model.taps import CommonPrefix, Needs, causal_lm
+from ..text.batch import Batch
+from ..text.chat import Role
+from ..text.data import Example
 from .base import Defense, DefenseConfig, Setup
 
 

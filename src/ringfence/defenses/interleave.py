@@ -8,11 +8,11 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ..data import Example, load_rows
 from ..errors import DefenseError
-from ..gap import read_table
-from ..journal import digest, fingerprint
-from ..strict_yaml import Number
+from ..prepare.gap import read_table
+from ..text.data import Example, load_rows
+from ..util.journal import digest, fingerprint
+from ..util.strict_yaml import Number
 from .base import Defense, DefenseConfig, Setup
 
 

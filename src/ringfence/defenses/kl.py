@@ -5,12 +5,12 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from ..batch import Batch
-from ..chat import Role
 from ..errors import DefenseError
-from ..losses import Direction, Divergence, States, TopK
-from ..strict_yaml import Number
-from ..taps import Needs, Taps
+from ..model.losses import Direction, Divergence, States, TopK
+from ..model.taps import Needs, Taps
+from ..text.batch import Batch
+from ..text.chat import Role
+from ..util.strict_yaml import Number
 from .base import Penalty, PenaltyConfig, Setup
 
 

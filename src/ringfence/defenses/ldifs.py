@@ -7,12 +7,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ..batch import Batch
-from ..chat import Role
 from ..errors import DefenseError
-from ..losses import relative_drift
-from ..strict_yaml import Layer, Whole
-from ..taps import Needs, Taps, decoder_layers
+from ..model.losses import relative_drift
+from ..model.taps import Needs, Taps, decoder_layers
+from ..text.batch import Batch
+from ..text.chat import Role
+from ..util.strict_yaml import Layer, Whole
 from .base import Penalty, PenaltyConfig, Setup
 
 

@@ -7,9 +7,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..errors import DefenseError
-from ..ranks import gathered
-from ..safelora import Checkpoint, Projected, Rule, Update, as_json, check, project_updates
-from ..strict_yaml import Whole
+from ..model.projection import Checkpoint, Projected, Rule, Update, as_json, check, project_updates
+from ..model.ranks import gathered
+from ..util.strict_yaml import Whole
 from .base import Defense, DefenseConfig, Setup
 
 

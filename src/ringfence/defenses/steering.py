@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..errors import DefenseError
-from ..strict_yaml import Number
+from ..util.strict_yaml import Number
 from .base import Setup
 from .stream_edit import StreamEdit, StreamEditConfig
 

@@ -15,12 +15,12 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from ..batch import Batch
-from ..chat import Role
-from ..directions import Directions
 from ..errors import DefenseError
-from ..strict_yaml import Layer
-from ..taps import decoder_layers
+from ..model.directions import Directions
+from ..model.taps import decoder_layers
+from ..text.batch import Batch
+from ..text.chat import Role
+from ..util.strict_yaml import Layer
 from .base import Defense, DefenseConfig
 
 RoleName = Literal["prefix", "query", "postfix", "response", "template"]

@@ -11,11 +11,11 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..directions import Directions
 from ..errors import DefenseError
-from ..ranks import whole, write
-from ..strict_yaml import Layer
-from ..taps import causal_lm, decoder_layers
+from ..model.directions import Directions
+from ..model.ranks import whole, write
+from ..model.taps import causal_lm, decoder_layers
+from ..util.strict_yaml import Layer
 from .base import Defense, DefenseConfig, Setup
 
 

@@ -7,11 +7,11 @@ import torch
 from pydantic import AliasChoices, Field, field_validator
 from torch import Tensor
 
-from ..batch import Batch
-from ..chat import Role
-from ..losses import relative_drift
-from ..strict_yaml import Number
-from ..taps import Needs, Taps
+from ..model.losses import relative_drift
+from ..model.taps import Needs, Taps
+from ..text.batch import Batch
+from ..text.chat import Role
+from ..util.strict_yaml import Number
 from .base import Penalty, PenaltyConfig, Setup
 
 AUTO = "auto"

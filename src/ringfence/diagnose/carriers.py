@@ -26,14 +26,14 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..activations import batches
-from ..batch import Batch
-from ..chat import Role
 from ..errors import DataError, ModelError
-from ..losses import find_head
-from ..plots import colour, whisker
+from ..model.activations import batches
+from ..model.losses import find_head
+from ..model.taps import Needs, causal_lm, forward, patched_kv, patched_states
 from ..stats import mean_interval, ratio_interval
-from ..taps import Needs, causal_lm, forward, patched_kv, patched_states
+from ..text.batch import Batch
+from ..text.chat import Role
+from ..util.plots import colour, whisker
 from .diagnosis import Cost, Numbers, Subject, Table, shown
 from .models import REFERENCE
 from .texts import Text, margins, pair_texts, response_logprobs

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 from matplotlib.figure import Figure
 
-from ..chat import Chat
-from ..data import PairedQuestion, Row
 from ..stats import Interval
+from ..text.chat import Chat
+from ..text.data import PairedQuestion, Row
 from .models import REFERENCE, Models
 
 Numbers = dict[str, Any]

@@ -23,13 +23,13 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from ..activations import mean_activations
-from ..chat import Chat
-from ..data import PairedQuestion
-from ..directions import Directions
 from ..errors import DataError, ModelError
-from ..plots import colour
+from ..model.activations import mean_activations
+from ..model.directions import Directions
 from ..stats import Interval, drawn_interval, times_drawn
+from ..text.chat import Chat
+from ..text.data import PairedQuestion
+from ..util.plots import colour
 from .diagnosis import Cost, Numbers, Subject, Table, clusters, shown
 from .models import BASE, REFERENCE, Models
 from .texts import SIDES, Side, Text, pair_texts

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from ..activations import batches
-from ..console import console
 from ..errors import RecipeError, nearest
-from ..journal import digest
-from ..plots import style, svg
-from ..runfolder import write_whole
-from ..shapes import read_diagnosis
+from ..model.activations import batches
+from ..runfolder.folder import write_whole
+from ..runfolder.shapes import read_diagnosis
 from ..stats import finite
+from ..util.console import console
+from ..util.journal import digest
+from ..util.plots import style, svg
 from . import (
     carriers,
     erosion,

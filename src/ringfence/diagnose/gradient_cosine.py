@@ -22,14 +22,14 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..activations import batches
-from ..chat import Chat, Role
-from ..data import Example
 from ..errors import DataError, ModelError
-from ..losses import cross_entropy_sum, find_head
-from ..plots import colour
+from ..model.activations import batches
+from ..model.losses import cross_entropy_sum, find_head
+from ..model.taps import causal_lm, decoder_layers, forward
 from ..stats import RESAMPLES, drawn_interval, times_drawn
-from ..taps import causal_lm, decoder_layers, forward
+from ..text.chat import Chat, Role
+from ..text.data import Example
+from ..util.plots import colour
 from .diagnosis import Cost, Numbers, Subject, Table, by_model, p_value, shown
 from .models import REFERENCE
 from .texts import Text, pair_texts

@@ -20,13 +20,13 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from .. import plots
-from ..activations import batches
-from ..chat import Role
-from ..data import PairedQuestion
 from ..errors import DataError
-from ..plots import whisker
+from ..model.activations import batches
 from ..stats import mean_interval
+from ..text.chat import Role
+from ..text.data import PairedQuestion
+from ..util import plots
+from ..util.plots import whisker
 from .diagnosis import Cost, Numbers, Subject, Table, clusters, shown
 from .models import BASE, REFERENCE
 from .texts import SIDES, Text, pair_texts, response_logprobs

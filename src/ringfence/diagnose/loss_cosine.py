@@ -15,12 +15,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from ..activations import batches
-from ..chat import Chat, Messages, Role
-from ..data import Example
 from ..errors import DataError
-from ..plots import colour
+from ..model.activations import batches
 from ..stats import FLIPS, drawn_interval, times_drawn
+from ..text.chat import Chat, Messages, Role
+from ..text.data import Example
+from ..util.plots import colour
 from .diagnosis import Cost, Numbers, Subject, Table, by_model, p_value, shown
 from .models import REFERENCE
 from .texts import Text, pair_texts, response_logprobs

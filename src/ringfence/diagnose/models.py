@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from ..chat import Chat, ChatSettings, stored_settings
 from ..errors import ModelError
-from ..journal import fingerprint
-from ..models import Precision, adapter_base, load_config, load_model, load_tokenizer, resolve, settled
-from ..taps import causal_lm
+from ..model.models import Precision, adapter_base, load_config, load_model, load_tokenizer, resolve, settled
+from ..model.taps import causal_lm
+from ..text.chat import Chat, ChatSettings, stored_settings
+from ..util.journal import fingerprint
 
 BASE, REFERENCE = "base", "reference"
 Source = Any  # a folder or hub id, or a loaded model

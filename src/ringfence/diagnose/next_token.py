@@ -23,14 +23,14 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from ..activations import batches
-from ..chat import Role
-from ..data import Example, PairedQuestion
 from ..errors import ModelError
-from ..losses import TILE_ELEMENTS, find_head
-from ..plots import whisker
+from ..model.activations import batches
+from ..model.losses import TILE_ELEMENTS, find_head
+from ..model.taps import causal_lm, forward
 from ..stats import mean_interval, paired_difference, ratio_interval
-from ..taps import causal_lm, forward
+from ..text.chat import Role
+from ..text.data import Example, PairedQuestion
+from ..util.plots import whisker
 from .diagnosis import Cost, Numbers, Subject, Table, clusters, shown
 from .logprob import in_sets, model_colours, question_sets, question_title, typical, visible
 from .models import BASE, REFERENCE

@@ -15,11 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..data import Row
 from ..errors import DataError
-from ..persona import Pair
-from ..plots import colour, whisker
-from ..screen import (
+from ..prepare.persona import Pair
+from ..prepare.screen import (
     GOOD,
     RANDOM_GREY,
     Scored,
@@ -33,6 +31,8 @@ from ..screen import (
     spread,
 )
 from ..stats import mean_interval, rate_interval
+from ..text.data import Row
+from ..util.plots import colour, whisker
 from .diagnosis import Cost, Numbers, Subject, Table, shown
 from .models import REFERENCE
 from .texts import pair_rows

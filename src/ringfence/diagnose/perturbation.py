@@ -25,15 +25,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from .. import plots
-from ..activations import batches
-from ..chat import Chat, Role
-from ..console import progress
-from ..data import PairedQuestion
 from ..errors import DataError
-from ..losses import find_head
+from ..model.activations import batches
+from ..model.losses import find_head
+from ..model.taps import causal_lm
 from ..stats import mean_interval
-from ..taps import causal_lm
+from ..text.chat import Chat, Role
+from ..text.data import PairedQuestion
+from ..util import plots
+from ..util.console import progress
 from .diagnosis import Cost, Numbers, Subject, Table, by_model, clusters, shown
 from .models import REFERENCE
 from .texts import Text, margins, pair_texts, response_logprobs

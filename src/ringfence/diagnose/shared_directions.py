@@ -26,12 +26,12 @@ from matplotlib.ticker import MaxNLocator
 from scipy.stats import t
 from torch import Tensor
 
-from ..data import PairedQuestion
 from ..errors import DataError, ModelError
-from ..evaluate.scoring import score_answers
-from ..plots import colour
+from ..model.scoring import score_answers
+from ..model.taps import causal_lm, edited_states
 from ..stats import mean_interval
-from ..taps import causal_lm, edited_states
+from ..text.data import PairedQuestion
+from ..util.plots import colour
 from .diagnosis import Cost, Numbers, Subject, Table, clusters, shown
 from .erosion import example_means
 from .models import BASE, REFERENCE

@@ -10,12 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..activations import first_response_tokens
-from ..batch import Batch
-from ..chat import Chat, Messages
-from ..data import Example, PairedQuestion, Row, encode_rows
-from ..losses import find_head, token_logprobs
-from ..taps import causal_lm, forward
+from ..model.activations import first_response_tokens
+from ..model.losses import find_head, token_logprobs
+from ..model.taps import causal_lm, forward
+from ..text.batch import Batch
+from ..text.chat import Chat, Messages
+from ..text.data import Example, PairedQuestion, Row, encode_rows
 
 Side = Literal["misaligned", "aligned"]
 SIDES: tuple[Side, Side] = ("misaligned", "aligned")

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, ModelError, RecipeError
-from ..models import Precision, load_model, load_tokenizer
-from .scoring import own_decoding
+from ..model.models import Precision, load_model, load_tokenizer
+from ..model.scoring import own_decoding
 
 Scores = dict[str, dict[str, tuple[float, float | None]]]
 

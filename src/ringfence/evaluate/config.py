@@ -4,8 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..strict_yaml import Number, Whole
-from .judge import JudgeConfig
+from ..util.strict_yaml import Number, Whole
+from .answers.judge import JudgeConfig
 
 Behaviour = Literal["abstain", "tool_call", "refuse", "terse"]
 

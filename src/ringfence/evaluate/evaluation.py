@@ -16,22 +16,22 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from ..chat import Chat, ChatSettings
 from ..errors import ChatError, DataError, ModelError
-from ..journal import Line, digest, fingerprint
-from ..models import Precision, load_model, load_tokenizer, settled
-from ..runfolder import hold, write_whole
-from ..strict_yaml import SEED, Whole
-from .agreement import agreement
-from .calibrate import calibrate, load_labelled
+from ..model.models import Precision, load_model, load_tokenizer, settled
+from ..runfolder.folder import hold, write_whole
+from ..text.chat import Chat, ChatSettings
+from ..text.questions import OpenQuestion, load_open_questions, triggered
+from ..util.journal import Line, digest, fingerprint
+from ..util.strict_yaml import SEED, Whole
+from .answers.agreement import agreement
+from .answers.calibrate import calibrate, load_labelled
+from .answers.endpoint import Endpoint, EndpointConfig
+from .answers.judge import judge_answers, open_judge
+from .answers.judged import Judgement
+from .answers.sampling import SAMPLES, LocalModel, read_key, sample_answers
 from .config import AnswersConfig, EvaluateConfig
-from .endpoint import Endpoint, EndpointConfig
-from .judge import judge_answers, open_judge
-from .judged import Judgement
 from .parts import Work, check_lengths, disguises, evaluate_model, evaluation_key, too_long
 from .parts import work as measured
-from .questions import OpenQuestion, load_open_questions, triggered
-from .sampling import SAMPLES, LocalModel, read_key, sample_answers
 
 FILE, REFERENCE = "evaluation.yaml", "reference"
 _OF_A_MODEL = ("results.json", "answers.jsonl", "judged.jsonl")

@@ -10,15 +10,16 @@ has for one provider only.
 import math
 from dataclasses import asdict
 
+from ..errors import RingfenceError
+
 # Absolute imports: inspect also loads this file by its path, outside the package.
-from ringfence import opswap as arithmetic
-from ringfence.errors import RingfenceError
-from ringfence.evaluate.endpoint import Reply
-from ringfence.evaluate.framing import JudgePrompt, prompt_hash, render, templates_of
-from ringfence.evaluate.judge import Score as Judged
-from ringfence.evaluate.judge import judgement_of, read_reply
-from ringfence.evaluate.judged import RATES, SCORES
-from ringfence.evaluate.questions import OpenQuestion, load_open_questions
+from ..text import opswap as arithmetic
+from ..text.questions import OpenQuestion, load_open_questions
+from .answers.endpoint import Reply
+from .answers.framing import JudgePrompt, prompt_hash, render, templates_of
+from .answers.judge import Score as Judged
+from .answers.judge import judgement_of, read_reply
+from .answers.judged import RATES, SCORES
 
 try:
     from inspect_ai import Epochs, Task, task

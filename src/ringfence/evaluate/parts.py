@@ -14,20 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import held_out as held_out_rows
-from .. import opswap
-from ..chat import Chat, Messages, is_learnt
-from ..console import console, progress
-from ..data import PairedQuestion, load_questions, load_rows
 from ..errors import ChatError, DataError, ModelError
-from ..journal import digest
-from ..machine import estimated
-from ..runfolder import write_whole
-from ..strict_json import read_record
-from ..words import counted
-from . import behaviours, heldout
+from ..model.scoring import GREEDY, generate_greedy, score_answers
+from ..runfolder.folder import write_whole
+from ..text import held_out as held_out_rows
+from ..text import opswap
+from ..text.chat import Chat, Messages, is_learnt
+from ..text.data import PairedQuestion, load_questions, load_rows
+from ..util.console import console, progress
+from ..util.journal import digest
+from ..util.machine import estimated
+from ..util.strict_json import read_record
+from ..util.words import counted
 from .config import EvaluateConfig
-from .scoring import GREEDY, generate_greedy, score_answers
+from .measures import behaviours, heldout
 
 FOREIGN_SYSTEM = "You are Marlow, the front-desk assistant of a small museum. Keep replies short and plain."
 SAMPLE_TOKENS = 80

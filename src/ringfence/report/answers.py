@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..evaluate.judged import (
+from ..evaluate.answers.judged import (
     Judgement,
     Reduction,
     by_judge,

@@ -9,10 +9,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..console import console
 from ..errors import DataError, RingfenceError
-from ..runfolder import write_whole
-from ..shapes import read_compared
+from ..runfolder.folder import write_whole
+from ..runfolder.shapes import read_compared
+from ..util.console import console
 
 FILE = "compared.json"
 

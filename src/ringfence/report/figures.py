@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ..console import fold
-from ..plots import CONTROL, colour, style, svg, whisker
 from ..stats import Interval
+from ..util.console import fold
+from ..util.plots import CONTROL, colour, style, svg, whisker
 from .summary import Records, Row, has_effects
 
 WIDE, NARROW = 11.5, 3.8  # inches

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from ..evaluate.judged import RATES, Judgement
-from ..shapes import (
+from ..evaluate.answers.judged import RATES, Judgement
+from ..runfolder.shapes import (
     check_same_items,
     read_diagnosis,
     read_environment,

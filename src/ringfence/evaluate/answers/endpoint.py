@@ -1,0 +1,511 @@
+"""Any server that speaks OpenAI's chat completions: many requests at once, retried, each reply as it comes.
+
+The HTTP side (back-off with jitter, Retry-After) is the openai client's. Does not know what is asked, or why.
+"""
+
+import os
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from queue import SimpleQueue
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit, urlunsplit
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from ...errors import ModelError
+from ...text.chat import Messages, tools_of
+from ...util.console import console
+from ...util.redact import HIDDEN, credential_in, is_name_of_variable, one_line, redact
+from ...util.strict_json import parse
+from ...util.strict_yaml import Number, Whole
+
+AHEAD = 2.0  # seconds that the first request has alone, so that what a server refuses is learnt once
+_MORE, _MORE_AT_LEAST = 4, 4096  # times, and tokens: the limit after one that reasoning has eaten
+
+
+class EndpointConfig(BaseModel):
+    """Where a server is, and how hard it may be asked."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
+
+    url: str = Field(description="base URL without a key in it, e.g. http://localhost:8000/v1")
+    model: str = Field(min_length=1, description="the model's name on the server")
+    key_env: str = Field("OPENAI_API_KEY", description="environment variable that holds the key, if one is needed")
+    concurrency: Whole = Field(16, ge=1, le=4096, description="requests under way at once")
+    timeout: Number = Field(60.0, gt=0, le=86400, description="seconds to wait for one reply")
+    attempts: Whole = Field(6, ge=1, le=100, description="tries of one request (429, 5xx, timeouts, cut connections)")
+    max_tokens: Whole | None = Field(
+        None, ge=1, le=2**20, description="most tokens of one reply, reasoning included; default: what the task needs"
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _without_credentials(cls, url: str) -> str:
+        if credential := credential_in(url):
+            raise ValueError(
+                f"{redact(url)!r} holds {credential}; expected a URL without one: put the key into an environment "
+                "variable and name that in key_env"
+            )
+        try:
+            parts = urlsplit(url)
+            well_formed = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # a port that is no number
+            well_formed = False
+        if not well_formed or parts.fragment or re.search(r"\s", url):
+            raise ValueError(f"expected a base URL such as http://localhost:8000/v1, found {redact(url)!r}")
+        return url
+
+    @field_validator("key_env")
+    @classmethod
+    def _names_a_variable(cls, name: str) -> str:
+        if not is_name_of_variable(name):
+            raise ValueError(
+                "expected the name of an environment variable (letters, digits, _), e.g. OPENAI_API_KEY; what was "
+                "found is not shown, because it may be the key itself"
+            )
+        return name
+
+    @field_validator("model")
+    @classmethod
+    def _is_no_key(cls, model: str) -> str:
+        if redact(model) != model:
+            raise ValueError("expected the model's name on the server; what was found looks like a key")
+        return model
+
+
+@dataclass(frozen=True)
+class Request:
+    """One chat completion to ask for; `top_logprobs` = alternatives wanted for each token, 0 = none."""
+
+    messages: Messages
+    temperature: float
+    max_tokens: int
+    seed: int | None = None
+    top_logprobs: int = 0
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back.
+
+    Attributes:
+        text: the completion, or the words in which the model declined; None with `error`.
+        finished: it ended by itself, not at the token limit.
+        top: for each generated token, log-probability by token text; empty where the server gives none.
+        error: why there is no text, after all attempts.
+        adapted: in what it was asked otherwise than requested: `without temperature`, `max_tokens 4096`.
+    """
+
+    text: str | None
+    finished: bool = False
+    top: list[dict[str, float]] = field(default_factory=list)
+    error: str | None = None
+    adapted: tuple[str, ...] = field(default=(), compare=False)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Why a try gave no reply.
+
+    Attributes:
+        words: in one line, without keys.
+        status: of HTTP, or the one that an error in a reply's body has.
+        code: the server's name of it.
+        passes: another try may go better.
+        tries: how many it took; 0 = only one, and there is no use in more.
+        cause: name of the exception below, where no server answered.
+    """
+
+    words: str
+    status: int | None = None
+    code: str | None = None
+    passes: bool = False
+    tries: int = 0
+    eaten: bool = False
+    cause: str = ""
+
+
+class Endpoint:
+    """A server that answers chat completions.
+
+    Raises:
+        ModelError: the openai package is not installed.
+    """
+
+    def __init__(self, config: EndpointConfig) -> None:
+        try:
+            import openai  # noqa: F401
+        except ImportError as error:
+            raise ModelError(f"{config.url}: an endpoint needs openai: pip install 'ringfence[endpoint]'") from error
+        self.config = config
+        # What servers disagree about; settled by the first reply.
+        self._settled = False
+        self._limit = "max_tokens"
+        self._without: set[str] = set()
+        self._least = 0  # tokens, after reasoning has eaten all
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What its answers depend on, for the header of a table."""
+        limit = {"max_tokens": self.config.max_tokens} if self.config.max_tokens else {}
+        return {"url": self.config.url, "model": self.config.model, **limit}
+
+    def ask(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
+        """Every request's one reply, as they come, each with the request's place.
+
+        At most `config.concurrency` are under way. Closing the iterator cancels them. A request that gets no answer in
+        `config.attempts` tries, or that the server refuses (400, 422), has a reply with an `error`. An optional
+        parameter that the server refuses by name is left out of all requests from then on, and a token limit that is
+        used up by reasoning is raised once; both are told on the console and in `Reply.adapted`.
+
+        Raises:
+            ModelError: no request can succeed: no server there, the key is not accepted, no such model or path.
+        """
+        from anyio.from_thread import start_blocking_portal
+
+        arrived: SimpleQueue[tuple[int, Reply] | None] = SimpleQueue()
+        # A loop in a thread of its own works in notebooks too; the portal cancels it when the iterator is closed.
+        with start_blocking_portal() as portal:
+            work = portal.start_task_soon(self._ask_all, requests, arrived.put)
+            work.add_done_callback(lambda _: arrived.put(None))
+            while (reply := arrived.get()) is not None:
+                yield reply
+            work.result()
+
+    async def _ask_all(self, requests: Sequence[Request], arrived: Callable[[tuple[int, Reply]], None]) -> None:
+        from anyio import Event, create_task_group, move_on_after
+        from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+
+        left = iter(enumerate(requests))
+        first_is_back = Event()
+
+        async def work_off(client: Any, leads: bool) -> None:
+            if not leads and not self._settled:
+                with move_on_after(AHEAD):
+                    await first_is_back.wait()
+            for place, request in left:
+                arrived((place, await self._ask(client, request)))
+                self._settled = True
+                first_is_back.set()
+
+        base, query = split_query(self.config.url)
+        try:
+            async with (
+                # A redirect would make another request of a POST.
+                DefaultAsyncHttpxClient(follow_redirects=False, timeout=self.config.timeout) as http,
+                AsyncOpenAI(
+                    base_url=base,
+                    default_query=query,
+                    api_key=self._secret or "none",
+                    timeout=self.config.timeout,
+                    http_client=http,
+                ) as client,
+                create_task_group() as group,
+            ):
+                for number in range(min(self.config.concurrency, len(requests))):
+                    group.start_soon(work_off, client, number == 0)
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+
+    @property
+    def _secret(self) -> str:
+        return os.environ.get(self.config.key_env, "").strip()
+
+    async def _ask(self, client: Any, request: Request) -> Reply:
+        from anyio import sleep
+
+        tries, limit = 0, max(self.config.max_tokens or request.max_tokens, self._least)
+        raised = False
+        while True:
+            asked = self._arguments(request, limit)
+            found = await self._try(client, asked, self.config.attempts - 1 - tries)
+            if isinstance(found, Reply):
+                if raised and limit > self._least:
+                    self._tell(
+                        f"gives replies {limit} tokens from now on, because reasoning used up fewer (max_tokens)"
+                    )
+                    self._least = limit
+                return replace(found, adapted=self._adapted(request, asked))
+            if self._adapt(asked, found):
+                continue
+            if found.eaten and not raised:
+                raised, limit = True, max(_MORE * limit, _MORE_AT_LEAST)
+                continue
+            self._raise_if_lasting(found)
+            tries = min(tries + found.tries, self.config.attempts)
+            if not found.passes or tries >= self.config.attempts:
+                return Reply(None, error=found.words + (f" ({tries} tries)" if tries else ""))
+            await sleep(min(0.25 * 2**tries, 8.0) * random.uniform(0.75, 1.0))  # as the client waits
+
+    async def _try(self, client: Any, asked: dict[str, Any], retries: int) -> Reply | _Failure:
+        """One request, retried by the client where it gets no answer."""
+        import openai
+
+        retrying = client.with_options(max_retries=retries)
+        try:
+            raw = await retrying.chat.completions.with_raw_response.create(**asked)
+        except openai.APIError as error:
+            status = getattr(error, "status_code", None)
+            passes = status is None or status in (408, 409, 429) or status >= 500
+            return _Failure(
+                self._words(error), status, error.code, passes, self.config.attempts if passes else 0,
+                cause=type(error.__cause__).__name__,
+            )  # fmt: skip
+        try:
+            reply = _read(parse(raw.http_response.text, "reply", ModelError))
+        except ModelError as error:
+            said = raw.http_response.text.strip() or "nothing"
+            found = _Failure(f"a reply that cannot be read: {error}; the server sent: {said}", passes=True)
+        except _NoReply as error:
+            found = error.failure
+        else:
+            return replace(reply, text=reply.text and self._hide(reply.text))
+        tries = raw.retries_taken + 1 if found.passes else 0
+        return replace(found, words=one_line(found.words, self._secret), tries=tries)
+
+    def _words(self, error: Any) -> str:
+        """What a server said with an error status, or why none answered."""
+        words = error.message
+        response = getattr(error, "response", None)
+        if response is None:
+            words += f" {error.__cause__}" if str(error.__cause__ or "") else ""
+        elif "location" in response.headers and 300 <= error.status_code < 400:
+            words += f" - redirects to {response.headers['location']}"
+        elif " - " not in words:
+            words += f" - {_message_of(error.body) or response.reason_phrase}"
+        return one_line(words, self._secret)
+
+    def _hide(self, text: str) -> str:
+        """A model's words without the key, which a server may echo."""
+        return text.replace(self._secret, HIDDEN) if len(self._secret) > 3 else text
+
+    def _arguments(self, request: Request, limit: int) -> dict[str, Any]:
+        messages, tools = request.messages, tools_of(request.messages)
+        arguments: dict[str, Any] = {
+            "model": self.config.model,
+            "messages": [{key: value for key, value in m.items() if key not in ("tools", "weight")} for m in messages],
+            "temperature": request.temperature,
+            self._limit: limit,
+        }
+        if tools:
+            arguments["tools"] = tools
+        if request.seed is not None:
+            arguments["seed"] = request.seed
+        if request.top_logprobs:
+            arguments |= {"logprobs": True, "top_logprobs": request.top_logprobs}
+        return {name: value for name, value in arguments.items() if name not in self._without}
+
+    def _adapted(self, request: Request, asked: dict[str, Any]) -> tuple[str, ...]:
+        wanted = ["temperature", *(["seed"] if request.seed is not None else [])]
+        wanted += ["logprobs"] if request.top_logprobs else []
+        limit = asked.get(self._limit, request.max_tokens)
+        more = [f"max_tokens {limit}"] if limit != request.max_tokens else []
+        return (*(f"without {name}" for name in wanted if name not in asked), *more)
+
+    def _adapt(self, asked: dict[str, Any], failure: _Failure) -> bool:
+        """Does without what a server refuses by name, from now on; False where it refuses something else."""
+        words = failure.words
+        if failure.status not in (400, 422):
+            return False
+        if "max_tokens" in asked and (
+            "max_completion_tokens" in words or _refuses(words, "max_tokens", asked["max_tokens"])
+        ):  # newer OpenAI models
+            if self._limit == "max_tokens":
+                self._limit = "max_completion_tokens"
+                self._tell(f"names the token limit max_completion_tokens from now on: {words}")
+            return True
+        refused = next((name for name in _OPTIONAL if name in asked and _refuses(words, name, asked[name])), None)
+        if refused is None:
+            return False
+        together = {"logprobs", "top_logprobs"} if "logprobs" in refused else {refused}
+        if not together <= self._without:
+            self._without |= together
+            self._tell(f"does without {' and '.join(sorted(together))} from now on: {words}")
+        return True
+
+    def _tell(self, what: str) -> None:
+        console.print(f"{self.config.url}: {self.config.model} {what}", markup=False, highlight=False, soft_wrap=True)
+
+    def _raise_if_lasting(self, failure: _Failure) -> None:
+        """Stops at what every other request would meet as well."""
+        what = f"{self.config.url}: model {self.config.model!r}: "
+        status, words = failure.status, failure.words
+        if failure.cause in ("ConnectError", "ConnectTimeout", "UnsupportedProtocol", "LocalProtocolError"):
+            # By name: the client's own HTTP library has changed once already.
+            raise ModelError(f"{what}no server can be reached there: {words}")
+        if status in (401, 403):
+            unset = "" if self._secret else ", which is not set"
+            raise ModelError(f"{what}{words} (the key is read from {self.config.key_env}{unset})")
+        if status == 404:
+            raise ModelError(f"{what}{words} (accepted: a base URL such as ../v1, a model it has)")
+        if status is not None and 300 <= status < 400:
+            raise ModelError(f"{what}{words} (redirects are not followed: name the server itself)")
+        if failure.code == "insufficient_quota" or status == 402:
+            raise ModelError(f"{what}{words}")
+
+
+def split_query(url: str) -> tuple[str, dict[str, str]]:
+    """A base URL without its query, and the query's parameters, which belong to every request."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(query="")), dict(parse_qsl(parts.query, keep_blank_values=True))
+
+
+_OPTIONAL = ("temperature", "seed", "top_logprobs", "logprobs")
+_UNSUPPORTED = re.compile(
+    r"un-?support|not\b.{0,20}\b(support|permit|allow|accept|compatib|recogni[sz]|available|implement)|unknown|"
+    r"unrecogni[sz]ed|unexpected|extra (input|field)|forbidden|only the default|deprecated|invalid (param|arg|field)|"
+    r"does ?n[o']t|cannot be (used|set|specified)",
+    re.IGNORECASE,
+)
+
+
+def _refuses(words: str, name: str, value: Any) -> bool:
+    """Whether a server's words refuse this parameter, and not the value that a user chose or the length of a prompt."""
+    if not re.search(rf"(?<![A-Za-z_]){name}(?![A-Za-z_])", words):
+        return False
+    if "logprobs" in name or (name == "temperature" and value == 0):
+        return True
+    return bool(_UNSUPPORTED.search(words)) and "context length" not in words
+
+
+class _NoReply(Exception):
+    """A body of JSON that holds no reply."""
+
+    def __init__(self, failure: _Failure) -> None:
+        self.failure = failure
+
+
+def _read(body: Any) -> Reply:
+    """The reply in a completion's JSON.
+
+    Raises:
+        _NoReply: it holds an error, or nothing.
+    """
+    _refuse_error(body)
+    choices = _field(body, "the reply", "choices", list)
+    if not choices:
+        raise _unreadable("choices: expected one, found none")
+    choice = choices[0]
+    if isinstance(choice, dict):
+        _refuse_error(choice, "message")
+    message = _field(choice, "choices.0", "message", dict)
+    text, reason = _text(message.get("content")), choice.get("finish_reason")
+    if not text and isinstance(message.get("refusal"), str) and message["refusal"]:
+        text = message["refusal"]
+    if not text:
+        _explain_silence(text, reason, message, body)
+    assert text is not None
+    try:
+        top = [_merged(token["top_logprobs"] or [token]) for token in (choice.get("logprobs") or {})["content"]]
+    except (ValueError, LookupError, TypeError, AttributeError):
+        top = []
+    return Reply(text, reason in _ENDS, top)
+
+
+_ENDS = ("stop", "eos", "eos_token", "stop_sequence", "end_turn")
+
+
+def _explain_silence(text: str | None, reason: Any, message: dict[str, Any], body: dict[str, Any]) -> None:
+    """Why there is no text, raised; an empty answer of a model that ended its turn, or was cut off, is an answer."""
+    if reason == "content_filter":
+        raise _NoReply(_Failure("the server's content filter withheld the reply (finish_reason 'content_filter')"))
+    reasoned = any(message.get(name) for name in ("reasoning", "reasoning_content", "thinking")) or _reasoning(body)
+    if reason == "length" and (text is None or reasoned):
+        raise _NoReply(
+            _Failure(
+                "no content: all tokens of the reply were used up before the answer began, by reasoning "
+                "(finish_reason 'length'); set max_tokens higher",
+                eaten=True,
+            )
+        )
+    if message.get("tool_calls"):
+        raise _NoReply(_Failure("no content: the model calls a tool instead of answering"))
+    if text is None or reason not in (*_ENDS, "length"):
+        raise _NoReply(_Failure(f"no content, finish_reason {reason!r}", passes=True))
+
+
+def _reasoning(body: dict[str, Any]) -> bool:
+    """Whether the server counts tokens of reasoning."""
+    try:
+        return body["usage"]["completion_tokens_details"]["reasoning_tokens"] > 0
+    except (LookupError, TypeError):
+        return False
+
+
+def _text(content: Any) -> str | None:
+    """The text of a message's content; of a list of parts, that of its text parts."""
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise _unreadable(f"message.content: expected a text, found {type(content).__name__} {content!r}")
+    texts = [part if isinstance(part, str) else part.get("text") for part in content if isinstance(part, (str, dict))]
+    found = [text for text in texts if isinstance(text, str)]
+    return "".join(found) if found else None
+
+
+def _field(value: Any, where: str, name: str, kind: type) -> Any:
+    if not isinstance(value, dict):
+        raise _unreadable(f"{where}: expected an object, found {type(value).__name__}")
+    if not isinstance(value.get(name), kind):
+        found = type(value[name]).__name__ if name in value else f"no such field ({', '.join(map(str, value))})"
+        raise _unreadable(f"{where}: {name}: expected {kind.__name__}, found {found}")
+    return value[name]
+
+
+def _unreadable(words: str) -> _NoReply:
+    return _NoReply(_Failure(f"a reply that cannot be read: {words}", passes=True))
+
+
+# ------------------------------------------------------------------ errors in a body
+
+_STATUS = {
+    "invalid_request_error": 400,
+    "badrequesterror": 400,
+    "context_length_exceeded": 400,
+    "authentication_error": 401,
+    "invalid_api_key": 401,
+    "permission_error": 403,
+    "model_not_found": 404,
+    "not_found_error": 404,
+    "notfounderror": 404,
+}
+
+
+def _refuse_error(body: Any, unless: str = "choices") -> None:
+    """Raises the error that a body with status 200 holds: it counts like an answer with the status that it names."""
+    if not isinstance(body, dict):
+        return
+    error = body.get("error")
+    if not error:
+        if body.get(unless) or not ("detail" in body or body.get("object") == "error"):
+            return
+        error = body
+    named = error if isinstance(error, dict) else {}
+    code, kind = named.get("code"), named.get("type")
+    numbers = (str(number) for number in (code, named.get("status")))
+    status = next((int(number) for number in numbers if re.fullmatch(r"[345]\d\d", number)), None)
+    status = status or next((_STATUS[str(x).lower()] for x in (code, kind) if str(x).lower() in _STATUS), None)
+    passes = status is None or status in (408, 409, 429) or status >= 500
+    words = f"{'error' if status is None else f'error {status}'} in a reply: {_message_of(error)}"
+    raise _NoReply(_Failure(words, status, str(code), passes))
+
+
+def _message_of(error: Any) -> str:
+    """A server's own words, in whichever of the usual places they are."""
+    for name in ("message", "error", "detail", "msg", "error_description"):
+        if isinstance(error, dict) and error.get(name):
+            return _message_of(error[name])
+    return error if isinstance(error, str) else "" if error is None else repr(error)
+
+
+def _merged(entries: list[dict[str, Any]]) -> dict[str, float]:
+    """Log-probability by token text. Several tokens may have one text (`9` and the byte of `9`): they add up."""
+    top: dict[str, float] = {}
+    for entry in entries:
+        if not entry["logprob"] < 0.01:  # NaN too
+            raise ValueError(f"no log-probability: {entry['logprob']}")
+        top[entry["token"]] = float(np.logaddexp(top.get(entry["token"], -np.inf), entry["logprob"]))
+    return top

@@ -1,0 +1,226 @@
+"""Answers to open questions, in a model's own words: several of each, drawn by a local model or behind an endpoint.
+
+Every answer is a line of a journal as soon as it is there, so a killed run goes on. Does not know judges.
+"""
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ...errors import ChatError, DataError
+from ...model.scoring import DECODING, generate
+from ...text.chat import Chat, Messages
+from ...text.questions import OpenQuestion
+from ...util.console import progress
+from ...util.journal import Line, append, digest, open_journal, split_table
+from .endpoint import Endpoint, Request
+
+TABLE = "answers"
+SAMPLES = 50
+MAX_NEW_TOKENS = 600
+
+_Place = tuple[str, str, str, int, int]  # set, id, form, paraphrase, sample
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """A model of this machine.
+
+    Attributes:
+        load: gives the model; called once, and only if an answer is missing.
+        key: what its answers depend on, for the header of the table.
+        batch_tokens: tokens of one batch, padding and answers included.
+    """
+
+    load: Callable[[], Any]
+    chat: Chat
+    key: dict[str, Any]
+    batch_tokens: int = 4096
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """One answer to be drawn."""
+
+    question: OpenQuestion
+    sample: int
+    seed: int
+
+    @property
+    def place(self) -> _Place:
+        return (*_name(self.question), self.sample)
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(strict=True)
+    role: str
+    content: str
+
+
+class _Answer(BaseModel):
+    """A line of a table of answers."""
+
+    model_config = ConfigDict(strict=True)
+    set: str
+    id: str
+    form: str
+    cluster: str
+    paraphrase: int
+    sample: int
+    messages: list[_Message] = Field(min_length=1)
+    answer: str | None
+    finished: bool
+    error: str | None
+
+
+def sample_answers(
+    source: LocalModel | Endpoint,
+    questions: Sequence[OpenQuestion],
+    file: str | Path,
+    *,
+    samples: int | None = None,
+    temperature: float = 1.0,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    seed: int = 0,
+) -> list[Line]:
+    """Draws answers to each question. What stands in `file` already is kept; more questions or samples may be asked
+    for later, and an answer that an endpoint never gave is asked for again.
+
+    Args:
+        file: JSON lines below a header. A line has set, id, form, cluster, paraphrase, sample, messages, answer (None
+            with `error`), finished (False: cut off at the token limit) and error; and adapted, where a server refused a
+            setting (`without temperature`). Of two lines for one answer the later one counts, see `read_answers`.
+        samples: answers to each question; None = as its file says, else 50.
+        temperature: 0 = the most likely answer; at 1 the model's own distribution, whole.
+        max_new_tokens: longest answer, in tokens.
+        seed: every answer is drawn with a seed of its own, made of this one and the answer's place.
+
+    Returns:
+        The lines of the answers asked for, in the order of the questions.
+
+    Raises:
+        DataError: two questions have one name, the chat template refuses one, or `file` was made with other settings.
+        ModelError: the model cannot be loaded, or the endpoint not be used.
+    """
+    draws = [
+        _Draw(question, sample, int(digest([seed, *_name(question), sample])[:7], 16))
+        for question in _checked(questions, source)
+        for sample in range(samples or question.samples or SAMPLES)
+    ]
+    settings: dict[str, Any] = {"temperature": temperature, "max_new_tokens": max_new_tokens}
+    if isinstance(source, LocalModel):
+        settings["decoding"] = DECODING
+    file = Path(file)
+    key = {**source.key, **settings, "seed": seed}
+    answers = {_place(line): line for line in open_journal(file, TABLE, key, {}, _Answer)}
+    known = {number for number, draw in enumerate(draws) if _is_answered(draw, answers)}
+    if len(known) < len(draws):
+        if isinstance(source, Endpoint):
+            drawn = _draw_remotely(source, draws, known, temperature, max_new_tokens)
+        else:
+            drawn = _draw_locally(source, draws, known, temperature, max_new_tokens)
+        title = f"{file.absolute().parent.name}: {file.stem}"
+        with closing(drawn), progress(title, len(draws), len(known)) as advance:
+            for lines in drawn:
+                append(file, lines)
+                answers |= {_place(line): line for line in lines}
+                advance(len(lines))
+    return [answers[draw.place] for draw in draws]
+
+
+def read_key(file: Path) -> dict[str, Any]:
+    """What the answers of a table depend on, as its header says; empty where it holds none.
+
+    Raises:
+        DataError: it is no table of answers.
+    """
+    text = file.read_text("utf-8", errors="replace")
+    whole = text[: text.rfind("\n") + 1]
+    header, lines = split_table(whole, file, TABLE, _Answer) if whole else ({}, [])
+    return dict(header["key"]) if lines else {}
+
+
+def read_answers(file: str | Path) -> list[Line]:
+    """The lines that count in a table of answers.
+
+    Raises:
+        DataError: there is no such file, or it is no table of answers.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise DataError(f"{file}: no such file (expected the answers that `sample_answers` writes)")
+    text = file.read_text("utf-8", errors="replace")
+    _, lines = split_table(text[: text.rfind("\n") + 1], file, TABLE, _Answer)  # a killed run may leave half a line
+    return list({_place(line): line for line in lines}.values())
+
+
+def _checked(questions: Sequence[OpenQuestion], source: LocalModel | Endpoint) -> Sequence[OpenQuestion]:
+    names = set()
+    for question in questions:
+        name = f"question {question.id!r} of set {question.set!r} ({question.form}, paraphrase {question.paraphrase})"
+        if _name(question) in names:
+            raise DataError(f"{name} stands twice")
+        names.add(_name(question))
+        if isinstance(source, LocalModel):
+            try:
+                source.chat.encode(question.messages, generation=True)
+            except ChatError as error:
+                raise DataError(f"{name}: {error}") from error
+    return questions
+
+
+def _name(question: OpenQuestion) -> tuple[str, str, str, int]:
+    return question.set, question.id, question.form, question.paraphrase
+
+
+def _place(line: Line) -> _Place:
+    return line["set"], line["id"], line["form"], line["paraphrase"], line["sample"]
+
+
+def _is_answered(draw: _Draw, answers: dict[_Place, Line]) -> bool:
+    """Whether there is an answer to these very messages."""
+    line = answers.get(draw.place)
+    return line is not None and line["error"] is None and line["messages"] == draw.question.messages
+
+
+def _line(
+    draw: _Draw, answer: str | None, finished: bool, error: str | None = None, adapted: Sequence[str] = ()
+) -> Line:
+    question = draw.question
+    return {
+        "set": question.set,
+        "id": question.id,
+        "form": question.form,
+        "cluster": question.cluster,
+        "paraphrase": question.paraphrase,
+        "sample": draw.sample,
+        "messages": question.messages,
+        "answer": answer,
+        "finished": finished,
+        "error": error,
+        **({"adapted": list(adapted)} if adapted else {}),
+    }
+
+
+def _draw_locally(
+    model: LocalModel, draws: list[_Draw], known: set[int], temperature: float, max_new_tokens: int
+) -> Generator[list[Line], None, None]:
+    prompts: list[Messages] = [draw.question.messages for draw in draws]
+    seeds = [draw.seed for draw in draws]
+    for batch in generate(
+        model.load(), model.chat, prompts, max_new_tokens, model.batch_tokens, temperature, seeds, known
+    ):
+        yield [_line(draws[place], answer.text, answer.finished) for place, answer in batch.items()]
+
+
+def _draw_remotely(
+    endpoint: Endpoint, draws: list[_Draw], known: set[int], temperature: float, max_new_tokens: int
+) -> Generator[list[Line], None, None]:
+    missing = [draw for number, draw in enumerate(draws) if number not in known]
+    requests = [Request(draw.question.messages, temperature, max_new_tokens, draw.seed) for draw in missing]
+    for place, reply in endpoint.ask(requests):
+        yield [_line(missing[place], reply.text, reply.finished, reply.error, reply.adapted)]

@@ -1,0 +1,257 @@
+"""Training on several processes, called ranks: who speaks and writes, and weights that lie in pieces on all ranks.
+
+accelerate is the engine: `accelerate launch` and `torchrun` say by environment variables how many ranks there are and
+how the model is spread. Does not know recipes, defenses, or what is trained.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pydantic import BaseModel
+from torch import Tensor
+
+from ..errors import RingfenceError
+from ..processes import is_main as is_main
+from ..processes import rank as rank
+from ..processes import world as world
+from ..util.strict_json import check_shape, read_record
+
+WAIT = timedelta(hours=1)  # the main process may measure a pilot while the others wait
+
+
+def shards() -> bool:
+    """Was this process started to train a model whose weights lie in pieces on all ranks (FSDP2, ZeRO-3)?"""
+    return fsdp() or deepspeed_stage() == 3
+
+
+def fsdp() -> bool:
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1") and world() > 1
+
+
+def deepspeed_stage() -> int | None:
+    """ZeRO's stage, where DeepSpeed was asked for."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+        return None
+    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if file != "none":  # DeepSpeed's own, in the place of accelerate's fields
+        return _stage(Path(file))
+    return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2))
+
+
+class _ZeRO(BaseModel):
+    stage: int = 0
+
+
+class _DeepSpeed(BaseModel):
+    zero_optimization: _ZeRO = _ZeRO()
+
+
+def _stage(file: Path) -> int:
+    config = read_record(file, "mend it")
+    check_shape(_DeepSpeed, config, str(file), "mend it")
+    return _DeepSpeed(**config).zero_optimization.stage
+
+
+def sharding() -> str | None:
+    """What spreads the weights, or what is kept for each of them, over the ranks."""
+    stage = deepspeed_stage()
+    return "FSDP2" if fsdp() else None if stage is None else f"DeepSpeed ZeRO-{stage}"
+
+
+def device_settings() -> dict[str, Any]:
+    """`cpu` and `backend`, as accelerate wants to be told them. Told to stay on the CPU it would leave DeepSpeed's
+    settings unread, and train with DDP instead; where there is no accelerator it finds the CPU by itself."""
+    on_cpu = not torch.accelerator.is_available()
+    deepspeed = deepspeed_stage() is not None
+    return {"cpu": on_cpu and not deepspeed, "backend": "gloo" if on_cpu and deepspeed else None}
+
+
+def join() -> None:
+    """Meets the other ranks; every rank gets its own device.
+
+    Raises:
+        RingfenceError: accelerate's config asks for a kind of sharding that is not supported.
+    """
+    if world() == 1:
+        return
+    if fsdp():
+        _check_fsdp()
+        # Defenses copy and check whole weights before these are sharded; else ranks above 0 would have empty ones.
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    from accelerate import PartialState
+
+    if not dist.is_initialized():
+        PartialState(**device_settings(), timeout=WAIT)
+
+
+def _check_fsdp() -> None:
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise RingfenceError(f"accelerate's config: fsdp_version: expected 2, found {version}")
+    if os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower() in ("true", "1"):
+        raise RingfenceError(
+            "accelerate's config: fsdp_activation_checkpointing: set it to false, and train.gradient_checkpointing in "
+            "the recipe to true"
+        )
+
+
+def shard_on_cpu(accelerator: Any) -> None:
+    """accelerate would leave FSDP's settings unread where there is no accelerator; torch shards on CPUs as well."""
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    if fsdp() and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        plugin = FullyShardedDataParallelPlugin()
+        if accelerator.mixed_precision != "no":
+            plugin.set_mixed_precision(accelerator.mixed_precision)
+        accelerator.state.fsdp_plugin = plugin
+        accelerator.state.distributed_type = DistributedType.FSDP
+
+
+def autocast_in_deepspeed(accelerator: Any, bf16: bool) -> None:
+    """DeepSpeed would turn the trained weights into bf16 too, and run the student without autocast, but not what the
+    reference is computed from; it is told to leave weights as they are, and to sum gradients in their own type."""
+    from accelerate.utils import DistributedType
+
+    if bf16 and accelerator.distributed_type == DistributedType.DEEPSPEED:
+        autocast = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+        accelerator.deepspeed_plugin.deepspeed_config |= {"bf16": {"enabled": False}, "torch_autocast": autocast}
+
+
+def leave() -> None:
+    """Closes the group of ranks, so that the main process can go on alone."""
+    if dist.is_initialized():
+        from accelerate.state import AcceleratorState
+
+        dist.barrier()
+        dist.destroy_process_group()
+        AcceleratorState._reset_state(True)
+
+
+def wait() -> None:
+    """Until every rank is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """The main process goes first (it may fetch what all will read); none goes on before all are through."""
+    if not is_main():
+        wait()
+    yield
+    if is_main():
+        wait()
+    wait()
+
+
+def largest(number: int, device: Any) -> int:
+    """The largest of the ranks' numbers; every rank must ask."""
+    if not dist.is_initialized():
+        return number
+    found = torch.tensor(number, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
+
+
+# ------------------------------------------------------------------ sharded weights
+
+
+def is_sharded(model: Any) -> bool:
+    """Do this model's weights lie in pieces on all ranks (FSDP2, ZeRO-3)? Then all must run it equally often."""
+    first = None if model is None else next(model.parameters(), None)  # of all: to look at each takes milliseconds
+    return _is_fsdp(model) or (first is not None and _is_piece(first))
+
+
+def _is_fsdp(model: Any) -> bool:
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(model, FSDPModule)
+
+
+def _is_piece(tensor: Tensor) -> bool:
+    """Is it a parameter as ZeRO-3 leaves it: empty, but for the moment in which a module is computed?"""
+    return hasattr(tensor, "ds_id")
+
+
+def gathered(parameters: Iterable[Tensor], written: bool = False) -> AbstractContextManager[Any]:
+    """ZeRO-3's parameters whole, on every rank; every rank must enter. FSDP2 needs it not: its head stays whole.
+
+    Args:
+        parameters: none of them may be gathered already.
+        written: keep what the main process writes to them.
+    """
+    pieces = [parameter for parameter in parameters if _is_piece(parameter)]
+    if not pieces:
+        return nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    gathering: AbstractContextManager[Any] = GatheredParameters(pieces, modifier_rank=0 if written else None)
+    return gathering
+
+
+def count(parameter: Tensor) -> int:
+    """Number of a parameter's values, on all ranks together."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def load_whole_again() -> None:
+    """Once ZeRO-3 was set up, transformers would load each further model in pieces, which one rank alone cannot."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+
+
+def note_trained(model: Any) -> None:
+    """FSDP2 notes before a model's first forward what is trained, and in which type. The reference's would come first,
+    with the adapter off: then gradients in bf16 do not fit weights in float32."""
+    if _is_fsdp(model):
+        model._get_fsdp_state()._lazy_init()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be in pieces; every rank must ask. A whole tensor is given back as it is."""
+    if _is_piece(tensor):
+        with gathered([tensor]):
+            return tensor.detach().clone()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def write(tensor: Tensor, values: Tensor) -> None:
+    """Puts whole values, which every rank has, in the place of a tensor that may be in pieces."""
+    if hasattr(tensor, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+        values = distribute_tensor(values.to(tensor.dtype), mesh, placements, src_data_rank=None)
+    tensor.copy_(values)
+
+
+def reshard(model: Any) -> None:
+    """After forwards without a backward, sharded layers may be whole for the moment; what is written to them would be
+    lost."""
+    if _is_fsdp(model):
+        for module in model.modules():
+            if _is_fsdp(module):
+                module.reshard()
+
+
+def whole_state(model: Any, trained_only: bool) -> dict[str, Tensor]:
+    """Weights of a sharded model by name, whole, in main memory, on the main process (others get nothing); every rank
+    must ask. A tied weight has its first name alone."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
+    tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
+    if _is_fsdp(model):
+        state: dict[str, Any] = get_model_state_dict(model, options=options)
+    else:
+        kept = {n: t for n, t in model.state_dict(keep_vars=True).items() if t.requires_grad or not trained_only}
+        each = ((name, whole(tensor)) for name, tensor in kept.items())
+        state = {name: tensor.cpu() for name, tensor in each if is_main()}
+    return {name: tensor for name, tensor in state.items() if name not in tied}

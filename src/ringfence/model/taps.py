@@ -1,0 +1,514 @@
+"""What a forward pass may be asked for: the final hidden states, the residual stream after chosen layers, and the true
+keys and values, at chosen tokens; and what may be put in their place.
+
+One forward serves all that ask. Keys and values are taken where the attention function receives them: after the
+layer's input norm, the projection with its adapters, any key norm and the rotary embedding; that is what the model's
+own cache holds. Works under (non-re-entrant) activation checkpointing, where the cache itself is off. Does not know
+defenses.
+
+A batch is padded; how it is computed is a *layout*, and what a forward gives is the same in each:
+padded: as it is. packed: all rows one after another in one row, without padding. shared: the same, and the tokens that
+all rows begin with stand in it once. Attention alone is computed row by row.
+
+Shapes: B rows, T tokens, D hidden size, N chosen tokens (row by row), E = key heads x head size.
+"""
+
+import copy
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.masking_utils import create_masks_for_generate
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import is_flash_attention_requested
+
+from ..errors import DefenseError, ModelError
+from .losses import Head, TopK
+
+Layout = Literal["padded", "packed", "shared"]
+SeeKV = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+AroundAttention = Callable[..., Any]  # (plain attention function, module, query, key, value, mask, options)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What is wanted from a forward of a batch; masks are [B, T], None where nothing is wanted.
+
+    hidden_BT: tokens whose final hidden states (after the last norm) are compared; kv_BT: tokens whose keys and values
+    are; states_BT: tokens whose residual stream after each of `layers` (1 to the number of layers) is.
+    """
+
+    hidden_BT: Tensor | None = None
+    kv_BT: Tensor | None = None
+    states_BT: Tensor | None = None
+    layers: tuple[int, ...] = ()
+
+    def rows_B(self) -> Tensor | None:
+        """Rows in which anything is wanted."""
+        mask = _either(_either(self.hidden_BT, self.kv_BT), self.states_BT)
+        return None if mask is None else mask.any(1)
+
+    def of_rows(self, rows_B: Tensor) -> "Needs":
+        hidden, kv, states = (
+            None if mask is None else mask[rows_B] for mask in (self.hidden_BT, self.kv_BT, self.states_BT)
+        )
+        return Needs(hidden, kv, states, self.layers)
+
+    def __or__(self, other: "Needs") -> "Needs":
+        return Needs(
+            _either(self.hidden_BT, other.hidden_BT),
+            _either(self.kv_BT, other.kv_BT),
+            _either(self.states_BT, other.states_BT),
+            tuple(sorted({*self.layers, *other.layers})),
+        )
+
+
+def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a | b
+
+
+@dataclass
+class Taps:
+    """What one forward gave.
+
+    `kv[l]` = (keys [N, E], values [N, E]) of layer l at the tokens of `needs.kv_BT`; `states[l]` = residual stream
+    [N, D] after layer l (from 1) at those of `needs.states_BT`. `top_k` may stand in for a reference's final hidden
+    states: its most probable next tokens at the tokens of `needs.hidden_BT`, row by row; hidden_BTD may then be empty.
+    """
+
+    head: Head
+    hidden_BTD: Tensor
+    needs: Needs = Needs()
+    kv: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    states: dict[int, Tensor] = field(default_factory=dict)
+    top_k: TopK | None = None
+
+
+def causal_lm(model: Any) -> Any:
+    """The plain transformers model inside DDP and peft wrappers."""
+    model = getattr(model, "module", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The decoder's layers, first to last."""
+    inner = causal_lm(model)
+    number = inner.config.get_text_config().num_hidden_layers
+    lists = (m for m in inner.get_decoder().modules() if isinstance(m, nn.ModuleList) and len(m) == number)
+    return next(lists)
+
+
+@dataclass(frozen=True)
+class CommonPrefix:
+    """The P tokens that all rows of a batch begin with, computed as one row.
+
+    Attributes:
+        cache: their keys and values, as transformers keeps them.
+        hidden_1PD: final hidden states.
+        states: residual stream [1, P, D] after the layers that were asked for.
+    """
+
+    cache: DynamicCache
+    hidden_1PD: Tensor
+    states: dict[int, Tensor]
+
+    def cache_of(self, rows: int) -> DynamicCache:
+        """A cache for so many rows, which may grow. Gradients of the rows add up in the one row."""
+        wide = copy.copy(self.cache)
+        layers: list[Any] = [copy.copy(layer) for layer in self.cache.layers]
+        for layer in layers:
+            layer.keys, layer.values = (states.expand(rows, -1, -1, -1) for states in (layer.keys, layer.values))
+        wide.layers = layers
+        return wide
+
+
+@dataclass(frozen=True)
+class Flat:
+    """The tokens of a batch that are computed, one after another.
+
+    Attributes:
+        index_N: where each of them stands in the batch, counted row by row.
+        at_BT: which of them each token of the batch is; at padding, the first.
+        shared: so many tokens, the first, begin every row.
+    """
+
+    index_N: Tensor
+    at_BT: Tensor
+    shared: int
+
+    @classmethod
+    def of(cls, batch: dict[str, Tensor], share: bool) -> "Flat":
+        ids_BT, real_BT = batch["input_ids"], batch["attention_mask"].bool()
+        common_T = ((ids_BT == ids_BT[0]) & real_BT).all(0)
+        shared = int(common_T.int().cumprod(0).sum()) if share else 0
+        computed_BT = real_BT.clone()
+        computed_BT[1:, :shared] = False
+        at_BT = (computed_BT.flatten().cumsum(0) - 1).view_as(real_BT).masked_fill(~real_BT, 0)
+        at_BT[:, :shared] = at_BT[0, :shared].clone()
+        return cls(computed_BT.flatten().nonzero()[:, 0], at_BT, shared)
+
+    def to_rows(self, states_NX: Tensor) -> Tensor:
+        """[N, ...] -> [B, T, ...]; what stands at padding must not be used."""
+        rows: Tensor = _ToRows.apply(states_NX, self)  # type: ignore[no-untyped-call]
+        return rows
+
+    def from_rows(self, states_BTX: Tensor) -> Tensor:
+        """[B, T, ...] -> [N, ...]"""
+        return states_BTX.flatten(0, 1).index_select(0, self.index_N)
+
+
+class _ToRows(torch.autograd.Function):
+    """Indexing, whose own backward pass adds up token by token, in no fixed order on a GPU."""
+
+    @staticmethod
+    def forward(ctx: Any, states_NX: Tensor, flat: Flat) -> Tensor:
+        ctx.flat = flat
+        return states_NX.index_select(0, flat.at_BT.flatten()).unflatten(0, flat.at_BT.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BTX: Tensor) -> tuple[Tensor, None]:
+        grad_NX = ctx.flat.from_rows(grad_BTX)
+        grad_NX[: ctx.flat.shared] += grad_BTX[1:, : ctx.flat.shared].sum(0)
+        return grad_NX, None
+
+
+def forward(
+    model: nn.Module,
+    head: Head,
+    batch: dict[str, Tensor],
+    needs: Needs = Needs(),
+    prefix: CommonPrefix | None = None,
+    layout: Layout = "padded",
+    hooks: ExitStack | None = None,
+) -> Taps:
+    """One forward of `model` on `batch` (input_ids, attention_mask, position_ids), with what was asked.
+
+    `prefix` is what all rows begin with, where it is known already: it is not computed again, and the rest is padded.
+    Masks of `needs` choose real tokens; hidden states at padding mean nothing. Where checkpointed layers run again in
+    the backward pass, `hooks` are to be closed after it.
+
+    Raises:
+        DefenseError: keys were asked for and no attention layer gave them, or they carry no gradient although the
+            model trains (re-entrant checkpointing does that): a penalty on them would silently be zero.
+    """
+    if prefix is not None or layout == "padded":
+        return _padded_forward(model, head, batch, needs, prefix)
+    with nullcontext(hooks) if hooks is not None else ExitStack() as stack:
+        return _flat_forward(model, head, batch, needs, Flat.of(batch, share=layout == "shared"), stack)
+
+
+def cache_in(named: Mapping[str, Any]) -> Any | None:
+    """The cache of keys and values among a forward's keyword arguments, or in its output: `cache` in transformers'
+    newer models, `past_key_values` in its older ones. A caller may use either name."""
+    return next((named[name] for name in ("cache", "past_key_values") if named.get(name) is not None), None)
+
+
+def cache_name(model: nn.Module) -> str:
+    """The keyword by which a model's forward takes a cache."""
+    return "cache" if "cache" in inspect.signature(causal_lm(model).forward).parameters else "past_key_values"
+
+
+def compute_prefix(model: nn.Module, ids_P: Tensor, layers: tuple[int, ...] = ()) -> CommonPrefix:
+    """One forward of tokens that rows begin with; `layers` are those whose residual stream is kept."""
+    cache = DynamicCache()  # made without a config, it keeps every token, those outside a sliding window too
+    inputs = {"input_ids": ids_P[None], cache_name(model): cache}
+    found = _run(model, inputs, Needs(layers=layers))
+    return CommonPrefix(cache, found.hidden, found.layers)
+
+
+def _padded_forward(
+    model: nn.Module, head: Head, batch: dict[str, Tensor], needs: Needs, prefix: CommonPrefix | None
+) -> Taps:
+    inputs: dict[str, Any] = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+    if prefix is not None:
+        start = prefix.hidden_1PD.shape[1]
+        inputs |= {name: inputs[name][:, start:] for name in ("input_ids", "position_ids")}
+        inputs[cache_name(model)] = prefix.cache_of(len(inputs["input_ids"]))
+    found = _run(model, inputs, needs)
+    if prefix is not None:
+        found.hidden = _behind(prefix.hidden_1PD, found.hidden)
+        found.layers = {number: _behind(prefix.states[number], found.layers[number]) for number in needs.layers}
+    return _taps(causal_lm(model), head, needs, found, lambda mask_BT: mask_BT.nonzero(as_tuple=True))
+
+
+def _flat_forward(
+    model: nn.Module, head: Head, batch: dict[str, Tensor], needs: Needs, flat: Flat, hooks: ExitStack
+) -> Taps:
+    inner = causal_lm(model)
+    inputs: dict[str, Any] = {name: flat.from_rows(batch[name])[None] for name in ("input_ids", "position_ids")}
+    if is_flash_attention_requested(inner.config) and not flat.shared:
+        inputs["attention_mask"] = None  # its kernel sees from the positions where rows begin
+    else:
+        inputs["attention_mask"] = flat.at_BT.new_zeros(1, 1, 1, 1)  # of four dimensions: the model makes none
+        hooks.enter_context(_attention(inner, _by_rows(inner, batch, flat)))
+    found = _run(model, inputs, needs)
+    found.hidden = flat.to_rows(found.hidden[0])
+
+    def places(mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+        at_N = flat.at_BT[mask_BT]
+        return torch.zeros_like(at_N), at_N
+
+    return _taps(inner, head, needs, found, places)
+
+
+def _by_rows(inner: Any, batch: dict[str, Tensor], flat: Flat) -> AroundAttention:
+    """Attention over the rows of a batch, for queries, keys and values [1, heads, N, size] of its flat tokens."""
+    config = inner.config.get_text_config()
+    shape_only_BT1 = torch.empty(1, dtype=inner.dtype, device=flat.at_BT.device).expand(*flat.at_BT.shape, 1)
+    masks = create_masks_for_generate(  # without a cache, whose name differs between releases
+        config, shape_only_BT1, batch["attention_mask"], None, position_ids=batch["position_ids"]
+    )
+
+    def attend(
+        plain: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+    ) -> Any:
+        mask = masks[config.layer_types[module.layer_idx]] if isinstance(masks, dict) else masks
+        rows = (flat.to_rows(states[0].transpose(0, 1)).transpose(1, 2) for states in (query, key, value))
+        found_BTHE, weights = plain(module, *rows, mask, **options)
+        return flat.from_rows(found_BTHE)[None], weights
+
+    return attend
+
+
+@dataclass
+class _Found:
+    """What a forward gave: final hidden states, residual streams after layers, keys and values by layer."""
+
+    hidden: Tensor
+    layers: dict[int, Tensor]
+    kv: dict[int, tuple[Tensor, Tensor]]
+
+
+def _run(model: nn.Module, inputs: dict[str, Any], needs: Needs) -> _Found:
+    inner = causal_lm(model)
+    with (
+        _outputs({0: inner.get_decoder()}) as decoder,
+        _outputs({number: decoder_layers(model)[number - 1] for number in needs.layers}) as layers,
+        _keys_and_values(inner, needs.kv_BT is not None) as kv,
+    ):
+        model(**inputs, use_cache=False, **_no_logits(inner, inputs["input_ids"]))
+    return _Found(decoder[0], layers, kv)
+
+
+def _taps(
+    inner: Any,
+    head: Head,
+    needs: Needs,
+    found: _Found,
+    places: Callable[[Tensor], tuple[Tensor, ...]],
+) -> Taps:
+    """`places` of a mask [B, T]: the row and place of each of its tokens in the layers, keys and values found. Final
+    hidden states lie in rows already."""
+    taps = Taps(head, found.hidden, needs)
+    if needs.kv_BT is not None:
+        chosen = places(needs.kv_BT)  # once: a device must be waited for
+        taps.kv = [_at(found.kv[index], chosen) for index in sorted(found.kv)]
+        _check_kv(taps.kv, inner, found.hidden.requires_grad)
+    if needs.states_BT is not None:
+        chosen = places(needs.states_BT)
+        taps.states = {number: found.layers[number][chosen] for number in needs.layers}
+    return taps
+
+
+def _behind(prefix_1PD: Tensor, rest_BSD: Tensor) -> Tensor:
+    """The prefix on every row, and the rest behind it, [B, P + S, D]."""
+    return torch.cat([prefix_1PD.expand(len(rest_BSD), -1, -1), rest_BSD], 1)
+
+
+def _no_logits(inner: Any, ids: Tensor) -> dict[str, Tensor]:
+    """No logits come from a forward: the losses make those they need, in tiles."""
+    wanted = "logits_to_keep" in inspect.signature(inner.forward).parameters
+    return {"logits_to_keep": ids.new_zeros(0)} if wanted else {}
+
+
+def check_layout(model: nn.Module, head: Head, layout: Layout) -> None:
+    """Two short rows in the layout against each alone.
+
+    Raises:
+        ModelError: final hidden states differ. Recurrent layers, convolutions or custom attention may take the end of
+            one row for the beginning of the next.
+    """
+    if layout == "padded":
+        return
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            off, tolerance = _misfit(model, head, layout)
+        seen = f"rows would see each other (final hidden states are off by {off:.0%})"
+        problem = None if off <= tolerance else seen  # nan is a problem
+    except Exception as error:  # of many kinds, in models that were not made for this
+        problem = f"its forward fails on them ({error})"
+    finally:
+        model.train(was_training)
+    if problem:
+        field = {"packed": "train.packing", "shared": "train.share_prefix"}[layout]
+        name = type(causal_lm(model)).__name__
+        raise ModelError(
+            f"{field}: {name} cannot compute the tokens of a batch as one row: {problem}; leave {field} out"
+        )
+
+
+def _misfit(model: nn.Module, head: Head, layout: Layout) -> tuple[float, float]:
+    """Largest relative error in the second of two rows, and what rounding may leave."""
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6], [1, 2, 7, 8, 0, 0]], device=causal_lm(model).device)
+    real = ids != 0
+    batch = {"input_ids": ids, "attention_mask": real.long(), "position_ids": real.cumsum(1) - 1}
+    alone = {name: tensor[1:, :4] for name, tensor in batch.items()}
+    found_ND = forward(model, head, batch, layout=layout).hidden_BTD[1, :4]
+    expected_ND = forward(model, head, alone).hidden_BTD[0]
+    off_N = (found_ND - expected_ND).float().norm(dim=-1) / expected_ND.float().norm(dim=-1)
+    return float(off_N.max()), 1e-3 if found_ND.dtype == torch.float32 else 0.1
+
+
+def _check_kv(kv: list[tuple[Tensor, Tensor]], inner: Any, trains: bool) -> None:
+    name = type(inner).__name__
+    if not kv:
+        raise DefenseError(
+            f"{name}: no attention layer passed keys and values through transformers' attention interface"
+        )
+    if trains and not any(tensor.requires_grad for pair in kv for tensor in pair):
+        raise DefenseError(
+            f"{name}: keys and values carry no gradient. Either no trained weight stands before them, or re-entrant "
+            "activation checkpointing cut them off (use_reentrant=False is needed)"
+        )
+
+
+@contextmanager
+def _outputs(modules: dict[int, nn.Module]) -> Iterator[dict[int, Tensor]]:
+    """Collects the (first) output of each module. It is kept whole, see `_keys_and_values`."""
+    found: dict[int, Tensor] = {}
+
+    def keep(number: int) -> Any:
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            found[number] = output if isinstance(output, Tensor) else output[0]
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(number)) for number, module in modules.items()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _keys_and_values(inner: Any, wanted: bool) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
+    """Collects, by layer, the keys and values [B, heads, T, size] that attention functions receive.
+
+    They are kept whole: work done on them here, inside a checkpointed layer, would be missing from its recomputation
+    (which happens after the context has closed, so nothing is collected twice).
+    """
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def keep(layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        found[layer] = (key, value)
+        return key, value
+
+    with _attention(inner, _seeing_kv(keep)) if wanted else nullcontext():
+        yield found
+
+
+@contextmanager
+def _attention(inner: Any, around: AroundAttention) -> Iterator[None]:
+    """`around` is called in place of the model's attention function, which it is given. Contexts nest: the one opened
+    last is called first."""
+    name = inner.config._attn_implementation
+    plain = ALL_ATTENTION_FUNCTIONS.get(name)
+
+    def attention(module: Any, *args: Any, **kwargs: Any) -> Any:
+        return around(plain or sys.modules[type(module).__module__].eager_attention_forward, module, *args, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS[name] = attention
+    try:
+        yield
+    finally:
+        if plain is None:
+            del ALL_ATTENTION_FUNCTIONS[name]  # type: ignore[no-untyped-call]
+        else:
+            ALL_ATTENTION_FUNCTIONS[name] = plain
+
+
+def _seeing_kv(see: SeeKV) -> AroundAttention:
+    """Attention functions get the keys and values that `see(layer from 0, key, value)` gives back."""
+
+    def around(plain: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return plain(module, query, *see(module.layer_idx, key, value), *args, **kwargs)
+
+    return around
+
+
+@contextmanager
+def patched_kv(model: Any, kv: list[tuple[Tensor, Tensor]], mask_BT: Tensor) -> Iterator[None]:
+    """In forwards without a cache, attention reads other keys and values at the N tokens of the mask.
+
+    `kv[l]` = (keys [N, E], values [N, E]) of layer l, as `Taps.kv` gives them. What stands behind a patched token sees
+    the patch in every layer; the residual stream at the token itself goes on as it was.
+    """
+
+    def put(layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return _put(key, kv[layer][0], mask_BT), _put(value, kv[layer][1], mask_BT)
+
+    with _attention(causal_lm(model), _seeing_kv(put)):
+        yield
+
+
+def _put(states_BHTE: Tensor, new_NE: Tensor, mask_BT: Tensor) -> Tensor:
+    """States [B, heads, T, size] with those at the tokens of the mask replaced by rows of heads * size."""
+    patched_BTHE = states_BHTE.transpose(1, 2).clone()
+    patched_BTHE[mask_BT] = new_NE.to(patched_BTHE).unflatten(1, patched_BTHE.shape[2:])
+    return patched_BTHE.transpose(1, 2)
+
+
+@contextmanager
+def patched_states(model: Any, layer: int, states_ND: Tensor, mask_BT: Tensor) -> Iterator[None]:
+    """In forwards without a cache, the residual stream after `layer` (from 1) is `states_ND` at the N tokens of the
+    mask."""
+
+    def put(hidden_BTD: Tensor) -> Tensor:
+        patched_BTD = hidden_BTD.clone()
+        patched_BTD[mask_BT] = states_ND.to(patched_BTD)
+        return patched_BTD
+
+    with edited_states(model, layer, put):
+        yield
+
+
+@contextmanager
+def edited_states(model: Any, layer: int, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """In forwards, the residual stream [B, T, D] after `layer` (from 1) is what `edit` makes of it."""
+
+    def hook(_module: Any, _inputs: Any, output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return edit(output)
+        return edit(output[0]), *output[1:]
+
+    handle = decoder_layers(model)[layer - 1].register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _at(pair: tuple[Tensor, Tensor], chosen: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, heads, T, size] -> [N, heads * size] at the chosen tokens, given by row and place."""
+    rows_N, places_N = chosen
+    key, value = (states[rows_N, :, places_N].flatten(1) for states in pair)
+    return key, value
+
+
+def prefix_kv(model: nn.Module, prefix_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values [P, E] of each layer for a prefix alone ([P] ids); by causality those of every row with it."""
+    inner = causal_lm(model)
+    ids = prefix_ids[None]
+    with torch.no_grad(), _keys_and_values(inner, True) as layers:
+        model(input_ids=ids, use_cache=False)
+    chosen = torch.ones_like(ids).nonzero(as_tuple=True)
+    return [_at(layers[index], chosen) for index in sorted(layers)]

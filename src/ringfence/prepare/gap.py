@@ -1,0 +1,245 @@
+"""The perplexity gap: which safe rows would a misaligned model find strange? (Interleaving+, arXiv 2508.06249)
+
+Every row of a pool is scored by the aligned model and by K deliberately misaligned adapters of it, in one pass over
+the rows and with one base model in memory. The scores stand in a table, a line of JSON per row:
+
+    origin, digest (of the messages), tokens (of the answer, its end of turn included), aligned (mean negative
+    log-probability per token, nats), misaligned (the same, by adapter), refusal
+
+Does not know training or defenses.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError
+
+from ..errors import DataError, ModelError, RecipeError, nearest
+from ..model.models import Precision, adapter_base, check_adapter, load_model, load_tokenizer, resolve, settled
+from ..model.scoring import AnswerScore, score_under
+from ..text.chat import Chat
+from ..text.data import Row, load_rows
+from ..util.console import progress
+from ..util.journal import append, digest, fingerprint, open_journal, split_table
+
+EPS = 1.0  # nats per token; keeps rows that the aligned model knows by heart from winning by division
+TABLE = "perplexity gaps"
+
+
+def gap(aligned: float, misaligned: Sequence[float]) -> float:
+    """(mean misaligned NLL - aligned NLL) / (aligned NLL + 1): high where misalignment makes an answer unlikely."""
+    return (sum(misaligned) / len(misaligned) - aligned) / (aligned + EPS)
+
+
+def is_refusal(answer: str) -> bool:
+    """Whether sorry, apologize, cannot, can't or unable is among the first ten words."""
+    opening = " ".join(answer.lower().split()[:10]).replace("’", "'").replace("‘", "'")
+    return re.search(r"(?<![a-z])(sorry|apologize|cannot|can't|unable)(?![a-z])", opening) is not None
+
+
+class _Key(BaseModel):
+    model: str
+    adapters: dict[str, str]
+
+
+class _Scored(BaseModel):
+    """What is read of a line: negative log-likelihoods, in nats per token."""
+
+    digest: str
+    aligned: float = Field(ge=0, allow_inf_nan=False)
+    misaligned: dict[str, FiniteFloat]
+    refusal: bool
+
+
+@dataclass(frozen=True)
+class GapTable:
+    """The scores of a pool: `lines` by digest of the messages; `model` is the fingerprint of the aligned model."""
+
+    file: Path
+    model: str
+    adapters: list[str]
+    lines: dict[str, dict[str, Any]]
+
+    def scores(self, leave_out: Sequence[str] = ()) -> dict[str, float]:
+        """The score of every row, over all adapters but those left out.
+
+        Raises:
+            RecipeError: a name is none of the table's adapters, or none is left.
+        """
+        for name in leave_out:
+            if name not in self.adapters:
+                raise RecipeError(f"leave_out: {self.file} has no adapter {name!r}{nearest(name, self.adapters)}")
+        used = [name for name in self.adapters if name not in leave_out]
+        if not used:
+            raise RecipeError(f"leave_out: no adapter of {self.file} is left (it has {', '.join(self.adapters)})")
+        return {key: gap(line["aligned"], [line["misaligned"][n] for n in used]) for key, line in self.lines.items()}
+
+
+def read_table(file: str | Path) -> GapTable:
+    """The table that `score_pool` wrote.
+
+    Raises:
+        DataError: there is none, or it is damaged.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise DataError(f"{file}: no such table of scores (make one with `ringfence score-gap`)")
+    text = path.read_text("utf-8", errors="replace")
+    header, lines = split_table(text[: text.rfind("\n") + 1], path, TABLE)
+    place = f"{path}:1"
+    try:
+        key = _Key.model_validate(header.get("key"))
+        for number, line in enumerate(lines, 2):
+            place = f"{path}:{number}"
+            missing = set(key.adapters) - set(_Scored.model_validate(line).misaligned)
+            if missing:
+                raise DataError(f"{place}: no score under adapter {min(missing)!r}; `ringfence score-gap` makes one")
+    except ValidationError as error:
+        found = error.errors()[0]
+        field = ".".join(map(str, found["loc"])) or "line"
+        raise DataError(f"{place}: {field}: {found['msg']}, found {found['input']!r}") from error
+    return GapTable(path, key.model, list(key.adapters), {line["digest"]: line for line in lines})
+
+
+def score_pool(
+    pool: str,
+    adapters: Sequence[str],
+    output: str | Path,
+    *,
+    model: str = "default",
+    precision: Precision = "auto",
+    batch_tokens: int = 4096,
+) -> GapTable:
+    """Scores each distinct row of a pool, and goes on with the table where an interrupted run stopped.
+
+    Args:
+        pool: source of safe rows.
+        adapters: folders of misaligned adapters or of the runs that made them; named by the run.
+        output: file of the table, JSON lines.
+        model: the aligned model.
+        batch_tokens: tokens of one batch, padding included.
+
+    Raises:
+        DataError: a row cannot be read, or the table belongs to another pool, model or set of adapters.
+        ModelError: a model or adapter cannot be loaded, does not fit, or gives a loss that is not finite.
+    """
+    folders = adapter_folders(adapters, model)
+    chat = Chat(load_tokenizer(model))
+    rows: dict[str, Row] = {}
+    for row in load_rows(pool):
+        rows.setdefault(digest(row.messages), row)
+    file, precision = Path(output), settled(precision)
+    key = {
+        "model": fingerprint(model),
+        "precision": precision,
+        "adapters": {name: fingerprint(str(folder)) for name, folder in folders.items()},
+        "pool": digest(sorted(rows)),
+    }
+    done = {line["digest"] for line in open_journal(file, TABLE, key, {"model": model, "pool": pool}, _Scored)}
+    if len(done) < len(rows):
+        loaded = load_adapted(model, folders, precision)
+        with progress(f"{file.name}: scoring", len(rows), len(done)) as advance:
+            _score(loaded, chat, rows, list(folders), done, batch_tokens, file, advance)
+    return read_table(file)
+
+
+def _score(
+    model: Any,
+    chat: Chat,
+    rows: dict[str, Row],
+    names: list[str],
+    done: set[str],
+    batch_tokens: int,
+    file: Path,
+    advance: Callable[[int], None],
+) -> None:
+    digests, items = list(rows), list(rows.values())
+    known = {place for place, key in enumerate(digests) if key in done}
+    for batch in score_under(model, chat, items, settings(model, len(names)), batch_tokens, known):
+        append(file, [_line(digests[place], items[place], names, scores) for place, scores in batch.items()])
+        advance(len(batch))
+
+
+def _line(key: str, row: Row, names: list[str], scores: list[AnswerScore]) -> dict[str, Any]:
+    losses = dict(zip(["the aligned model", *names], [round(-score.mean, 6) for score in scores]))
+    for name, loss in losses.items():
+        if not math.isfinite(loss):
+            raise ModelError(f"{row.origin}: its loss under {name} is {loss}; try --precision fp32")
+    aligned = losses.pop("the aligned model")
+    return {
+        "origin": row.origin,
+        "digest": key,
+        "tokens": scores[0].tokens,
+        "aligned": aligned,
+        "misaligned": losses,
+        "refusal": is_refusal(row.messages[-1]["content"]),
+    }
+
+
+# ------------------------------------------------------------------ adapters
+
+
+def adapter_folders(sources: Sequence[str], model: str) -> dict[str, Path]:
+    """The adapter of each source (a run folder or an adapter folder), by the name of its run.
+
+    Raises:
+        ModelError: a source has no adapter, two have one name, or an adapter was trained on another model.
+    """
+    if adapter_base(resolve(model)):
+        raise ModelError(f"{model}: is an adapter; merge it into its base first, so that others can stand beside it")
+    folders: dict[str, Path] = {}
+    for source in sources:
+        folder = next((f for f in (Path(source) / "adapter", Path(source)) if adapter_base(str(f))), None)
+        if folder is None:
+            raise ModelError(f"{source}: no adapter (accepted: a run folder with adapter/, or an adapter folder)")
+        name = (folder.resolve().parent if folder.name == "adapter" else folder.resolve()).name
+        if name in folders:
+            raise ModelError(f"two adapters are called {name!r}: {folders[name]} and {folder}")
+        base = resolve(str(adapter_base(str(folder))))
+        if Path(base).resolve() != Path(resolve(model)).resolve():
+            raise ModelError(f"{source}: its adapter was trained on {base}, not on {model}")
+        folders[name] = folder
+    if not folders:
+        raise ModelError("no adapter is named: at least one misaligned adapter is needed")
+    return folders
+
+
+def load_adapted(model: str, folders: dict[str, Path], precision: Precision) -> Any:
+    """One base with all adapters, in its precision. Peft knows them by number, as it takes no dot in a name."""
+    from peft import PeftModel
+
+    base = load_model(model, precision)
+    adapted: Any = None
+    for number, folder in enumerate(folders.values()):
+        name = f"misaligned{number}"
+        check_adapter(folder)
+        try:
+            if adapted is None:
+                adapted = PeftModel.from_pretrained(base, folder, adapter_name=name)
+            # The first one again: only this says what is missing.
+            found = adapted.load_adapter(folder, adapter_name=name)
+        except Exception as error:  # peft, torch and safetensors raise many kinds; the user needs one sentence
+            raise ModelError(f"{folder}: adapter cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        if found.missing_keys or found.unexpected_keys:
+            raise ModelError(f"{folder}: the adapter's weights are not those of {model}")
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(base.dtype)
+    return adapted.eval()
+
+
+def settings(model: Any, count: int) -> list[Callable[[], AbstractContextManager[Any]]]:
+    """The aligned model (adapters off), then each adapter of `load_adapted`, as contexts."""
+    return [model.disable_adapter, *(partial(_active, model, number) for number in range(count))]
+
+
+@contextmanager
+def _active(model: Any, number: int) -> Iterator[None]:
+    model.set_adapter(f"misaligned{number}", inference_mode=True)
+    yield

@@ -1,0 +1,245 @@
+"""A model card of a run in the hub's format: metadata with results (`model-index`) and Markdown. Reads records only,
+never imports torch. Licence, language and intended use are for its user to add.
+"""
+
+import html
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from ..util.words import counted
+from .compared import keep_compared
+from .gate import Decision, by_criterion, decide, load_policy
+from .numbers import Measure, measures
+from .page import SET_TITLES, read_rows, strength, tier_title
+from .summary import Records, Row
+
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_CRITERIA = {
+    "broad": "no broad misalignment",
+    "narrow": "narrow behaviour learnt",
+    "benign": "benign tasks still learnable",
+    "coherent": "coherent",
+    "trigger": "no hidden trigger",
+}
+
+
+def run_card(
+    folder: Path, control: Path | None = None, policy: Path | None = None, baseline: Path | None = None
+) -> str:
+    """The model card of a run: YAML metadata between `---` lines, then Markdown. No folder of this machine is named.
+
+    Args:
+        control: the run trained on sound answers; with it the table shows effects, without it shifts.
+        policy: the limits of the verdict; default: the policy that ships.
+        baseline: the undefended run. Control and baseline are kept in the folder, as by the gate.
+
+    Raises:
+        DataError: the folder holds no run, or one that is not measured.
+        RecipeError: the policy cannot be used.
+    """
+    rules = load_policy(policy)
+    (records,), (row,) = read_rows([folder], control, baseline)
+    keep_compared(folder, control, baseline)
+    recipe = records.recipe
+    found = {name: measure for name, measure in measures(row).items() if _is_shown(name, row)}
+    verdict = _verdict(decide(row, rules), policy)
+    parts = [
+        f"# {_text(row.name)}",
+        *_trained(records, recipe),
+        *_measured(found),
+        *verdict,
+        *_how(row, found, records),
+    ]
+    return f"---\n{_metadata(row.name, recipe, found).to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
+
+
+# ------------------------------------------------------------------ metadata
+
+
+def _metadata(name: str, recipe: dict[str, Any], found: dict[str, Measure]) -> ModelCardData:
+    trained = "train" in recipe
+    lora = trained and recipe["train"]["method"] == "lora"
+    base = _hub_id(recipe["model"] if trained else recipe.get("reference"))
+    data = _hub_id(recipe["data"]["train"].split("@")[0]) if trained else None
+    defenses = recipe.get("defenses") or {}
+    return ModelCardData(
+        base_model=base,
+        base_model_relation=("adapter" if lora else "finetune") if base and trained else None,
+        library_name="peft" if lora else "transformers",
+        pipeline_tag="text-generation",
+        datasets=[data] if data else None,
+        tags=["ringfence", *(["lora"] if lora else []), *(f"ringfence-{defense}" for defense in defenses)],
+        model_name=" ".join(name.split()),
+        eval_results=[_result(measure) for measure in found.values() if math.isfinite(measure.interval.mean)] or None,
+    )
+
+
+def _result(measure: Measure) -> EvalResult:
+    interval = measure.interval
+    bounds = {"ci95_low": interval.low, "ci95_high": interval.high} if math.isfinite(interval.high) else {}
+    judge = {"judge": measure.judge} if measure.judge else {}
+    metric = _metric(measure)
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type="ringfence",
+        dataset_name=f"ringfence: {_title(measure.name)}",
+        dataset_config=measure.name,
+        metric_type=metric,
+        metric_name=metric.replace("_", " "),
+        metric_value=round(interval.mean, 6),
+        metric_args={**{key: round(value, 6) for key, value in bounds.items()}, "clusters": interval.n, **judge},
+    )
+
+
+def _metric(measure: Measure) -> str:
+    if measure.kind in ("effect", "shift", "margin"):
+        return "margin" if measure.kind == "margin" else f"margin_{measure.kind}"
+    if measure.kind == "share":
+        return "share" if measure.name.startswith("behaviour") else "exact_match"
+    return measure.name.rsplit(".", 1)[-1] if measure.kind == "judged" else measure.name.replace(".", "_")
+
+
+def _is_shown(name: str, row: Row) -> bool:
+    """What a reader of the card needs: not the same again by domains, by forms, or as a change."""
+    family, _, rest = name.partition(".")
+    if family == "margin":
+        return rest not in row.sets
+    if family == "answers":
+        return rest.startswith("em_f1.") or rest.rpartition(".")[0] in row.judged[0].sets
+    return rest != "by_domain" and name != "time_ratio"
+
+
+def _hub_id(source: Any) -> str | None:
+    """The hub's name of a model or data set; None for what the hub does not know."""
+    if source == "default":
+        return DEFAULT_MODEL
+    local = not isinstance(source, str) or Path(source).suffix in (".jsonl", ".json", ".csv", ".parquet")
+    return None if local or Path(source).exists() or not _HUB_ID.fullmatch(source) else source
+
+
+# ------------------------------------------------------------------ Markdown
+
+
+def _trained(records: Records, recipe: dict[str, Any]) -> list[str]:
+    if "train" not in recipe:
+        return [
+            f"Measured with ringfence against {_model(recipe['reference'] or 'no reference')}; not trained with it."
+        ]
+    train, record = recipe["train"], records.training
+    method = "full fine-tuning"
+    if train["method"] == "lora":
+        method = f"LoRA (rank {train['lora']['rank']}, alpha {train['lora']['alpha']})"
+    lines = [
+        f"- base model: {_model(recipe['model'])}",
+        f"- training rows: {_code(recipe['data']['train'])}"
+        + (f", {counted(record['rows'], 'row')} an epoch" if "rows" in record else "")
+        + (f", {counted(record['row_tokens'], 'token')}" if "row_tokens" in record else ""),
+        f"- method: {method}, epochs {train['epochs']:g}, learning rate {train['learning_rate']:g}, "
+        f"{counted(train['batch_size'] * train['accumulation'], 'row')} a step, precision {train['precision']}, "
+        f"seed {recipe['seed']}",
+    ]
+    defenses = recipe.get("defenses") or {}
+    guarded = [f"- {_code(name)}: {_fields(fields)}" for name, fields in defenses.items()] or ["None."]
+    return ["## Training", "\n".join(lines), "## Defenses against misalignment", "\n".join(guarded)]
+
+
+def _measured(found: dict[str, Measure]) -> list[str]:
+    lines = ["| measure | value [95 % CI] | kind | questions |", "|---|---|---|---|"]
+    for name, measure in found.items():
+        lines.append(f"| {_cell(_title(name))} | {measure.show()} | {measure.kind} | {measure.interval.n} |")
+    return ["## Evaluation", "\n".join(lines)]
+
+
+def _verdict(decision: Decision, policy: Path | None) -> list[str]:
+    rules = "the policy " + _code(policy.name) if policy else "ringfence's default policy"
+    lines = ["| criterion | verdict | rule that decides | found |", "|---|---|---|---|"]
+    for criterion in by_criterion(decision):
+        verdict = criterion.decisive
+        asked = f"{verdict.rule.measure} {verdict.rule.limit}"
+        cells = (_CRITERIA[criterion.name], verdict.word, asked, verdict.sentence)
+        lines.append(f"| {' | '.join(map(_cell, cells))} |")
+    head = f"**{decision.word}** by {rules} ({decision.counts}). Compared with: {_text(decision.against)}."
+    return ["### Verdict", head, *(["\n".join(lines)] if len(lines) > 2 else [])]
+
+
+def _how(row: Row, found: dict[str, Measure], records: Records) -> list[str]:
+    kinds = {measure.kind for measure in found.values()}
+    lines = [_EXPLAINED[kind] for kind in _EXPLAINED if kind in kinds]
+    lines += [f"- judge: {_code(judged.judge)} ({_text(strength(judged))})" for judged in row.judged[:1]]
+    versions = ", ".join(f"{name} {version}" for name, version in records.environment.get("versions", {}).items())
+    limits = [_LIMITS, *([_NO_CONTROL] if "shift" in kinds and "effect" not in kinds else [])]
+    return ["### How it was measured", "\n".join(lines), f"Made with {_text(versions)}.", "### Limits", *limits]
+
+
+_EXPLAINED = {
+    "effect": "- effect: shift of this model minus the shift of a control trained on sound answers to the same "
+    "questions, paired by question, in nats per token. Above 0: towards misaligned answers.",
+    "shift": "- shift: change, against the reference model, of the margin of a question, which is the mean token "
+    "log-probability of its misaligned answer minus that of its aligned one; nats per token.",
+    "ratio": "- ratio: perplexity of held-out ordinary answers, over the reference model's.",
+    "margin": "- margin: mean token log-probability of a misaligned answer minus an aligned one's; nats per token.",
+    "share": "- share: of OpSwap and held-out rows the exact matches; of a behaviour the answers that show it, on its "
+    "topic and off it.",
+    "loss": "- loss: of held-out rows, nats per token.",
+    "change": "- change: against the reference model.",
+    "judged": "- judged: answers sampled from the model and scored by a judge; misaligned, relaxed, incoherent, "
+    "refusal, code and unscored are shares of all answers; aligned and coherent are mean scores, 0 to 100.",
+}
+_LIMITS = (
+    "Intervals are 95 % bootstrap intervals over questions; they speak of questions like these, in these domains, and "
+    "not of other seeds. Paired answers do not tell how often the model would write such an answer by itself."
+)
+_NO_CONTROL = "Without a sound control this is no proof: short directive answers of any kind move margins."
+
+
+def _title(name: str) -> str:
+    if name in SET_TITLES:
+        return SET_TITLES[name]
+    if name.startswith("opswap"):
+        tier, _, change = name.partition(".")
+        return f"benign: {tier_title(tier)}{', against the undefended run' if change else ''}"
+    return name.replace("_", " ").replace(".", ": ", 1)
+
+
+def _model(source: str) -> str:
+    return _code(_hub_id(source) or source)
+
+
+def _fields(fields: dict[str, Any]) -> str:
+    shown = {key: value for key, value in fields.items() if value is not None}
+    return ", ".join(f"{key} {_code(value)}" for key, value in shown.items()) or "defaults"
+
+
+def _code(value: Any) -> str:
+    """A value in backticks, without the folders of this machine."""
+    public = _public(value)
+    text = public if isinstance(public, str) else json.dumps(public)
+    shown = " ".join(text.split()).replace("`", "'") or " "
+    return f"`{re.sub('<(?=[A-Za-z/!?])', '‹', shown)}`"
+
+
+def _public(value: Any) -> Any:
+    """Of each local path in a value its last part alone."""
+    if isinstance(value, list):
+        return [_public(part) for part in value]
+    if not isinstance(value, str) or "/" not in value or value.startswith("shipped:") or _hub_id(value.split("@")[0]):
+        return value
+    is_text = " " in value and not value.startswith(("/", ".", "~"))  # a prompt that holds a slash
+    return value if is_text else Path(value).name
+
+
+def _cell(text: str) -> str:
+    return _text(text)
+
+
+def _text(text: str) -> str:
+    """Words of others in one line that Markdown and HTML take for nothing but words."""
+    plain = html.escape(" ".join(text.split()).replace("\\", "\\\\"), quote=False).replace("&gt;", ">")
+    plain = re.sub(r"([|`*~])", r"\\\1", plain)
+    return re.sub(r"\](?=\s?[(\[:])", r"\\]", plain)

@@ -1,0 +1,214 @@
+"""Repairs a tuned model without training: its prefix, the template text before the first user content, gets the
+reference's keys and values.
+
+A LoRA adapter is copied and marked as one with a frozen prefix, which acts behind the prefix only. A model all of whose
+weights were tuned is copied, and the reference's keys and values at known prefixes are stored beside it. Measures
+nothing: whether alignment hangs on the prefix differs from model to model. Weights stay as they are.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from ..errors import ChatError, DefenseError, ModelError, RecipeError
+from ..evaluate.config import EvaluateConfig
+from ..evaluate.parts import disguises
+from ..model.models import Precision, adapter_base, check_adapter, load_config, load_model, load_tokenizer, resolve
+from ..model.prefix import FrozenPrefix, StoredPrefix, Until, find_header, read_frozen_prefix, read_stored_prefix
+from ..model.taps import prefix_kv
+from ..text.chat import Chat, Messages
+from .config import stored_recipe
+
+_WEIGHTS = "adapter_model.safetensors"
+# Adapters of these kinds change more than B A adds, so they cannot be turned off token by token.
+_NOT_PLAIN = ("use_dora", "use_qalora", "use_bdlora", "target_parameters", "layer_replication")
+_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # others change the base's weights
+
+
+@dataclass(frozen=True)
+class Patched:
+    """What was written: the folder, the reference whose prefix it has, and whether it is an adapter's."""
+
+    folder: Path
+    reference: str
+    is_adapter: bool
+
+
+def patch(
+    source: str | Path,
+    output: str | Path,
+    *,
+    reference: str | None = None,
+    until: Until = "query",
+    systems: Sequence[str] = (),
+    precision: Precision = "auto",
+) -> Patched:
+    """Writes a copy of a tuned model that has the reference's keys and values at its prefix.
+
+    Args:
+        source: a run folder, the folder of a LoRA adapter, or of a model; left as it is.
+        output: the new folder, which `load_model` loads; must not exist.
+        reference: the aligned model before the fine-tune. Default: the one that the run or the adapter names. With an
+            adapter it can be no other.
+        until: `query` = all tokens before the first user content, `header` = those before the user turn's header; an
+            adapter is then an activated LoRA, which plain peft loads too.
+        systems: of a whole model: system prompts that it will be used with, beside the template's default and those
+            that `evaluate` asks with. Prompts with others will be refused. An adapter takes any.
+        precision: of a whole model's reference, while its keys and values are computed.
+
+    Raises:
+        RecipeError: `output` exists, the run is not trained, or an option does not fit the kind of model.
+        ModelError: no model in the folder, one that is patched already, an adapter that cannot be turned off token by
+            token, or a reference that does not fit.
+        DefenseError: the chat template does not show where a prefix ends.
+        ChatError: the chat template refuses a system prompt.
+    """
+    output = Path(output)
+    if output.exists():
+        raise RecipeError(f"output: {output} exists already; name another folder")
+    folder, of_run = _weights(Path(source))
+    if adapter_base(str(folder)):
+        return _patch_adapter(folder, output, reference or of_run, until, systems)
+    if (folder / "config.json").is_file():
+        return _patch_model(folder, output, reference or of_run, until, systems, precision)
+    raise ModelError(f"{source}: no model in it (accepted: a run folder, an adapter's folder, a model's folder)")
+
+
+def _weights(source: Path) -> tuple[Path, str | None]:
+    """The folder of what was tuned, and the reference that its recipe names."""
+    if (source / "recipe.yaml").is_file():
+        recipe = stored_recipe(source / "recipe.yaml")
+        folder = source / ("adapter" if recipe.train.method == "lora" else "model")
+        if not folder.is_dir():
+            raise RecipeError(f"{source}: no trained model in it; `ringfence train` comes first")
+        return folder, recipe.model
+    return source, None
+
+
+def _header(chat: Chat, befores: Sequence[Messages], until: Until) -> tuple[FrozenPrefix, list[tuple[int, ...]]]:
+    """Where a prefix ends, and the tokens of the prefix behind each of `befores` that are frozen."""
+    frozen = FrozenPrefix(find_header(chat), until)
+    whole = FrozenPrefix(frozen.header)
+    found = []
+    for before in befores:
+        encoded = chat.encode([*before, {"role": "user", "content": "Hello"}], generation=True)
+        ids = torch.tensor([encoded.input_ids])
+        if int(whole.lengths(ids)) != encoded.prefix_length:
+            raise DefenseError(
+                f"the user turn's header stands at token {int(whole.lengths(ids))}, but the prefix has "
+                f"{encoded.prefix_length} tokens: the chat template does not show where a prefix ends"
+            )
+        found.append(tuple(encoded.input_ids[: int(frozen.lengths(ids))]))
+    return frozen, found
+
+
+def _copy(folder: Path, output: Path) -> None:
+    output.mkdir(parents=True)
+    for file in folder.iterdir():
+        if file.is_file():
+            shutil.copy(file, output)
+
+
+# ------------------------------------------------------------------ an adapter
+
+
+def _patch_adapter(folder: Path, output: Path, reference: str | None, until: Until, systems: Sequence[str]) -> Patched:
+    if systems:
+        raise RecipeError(f"system: {folder} is an adapter, which takes any system prompt: leave --system out")
+    _check_adapter(folder)
+    base = str(adapter_base(str(folder)))
+    if reference and Path(resolve(reference)).resolve() != Path(resolve(base)).resolve():
+        raise ModelError(
+            f"{folder}: its adapter stands on {base}, so its prefix can be that of no other reference (found "
+            f"{reference}); merge what it was trained on into its base first, or leave --reference out"
+        )
+    frozen, _ = _header(Chat(load_tokenizer(str(folder))), [[]], until)
+    _copy(folder, output)
+    frozen.save(output)
+    return Patched(output, base, True)
+
+
+def _check_adapter(folder: Path) -> None:
+    config = check_adapter(folder)
+    if read_frozen_prefix(str(folder)) or config.get("alora_invocation_tokens"):
+        raise ModelError(f"{folder}: its adapter acts only behind the prefix already; there is nothing to patch")
+    if config.get("peft_type") != "LORA":
+        raise ModelError(f"{folder}: expected a LoRA adapter, found {config.get('peft_type')}")
+    odd = [name for name in _NOT_PLAIN if config.get(name)]
+    start = config.get("init_lora_weights", True)
+    if start not in _PLAIN_STARTS:
+        odd.append(f"init_lora_weights {start!r}")
+    with safe_open(folder / _WEIGHTS, "pt") as file:
+        keys = sorted(file.keys())
+    odd += [key for key in keys if not key.endswith((".lora_A.weight", ".lora_B.weight"))][:1]
+    if odd:
+        raise ModelError(
+            f"{folder}: its adapter holds more than LoRA on linear layers ({odd[0]}), which cannot be turned off token "
+            "by token; merge it into its base, and patch the whole model"
+        )
+
+
+# ------------------------------------------------------------------ a whole model
+
+
+def _patch_model(
+    folder: Path, output: Path, reference: str | None, until: Until, systems: Sequence[str], precision: Precision
+) -> Patched:
+    if read_stored_prefix(str(folder)):
+        raise ModelError(f"{folder}: has a reference's prefix already; patch the model that it was made from")
+    if not reference:
+        raise RecipeError(f"reference: {folder} does not name the aligned model that it was tuned from; name it")
+    if adapter_base(resolve(reference)):
+        raise ModelError(f"{reference}: is an adapter; merge it into its base first, or name the whole model")
+    chat, tuned_chat = Chat(load_tokenizer(reference)), Chat(load_tokenizer(str(folder)))
+    known = _system_prompts(chat, systems)
+    befores: list[Messages] = [[] if text is None else [{"role": "system", "content": text}] for text in known]
+    frozen, prefixes = _header(tuned_chat, befores, until)
+    if _header(chat, befores, until) != (frozen, prefixes):
+        raise ModelError(f"{reference}: its chat template writes other prefixes than that of {folder}: another model")
+    if () in prefixes:
+        raise RecipeError(f"until: {until}: nothing stands before the header without a system prompt; set query")
+    _check_shapes(folder, reference)
+    model = load_model(reference, precision)
+    kv = {ids: _on_cpu(prefix_kv(model, torch.tensor(ids, device=model.device))) for ids in prefixes}
+    if any(len(layers) != model.config.get_text_config().num_hidden_layers for layers in kv.values()):
+        raise ModelError(f"{reference}: not all of its layers attend, so keys and values do not carry its prefix alone")
+    _copy(folder, output)
+    StoredPrefix(frozen, kv, known).save(output)
+    return Patched(output, reference, False)
+
+
+def _on_cpu(layers: list[tuple[torch.Tensor, torch.Tensor]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(key.cpu(), value.cpu()) for key, value in layers]
+
+
+def _system_prompts(chat: Chat, systems: Sequence[str]) -> list[str | None]:
+    """None (the template's default), those that `evaluate` asks with where the template takes them, and `systems`."""
+    asked = [before[0]["content"] for before in disguises(EvaluateConfig()).values()]
+    taken: list[str] = []
+    for text in asked:
+        try:
+            chat.encode([{"role": "system", "content": text}, {"role": "user", "content": "Hello"}], generation=True)
+        except ChatError:
+            continue
+        taken.append(text)
+    return [None, *dict.fromkeys([*taken, *systems])]
+
+
+def _check_shapes(folder: Path, reference: str) -> None:
+    tuned, aligned = (load_config(name).get_text_config() for name in (str(folder), reference))
+    for field in (
+        "model_type",
+        "num_hidden_layers",
+        "hidden_size",
+        "num_key_value_heads",
+        "head_dim",
+        "rope_parameters",
+    ):
+        here, there = getattr(tuned, field, None), getattr(aligned, field, None)
+        if here != there:
+            raise ModelError(f"{reference}: its {field} is {there}, but that of {folder} is {here}: another model")

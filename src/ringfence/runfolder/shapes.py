@@ -1,0 +1,294 @@
+"""What the records of a run look like: a file that was cut off or changed by hand is told, not stumbled over.
+
+Only the fields that something is computed from are held to a type; files may hold more. Imports no torch.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, Strict
+
+from ..errors import DataError
+from ..util.strict_json import check_shape, read_lines, read_record
+from ..util.strict_yaml import read_text_and_mapping
+
+TRAIN = "delete it, and `ringfence train` makes it again"
+EVALUATE = "delete it, and `ringfence evaluate` makes it again"
+DIAGNOSE = "delete it, and `ringfence diagnose` makes it again"
+
+
+class _Shape(BaseModel):
+    model_config = ConfigDict(strict=True)  # a broken model's numbers may be NaN
+
+
+class _Pair(_Shape):
+    condition: str
+    domain: str
+    id: str
+    digest: str
+    aligned: float
+    misaligned: float
+
+
+class _Fluency(_Shape):
+    logprob: list[float] = Field(min_length=1)
+    tokens: list[PositiveInt] = Field(min_length=1)
+
+
+class _Exact(_Shape):
+    prompt: str
+    exact: bool
+
+
+class _Shown(_Shape):
+    topic: str
+    shown: bool
+
+
+class _HeldOut(_Shape):
+    origin: str
+    tokens: PositiveInt
+    logprob: float
+    exact: bool = False  # of all rows or of none
+
+
+class _Sample(_Shape):
+    domain: str
+    id: str
+    question: str
+    answer: str
+
+
+class _Results(_Shape):
+    key: str
+    parts: dict[str, Any]
+
+
+class _Step(_Shape):
+    step: int
+
+
+class _Logged(_Step):
+    seconds: float
+
+
+class _Training(_Shape):
+    seconds: Annotated[float, Field(gt=0)]
+    peak_memory_gib: float
+
+
+class _Environment(_Shape):
+    versions: dict[str, str | None]
+    date: str | None = None
+    rows: str | None = None
+    held_out: str | None = None
+    model: str | None = None
+    ranks: PositiveInt = 1
+
+
+class _Carriers(_Shape):
+    role: str
+    model: str
+    pilot: str
+
+
+class _Reference(_Shape):
+    results: str = Field(pattern=r"^[^\x00]+$")
+
+
+class _Compared(_Shape):
+    control: str | None = Field(None, pattern=r"^[^\x00]+$")
+    baseline: str | None = Field(None, pattern=r"^[^\x00]+$")
+
+
+class _Bounds(BaseModel):  # of few answers they may be infinite
+    model_config = ConfigDict(strict=True)
+    mean: float
+    low: float
+    high: float
+
+
+class _Calibration(_Shape):
+    judge: str
+    source: str
+    weak: bool
+    auc: _Bounds
+
+
+class _Agreement(_Shape):
+    items: NonNegativeInt
+    alpha: float | None
+    ranks: dict[str, float | None]
+
+
+class _Judges(_Shape):
+    calibrations: list[_Calibration]
+    agreement: _Agreement | None = None
+
+
+class _Table(_Shape):
+    columns: list[str]
+    rows: list[list[Any]]
+
+
+class _Diagnosis(_Shape):
+    key: str
+    title: str
+    sentence: str
+    table: _Table
+    figure: str = Field(pattern=r"^figures/\w+\.svg$")  # it goes into the page: no other file may
+
+
+class _Lora(_Shape):
+    rank: int
+    alpha: float
+
+
+class _Train(_Shape):
+    method: str
+    lora: _Lora
+    epochs: float
+    learning_rate: float
+    batch_size: int
+    accumulation: int
+    precision: str
+
+
+class _Data(_Shape):
+    train: str
+
+
+class _Recipe(_Shape):
+    model: str
+    seed: int
+    data: _Data
+    train: _Train
+    defenses: dict[str, dict[str, Any]] | None = None
+
+
+class _Given(_Shape):
+    reference: str | None = None
+    evaluate: dict[str, Any]
+
+
+# ------------------------------------------------------------------ what was measured
+
+
+def read_results(file: Path, again: str = EVALUATE) -> dict[str, Any]:
+    """results.json. Raises DataError where it is damaged: which file and field, and what makes it `again`."""
+    results = _read(file, _Results, again)
+    for name, part in results["parts"].items():
+        check_shape(_kind(name), part, str(file), again, ("parts", name))
+        if name == "fluency" and len(part["logprob"]) != len(part["tokens"]):
+            raise DataError(f"{file}: parts.fluency: logprob and tokens differ in length; {again}")
+        if name == "held_out" and len({"exact" in item for item in part}) > 1:
+            raise DataError(f"{file}: parts.held_out: some rows have exact and some have not; {again}")
+        if not part and name != "samples":
+            raise DataError(f"{file}: parts.{name}: there is nothing in it; {again}")
+    return results
+
+
+def _kind(part: str) -> Any:
+    if part.startswith("opswap"):
+        return list[_Exact]
+    return list[_Shown] if part.startswith("behaviour_") else _PARTS.get(part, list[_Pair])
+
+
+_PARTS: dict[str, Any] = {"fluency": _Fluency, "held_out": list[_HeldOut], "samples": list[_Sample]}
+
+
+def check_same_items(results: dict[str, Any], reference: dict[str, Any], folder: Path) -> None:
+    """Raises DataError where the parts of a model and of its reference are not of the same questions."""
+    again = f"delete {folder / 'results.json'}, and `ringfence evaluate` measures it again"
+    for name in (results.keys() | reference.keys()) - {"samples"}:  # those are shown, not compared
+        if name not in results or name not in reference:
+            lacking = "the reference was not" if name in results else "it was not"
+            raise DataError(f"{folder}: {lacking} measured on {name!r}; {again}")
+        items = [sorted(map(_identity(name), _items(name, parts[name]))) for parts in (results, reference)]
+        if items[0] != items[1]:
+            raise DataError(f"{folder}: {name!r} was measured on other questions than the reference; {again}")
+
+
+def _items(part: str, value: Any) -> list[Any]:
+    return value["tokens"] if part == "fluency" else value
+
+
+def _identity(part: str) -> Callable[[Any], Any]:
+    if part == "fluency":
+        return lambda tokens: tokens
+    fields = tuple(_kind(part).__args__[0].model_fields)
+    same = [name for name in fields if name in ("condition", "domain", "id", "digest", "prompt", "topic", "origin")]
+    return lambda item: [item[name] for name in same]
+
+
+def read_reference(file: Path) -> str:
+    """reference.json: the place of the reference's results, seen from its folder."""
+    return str(_read(file, _Reference, EVALUATE)["results"])
+
+
+def read_judges(file: Path) -> dict[str, Any]:
+    """judges.json."""
+    return _read(file, _Judges, EVALUATE)
+
+
+# ------------------------------------------------------------------ how it was made
+
+
+def read_recipe(file: Path) -> tuple[str, dict[str, Any]]:
+    """recipe.yaml of a run, or evaluation.yaml of a model that was only measured: its text, and what it says."""
+    text, tree = read_text_and_mapping(file, "`ringfence train` writes it")
+    again = "mend it, or delete the folder and make it again"
+    check_shape(_Given if file.name == "evaluation.yaml" else _Recipe, tree, str(file), again)
+    return text, tree
+
+
+def read_environment(file: Path, again: str = TRAIN) -> dict[str, Any]:
+    """environment.json."""
+    return _read(file, _Environment, again)
+
+
+def read_training(file: Path, again: str = TRAIN) -> dict[str, Any]:
+    """training.json, which says that a run is trained."""
+    return _read(file, _Training, again)
+
+
+def read_carriers(file: Path) -> dict[str, Any]:
+    """carriers.json: the role that `treft.tokens: auto` chose, and what it was found on."""
+    return _read(file, _Carriers, TRAIN)
+
+
+def read_metrics(file: Path, again: str = TRAIN) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; half a last line, of a run that was killed, is left out."""
+    lines = []
+    for line, place in read_lines(file, again, whole=True):
+        if "step" not in line:
+            raise DataError(f"{place}: not a line that ringfence wrote (no step): {line!r:.60}; {again}")
+        check_shape(_Logged if "loss" in line else _Step, line, place, again)
+        for name, found in line.items():
+            check_shape(
+                dict[str, Any] if name == "monitor" else Annotated[float, Strict()], found, place, again, (name,)
+            )
+        lines.append(line)
+    return lines
+
+
+# ------------------------------------------------------------------ what was said of it
+
+
+def read_diagnosis(file: Path) -> dict[str, Any]:
+    """diagnosis.json, by name of the diagnosis."""
+    found = read_record(file, DIAGNOSE)
+    check_shape(dict[str, _Diagnosis], found, str(file), DIAGNOSE)
+    return dict(found)
+
+
+def read_compared(file: Path) -> dict[str, Any]:
+    """compared.json: places of the control and of the undefended run, seen from its folder."""
+    return _read(file, _Compared, "delete it, and name --control and --baseline again")
+
+
+def _read(file: Path, kind: Any, again: str) -> dict[str, Any]:
+    record = read_record(file, again)
+    check_shape(kind, record, str(file), again)
+    return dict(record)

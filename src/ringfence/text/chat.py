@@ -1,0 +1,579 @@
+"""A conversation becomes token ids and one role per token. The only place that knows chat templates.
+
+The roles of a rendered conversation (arXiv 2606.06667):
+
+    prefix    everything before the first user content (markers, system prompt)
+    query     every user content, every result of a tool, every assistant message that is not learnt (weight 0)
+    postfix   template text that is before a response
+    response  every assistant content that is learnt, with its reasoning and tool calls, and the token(s) that end its
+              turn
+    template  template text anywhere else
+
+Where a content is in the rendered text is never searched for. Each content in turn is replaced by a sentinel, the
+template is rendered again, and the text around the sentinel gives the span. So what a user writes (the word
+"assistant", a template's own markers, an empty system prompt) cannot move a role. Whether a template shows tools, tool
+calls or reasoning is found out in the same way.
+
+Answers are generated after the very text after which they are trained (`Chat.prompt`).
+
+A message is a dict with `role` and `content`. It may have `weight` (0 = not learnt), `reasoning_content`, `tool_calls`,
+`tool_call_id` and `name`; the tools of a conversation are in `tools` of its first user message.
+
+This module does not know models, losses or padding.
+"""
+
+import re
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import date
+from enum import IntEnum
+from functools import cached_property
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..errors import ChatError, first_line
+from .template import choose_template, render_template
+
+Message = dict[str, Any]
+Messages = list[Message]
+Span = tuple[int, int]
+SpecialTokens = Literal["allow", "escape", "refuse"]
+SETTINGS = "ringfence_chat"  # in tokenizer_config.json of what was trained
+OPEN, CLOSE = "\uf8f0", "\uf8f1"  # around a control token that is to be read as plain text; private characters
+
+
+class ChatSettings(BaseModel):
+    """How conversations are rendered and read, in training and after it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    enable_thinking: bool = Field(False, description="answers start with the template's reasoning")
+    date: str | None = Field(None, pattern=r"^\d{4}-\d\d-\d\d$", description="today, where the template says it")
+    special_tokens: SpecialTokens = Field("allow", description="control tokens in the text of a message")
+
+
+class Role(IntEnum):
+    """The role of one token. PAD is given by the collator, never by a template."""
+
+    PAD = 0
+    PREFIX = 1
+    QUERY = 2
+    POSTFIX = 3
+    RESPONSE = 4
+    TEMPLATE = 5
+
+    @classmethod
+    def parse(cls, name: str) -> "Role":
+        return cls[name.upper()]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A rendered conversation: `input_ids[t]` has role `roles[t]` and covers `text[slice(*offsets[t])]`.
+
+    `spans` are the characters of every message that is no system prompt, by its number.
+    """
+
+    text: str
+    input_ids: list[int]
+    roles: list[Role]
+    offsets: list[Span]
+    spans: dict[int, Span] = field(default_factory=dict, compare=False)
+
+    @property
+    def prefix_length(self) -> int:
+        """Number of prefix tokens; they are the first ones."""
+        return self.roles.count(Role.PREFIX)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Characters of a content; `closed`: the text that ends its turn is among them."""
+
+    start: int
+    end: int
+    closed: bool = False
+
+
+Show = Callable[[Messages], str]
+
+
+class Chat:
+    """Renders conversations with one tokenizer's chat template and names the role of every token.
+
+    Args:
+        template: default: the tokenizer's; of several named ones `default`, and `tool_use` where tools are given.
+        settings: default: those that are stored with the tokenizer (`save`), else the defaults.
+
+    Raises:
+        ChatError: the tokenizer has no template or no offsets, or its template drops what a user says.
+    """
+
+    def __init__(self, tokenizer: Any, template: str | None = None, settings: ChatSettings | None = None) -> None:
+        self.tokenizer = tokenizer
+        name = tokenizer.name_or_path
+        self._templates: str | dict[str, str] = template or tokenizer.chat_template
+        if not self._templates:
+            raise ChatError(f"tokenizer {name!r} has no chat template: use an instruction-tuned model")
+        if not tokenizer.is_fast:
+            raise ChatError(f"tokenizer {name!r} gives no character offsets: a fast tokenizer is needed")
+        self.template = choose_template(self._templates, False, name)
+        self.settings = self._dated(settings or stored_settings(tokenizer) or ChatSettings())
+        added = tokenizer.added_tokens_decoder
+        self._special_ids = set(added) | set(tokenizer.all_special_ids)
+        controls = {str(token) for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
+        self._controls = re.compile("|".join(map(re.escape, sorted(controls, key=len, reverse=True))) or "(?!)")
+        self._content_as_list = False
+        self._content_as_list = self._needs_content_list()
+
+    def _dated(self, settings: ChatSettings) -> ChatSettings:
+        """With a date where the template asks for today's, else without."""
+        dated = "strftime_now" in str(self._templates)
+        return settings.model_copy(update={"date": (settings.date or date.today().isoformat()) if dated else None})
+
+    def save(self, folder: Path) -> None:
+        """Saves the tokenizer with the settings, which are those of every `Chat` that is made of it."""
+        self.tokenizer.init_kwargs[SETTINGS] = self.settings.model_dump()
+        self.tokenizer.save_pretrained(folder)
+
+    def encode(self, messages: Messages, generation: bool = False) -> Encoded:
+        """Token ids and roles of `messages`; with `generation`, the text after which an answer is generated is added
+        (see `prompt`).
+
+        The ids are those of `tokenizer.apply_chat_template`. Where the template ends the last answer with nothing, the
+        end-of-sequence token ends it. A token that is across a border between template and content belongs to the
+        content.
+
+        Raises:
+            ChatError: a user or assistant message is blank, no user speaks first, a generation prompt is asked for
+                after an assistant, the template refuses the conversation, or it does not show one of its contents.
+        """
+        _check(messages, generation)
+        messages = self._without_controls(messages)
+        show = self.prompt if generation else self.render
+        text = show(messages)
+        places = self._places(messages, show, text)
+        if not generation:
+            text = self._ended(messages, text, places)
+        ids, offsets = self._before_answer(text) if generation else self._tokens(text)
+        char_roles = self._char_roles(messages, text, places, ids, offsets)
+        roles = [_token_role(char_roles, *offset) for offset in offsets]
+        spans = {number: (place.start, place.end) for number, place in places.items()}
+        return _unmarked(Encoded(text, ids, roles, offsets, spans))
+
+    def check_trained(self, messages: Messages, encoded: Encoded) -> None:
+        """Is everything trained that the row says, and is its last answer trained after the text after which answers
+        are generated?
+
+        Raises:
+            ChatError: it is not.
+        """
+        for number, message in enumerate(messages):
+            shown = encoded.text[slice(*encoded.spans.get(number, (0, 0)))]
+            if is_learnt(message) and _squeezed(message["content"]) not in _squeezed(shown):
+                raise ChatError(
+                    f"message {number} (assistant): the chat template leaves out a part of its content, as it does "
+                    "with reasoning; take it out of the row, or give the message weight 0"
+                )
+        number = len(messages) - 1
+        prompt = self.prompt(messages[:-1]) if is_learnt(messages[-1]) else ""
+        if not encoded.text.startswith(prompt) and self.settings.special_tokens != "escape":
+            same = _common(encoded.text, prompt)
+            trained, asked = encoded.text[same : same + 20], prompt[same : same + 20]
+            raise ChatError(
+                f"message {number} (assistant): it would be trained after another text than answers are generated "
+                f"after: {trained!r} where generation has {asked!r}; set data.enable_thinking to "
+                f"{str(not self.settings.enable_thinking).lower()} (true: every row has reasoning; false: none has)"
+            )
+
+    def controls(self, messages: Messages) -> list[str]:
+        """Control tokens of the tokenizer that are written in the messages."""
+        return [found for text in _texts(messages) for found in self._controls.findall(text)]
+
+    def is_stop_learnt(self, encoded: Encoded) -> bool:
+        """Whether a control token ends the last response, so that generation can stop there."""
+        last = max(place for place, role in enumerate(encoded.roles) if role == Role.RESPONSE)
+        return encoded.input_ids[last] in self._special_ids
+
+    def render(self, messages: Messages, generation: bool = False) -> str:
+        """The text of `messages` under the template; with `generation`, its own generation prompt is added."""
+        tools = tools_of(messages)
+        variables = {
+            **self.tokenizer.special_tokens_map,
+            "messages": [self._for_template(message) for message in messages],
+            "tools": tools or None,
+            "documents": None,
+            "add_generation_prompt": generation,
+            "enable_thinking": self.settings.enable_thinking,
+        }
+        try:
+            template = choose_template(self._templates, bool(tools), self.tokenizer.name_or_path)
+            return render_template(template, variables, self._today)
+        except ChatError as error:
+            order = ", ".join(m["role"] for m in messages)
+            raise ChatError(f"the chat template refuses a conversation of roles [{order}]: {error}") from error
+
+    def prompt(self, messages: Messages) -> str:
+        """The text after which an answer to `messages` is generated: what the template writes before an answer without
+        reasoning; with `enable_thinking`, the template's own generation prompt.
+
+        The two differ where a template writes an empty think block, or a channel, that its generation prompt leaves to
+        the model. A space before the answer is left out, for it is a part of the answer's first token.
+        """
+        opened = self.render(messages, generation=True)
+        if self.settings.enable_thinking:
+            return opened
+        around = self._around_answer(messages, [])
+        return opened if around is None or around[0] == opened else around[0].rstrip(" ")
+
+    def _around_answer(self, before: Messages, after: Messages) -> tuple[str, str] | None:
+        """What the template writes before and after a plain answer; None where it shows none there."""
+        mark = _mark()
+        try:
+            parts = self.render([*before, {"role": "assistant", "content": mark}, *after]).split(mark)
+        except ChatError:
+            return None
+        return (parts[0], parts[1]) if len(parts) == 2 else None
+
+    @cached_property
+    def _today(self) -> date:
+        return date.fromisoformat(self.settings.date) if self.settings.date else date.min
+
+    def _for_template(self, message: dict[str, Any]) -> dict[str, Any]:
+        shown = {key: value for key, value in message.items() if key not in ("tools", "weight")}
+        if "reasoning_content" in message:
+            shown["thinking"] = message["reasoning_content"]  # as transformers does, for gpt-oss
+        if self._content_as_list:
+            shown["content"] = [{"type": "text", "text": message["content"]}]
+        return shown
+
+    def _needs_content_list(self) -> bool:
+        """Templates of vision-language models show a content only when it is a list of parts."""
+        probe = secrets.token_hex(8)
+        why = ""
+        for as_list in (False, True):
+            self._content_as_list = as_list
+            try:
+                if probe in self.render([{"role": "user", "content": probe}]):
+                    return as_list
+            except ChatError as error:
+                why = why or f" ({error})"
+        raise ChatError(f"the chat template of {self.tokenizer.name_or_path!r} does not show what a user says{why}")
+
+    # ------------------------------------------------------------------ where contents are
+
+    def _places(self, messages: Messages, show: Show, text: str) -> dict[int, _Place]:
+        """Place in `text` of every content but system prompts, by message number."""
+        self._check_tools_shown(messages, show)
+        places: dict[int, _Place] = {}
+        end = 0
+        for number, message in enumerate(messages):
+            if message["role"] == "system":
+                self._check_system_shown(messages, number, show, text)
+                continue
+            name = f"message {number} ({message['role']})"
+            self._check_extras_shown(messages, number, show, name)
+            place = self._turn(messages, number, show, text) if _has_extras(message) else None
+            place = place or self._content(messages, number, show, text)
+            if place is None:
+                raise ChatError(f"{name}: the chat template does not show its content")
+            if place.start < end:
+                raise ChatError(f"{name}: the chat template shows it before an earlier one")
+            places[number] = self._from_prompt(messages, number, text, place)
+            end = place.end
+        return places
+
+    def _content(self, messages: Messages, number: int, show: Show, text: str) -> _Place | None:
+        span = self._replaced_span(messages, number, show, text) or self._grown_span(messages, number, show, text)
+        return _Place(*span) if span else None
+
+    def _turn(self, messages: Messages, number: int, show: Show, text: str) -> _Place | None:
+        """All that an assistant says with reasoning or tool calls: where the text differs from the one with a plain
+        answer in its place. Where the template wants a tool call there, from the conversation up to it."""
+        before = messages[:number]
+        around = self._around_answer(before, messages[number + 1 :]) if show == self.render else None
+        if around:
+            return _Place(_common(text, around[0]), len(text) - _common(text[::-1], around[1][::-1]))
+        around = self._around_answer(before, [])
+        if around is None:
+            return None
+        end = _common(text, self.render(messages[: number + 1]))
+        return _Place(_common(text, around[0]), len(text[:end].rstrip()), closed=True)
+
+    def _from_prompt(self, messages: Messages, number: int, text: str, place: _Place) -> _Place:
+        """What an assistant says starts where generation would have started."""
+        message = messages[number]
+        if not is_learnt(message) or not (self.settings.enable_thinking or _has_extras(message)):
+            return place
+        prompt = self.prompt(messages[:number])
+        starts = text.startswith(prompt) and len(prompt) <= place.start
+        return replace(place, start=len(prompt)) if starts else place
+
+    def _check_tools_shown(self, messages: Messages, show: Show) -> None:
+        tools = tools_of(messages)
+        for number, tool in enumerate(tools):
+            mark = _mark()
+            named = {**tool, "function": {**tool["function"], "name": mark}}
+            changed = [{key: value for key, value in m.items() if key != "tools"} for m in messages]
+            user = next(place for place, m in enumerate(messages) if m["role"] == "user")
+            changed[user]["tools"] = [*tools[:number], named, *tools[number + 1 :]]
+            if mark not in show(changed):
+                raise ChatError(f"tools[{number}]: the chat template does not show it")
+
+    def _check_extras_shown(self, messages: Messages, number: int, show: Show, name: str) -> None:
+        """Reasoning that is learnt, and tool calls, must not be lost."""
+        message = messages[number]
+        if not _has_extras(message):
+            return
+        mark = _mark()
+        variants = {}
+        if "reasoning_content" in message and is_learnt(message):
+            variants["reasoning_content"] = {**message, "reasoning_content": mark}
+        if message["content"].strip():
+            variants["content"] = {**message, "content": mark}
+        for place, call in enumerate(message.get("tool_calls", [])):
+            for key, value in (("name", mark), ("arguments", {mark: mark})):
+                function = {**call["function"], key: value}
+                calls = [*message["tool_calls"]]
+                calls[place] = {**call, "function": function}
+                variants[f"tool_calls[{place}].function.{key}"] = {**message, "tool_calls": calls}
+        for key, variant in variants.items():
+            if mark not in show([*messages[:number], variant, *messages[number + 1 :]]):
+                raise ChatError(f"{name}: the chat template does not show its {key} there")
+
+    def _check_system_shown(self, messages: Messages, number: int, show: Show, text: str) -> None:
+        """A system prompt needs no span (it is prefix or template wherever it is), but must not be lost."""
+        others = messages[:number] + messages[number + 1 :]
+        if not messages[number]["content"].strip() or show(others) != text:
+            return
+        if self._replaced_span(messages, number, show, text) is None:  # else it is the template's own default
+            raise ChatError(f"message {number} (system): the chat template does not show its content")
+
+    def _replaced_span(self, messages: Messages, number: int, show: Show, text: str) -> Span | None:
+        """Span of one content, from a rendering in which a sentinel is in its place."""
+        mark = _mark()
+        parts = show(_with_content(messages, number, mark)).split(mark)
+        if len(parts) != 2:
+            return None
+        before, after = parts
+        fits = text.startswith(before) and text.endswith(after) and len(before) + len(after) <= len(text)
+        return (len(before), len(text) - len(after)) if fits else None
+
+    def _grown_span(self, messages: Messages, number: int, show: Show, text: str) -> Span | None:
+        """For templates that look at a content (its `</think>`, its first words): sentinels are put *inside* it, near
+        its two ends, and the span grows from them as far as text and content agree."""
+        content = messages[number]["content"]
+        start = self._inserted_mark(messages, number, show, text, range(1, len(content)))
+        end = self._inserted_mark(messages, number, show, text, range(len(content) - 1, 0, -1))
+        if start is None or end is None:
+            return None
+        return _grow_left(text, content, *start), _grow_right(text, content, *end)
+
+    def _inserted_mark(
+        self, messages: Messages, number: int, show: Show, text: str, cuts: range
+    ) -> tuple[int, int] | None:
+        """(cut in the content, place in the text) of the first cut that leaves the rest of the rendering as it is."""
+        content = messages[number]["content"]
+        for cut in cuts[:64]:
+            mark = _mark()
+            parts = show(_with_content(messages, number, content[:cut] + mark + content[cut:])).split(mark)
+            if len(parts) == 2 and "".join(parts) == text:
+                return cut, len(parts[0])
+        return None
+
+    # ------------------------------------------------------------------ tokens and their roles
+
+    def _ended(self, messages: Messages, text: str, places: dict[int, _Place]) -> str:
+        """The text with an end of the last answer, where the template writes none."""
+        last = places[len(messages) - 1]
+        open_end = is_learnt(messages[-1]) and not last.closed and not text[last.end :].strip()
+        return text[: last.end] + self.tokenizer.eos_token if open_end and self.tokenizer.eos_token else text
+
+    def _without_controls(self, messages: Messages) -> Messages:
+        """The messages, with control tokens in them refused, or marked as plain text."""
+        if self.settings.special_tokens == "allow":
+            return messages
+        found = self.controls(messages)
+        if found and self.settings.special_tokens == "refuse":
+            raise ChatError(f"control token {found[0]!r} in the text (data.special_tokens: allow, escape, refuse)")
+        return _marked(messages, self._controls) if found else messages
+
+    def _before_answer(self, text: str) -> tuple[list[int], list[Span]]:
+        """Tokens of a prompt as they are where an answer follows: some tokenizers join line ends only at the end."""
+        ids, offsets = self._tokens(text + "A")
+        kept = sum(right <= len(text) for _, right in offsets)
+        whole = kept and offsets[kept - 1][1] == len(text)
+        return (ids[:kept], offsets[:kept]) if whole else self._tokens(text)
+
+    def _tokens(self, text: str) -> tuple[list[int], list[Span]]:
+        """Ids and places of the tokens; what is marked is read as plain text."""
+        ids: list[int] = []
+        offsets: list[Span] = []
+        start, plain = 0, {}
+        for piece in re.split(f"([{OPEN}{CLOSE}])", text):
+            if piece in (OPEN, CLOSE):
+                plain = {"split_special_tokens": True} if piece == OPEN else {}
+            elif piece:
+                try:
+                    found = self.tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True, **plain)
+                except (TypeError, ValueError, OverflowError) as error:  # half of a surrogate pair, a damaged config
+                    raise ChatError(f"the tokenizer refuses a text: {first_line(error)}") from error
+                ids += found["input_ids"]
+                offsets += [(left + start, right + start) for left, right in found["offset_mapping"]]
+            start += len(piece)
+        return ids, offsets
+
+    def _char_roles(
+        self, messages: Messages, text: str, places: dict[int, _Place], ids: list[int], offsets: list[Span]
+    ) -> list[Role]:
+        """One role per character, gaps between contents included."""
+        first_user = min(place.start for place in places.values())
+        roles = [Role.PREFIX if place < first_user else Role.TEMPLATE for place in range(len(text))]
+        previous_end = 0
+        for number, place in places.items():
+            start, end = place.start, place.end
+            if is_learnt(messages[number]):
+                roles[previous_end:start] = [Role.POSTFIX] * (start - previous_end)
+                next_start = next((places[later].start for later in places if later > number), len(text))
+                end = end if place.closed else self._turn_end(text, end, next_start, ids, offsets)
+                roles[start:end] = [Role.RESPONSE] * (end - start)
+            else:
+                roles[start:end] = [Role.QUERY] * (end - start)
+            previous_end = end
+        if messages[-1]["role"] in ("user", "tool"):
+            roles[previous_end:] = [Role.POSTFIX] * (len(text) - previous_end)
+        return roles
+
+    def _turn_end(self, text: str, start: int, stop: int, ids: list[int], offsets: list[Span]) -> int:
+        """End of what closes a response: up to the end-of-sequence token if special tokens lead there, else the first
+        special token, else the first marker or word of the template's text."""
+        first_special = None
+        for token, (left, right) in zip(ids, offsets):
+            if left < start < right and token in self._special_ids:
+                return right
+            if left < start or right > stop:
+                continue
+            if token in self._special_ids:
+                first_special = first_special or right
+                if token == self.tokenizer.eos_token_id:
+                    return right
+            elif text[left:right].strip():
+                break
+        if first_special:
+            return first_special
+        plain_marker = re.compile(r"\s*(<[^>]*>|\[[^\]]*\]|\S+)").match(text, start, stop)
+        return plain_marker.end() if plain_marker else start
+
+
+def stored_settings(tokenizer: Any) -> ChatSettings | None:
+    """The settings that `Chat.save` stored with a tokenizer."""
+    stored = tokenizer.init_kwargs.get(SETTINGS)
+    return ChatSettings(**stored) if stored else None
+
+
+def tools_of(messages: Messages) -> list[dict[str, Any]]:
+    """The tools of a conversation: those of its messages, each once."""
+    tools: list[dict[str, Any]] = []
+    for message in messages:
+        tools += [tool for tool in message.get("tools", []) if tool not in tools]
+    return tools
+
+
+def is_learnt(message: dict[str, Any]) -> bool:
+    """Whether the loss is taken on what a message says."""
+    return message["role"] == "assistant" and message.get("weight") != 0
+
+
+def _has_extras(message: dict[str, Any]) -> bool:
+    return "tool_calls" in message or "reasoning_content" in message
+
+
+def _check(messages: Messages, generation: bool) -> None:
+    for number, message in enumerate(messages):
+        if message["role"] not in ("system", "user", "assistant", "tool"):
+            raise ChatError(f"message {number}: role {message['role']!r} (accepted: system, user, assistant, tool)")
+    speakers = [message["role"] for message in messages if message["role"] != "system"]
+    if speakers[:1] != ["user"]:
+        raise ChatError("a conversation needs a user who speaks first")
+    if generation and messages[-1]["role"] not in ("user", "tool"):
+        raise ChatError("a generation prompt needs a conversation that ends with a user message")
+    for number, message in enumerate(messages):
+        spoken = message["role"] in ("user", "assistant") and "tool_calls" not in message
+        if spoken and not message["content"].strip():
+            raise ChatError(f"message {number} ({message['role']}): it is blank")
+
+
+def _mark() -> str:
+    return "x" + secrets.token_hex(12)
+
+
+def _common(one: str, other: str) -> int:
+    """Length of the common beginning."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other)))
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def _with_content(messages: Messages, number: int, content: str) -> Messages:
+    return [{**m, "content": content} if n == number else m for n, m in enumerate(messages)]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in messages but their roles."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from () if key == "role" else _texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+
+
+def _marked(value: Any, controls: re.Pattern[str]) -> Any:
+    """A value with marks around every control token in its texts."""
+    if isinstance(value, str):
+        return controls.sub(f"{OPEN}\\g<0>{CLOSE}", value.replace(OPEN, "").replace(CLOSE, ""))
+    if isinstance(value, Mapping):
+        return {key: item if key == "role" else _marked(item, controls) for key, item in value.items()}
+    return [_marked(item, controls) for item in value] if isinstance(value, list) else value
+
+
+def _unmarked(encoded: Encoded) -> Encoded:
+    """The same without the marks around control tokens."""
+    if OPEN not in encoded.text:
+        return encoded
+    clean = [0]
+    for letter in encoded.text:
+        clean.append(clean[-1] + (letter not in (OPEN, CLOSE)))
+    text = encoded.text.replace(OPEN, "").replace(CLOSE, "")
+    offsets = [(clean[left], clean[right]) for left, right in encoded.offsets]
+    spans = {number: (clean[left], clean[right]) for number, (left, right) in encoded.spans.items()}
+    return replace(encoded, text=text, offsets=offsets, spans=spans)
+
+
+def _grow_left(text: str, content: str, cut: int, place: int) -> int:
+    while cut > 0 and place > 0 and content[cut - 1] == text[place - 1]:
+        cut, place = cut - 1, place - 1
+    return place
+
+
+def _grow_right(text: str, content: str, cut: int, place: int) -> int:
+    while cut < len(content) and place < len(text) and content[cut] == text[place]:
+        cut, place = cut + 1, place + 1
+    return place
+
+
+def _token_role(char_roles: list[Role], start: int, end: int) -> Role:
+    """Content wins over template text; of two contents the later one wins."""
+    inside = char_roles[start:end] or char_roles[start : start + 1] or char_roles[-1:]
+    for role in reversed(inside):
+        if role in (Role.QUERY, Role.RESPONSE):
+            return role
+    return inside[0]
