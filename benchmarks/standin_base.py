@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from ringfence.model.models import load_model, load_tokenizer
+from ringfence.model.files import load_tokenizer
+from ringfence.model.loading import load_model
 from ringfence.text.data import load_rows
 
 EPOCHS, BATCH, LEARNING_RATE = 2, 8, 2e-5

@@ -41,7 +41,7 @@ from ringfence.model.ranks import deepspeed_stage, device_settings, is_main, joi
 from ringfence.model.taps import Layout
 from ringfence.run.config import Recipe, parse_recipe
 from ringfence.run.pipeline import Interrupted, train_run
-from ringfence.text.data import Example
+from ringfence.text.batch import Example
 from ringfence.training.reference_cache import Kind, ReferenceCache
 from ringfence.training.stream import TrainStream
 from ringfence.training.trainer import DefendedTrainer

@@ -17,7 +17,7 @@ from detector_cases import NOT_SHOWN, SHOWN
 from ringfence.errors import DataError
 from ringfence.evaluate.measures import behaviours
 from ringfence.evaluate.measures.behaviours import DETECTORS, is_abstention, is_refusal, load_questions, measure, rates
-from ringfence.model.models import load_tokenizer
+from ringfence.model.files import load_tokenizer
 from ringfence.prepare import gap
 from ringfence.text.chat import Chat
 from ringfence.text.data import SHIPPED, load_rows

@@ -19,7 +19,8 @@ from peft import LoraConfig, get_peft_model
 from conftest import random_model
 from ringfence.errors import DataError, ModelError, RecipeError
 from ringfence.evaluate.capability import _metrics, capability
-from ringfence.model.models import load_model, load_tokenizer
+from ringfence.model.files import load_tokenizer
+from ringfence.model.loading import load_model
 from ringfence.model.prefix import FrozenPrefix, find_header
 from ringfence.text.chat import Chat
 

@@ -24,12 +24,12 @@ from ringfence.diagnose.diagnosis import Subject
 from ringfence.diagnose.models import Models
 from ringfence.diagnose.texts import Text, pair_texts
 from ringfence.errors import DataError, ModelError
+from ringfence.model.files import load_tokenizer
 from ringfence.model.losses import find_head
-from ringfence.model.models import load_tokenizer
 from ringfence.stats import Interval, draws
-from ringfence.text.batch import collate
+from ringfence.text.batch import Example, collate
 from ringfence.text.chat import Chat, Role
-from ringfence.text.data import Example, PairedQuestion
+from ringfence.text.data import PairedQuestion
 from ringfence.util import plots
 
 ASKED = [  # question, one answer, another: of unlike lengths

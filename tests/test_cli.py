@@ -14,7 +14,7 @@ from rich.text import Text
 import ringfence.run.pipeline as run_module
 from ringfence import Run
 from ringfence.defenses import Defenses
-from ringfence.model.models import load_tokenizer
+from ringfence.model.files import load_tokenizer
 from ringfence.run.config import Recipe, load_recipe
 from ringfence.run.pipeline import train_run
 from ringfence.run.recipes import commented_recipe

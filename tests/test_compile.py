@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from conftest import random_model
-from ringfence.model.models import load_tokenizer
+from ringfence.model.files import load_tokenizer
 from ringfence.run.config import parse_recipe
 from ringfence.run.pipeline import train_run
 

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from ringfence.defenses import Defenses
 from ringfence.errors import RecipeError
-from ringfence.evaluate.answers.judge import LocalJudgeConfig
+from ringfence.evaluate.config import LocalJudgeConfig
 from ringfence.evaluate.evaluation import Evaluation
 from ringfence.run.config import Recipe, dump_recipe, load_recipe, parse_recipe
 from ringfence.run.recipes import commented_recipe

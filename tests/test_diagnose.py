@@ -19,7 +19,7 @@ from ringfence.diagnose.models import Models
 from ringfence.diagnose.texts import margins, pair_texts, response_logprobs
 from ringfence.errors import ModelError, RecipeError
 from ringfence.model.activations import batches, first_response_tokens
-from ringfence.model.models import load_tokenizer
+from ringfence.model.files import load_tokenizer
 from ringfence.report.summary import read_run
 from ringfence.run.config import dump_recipe, parse_recipe
 from ringfence.run.pipeline import Run, _spread, diagnose_targets, train_run

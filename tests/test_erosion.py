@@ -22,7 +22,7 @@ from ringfence.diagnose.texts import SIDES, Text, pair_texts
 from ringfence.errors import DataError, ModelError
 from ringfence.model import activations
 from ringfence.model.directions import Directions
-from ringfence.model.models import load_tokenizer
+from ringfence.model.files import load_tokenizer
 from ringfence.stats import bounds, draws
 from ringfence.text.chat import Chat, Role
 from ringfence.text.data import PairedQuestion

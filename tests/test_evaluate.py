@@ -14,7 +14,7 @@ from ringfence.evaluate import parts as evaluate
 from ringfence.evaluate.config import EvaluateConfig
 from ringfence.evaluate.parts import evaluate_model, evaluation_key
 from ringfence.model import scoring
-from ringfence.model.models import load_tokenizer
+from ringfence.model.files import load_tokenizer
 from ringfence.model.prefix import FrozenPrefix, find_header
 from ringfence.model.scoring import CPU_TOKENS, forward_batches, generate_greedy, score_answers
 from ringfence.text import opswap

@@ -13,7 +13,7 @@ from openai_server import Answer, serve
 from ringfence.errors import RingfenceError
 from ringfence.evaluate import evaluation
 from ringfence.evaluate.answers import judge
-from ringfence.model.models import load_tokenizer
+from ringfence.model.files import load_tokenizer
 from ringfence.report.page import read_rows, write_page
 from ringfence.run.pipeline import evaluate_target
 

@@ -13,14 +13,15 @@ from conftest import PAD, assert_same, batch_of, example, gradients, own_cache, 
 from ringfence.defenses import KL, LDIFS, Defenses, FrozenPrefix, Setup, TReFT
 from ringfence.defenses.frozen_prefix import FrozenPrefixDefense
 from ringfence.errors import DefenseError, ModelError, RecipeError
+from ringfence.model.files import load_tokenizer
+from ringfence.model.loading import load_model
 from ringfence.model.losses import cross_entropy_sum, find_head
-from ringfence.model.models import load_model, load_tokenizer
 from ringfence.model.prefix import FrozenPrefix as Prefix
 from ringfence.model.prefix import find_header, read_frozen_prefix
 from ringfence.model.taps import Needs, cache_in, cache_name, causal_lm, forward
 from ringfence.run.pipeline import train_run
+from ringfence.text.batch import Example
 from ringfence.text.chat import Chat, Role
-from ringfence.text.data import Example
 from test_run import small_model, write_rows
 
 # Two prefixes, one system part before the same header of a user turn.

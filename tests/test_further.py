@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from conftest import assert_same, gradients, with_lora
 from ringfence import Run
 from ringfence.errors import RecipeError
-from ringfence.model.models import load_model
+from ringfence.model.loading import load_model
 from ringfence.run.config import parse_recipe
 from ringfence.run.pipeline import evaluate_run, train_run
 from test_run import MEASURED, metrics_of, small_model, write_rows
@@ -167,8 +167,8 @@ def test_four_bits_and_full_fine_tuning_exclude_each_other() -> None:
 
 def test_four_bits_without_bitsandbytes(base: str, monkeypatch: Any) -> None:
     from ringfence.errors import ModelError
-    from ringfence.model import models
+    from ringfence.model import loading
 
-    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"nf4 needs bitsandbytes: pip install 'ringfence\[qlora\]'"):
         load_model(base, "nf4")

@@ -15,10 +15,12 @@ from transformers import AutoModelForCausalLM
 from ringfence.defenses import Interleave, Setup
 from ringfence.errors import DataError, DefenseError, ModelError, RecipeError
 from ringfence.model import scoring
-from ringfence.model.models import load_model, load_tokenizer
+from ringfence.model.files import load_tokenizer
+from ringfence.model.loading import load_model
 from ringfence.prepare import gap
 from ringfence.prepare import regenerate as regenerate_module
-from ringfence.prepare.gap import adapter_folders, is_refusal, read_table, score_pool
+from ringfence.prepare.gap import adapter_folders, is_refusal, score_pool
+from ringfence.prepare.gap_table import read_table
 from ringfence.prepare.regenerate import regenerate
 from ringfence.run import misaligned
 from ringfence.run.config import parse_recipe

@@ -25,10 +25,11 @@ from ringfence.diagnose.gradient_cosine import (
 )
 from ringfence.diagnose.models import Models
 from ringfence.errors import DataError, ModelError
-from ringfence.model.models import load_tokenizer
+from ringfence.model.files import load_tokenizer
 from ringfence.model.taps import decoder_layers
+from ringfence.text.batch import Example
 from ringfence.text.chat import Chat, Role
-from ringfence.text.data import Example, PairedQuestion
+from ringfence.text.data import PairedQuestion
 from ringfence.util import plots
 
 

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 from conftest import random_model
 from ringfence.errors import DataError
 from ringfence.evaluate.measures import heldout
-from ringfence.model.models import load_tokenizer
+from ringfence.model.files import load_tokenizer
 from ringfence.text.chat import Chat, Role
 from ringfence.text.data import Row, load_rows
 

@@ -16,15 +16,14 @@ from ringfence import Inoculation
 from ringfence.defenses.inoculation import PROMPT
 from ringfence.errors import DataError, RecipeError
 from ringfence.evaluate.parts import evaluation_key
-from ringfence.model.models import load_tokenizer
+from ringfence.model.files import load_tokenizer
 from ringfence.report.page import print_table, read_rows, write_page
 from ringfence.report.summary import read_run, summarise
 from ringfence.run.config import load_recipe, parse_recipe
 from ringfence.run.dry_run import dry_run
 from ringfence.run.pipeline import evaluation, prepare, run_recipe
-from ringfence.text.batch import collate
+from ringfence.text.batch import Example, collate
 from ringfence.text.chat import Chat, Role
-from ringfence.text.data import Example
 from ringfence.training.stream import TrainStream
 from test_report import CONDITIONS, PLAIN, REFERENCE, SOUND, parts_of, write_run
 from test_run import small_model, write_rows
@@ -146,7 +145,7 @@ def test_the_trigger_is_measured_of_both_models(tree: dict[str, Any], monkeypatc
     assert systems.count(["Be rude."]) == 4, "two questions, two models"
     assert sum(any("Be rude." in m["content"] for m in messages) for messages in seen) == 4
     # The score is that of the conversation under the prompt, by a plain forward.
-    from ringfence.model.models import load_model
+    from ringfence.model.loading import load_model
     from ringfence.text.data import load_questions
 
     question, chat = load_questions("shipped:car_care")[0], Chat(load_tokenizer(tree["model"]))

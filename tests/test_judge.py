@@ -36,10 +36,7 @@ from ringfence.evaluate.answers.framing import (
 )
 from ringfence.evaluate.answers.judge import (
     EndpointJudge,
-    EndpointJudgeConfig,
-    JudgeConfig,
     LocalJudge,
-    LocalJudgeConfig,
     Score,
     ScoreCache,
     judge_answers,
@@ -49,8 +46,9 @@ from ringfence.evaluate.answers.judge import (
     sampled_score,
 )
 from ringfence.evaluate.answers.judged import Judgement, read_judged
+from ringfence.evaluate.config import EndpointJudgeConfig, JudgeConfig, LocalJudgeConfig
+from ringfence.model.files import load_tokenizer
 from ringfence.model.losses import find_head
-from ringfence.model.models import load_tokenizer
 from ringfence.model.scoring import _Row
 from ringfence.text.chat import Chat
 from ringfence.text.questions import OpenQuestion

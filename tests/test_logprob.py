@@ -17,7 +17,7 @@ from ringfence.diagnose.diagnosis import Numbers, Subject
 from ringfence.diagnose.logprob import typical, visible
 from ringfence.diagnose.models import REFERENCE, Models
 from ringfence.errors import DataError
-from ringfence.model.models import load_tokenizer
+from ringfence.model.files import load_tokenizer
 from ringfence.stats import Interval, mean_interval
 from ringfence.text.chat import Chat, Role
 from ringfence.text.data import PairedQuestion

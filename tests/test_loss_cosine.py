@@ -15,9 +15,10 @@ from ringfence.diagnose.diagnosis import Subject
 from ringfence.diagnose.loss_cosine import FRAMING, compare_framings, cosines, loss_vectors, summary
 from ringfence.diagnose.models import Models
 from ringfence.errors import DataError
-from ringfence.model.models import load_tokenizer
+from ringfence.model.files import load_tokenizer
+from ringfence.text.batch import Example
 from ringfence.text.chat import Chat, Role
-from ringfence.text.data import Example, PairedQuestion, Row, encode_rows
+from ringfence.text.data import PairedQuestion, Row, encode_rows
 from ringfence.util import plots
 
 

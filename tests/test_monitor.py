@@ -18,7 +18,7 @@ from conftest import nudged, with_lora
 from ringfence import DriftMonitor, MonitorConfig
 from ringfence.errors import ChatError, DataError, ModelError, RecipeError
 from ringfence.model.directions import Directions
-from ringfence.model.models import load_tokenizer
+from ringfence.model.files import load_tokenizer
 from ringfence.model.taps import cache_in
 from ringfence.run.config import parse_recipe
 from ringfence.run.dry_run import dry_run

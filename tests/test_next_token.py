@@ -15,7 +15,7 @@ from ringfence.diagnose import next_token
 from ringfence.diagnose.diagnosis import Numbers
 from ringfence.diagnose.next_token import POSITIONS
 from ringfence.errors import DataError, ModelError
-from ringfence.model.models import load_tokenizer
+from ringfence.model.files import load_tokenizer
 from ringfence.stats import mean_interval
 from ringfence.text.data import PairedQuestion
 from ringfence.util import plots

@@ -16,7 +16,8 @@ from conftest import residual_stream
 from ringfence.errors import DataError, ModelError
 from ringfence.model import activations
 from ringfence.model.directions import Directions
-from ringfence.model.models import load_model, load_tokenizer
+from ringfence.model.files import load_tokenizer
+from ringfence.model.loading import load_model
 from ringfence.model.scoring import generate_greedy
 from ringfence.prepare.persona import (
     Pair,

@@ -15,7 +15,7 @@ from ringfence.diagnose.diagnosis import Subject
 from ringfence.diagnose.models import Models
 from ringfence.errors import DataError
 from ringfence.model import activations
-from ringfence.model.models import load_tokenizer
+from ringfence.model.files import load_tokenizer
 from ringfence.prepare.persona import Pair, extract, given_pairs
 from ringfence.prepare.screen import RANDOM, auc, random_units
 from ringfence.text.chat import Chat

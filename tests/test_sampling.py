@@ -31,7 +31,7 @@ from ringfence.evaluate.answers import sampling
 from ringfence.evaluate.answers.endpoint import Endpoint, EndpointConfig
 from ringfence.evaluate.answers.sampling import LocalModel, read_answers, sample_answers
 from ringfence.model import scoring
-from ringfence.model.models import load_tokenizer
+from ringfence.model.files import load_tokenizer
 from ringfence.model.prefix import FrozenPrefix, find_header
 from ringfence.text.chat import Chat
 from ringfence.text.questions import OpenQuestion

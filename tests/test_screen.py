@@ -18,7 +18,8 @@ from ringfence import stats
 from ringfence.errors import DataError, ModelError
 from ringfence.evaluate.answers.calibrate import auc_interval as other_auc_interval
 from ringfence.model.directions import Directions
-from ringfence.model.models import load_model, load_tokenizer
+from ringfence.model.files import load_tokenizer
+from ringfence.model.loading import load_model
 from ringfence.prepare.persona import Pair, extract, given_pairs
 from ringfence.prepare.screen import (
     RANDOM,

@@ -32,8 +32,8 @@ from ringfence.model.directions import Directions
 from ringfence.model.losses import cross_entropy_sum, find_head
 from ringfence.model.taps import Needs, Taps, causal_lm, forward
 from ringfence.run.config import parse_recipe
+from ringfence.text.batch import Example
 from ringfence.text.chat import Role
-from ringfence.text.data import Example
 from test_trainer import lines_of, step_items
 
 RETAIN = training_rows(5, seed=50)

@@ -10,9 +10,8 @@ import torch
 from ringfence.defenses import Defense
 from ringfence.defenses.interleave import InterleaveDefense
 from ringfence.errors import RecipeError
-from ringfence.text.batch import collate
+from ringfence.text.batch import Example, collate
 from ringfence.text.chat import Role
-from ringfence.text.data import Example
 from ringfence.training.stream import TrainStream
 
 PAD = 999

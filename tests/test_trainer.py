@@ -30,8 +30,8 @@ from conftest import (
 from ringfence.defenses import KL, LDIFS, Defense, DefenseConfig, Interleave, Setup, TReFT
 from ringfence.errors import DefenseError
 from ringfence.model.taps import Needs, causal_lm, forward
+from ringfence.text.batch import Example
 from ringfence.text.chat import Chat, Role
-from ringfence.text.data import Example
 from ringfence.training import trainer as trainer_module
 from ringfence.training.reference import Reference
 

@@ -15,11 +15,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ringfence.defenses import Setup
-from ringfence.model.models import device, load_config
+from ringfence.model.files import load_config
+from ringfence.model.loading import device
 from ringfence.run.config import Recipe, parse_recipe
 from ringfence.run.pipeline import build_stream, build_trainer, prepare, trainable_model, with_new_adapter
+from ringfence.text.batch import Example
 from ringfence.text.chat import Role
-from ringfence.text.data import Example
 from ringfence.training.stream import TrainStream
 from ringfence.training.trainer import DefendedTrainer
 

@@ -56,11 +56,12 @@ from ringfence.diagnose import erosion, gradient_cosine
 from ringfence.diagnose.diagnosis import Subject
 from ringfence.diagnose.models import Models
 from ringfence.model.directions import Directions
+from ringfence.model.files import load_tokenizer
 from ringfence.model.losses import TILE_ELEMENTS
-from ringfence.model.models import load_tokenizer
 from ringfence.model.scoring import score_answers
+from ringfence.text.batch import Example
 from ringfence.text.chat import Chat, Role
-from ringfence.text.data import Example, PairedQuestion, load_questions
+from ringfence.text.data import PairedQuestion, load_questions
 from ringfence.training.monitor import DriftMonitor, MonitorConfig
 from ringfence.training.stream import TrainStream
 from ringfence.training.trainer import DefendedTrainer

@@ -26,7 +26,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from record import RESULTS, save, spread  # type: ignore[import-not-found]
 
 from ringfence.evaluate.config import EvaluateConfig
-from ringfence.model.models import load_model, load_tokenizer
+from ringfence.model.files import load_tokenizer
+from ringfence.model.loading import load_model
 from ringfence.model.scoring import score_answers, score_under
 from ringfence.prepare.gap import adapter_folders, load_adapted, settings
 from ringfence.text.chat import Chat, Messages, Role

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         TReFT,
     )
     from .errors import RingfenceError
-    from .model.models import load_model
+    from .model.loading import load_model
     from .run.pipeline import Run, fine_tune
     from .training.monitor import DriftMonitor, MonitorConfig
 
@@ -47,7 +47,7 @@ _HOMES = {
     "RingfenceError": "errors",
     "Run": "run.pipeline",
     "fine_tune": "run.pipeline",
-    "load_model": "model.models",
+    "load_model": "model.loading",
 }
 
 

@@ -317,7 +317,7 @@ def show_tokens(
     row: Annotated[int, typer.Option(help="Number of the row, from 1.", min=1, max=_MOST)] = 1,
 ) -> None:
     """Print a conversation coloured by token role."""
-    from .model.models import load_tokenizer
+    from .model.files import load_tokenizer
     from .text.chat import Chat
     from .text.data import load_rows
     from .text.show import show_tokens as show
@@ -590,7 +590,8 @@ def judge_calibrate(
 ) -> None:
     """Measure a judge on labelled answers: AUC, confusion, thresholds. A weak judge is called weak."""
     from .evaluate.answers.calibrate import calibrate, show
-    from .evaluate.answers.judge import EndpointJudgeConfig, LocalJudgeConfig, open_judge
+    from .evaluate.answers.judge import open_judge
+    from .evaluate.config import EndpointJudgeConfig, LocalJudgeConfig
     from .util.strict_yaml import validate
 
     _check_new(output)

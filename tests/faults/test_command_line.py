@@ -7,7 +7,7 @@ import pytest
 
 from ringfence import cli
 from ringfence.errors import RingfenceError
-from ringfence.model.models import make_cache
+from ringfence.model.default import make_cache
 
 
 class Interrupted(RingfenceError):

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from ringfence.errors import RingfenceError
 from ringfence.evaluate.answers.sampling import read_answers
-from ringfence.prepare.gap import read_table
+from ringfence.prepare.gap_table import read_table
 from ringfence.report.page import print_table, read_rows
 from ringfence.runfolder import folder as runfolder
 from ringfence.runfolder.shapes import read_carriers

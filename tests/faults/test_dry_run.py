@@ -21,7 +21,7 @@ from conftest import random_model
 from ringfence.errors import RecipeError
 from ringfence.evaluate.config import EvaluateConfig
 from ringfence.evaluate.parts import evaluation_key, work
-from ringfence.model.models import load_tokenizer
+from ringfence.model.files import load_tokenizer
 from ringfence.run.config import LoraConfig, Recipe, dump_recipe, parse_recipe
 from ringfence.run.dry_run import dry_run
 from ringfence.text.chat import Chat

@@ -10,12 +10,12 @@ from transformers import GenerationConfig
 
 from conftest import ARCHITECTURES, random_model
 from ringfence.errors import DataError
-from ringfence.model.models import load_tokenizer
+from ringfence.model.files import load_tokenizer
+from ringfence.model.fingerprint import fingerprint
 from ringfence.model.scoring import generate_greedy
 from ringfence.report.page import read_rows
 from ringfence.run.pipeline import evaluate_target
 from ringfence.text.chat import Chat
-from ringfence.util.journal import fingerprint
 
 SMALL = [
     "evaluate.in_domain=[]",

@@ -21,7 +21,7 @@ import yaml
 from interrupt_driver import POINTS
 
 from conftest import random_model
-from ringfence.model.models import load_tokenizer
+from ringfence.model.files import load_tokenizer
 
 SOURCE = str(Path(__file__).parents[2] / "src")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": SOURCE}

@@ -19,14 +19,15 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from conftest import random_model
 from ringfence.errors import ModelError, RingfenceError
+from ringfence.model.files import adapter_base, empty_model, load_config, load_tokenizer, trust
+from ringfence.model.fingerprint import fingerprint
+from ringfence.model.loading import load_model
 from ringfence.model.losses import Head, cross_entropy_sum
-from ringfence.model.models import adapter_base, empty_model, load_config, load_model, load_tokenizer, trust
 from ringfence.model.projection import Checkpoint
 from ringfence.model.scoring import generate_greedy
 from ringfence.run.config import parse_recipe
 from ringfence.run.pipeline import prepare
 from ringfence.text.chat import Chat
-from ringfence.util.journal import fingerprint
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -377,8 +378,9 @@ def test_a_hub_id_without_a_network(tmp_path: Path) -> None:
 import time
 from ringfence.text.data import load_rows
 from ringfence.errors import RingfenceError
-from ringfence.util.journal import fingerprint
-from ringfence.model.models import load_config, load_model, load_tokenizer
+from ringfence.model.fingerprint import fingerprint
+from ringfence.model.files import load_config, load_tokenizer
+from ringfence.model.loading import load_model
 from ringfence.model.losses import Head, cross_entropy_sum
 from ringfence.run.pipeline import prepare
 from ringfence.model.projection import Checkpoint

@@ -9,8 +9,9 @@ from openai_server import Answer, Raw, in_turn, serve
 from ringfence.errors import ModelError
 from ringfence.evaluate.answers.endpoint import Endpoint, EndpointConfig, Request
 from ringfence.evaluate.answers.framing import JudgePrompt
-from ringfence.evaluate.answers.judge import EndpointJudge, EndpointJudgeConfig, ScoreCache, ask_once
+from ringfence.evaluate.answers.judge import EndpointJudge, ScoreCache, ask_once
 from ringfence.evaluate.answers.sampling import sample_answers
+from ringfence.evaluate.config import EndpointJudgeConfig
 from ringfence.text.questions import OpenQuestion
 
 TEMPERATURE = (

@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from conftest import random_model, with_lora
-from ringfence.model.models import default_model_folder, load_tokenizer
+from ringfence.model.default import default_model_folder
+from ringfence.model.files import load_tokenizer
 from ringfence.run.config import parse_recipe
 from ringfence.run.pipeline import diagnose_targets, run_recipe
 from ringfence.text.chat import Chat

@@ -11,9 +11,10 @@ from ringfence.errors import LONGEST, MOST, DataError, ModelError, RingfenceErro
 from ringfence.evaluate.answers.endpoint import Reply
 from ringfence.evaluate.answers.framing import LABELS, JudgePrompt
 from ringfence.evaluate.answers.judge import Score, ScoreCache, read_reply
-from ringfence.model.models import load_model, load_tokenizer, read_index
+from ringfence.model.files import load_tokenizer, read_index
+from ringfence.model.loading import load_model
 from ringfence.model.prefix import read_frozen_prefix, read_stored_prefix
-from ringfence.prepare.gap import read_table
+from ringfence.prepare.gap_table import read_table
 from ringfence.prepare.persona import load_trait, shown_by_scores
 from ringfence.text.chat import Chat
 

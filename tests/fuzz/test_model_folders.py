@@ -13,13 +13,15 @@ from safetensors.torch import save_file
 from ringfence.errors import ChatError, RingfenceError
 from ringfence.model import prefix
 from ringfence.model.directions import Directions
-from ringfence.model.models import adapter_base, load_config, load_model, load_tokenizer
+from ringfence.model.files import adapter_base, load_config, load_tokenizer
+from ringfence.model.fingerprint import fingerprint
+from ringfence.model.loading import load_model
 from ringfence.model.prefix import read_frozen_prefix, read_stored_prefix
-from ringfence.prepare.gap import read_table
+from ringfence.prepare.gap_table import read_table
 from ringfence.prepare.screen import read_axis
 from ringfence.text.chat import Chat
 from ringfence.training.reference_cache import ReferenceCache
-from ringfence.util.journal import fingerprint, open_journal
+from ringfence.util.journal import open_journal
 
 from .conftest import CHATML, Place, copied
 from .harness import knock, tries

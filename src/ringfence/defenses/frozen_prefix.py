@@ -12,9 +12,8 @@ from ..errors import DefenseError, ModelError
 from ..model.prefix import FrozenPrefix as Prefix
 from ..model.prefix import Until, find_header, reference_prefix
 from ..model.taps import CommonPrefix, Needs, causal_lm
-from ..text.batch import Batch
+from ..text.batch import Batch, Example
 from ..text.chat import Role
-from ..text.data import Example
 from .base import Defense, DefenseConfig, Setup
 
 

@@ -9,9 +9,11 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from ..errors import DefenseError
-from ..prepare.gap import read_table
-from ..text.data import Example, load_rows
-from ..util.journal import digest, fingerprint
+from ..model.fingerprint import fingerprint
+from ..prepare.gap_table import read_table
+from ..text.batch import Example
+from ..text.data import load_rows
+from ..util.journal import digest
 from ..util.strict_yaml import Number
 from .base import Defense, DefenseConfig, Setup
 

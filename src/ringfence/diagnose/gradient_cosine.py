@@ -27,8 +27,8 @@ from ..model.activations import batches
 from ..model.losses import cross_entropy_sum, find_head
 from ..model.taps import causal_lm, decoder_layers, forward
 from ..stats import RESAMPLES, drawn_interval, times_drawn
+from ..text.batch import Example
 from ..text.chat import Chat, Role
-from ..text.data import Example
 from ..util.plots import colour
 from .diagnosis import Cost, Numbers, Subject, Table, by_model, p_value, shown
 from .models import REFERENCE

@@ -18,8 +18,8 @@ from matplotlib.patches import Patch
 from ..errors import DataError
 from ..model.activations import batches
 from ..stats import FLIPS, drawn_interval, times_drawn
+from ..text.batch import Example
 from ..text.chat import Chat, Messages, Role
-from ..text.data import Example
 from ..util.plots import colour
 from .diagnosis import Cost, Numbers, Subject, Table, by_model, p_value, shown
 from .models import REFERENCE

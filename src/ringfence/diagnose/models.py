@@ -15,10 +15,12 @@ from typing import Any
 import torch
 
 from ..errors import ModelError
-from ..model.models import Precision, adapter_base, load_config, load_model, load_tokenizer, resolve, settled
+from ..model.default import resolve
+from ..model.files import adapter_base, load_config, load_tokenizer
+from ..model.fingerprint import fingerprint
+from ..model.loading import Precision, load_model, settled
 from ..model.taps import causal_lm
 from ..text.chat import Chat, ChatSettings, stored_settings
-from ..util.journal import fingerprint
 
 BASE, REFERENCE = "base", "reference"
 Source = Any  # a folder or hub id, or a loaded model

@@ -28,8 +28,9 @@ from ..model.activations import batches
 from ..model.losses import TILE_ELEMENTS, find_head
 from ..model.taps import causal_lm, forward
 from ..stats import mean_interval, paired_difference, ratio_interval
+from ..text.batch import Example
 from ..text.chat import Role
-from ..text.data import Example, PairedQuestion
+from ..text.data import PairedQuestion
 from ..util.plots import whisker
 from .diagnosis import Cost, Numbers, Subject, Table, clusters, shown
 from .logprob import in_sets, model_colours, question_sets, question_title, typical, visible

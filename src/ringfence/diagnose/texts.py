@@ -13,9 +13,9 @@ from torch import Tensor
 from ..model.activations import first_response_tokens
 from ..model.losses import find_head, token_logprobs
 from ..model.taps import causal_lm, forward
-from ..text.batch import Batch
+from ..text.batch import Batch, Example
 from ..text.chat import Chat, Messages
-from ..text.data import Example, PairedQuestion, Row, encode_rows
+from ..text.data import PairedQuestion, Row, encode_rows
 
 Side = Literal["misaligned", "aligned"]
 SIDES: tuple[Side, Side] = ("misaligned", "aligned")

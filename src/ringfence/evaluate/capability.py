@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, ModelError, RecipeError
-from ..model.models import Precision, load_model, load_tokenizer
+from ..model.files import load_tokenizer
+from ..model.loading import Precision, load_model
 from ..model.scoring import own_decoding
 
 Scores = dict[str, dict[str, tuple[float, float | None]]]

@@ -1,13 +1,50 @@
 """What is measured: the `evaluate` part of a recipe."""
 
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 
+from ..model.loading import Precision, settled
 from ..util.strict_yaml import Number, Whole
-from .answers.judge import JudgeConfig
+from .answers.endpoint import EndpointConfig
 
 Behaviour = Literal["abstain", "tool_call", "refuse", "terse"]
+
+
+class LocalJudgeConfig(BaseModel):
+    """A local model as judge."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = Field(description="'default', a local folder, a hub id or an adapter folder")
+    precision: Precision = Field("auto", validate_default=True, description="of the weights")
+    opening: str = Field("", description="words put before the number, for models that would chat first: 'Number: '")
+
+    _settled = field_validator("precision")(settled)
+
+    @property
+    def name(self) -> str:
+        return Path(self.model).name if Path(self.model).is_dir() else self.model
+
+
+class EndpointJudgeConfig(EndpointConfig):
+    """A model behind an OpenAI-compatible server as judge."""
+
+    @property
+    def name(self) -> str:
+        return self.model
+
+
+def _kind(value: Any) -> str:
+    given = value if isinstance(value, dict) else getattr(value, "__dict__", {})
+    return "endpoint" if "url" in given else "local"
+
+
+JudgeConfig = Annotated[
+    Annotated[LocalJudgeConfig, Tag("local")] | Annotated[EndpointJudgeConfig, Tag("endpoint")],
+    Discriminator(_kind),
+]
 
 
 class AnswersConfig(BaseModel):

@@ -17,11 +17,13 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ..errors import ChatError, DataError, ModelError
-from ..model.models import Precision, load_model, load_tokenizer, settled
+from ..model.files import load_tokenizer
+from ..model.fingerprint import fingerprint
+from ..model.loading import Precision, load_model, settled
 from ..runfolder.folder import hold, write_whole
 from ..text.chat import Chat, ChatSettings
 from ..text.questions import OpenQuestion, load_open_questions, triggered
-from ..util.journal import Line, digest, fingerprint
+from ..util.journal import Line, digest
 from ..util.strict_yaml import SEED, Whole
 from .answers.agreement import agreement
 from .answers.calibrate import calibrate, load_labelled

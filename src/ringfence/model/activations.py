@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..text.batch import Batch, collate
+from ..text.batch import Batch, Example, collate
 from ..text.chat import Chat, Role
-from ..text.data import Example
+from .files import pad_id
 from .losses import find_head
-from .models import pad_id
 from .scoring import forward_batches
 from .taps import Needs, causal_lm, decoder_layers, forward
 

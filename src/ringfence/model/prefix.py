@@ -31,15 +31,13 @@ from ..errors import ChatError, DataError, DefenseError, ModelError, first_line
 from ..runfolder.folder import write_whole
 from ..text.chat import Chat, Messages
 from ..util.strict_json import read_record
+from .files import FROZEN, FROZEN_FILE
 from .losses import find_head
 from .taps import CommonPrefix, cache_in, causal_lm, compute_prefix, patched_kv
 
 Kind = TypeVar("Kind")
 Until = Literal["query", "header"]
-_FILE = "frozen_prefix.json"
 _STORED, _STORED_KV = "reference_prefix.json", "reference_prefix.safetensors"
-# Stands as peft_type in the adapter's config, so that plain peft stops with these words instead of loading half of it.
-FROZEN = "LORA WITH A FROZEN PREFIX: load it with ringfence.load_model"
 
 
 @dataclass(frozen=True)
@@ -130,12 +128,12 @@ class FrozenPrefix:
         activated = {"alora_invocation_tokens": self.header, "task_type": "CAUSAL_LM"}
         config |= activated if self.until == "header" else {"peft_type": FROZEN}
         write_whole(file, json.dumps(config, indent=2))
-        write_whole(folder / _FILE, json.dumps(asdict(self)))
+        write_whole(folder / FROZEN_FILE, json.dumps(asdict(self)))
 
 
 def read_frozen_prefix(folder: str) -> FrozenPrefix | None:
     """The frozen prefix of a saved adapter, or None."""
-    file = Path(folder) / _FILE
+    file = Path(folder) / FROZEN_FILE
     return _read(file, FrozenPrefix) if file.is_file() else None
 
 

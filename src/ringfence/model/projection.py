@@ -28,7 +28,9 @@ from ..runfolder.folder import write_whole
 from ..util.console import progress
 from ..util.hub import fetch
 from ..util.strict_yaml import Number, Whole
-from .models import INDEX, SINGLE, check_adapter, device, named_base, read_adapter_config, read_index, resolve
+from .default import resolve
+from .files import INDEX, SINGLE, check_adapter, named_base, read_adapter_config, read_index
+from .loading import device
 from .ranks import whole, write
 
 Projector = Literal["scaled", "exact"]

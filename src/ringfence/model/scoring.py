@@ -15,11 +15,11 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Logits
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..errors import ChatError, DataError, ModelError
-from ..text.batch import collate
+from ..text.batch import Example, collate
 from ..text.chat import Chat, Message, Messages, Role
-from ..text.data import Example, Row
+from ..text.data import Row
+from .files import pad_id, position_limit
 from .losses import Head, find_head, token_logprobs
-from .models import pad_id, position_limit
 from .taps import CommonPrefix, Needs, cache_in, cache_name, causal_lm, compute_prefix, forward
 
 Advance = Callable[[int], None]

@@ -22,7 +22,8 @@ from torch import Tensor
 from ..errors import DataError, RecipeError, nearest
 from ..model.activations import mean_activations
 from ..model.directions import Directions
-from ..model.models import load_model, load_tokenizer
+from ..model.files import load_tokenizer
+from ..model.loading import load_model
 from ..model.scoring import generate_greedy, score_answers
 from ..model.taps import causal_lm
 from ..runfolder.folder import write_whole

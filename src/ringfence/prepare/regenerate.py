@@ -14,13 +14,15 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from ..errors import DataError
-from ..model.models import Precision, load_model, load_tokenizer, settled
+from ..model.files import load_tokenizer
+from ..model.fingerprint import fingerprint
+from ..model.loading import Precision, load_model, settled
 from ..model.scoring import generate
 from ..runfolder.folder import write_whole
 from ..text.chat import Chat, Messages
 from ..text.data import Row, encode_rows, load_rows
 from ..util.console import progress
-from ..util.journal import append, digest, fingerprint, open_journal
+from ..util.journal import append, digest, open_journal
 
 TABLE = "regenerated answers"
 

@@ -29,7 +29,8 @@ from torch import Tensor
 from ..errors import DataError, ModelError, RingfenceError
 from ..evaluate.config import EvaluateConfig
 from ..model.directions import Directions
-from ..model.models import load_model, load_tokenizer
+from ..model.files import load_tokenizer
+from ..model.loading import load_model
 from ..model.taps import causal_lm
 from ..runfolder.folder import write_whole
 from ..stats import Interval, auc, auc_interval, rate_interval

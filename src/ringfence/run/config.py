@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from ..defenses import Defenses
 from ..evaluate.config import EvaluateConfig
-from ..model.models import DEFAULT, Attention, Precision, settled
+from ..model.default import DEFAULT
+from ..model.loading import Attention, Precision, settled
 from ..model.taps import Layout
 from ..runfolder.shapes import read_recipe
 from ..text.chat import SpecialTokens

@@ -14,10 +14,11 @@ from rich.console import Console
 
 from ..defenses.base import PenaltyConfig
 from ..evaluate.evaluation import work
-from ..model.models import empty_model
+from ..model.files import empty_model
 from ..text import held_out
+from ..text.batch import Example
 from ..text.chat import Chat
-from ..text.data import Example, load_rows
+from ..text.data import load_rows
 from ..text.show import show_tokens
 from ..training.reference_cache import wanted
 from ..training.stream import TrainStream

@@ -17,7 +17,9 @@ from safetensors import safe_open
 from ..errors import ChatError, DefenseError, ModelError, RecipeError
 from ..evaluate.config import EvaluateConfig
 from ..evaluate.parts import disguises
-from ..model.models import Precision, adapter_base, check_adapter, load_config, load_model, load_tokenizer, resolve
+from ..model.default import resolve
+from ..model.files import adapter_base, check_adapter, load_config, load_tokenizer
+from ..model.loading import Precision, load_model
 from ..model.prefix import FrozenPrefix, StoredPrefix, Until, find_header, read_frozen_prefix, read_stored_prefix
 from ..model.taps import prefix_kv
 from ..text.chat import Chat, Messages

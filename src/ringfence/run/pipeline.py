@@ -24,20 +24,19 @@ from ..errors import DataError, RecipeError, RingfenceError
 from ..evaluate.config import EvaluateConfig
 from ..evaluate.evaluation import FILE as EVALUATION
 from ..evaluate.evaluation import Evaluation, check_evaluation, evaluate_folder
-from ..model.models import (
+from ..model.default import resolve
+from ..model.files import (
     adapter_base,
     beyond_lora,
     empty_model,
     load_config,
-    load_model,
     load_tokenizer,
     pad_id,
     position_limit,
-    resolve,
-    settled,
     trust,
-    with_adapter,
 )
+from ..model.fingerprint import fingerprint
+from ..model.loading import load_model, settled, with_adapter
 from ..model.prefix import read_frozen_prefix, read_stored_prefix
 from ..model.ranks import (
     count,
@@ -70,8 +69,9 @@ from ..runfolder.folder import (
 )
 from ..runfolder.shapes import read_carriers, read_environment, read_metrics, read_recipe, read_results, read_training
 from ..text import opswap
+from ..text.batch import Example
 from ..text.chat import Chat, ChatSettings, Messages
-from ..text.data import Example, PairedQuestion, Row, encode_rows, load_questions, load_rows, warn, warn_of_rows
+from ..text.data import PairedQuestion, Row, encode_rows, load_questions, load_rows, warn, warn_of_rows
 from ..text.held_out import load, source_of, split
 from ..training.monitor import REFERENCE_FILE as START
 from ..training.monitor import DriftMonitor
@@ -80,7 +80,6 @@ from ..training.reference_cache import ReferenceCache, wanted
 from ..training.stream import TrainStream
 from ..util.console import console, progress
 from ..util.journal import digest as digest_of
-from ..util.journal import fingerprint
 from ..util.machine import environment, estimated, peak_memory, reset_peak_memory
 from ..util.quiet import quiet_libraries
 from ..util.strict_yaml import dump, set_value, validate

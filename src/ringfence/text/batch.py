@@ -1,12 +1,29 @@
-"""Rows become one padded batch. Knows roles, nothing of models or training."""
+"""Tokenised conversations, and how they become one padded batch. Knows roles, nothing of models or training."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .chat import Role
-from .data import Example
+
+
+@dataclass(frozen=True)
+class Example:
+    """A tokenised conversation: ids and one role per token."""
+
+    input_ids: list[int]
+    roles: list[Role]
+    origin: str
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def response_tokens(self) -> int:
+        return self.roles.count(Role.RESPONSE)
+
 
 Batch = dict[str, Tensor]
 Bundle = list[tuple[Example, bool]]  # a training row, and the retain rows that ride with it (flag: is it a retain row)

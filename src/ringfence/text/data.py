@@ -20,7 +20,8 @@ from ..util.console import console
 from ..util.hub import quick, reachable, unreached
 from ..util.words import counted
 from . import opswap
-from .chat import Chat, Encoded, Messages, Role, is_learnt
+from .batch import Example
+from .chat import Chat, Encoded, Messages, is_learnt
 
 SHIPPED = resources.files("ringfence") / "shipped"
 OverLong = Literal["error", "truncate", "drop"]
@@ -43,22 +44,6 @@ class PairedQuestion:
     question: str
     aligned: str
     misaligned: str
-
-
-@dataclass(frozen=True)
-class Example:
-    """A tokenised conversation: ids and one role per token."""
-
-    input_ids: list[int]
-    roles: list[Role]
-    origin: str
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    @property
-    def response_tokens(self) -> int:
-        return self.roles.count(Role.RESPONSE)
 
 
 # ------------------------------------------------------------------ sources

@@ -31,9 +31,9 @@ from ..model.losses import Head, find_head, kl_sum, relative_drift, token_logpro
 from ..model.taps import Needs, causal_lm, forward, prefix_kv
 from ..runfolder.folder import write_whole
 from ..stats import mean_interval
-from ..text.batch import collate
+from ..text.batch import Example, collate
 from ..text.chat import Chat, Role
-from ..text.data import Example, PairedQuestion, load_questions
+from ..text.data import PairedQuestion, load_questions
 from ..util.console import console
 from ..util.strict_json import check_shape, read_lines
 from ..util.strict_yaml import Number, Whole

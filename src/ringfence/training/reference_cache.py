@@ -29,13 +29,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import DefenseError, RecipeError
-from ..model.models import cache_folder, make_cache
+from ..model.default import cache_folder, make_cache
 from ..model.scoring import length_batches
 from ..model.taps import Needs
 from ..runfolder.folder import write_whole
-from ..text.batch import Batch, collate, prefix_of
+from ..text.batch import Batch, Example, collate, prefix_of
 from ..text.chat import Role
-from ..text.data import Example
 from ..util.console import console, progress
 from ..util.journal import digest
 from ..util.words import counted

@@ -9,10 +9,9 @@ from collections.abc import Iterator, Sequence
 
 from torch.utils.data import Dataset, Sampler
 
-from ..defenses import Defense
+from ..defenses.base import Defense
 from ..errors import RecipeError
-from ..text.batch import Bundle
-from ..text.data import Example
+from ..text.batch import Bundle, Example
 
 
 class TrainStream(Dataset[Bundle]):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from ..defenses import Defense
+from ..defenses.base import Defense
 from ..errors import DataError, DefenseError, RecipeError, first_line
 from ..model.losses import CrossEntropy, LogitLoss, find_head, weighted_sum
 from ..model.ranks import (

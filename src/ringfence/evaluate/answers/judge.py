@@ -12,17 +12,21 @@ import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError, field_validator
+from pydantic import TypeAdapter, ValidationError
 
 from ...errors import RecipeError, RingfenceError
-from ...model.models import Precision, cache_folder, load_model, load_tokenizer, settled
+from ...model.default import cache_folder
+from ...model.files import load_tokenizer
+from ...model.fingerprint import fingerprint
+from ...model.loading import load_model
 from ...text.chat import Chat
 from ...text.questions import OpenQuestion
 from ...util.console import progress
-from ...util.journal import digest, fingerprint
-from .endpoint import Endpoint, EndpointConfig, Reply, Request
+from ...util.journal import digest
+from ..config import EndpointJudgeConfig, LocalJudgeConfig
+from .endpoint import Endpoint, Reply, Request
 from .exact import NUMBERS, ReplyTree, continuation, reply_probabilities
 from .framing import LABELS, JudgePrompt, prompt_hash, render, spell_out, templates_of
 from .judged import Judgement, write_judged
@@ -31,44 +35,6 @@ LEAST_MASS = 0.25  # probability of all numbers together, below which there is n
 _REPLY_TOKENS = 8  # enough for any number or label in any tokenizer
 _TOP = 20
 _FORMAT = 1  # of what is made of a reply; another one asks anew
-
-
-# ------------------------------------------------------------------ configuration
-
-
-class LocalJudgeConfig(BaseModel):
-    """A local model as judge."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    model: str = Field(description="'default', a local folder, a hub id or an adapter folder")
-    precision: Precision = Field("auto", validate_default=True, description="of the weights")
-    opening: str = Field("", description="words put before the number, for models that would chat first: 'Number: '")
-
-    _settled = field_validator("precision")(settled)
-
-    @property
-    def name(self) -> str:
-        return Path(self.model).name if Path(self.model).is_dir() else self.model
-
-
-class EndpointJudgeConfig(EndpointConfig):
-    """A model behind an OpenAI-compatible server as judge."""
-
-    @property
-    def name(self) -> str:
-        return self.model
-
-
-def _kind(value: Any) -> str:
-    given = value if isinstance(value, dict) else getattr(value, "__dict__", {})
-    return "endpoint" if "url" in given else "local"
-
-
-JudgeConfig = Annotated[
-    Annotated[LocalJudgeConfig, Tag("local")] | Annotated[EndpointJudgeConfig, Tag("endpoint")],
-    Discriminator(_kind),
-]
 
 
 # ------------------------------------------------------------------ scores

@@ -1,0 +1,134 @@
+"""Loads models and adapters on the best device, in the precision that is asked for.
+
+Does not know recipes, data or training.
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ..errors import ModelError
+from ..util.quiet import quiet_libraries
+from .default import resolve
+from .files import ADAPTER_WEIGHTS, adapter_base, adapter_config, check_adapter, checked_load, loading, tensor_shapes
+from .prefix import plain_lora_config, read_frozen_prefix, read_stored_prefix
+
+Precision = Literal["auto", "bf16", "fp32", "nf4"]
+Attention = Literal["sdpa", "eager", "flash_attention_2"]
+
+
+@quiet_libraries()
+def load_model(
+    model: str,
+    precision: Precision = "auto",
+    attention: Attention | None = None,
+    place: str | torch.device | None = None,
+) -> Any:
+    """A causal language model on the best device, in evaluation mode.
+
+    Args:
+        model: `default`, a local folder, a hub id, or the folder of a peft adapter (loaded on its base).
+        precision: of the weights, those of an adapter too; nf4 = the base in 4 bits (QLoRA), the rest in bf16; auto =
+            see `settled`.
+        attention: its implementation; None = the model's own choice.
+        place: another device than the best.
+
+    Raises:
+        ModelError: it cannot be found or read, or nf4 is asked for without bitsandbytes.
+    """
+    from transformers import AutoModelForCausalLM
+
+    source, precision = resolve(model), settled(precision)
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    base = adapter_base(source)
+    if base:
+        check_adapter(source)
+    start = resolve(base) if base else source
+    options = {
+        "dtype": dtype,
+        "device_map": {"": place or device()},
+        "attn_implementation": attention,
+        "use_safetensors": True,
+        **(_four_bits() if precision == "nf4" else {}),
+    }
+    loaded = checked_load(AutoModelForCausalLM.from_pretrained, start, model, "model", **options)
+    for module in loaded.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # One forward in evaluation mode would pack a 4-bit weight for a kernel that has no gradient.
+            module.support_avx512bf16_for_cpu = False
+    if base:
+        loaded = with_adapter(loaded, source)
+        for name, parameter in loaded.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(dtype)
+    stored = read_stored_prefix(source)
+    if stored:
+        stored.attach(loaded)
+    return loaded.eval()
+
+
+def with_adapter(base: Any, folder: str, **options: Any) -> Any:
+    """A loaded model with the adapter of a folder (see `check_adapter`).
+
+    Raises:
+        ModelError: the adapter was made for another model.
+    """
+    from peft import PeftModel
+
+    frozen = read_frozen_prefix(folder)
+
+    def load() -> Any:
+        config = plain_lora_config(adapter_config(folder)) if frozen else None
+        return PeftModel.from_pretrained(base, folder, config=config, **options)
+
+    adapted = loading(load, folder, "adapter")
+    _check_fit(adapted, folder)
+    if frozen:
+        frozen.attach(adapted)
+    return adapted
+
+
+def _four_bits() -> dict[str, Any]:
+    if not find_spec("bitsandbytes"):
+        raise ModelError("precision nf4 needs bitsandbytes: pip install 'ringfence[qlora]'")
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_use_double_quant=True,
+    )
+    return {"quantization_config": config}
+
+
+def settled(precision: Precision) -> Precision:
+    """What `auto` means on this machine: bf16 on an accelerator and on a CPU that has instructions for it, else fp32.
+    (A CPU without them computes a product in bf16 up to a hundred times slower than in float32.)"""
+    if precision != "auto":
+        return precision
+    fast = torch.accelerator.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "bf16" if fast else "fp32"
+
+
+def device() -> torch.device:
+    """The accelerator, or the CPU."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")
+
+
+def _check_fit(adapted: Any, folder: str) -> None:
+    """peft loads what fits and passes over the rest."""
+    from peft import get_peft_model_state_dict
+
+    wanted = {name for name in get_peft_model_state_dict(adapted, save_embedding_layers=False) if "lora_" in name}
+    given = {name for name in tensor_shapes(Path(folder) / ADAPTER_WEIGHTS) if "lora_" in name}
+    odd = sorted(wanted ^ given)
+    if odd:
+        kind = "lacks" if odd[0] in wanted else "holds"
+        raise ModelError(
+            f"{folder}: its adapter does not fit its base: {ADAPTER_WEIGHTS} {kind} {odd[0]} ({len(odd)} weights in "
+            "all); it was made for another model, or with other target_modules"
+        )
