@@ -1,7 +1,7 @@
 """Roles of tokens, over every chat template that TRL ships and the default model's.
 
-The reference here is independent of the sentinels of `ringfence.text.chat`: a fence character is put around every content,
-the template is rendered once, and the fences say where the contents stand.
+The reference here is independent of the sentinels of `ringfence.text.chat`: a fence character is put around every
+content, the template is rendered once, and the fences say where the contents are.
 """
 
 import copy

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ringfence.defenses import Setup
 from ringfence.model.files import load_config
-from ringfence.model.loading import device
+from ringfence.model.precision import device
 from ringfence.run.config import Recipe, parse_recipe
 from ringfence.run.pipeline import build_stream, build_trainer, prepare, trainable_model, with_new_adapter
 from ringfence.text.batch import Example

@@ -62,7 +62,8 @@ from ringfence.model.scoring import score_answers
 from ringfence.text.batch import Example
 from ringfence.text.chat import Chat, Role
 from ringfence.text.data import PairedQuestion, load_questions
-from ringfence.training.monitor import DriftMonitor, MonitorConfig
+from ringfence.training.config import MonitorConfig
+from ringfence.training.monitor import DriftMonitor
 from ringfence.training.stream import TrainStream
 from ringfence.training.trainer import DefendedTrainer
 from ringfence.util import plots

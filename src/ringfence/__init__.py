@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from .errors import RingfenceError
     from .model.loading import load_model
     from .run.pipeline import Run, fine_tune
-    from .training.monitor import DriftMonitor, MonitorConfig
+    from .training.config import MonitorConfig
+    from .training.monitor import DriftMonitor
 
 __all__ = [
     "KL",
@@ -43,7 +44,7 @@ __all__ = [
 # Where a name lives, if not among the defenses.
 _HOMES = {
     "DriftMonitor": "training.monitor",
-    "MonitorConfig": "training.monitor",
+    "MonitorConfig": "training.config",
     "RingfenceError": "errors",
     "Run": "run.pipeline",
     "fine_tune": "run.pipeline",

@@ -21,10 +21,9 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from .errors import RingfenceError, first_line
+from .errors import RingfenceError, first_line, redact
 from .processes import is_main
 from .util.quiet import quiet_libraries
-from .util.redact import redact
 from .util.words import counted
 
 app = typer.Typer(

@@ -9,14 +9,13 @@ from huggingface_hub import ModelCard
 from pydantic import ValidationError
 
 from openai_server import Raw, serve
-from ringfence.errors import ModelError, RecipeError, RingfenceError
+from ringfence.errors import ModelError, RecipeError, RingfenceError, is_name_of_variable, one_line, redact
 from ringfence.evaluate.answers.endpoint import Endpoint, EndpointConfig, split_query
 from ringfence.evaluate.answers.sampling import sample_answers
 from ringfence.evaluate.evaluation import Evaluation
 from ringfence.report.card import _cell, _code, _text
 from ringfence.report.export import _as_text
 from ringfence.text.questions import OpenQuestion
-from ringfence.util.redact import is_name_of_variable, one_line, redact
 from ringfence.util.strict_yaml import set_value, validate
 
 SECRETS = [

@@ -18,7 +18,8 @@ from ..errors import ModelError
 from ..model.default import resolve
 from ..model.files import adapter_base, load_config, load_tokenizer
 from ..model.fingerprint import fingerprint
-from ..model.loading import Precision, load_model, settled
+from ..model.loading import load_model
+from ..model.precision import Precision, settled
 from ..model.taps import causal_lm
 from ..text.chat import Chat, ChatSettings, stored_settings
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from ..errors import DataError, ModelError, RecipeError
 from ..model.files import load_tokenizer
-from ..model.loading import Precision, load_model
+from ..model.loading import load_model
+from ..model.precision import Precision
 from ..model.scoring import own_decoding
 
 Scores = dict[str, dict[str, tuple[float, float | None]]]

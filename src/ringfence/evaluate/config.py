@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 
-from ..model.loading import Precision, settled
+from ..model.precision import Precision, settled
 from ..util.strict_yaml import Number, Whole
 from .answers.endpoint import EndpointConfig
 

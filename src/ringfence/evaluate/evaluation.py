@@ -19,7 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ..errors import ChatError, DataError, ModelError
 from ..model.files import load_tokenizer
 from ..model.fingerprint import fingerprint
-from ..model.loading import Precision, load_model, settled
+from ..model.loading import load_model
+from ..model.precision import Precision, settled
 from ..runfolder.folder import hold, write_whole
 from ..text.chat import Chat, ChatSettings
 from ..text.questions import OpenQuestion, load_open_questions, triggered

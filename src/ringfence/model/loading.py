@@ -5,7 +5,7 @@ Does not know recipes, data or training.
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -13,10 +13,8 @@ from ..errors import ModelError
 from ..util.quiet import quiet_libraries
 from .default import resolve
 from .files import ADAPTER_WEIGHTS, adapter_base, adapter_config, check_adapter, checked_load, loading, tensor_shapes
+from .precision import Attention, Precision, device, settled
 from .prefix import plain_lora_config, read_frozen_prefix, read_stored_prefix
-
-Precision = Literal["auto", "bf16", "fp32", "nf4"]
-Attention = Literal["sdpa", "eager", "flash_attention_2"]
 
 
 @quiet_libraries()
@@ -102,21 +100,6 @@ def _four_bits() -> dict[str, Any]:
         bnb_4bit_use_double_quant=True,
     )
     return {"quantization_config": config}
-
-
-def settled(precision: Precision) -> Precision:
-    """What `auto` means on this machine: bf16 on an accelerator and on a CPU that has instructions for it, else fp32.
-    (A CPU without them computes a product in bf16 up to a hundred times slower than in float32.)"""
-    if precision != "auto":
-        return precision
-    fast = torch.accelerator.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return "bf16" if fast else "fp32"
-
-
-def device() -> torch.device:
-    """The accelerator, or the CPU."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator or torch.device("cpu")
 
 
 def _check_fit(adapted: Any, folder: str) -> None:

@@ -21,7 +21,8 @@ from ..errors import ModelError
 from ..model.default import resolve
 from ..model.files import adapter_base, check_adapter, load_tokenizer
 from ..model.fingerprint import fingerprint
-from ..model.loading import Precision, load_model, settled
+from ..model.loading import load_model
+from ..model.precision import Precision, settled
 from ..model.scoring import AnswerScore, score_under
 from ..text.chat import Chat
 from ..text.data import Row, load_rows

@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict
 from ..errors import DataError
 from ..model.files import load_tokenizer
 from ..model.fingerprint import fingerprint
-from ..model.loading import Precision, load_model, settled
+from ..model.loading import load_model
+from ..model.precision import Precision, settled
 from ..model.scoring import generate
 from ..runfolder.folder import write_whole
 from ..text.chat import Chat, Messages

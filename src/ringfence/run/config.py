@@ -9,13 +9,13 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from ..defenses import Defenses
 from ..evaluate.config import EvaluateConfig
 from ..model.default import DEFAULT
-from ..model.loading import Attention, Precision, settled
+from ..model.precision import Attention, Precision, settled
 from ..model.taps import Layout
 from ..runfolder.shapes import read_recipe
 from ..text.chat import SpecialTokens
 from ..text.data import OverLong
 from ..text.held_out import SHARE, is_own
-from ..training.monitor import MonitorConfig
+from ..training.config import MonitorConfig
 from ..util.strict_yaml import SEED, Number, Whole, dump, read_mapping, set_value, validate
 
 

@@ -19,7 +19,8 @@ from ..evaluate.config import EvaluateConfig
 from ..evaluate.parts import disguises
 from ..model.default import resolve
 from ..model.files import adapter_base, check_adapter, load_config, load_tokenizer
-from ..model.loading import Precision, load_model
+from ..model.loading import load_model
+from ..model.precision import Precision
 from ..model.prefix import FrozenPrefix, StoredPrefix, Until, find_header, read_frozen_prefix, read_stored_prefix
 from ..model.taps import prefix_kv
 from ..text.chat import Chat, Messages

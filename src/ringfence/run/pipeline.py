@@ -36,7 +36,8 @@ from ..model.files import (
     trust,
 )
 from ..model.fingerprint import fingerprint
-from ..model.loading import load_model, settled, with_adapter
+from ..model.loading import load_model, with_adapter
+from ..model.precision import settled
 from ..model.prefix import read_frozen_prefix, read_stored_prefix
 from ..model.ranks import (
     count,

@@ -14,18 +14,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerCallback
 
 from ..errors import ChatError, DataError
-from ..evaluate.config import EvaluateConfig
 from ..model.directions import Directions
 from ..model.losses import Head, find_head, kl_sum, relative_drift, token_logprobs
 from ..model.taps import Needs, causal_lm, forward, prefix_kv
@@ -36,47 +35,12 @@ from ..text.chat import Chat, Role
 from ..text.data import PairedQuestion, load_questions
 from ..util.console import console
 from ..util.strict_json import check_shape, read_lines
-from ..util.strict_yaml import Number, Whole
+from .config import MonitorConfig
 from .reference import Reference
 
 Snapshot = dict[str, Tensor]
 BATCH_ROWS = 16
 REFERENCE_FILE = "monitor.safetensors"
-
-
-class MonitorConfig(BaseModel):
-    """Checks of drift during training, on a few paired questions; alarms, and with `stop` an early end."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    every: Whole = Field(20, ge=1, le=10**9, description="steps between checks; the last step is checked too")
-    probes: Whole = Field(24, ge=2, le=10**6, description="paired questions, equally many of each domain")
-    questions: list[str] = Field(
-        EvaluateConfig().out_of_domain + EvaluateConfig().values, min_length=1, description="sources of the questions"
-    )
-    vectors: str | None = Field(None, description="a file of directions: how far responses move along them")
-    max_shift: Number | None = Field(
-        None, gt=0, le=1e06, description="alarm above this mean margin shift, nats per token"
-    )
-    max_kl: Number | None = Field(
-        None, gt=0, le=1e06, description="alarm above this KL to the reference, nats per token"
-    )
-    max_kv_drift: Number | None = Field(
-        None, gt=0, le=1e06, description="alarm above this drift of the prefix's keys and values"
-    )
-    stop: bool = Field(False, description="the first alarm ends training")
-
-    @property
-    def limits(self) -> dict[str, float]:
-        """The limits that are set, by what they limit."""
-        limits = {"shift": self.max_shift, "kl": self.max_kl, "kv_drift": self.max_kv_drift}
-        return {name: limit for name, limit in limits.items() if limit is not None}
-
-    @model_validator(mode="after")
-    def _stops_at_something(self) -> Self:
-        if self.stop and not self.limits:
-            raise ValueError("stop: true needs a limit: max_shift, max_kl or max_kv_drift")
-        return self
 
 
 def choose_probes(config: MonitorConfig) -> list[PairedQuestion]:

@@ -15,10 +15,9 @@ from urllib.parse import parse_qsl, urlsplit, urlunsplit
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from ...errors import ModelError
+from ...errors import HIDDEN, ModelError, credential_in, is_name_of_variable, one_line, redact
 from ...text.chat import Messages, tools_of
 from ...util.console import console
-from ...util.redact import HIDDEN, credential_in, is_name_of_variable, one_line, redact
 from ...util.strict_json import parse
 from ...util.strict_yaml import Number, Whole
 
