@@ -37,11 +37,13 @@ from ringfence.defenses.frozen_prefix import FrozenPrefixDefense
 from ringfence.errors import DefenseError
 from ringfence.model.directions import Directions
 from ringfence.model.prefix import FrozenPrefix
-from ringfence.model.ranks import deepspeed_stage, device_settings, is_main, join, rank, wait, whole, world
+from ringfence.model.sharding import whole
 from ringfence.model.taps import Layout
+from ringfence.processes import is_main, rank, world
 from ringfence.run.config import Recipe, parse_recipe
 from ringfence.run.pipeline import Interrupted, train_run
 from ringfence.text.batch import Example
+from ringfence.training.ranks import deepspeed_stage, device_settings, join, wait
 from ringfence.training.reference_cache import Kind, ReferenceCache
 from ringfence.training.stream import TrainStream
 from ringfence.training.trainer import DefendedTrainer

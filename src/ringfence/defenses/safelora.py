@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..errors import DefenseError
 from ..model.projection import Checkpoint, Projected, Rule, Update, as_json, check, project_updates
-from ..model.ranks import gathered
+from ..model.sharding import gathered
 from ..util.strict_yaml import Whole
 from .base import Defense, DefenseConfig, Setup
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from .ranks import gathered, is_sharded
+from .sharding import gathered, is_sharded
 
 Direction = Literal["reverse", "forward"]
 TILE_ELEMENTS = 2**25  # logits made at once: 128 MiB in float32; fewer rows would make the head's product slow

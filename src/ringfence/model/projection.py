@@ -31,7 +31,7 @@ from ..util.strict_yaml import Number, Whole
 from .default import resolve
 from .files import INDEX, SINGLE, check_adapter, named_base, read_adapter_config, read_index
 from .precision import device
-from .ranks import whole, write
+from .sharding import whole, write
 
 Projector = Literal["scaled", "exact"]
 

@@ -39,24 +39,9 @@ from ..model.fingerprint import fingerprint
 from ..model.loading import load_model, with_adapter
 from ..model.precision import settled
 from ..model.prefix import read_frozen_prefix, read_stored_prefix
-from ..model.ranks import (
-    count,
-    deepspeed_stage,
-    device_settings,
-    fsdp,
-    is_main,
-    is_sharded,
-    join,
-    largest,
-    leave,
-    main_first,
-    sharding,
-    shards,
-    wait,
-    whole_state,
-    world,
-)
+from ..model.sharding import count, is_sharded, whole_state
 from ..model.taps import decoder_layers
+from ..processes import is_main, world
 from ..report.summary import Row as ReportRow
 from ..report.summary import read_run, summarise
 from ..runfolder.folder import (
@@ -76,6 +61,18 @@ from ..text.data import PairedQuestion, Row, encode_rows, load_questions, load_r
 from ..text.held_out import load, source_of, split
 from ..training.monitor import REFERENCE_FILE as START
 from ..training.monitor import DriftMonitor
+from ..training.ranks import (
+    deepspeed_stage,
+    device_settings,
+    fsdp,
+    join,
+    largest,
+    leave,
+    main_first,
+    sharding,
+    shards,
+    wait,
+)
 from ..training.reference import ADAPTER as REFERENCE_ADAPTER
 from ..training.reference_cache import ReferenceCache, wanted
 from ..training.stream import TrainStream

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from ..errors import DefenseError, RecipeError
 from ..model.losses import Head, TopK, find_head, top_k
-from ..model.ranks import is_sharded, largest, reshard
+from ..model.sharding import is_sharded, reshard
 from ..model.taps import Layout, Needs, Taps, causal_lm, forward, prefix_kv
 from ..text.batch import Batch, prefix_of
 from ..text.chat import Role
+from .ranks import largest
 from .reference_cache import ReferenceCache, Wanted
 
 PREFIXES_KEPT = 64

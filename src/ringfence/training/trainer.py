@@ -26,24 +26,14 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from ..defenses.base import Defense
 from ..errors import DataError, DefenseError, RecipeError, first_line
 from ..model.losses import CrossEntropy, LogitLoss, find_head, weighted_sum
-from ..model.ranks import (
-    autocast_in_deepspeed,
-    deepspeed_stage,
-    gathered,
-    is_sharded,
-    largest,
-    load_whole_again,
-    note_trained,
-    reshard,
-    shard_on_cpu,
-    wait,
-)
+from ..model.sharding import gathered, is_sharded, load_whole_again, note_trained, reshard
 from ..model.taps import Layout, Needs, causal_lm, check_layout, forward
 from ..runfolder.folder import begin_checkpoint, end_checkpoint, told_if_full, write_whole
 from ..runfolder.shapes import read_metrics
 from ..text.batch import Batch, Bundle, collate
 from ..text.chat import Role
 from ..util.strict_json import check_shape, read_record
+from .ranks import autocast_in_deepspeed, deepspeed_stage, largest, shard_on_cpu, wait
 from .reference import Reference
 from .reference_cache import ReferenceCache, wanted
 from .stream import RankBatches, TrainStream

@@ -1,12 +1,12 @@
-"""Training on several processes, called ranks: who speaks and writes, and weights that lie in pieces on all ranks.
+"""Training on several processes, called ranks: how they meet, wait for each other and leave.
 
 accelerate is the engine: `accelerate launch` and `torchrun` say by environment variables how many ranks there are and
 how the model is spread. Does not know recipes, defenses, or what is trained.
 """
 
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from pydantic import BaseModel
-from torch import Tensor
 
 from ..errors import RingfenceError
-from ..processes import is_main as is_main
-from ..processes import rank as rank
-from ..processes import world as world
+from ..processes import is_main, world
 from ..util.strict_json import check_shape, read_record
 
 WAIT = timedelta(hours=1)  # the main process may measure a pilot while the others wait
@@ -157,101 +154,3 @@ def largest(number: int, device: Any) -> int:
     found = torch.tensor(number, device=device)
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return int(found)
-
-
-# ------------------------------------------------------------------ sharded weights
-
-
-def is_sharded(model: Any) -> bool:
-    """Do this model's weights lie in pieces on all ranks (FSDP2, ZeRO-3)? Then all must run it equally often."""
-    first = None if model is None else next(model.parameters(), None)  # of all: to look at each takes milliseconds
-    return _is_fsdp(model) or (first is not None and _is_piece(first))
-
-
-def _is_fsdp(model: Any) -> bool:
-    from torch.distributed.fsdp import FSDPModule
-
-    return isinstance(model, FSDPModule)
-
-
-def _is_piece(tensor: Tensor) -> bool:
-    """Is it a parameter as ZeRO-3 leaves it: empty, but for the moment in which a module is computed?"""
-    return hasattr(tensor, "ds_id")
-
-
-def gathered(parameters: Iterable[Tensor], written: bool = False) -> AbstractContextManager[Any]:
-    """ZeRO-3's parameters whole, on every rank; every rank must enter. FSDP2 needs it not: its head stays whole.
-
-    Args:
-        parameters: none of them may be gathered already.
-        written: keep what the main process writes to them.
-    """
-    pieces = [parameter for parameter in parameters if _is_piece(parameter)]
-    if not pieces:
-        return nullcontext()
-    from deepspeed.runtime.zero import GatheredParameters
-
-    gathering: AbstractContextManager[Any] = GatheredParameters(pieces, modifier_rank=0 if written else None)
-    return gathering
-
-
-def count(parameter: Tensor) -> int:
-    """Number of a parameter's values, on all ranks together."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
-
-
-def load_whole_again() -> None:
-    """Once ZeRO-3 was set up, transformers would load each further model in pieces, which one rank alone cannot."""
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    unset_hf_deepspeed_config()
-
-
-def note_trained(model: Any) -> None:
-    """FSDP2 notes before a model's first forward what is trained, and in which type. The reference's would come first,
-    with the adapter off: then gradients in bf16 do not fit weights in float32."""
-    if _is_fsdp(model):
-        model._get_fsdp_state()._lazy_init()
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be in pieces; every rank must ask. A whole tensor is given back as it is."""
-    if _is_piece(tensor):
-        with gathered([tensor]):
-            return tensor.detach().clone()
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def write(tensor: Tensor, values: Tensor) -> None:
-    """Puts whole values, which every rank has, in the place of a tensor that may be in pieces."""
-    if hasattr(tensor, "full_tensor"):
-        from torch.distributed.tensor import distribute_tensor
-
-        mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
-        values = distribute_tensor(values.to(tensor.dtype), mesh, placements, src_data_rank=None)
-    tensor.copy_(values)
-
-
-def reshard(model: Any) -> None:
-    """After forwards without a backward, sharded layers may be whole for the moment; what is written to them would be
-    lost."""
-    if _is_fsdp(model):
-        for module in model.modules():
-            if _is_fsdp(module):
-                module.reshard()
-
-
-def whole_state(model: Any, trained_only: bool) -> dict[str, Tensor]:
-    """Weights of a sharded model by name, whole, in main memory, on the main process (others get nothing); every rank
-    must ask. A tied weight has its first name alone."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
-    tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
-    if _is_fsdp(model):
-        state: dict[str, Any] = get_model_state_dict(model, options=options)
-    else:
-        kept = {n: t for n, t in model.state_dict(keep_vars=True).items() if t.requires_grad or not trained_only}
-        each = ((name, whole(tensor)) for name, tensor in kept.items())
-        state = {name: tensor.cpu() for name, tensor in each if is_main()}
-    return {name: tensor for name, tensor in state.items() if name not in tied}
