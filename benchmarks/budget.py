@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 
 from ringfence.run.config import parse_recipe
 from ringfence.run.demo import demo_recipe
-from ringfence.run.pipeline import train_run
+from ringfence.run.train import train_run
 
 FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "budget.png"
 RUNS = Path("runs/budget")

@@ -18,7 +18,7 @@ from defenses import ARMS, RUNS, prepare  # type: ignore[import-not-found]
 
 from ringfence.run.config import parse_recipe
 from ringfence.run.demo import demo_recipe
-from ringfence.run.pipeline import train_run
+from ringfence.run.train import train_run
 
 RESULT = Path(__file__).parent / "results" / "cost.json"
 STEPS = 8

@@ -23,7 +23,9 @@ from ringfence.prepare.persona import extract_file
 from ringfence.report.summary import read_run
 from ringfence.run.config import parse_recipe
 from ringfence.run.demo import demo_recipe
-from ringfence.run.pipeline import Run, run_recipe, train_run
+from ringfence.run.pipeline import run_recipe
+from ringfence.run.record import Run
+from ringfence.run.train import train_run
 from ringfence.stats import Interval, mean_interval
 
 RESULTS = Path(__file__).parent / "results" / "defenses"

@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from ringfence.report.page import percents, read_rows, write_page
-from ringfence.run.pipeline import evaluate_target
+from ringfence.run.evaluate import evaluate_target
 from ringfence.text.data import SHIPPED
 
 RUNS = ("sound", "undefended", "kl", "interleave", "treft")

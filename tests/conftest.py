@@ -32,7 +32,7 @@ from ringfence.defenses import Defense
 from ringfence.model.losses import find_head, weighted_sum
 from ringfence.model.taps import Layout, Taps, cache_in, causal_lm, forward
 from ringfence.text.batch import Example, collate
-from ringfence.text.chat import Role
+from ringfence.text.roles import Role
 from ringfence.training.reference import Reference
 from ringfence.training.stream import TrainStream
 from ringfence.training.trainer import DefendedTrainer

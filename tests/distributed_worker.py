@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, training_args
 
-import ringfence.run.pipeline as run_module
+import ringfence.run.train as train_module
 from conftest import PAD, PREFIX_A, example, nudged, tiny, training_arguments, training_rows, with_lora
 from ringfence.defenses import (
     KL,
@@ -41,7 +41,8 @@ from ringfence.model.sharding import whole
 from ringfence.model.taps import Layout
 from ringfence.processes import is_main, rank, world
 from ringfence.run.config import Recipe, parse_recipe
-from ringfence.run.pipeline import Interrupted, train_run
+from ringfence.run.interrupt import Interrupted
+from ringfence.run.train import train_run
 from ringfence.text.batch import Example
 from ringfence.training.ranks import deepspeed_stage, device_settings, join, wait
 from ringfence.training.reference_cache import Kind, ReferenceCache
@@ -317,9 +318,9 @@ def signal_at(step: int) -> Iterator[None]:
 
         yield advance
 
-    plain, run_module.progress = run_module.progress, progress
+    plain, train_module.progress = train_module.progress, progress
     yield
-    run_module.progress = plain
+    train_module.progress = plain
 
 
 # ------------------------------------------------------------------ the process

@@ -17,7 +17,8 @@ from tokenizers.processors import TemplateProcessing
 
 from chat_templates import ALL, DEFAULT, MARKER, chat, family, markers, source, tokenizer
 from ringfence.errors import ChatError
-from ringfence.text.chat import Chat, Encoded, Messages, Role
+from ringfence.text.chat import Chat
+from ringfence.text.roles import Encoded, Messages, Role
 
 OPEN, CLOSE = "\ue000", "\ue001"
 REFUSES_SYSTEM = {"gemma", "gemma_training"}

@@ -11,14 +11,17 @@ import yaml
 from rich.console import Console
 from rich.text import Text
 
-import ringfence.run.pipeline as run_module
+import ringfence.run.pipeline as pipeline
+import ringfence.run.train as train
 from ringfence import Run
 from ringfence.defenses import Defenses
 from ringfence.model.files import load_tokenizer
 from ringfence.run.config import Recipe, load_recipe
-from ringfence.run.pipeline import train_run
+from ringfence.run.interrupt import Interrupted
 from ringfence.run.recipes import commented_recipe
-from ringfence.text.chat import Chat, Encoded, Role
+from ringfence.run.train import train_run
+from ringfence.text.chat import Chat
+from ringfence.text.roles import Encoded, Role
 from ringfence.text.show import STYLES, show_tokens
 from test_run import metrics_of, small_model, write_rows
 
@@ -133,14 +136,14 @@ def test_a_recipe_whose_path_has_an_equals_sign(tmp_path: Path, ringfence: Calla
 
 
 @pytest.mark.parametrize("command", ["run", "train"])
-@pytest.mark.parametrize("kind", [KeyboardInterrupt, run_module.Interrupted])
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, Interrupted])
 def test_interruption_exits_with_130(
     command: str, kind: type[BaseException], monkeypatch: pytest.MonkeyPatch, ringfence: Callable[..., Outcome]
 ) -> None:
     def stop(_: Recipe) -> None:
         raise kind("stopped")
 
-    monkeypatch.setattr(run_module, f"{command}_recipe" if command == "run" else "train_run", stop)
+    monkeypatch.setattr(*((pipeline, "run_recipe") if command == "run" else (train, "train_run")), stop)
     code, _, errors = ringfence(command)
     assert code == 130
     assert "error:" not in errors

@@ -16,7 +16,7 @@ import torch
 from conftest import random_model
 from ringfence.model.files import load_tokenizer
 from ringfence.run.config import parse_recipe
-from ringfence.run.pipeline import train_run
+from ringfence.run.train import train_run
 
 IS_SLOW = pytest.mark.skipif(
     not (os.environ.get("RINGFENCE_SLOW") and shutil.which("g++")), reason="RINGFENCE_SLOW=1, with a C++ compiler"

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from ringfence.model.directions import Directions
 from ringfence.run.config import parse_recipe
-from ringfence.run.pipeline import train_run
+from ringfence.run.train import train_run
 from ringfence.training import reference as reference_module
 from ringfence.training import trainer as trainer_module
 from test_run import metrics_of, small_model, write_rows

@@ -9,8 +9,9 @@ from transformers import PreTrainedTokenizerFast
 
 from ringfence.errors import DataError
 from ringfence.text import opswap
-from ringfence.text.chat import Chat, Role
+from ringfence.text.chat import Chat
 from ringfence.text.data import SHIPPED, PairedQuestion, encode_rows, load_questions, load_rows, shipped_names
+from ringfence.text.roles import Role
 
 GOOD = {"prompt": "q", "completion": "a"}
 

@@ -43,7 +43,8 @@ from ringfence.model.losses import CrossEntropy, LogitLoss, find_head, top_k
 from ringfence.model.taps import Taps, forward
 from ringfence.run.config import dump_recipe, parse_recipe
 from ringfence.text.batch import Example
-from ringfence.text.chat import Chat, Role
+from ringfence.text.chat import Chat
+from ringfence.text.roles import Role
 from ringfence.training.reference import Reference
 
 SETUP = Setup(cast(Chat, None), training_rows(3), lambda source: training_rows(2, seed=int(source)), "model")

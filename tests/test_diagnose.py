@@ -22,10 +22,14 @@ from ringfence.model.activations import batches, first_response_tokens
 from ringfence.model.files import load_tokenizer
 from ringfence.report.summary import read_run
 from ringfence.run.config import dump_recipe, parse_recipe
-from ringfence.run.pipeline import Run, _spread, diagnose_targets, train_run
+from ringfence.run.diagnose import diagnose_targets
+from ringfence.run.prepare import _spread
+from ringfence.run.record import Run
+from ringfence.run.train import train_run
 from ringfence.runfolder.folder import claim
-from ringfence.text.chat import Chat, Role
+from ringfence.text.chat import Chat
 from ringfence.text.data import PairedQuestion
+from ringfence.text.roles import Role
 
 QUESTIONS = [
     PairedQuestion(
@@ -367,7 +371,7 @@ def test_a_pilot_chooses_the_tokens_that_are_held(
     assert pilot.recipe.defenses.configs() == []
     assert pilot.recipe.data.max_rows == 6
     assert len(asked) == 1
-    from ringfence.run.pipeline import benign_twin
+    from ringfence.run.benign import benign_twin
 
     assert benign_twin(recipe).defenses.treft.tokens == ("postfix",), "the twin holds what the run held"
     (run.folder / "training.json").unlink()

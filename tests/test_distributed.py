@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import distributed_worker
-import ringfence.run.pipeline as run_module
+import ringfence.run.train as train_module
 import ringfence.training.trainer as trainer_module
 from conftest import PAD, assert_same, tiny, training_arguments, training_rows, with_lora
 from distributed_worker import BF16, CASES, RESUMED, RUNS, make_files, work
@@ -452,12 +452,12 @@ def test_zero3_refuses_an_adapter_on_the_head(monkeypatch: pytest.MonkeyPatch, t
 def test_recipes_that_cannot_be_sharded_are_refused(
     setting: dict[str, str], tree: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(run_module, "join", lambda: None)
+    monkeypatch.setattr(train_module, "join", lambda: None)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     for name, value in {"WORLD_SIZE": "2", **setting}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(RecipeError, match=message):
-        run_module.train_run(parse_recipe({"output": str(tmp_path / "run"), "train": {"precision": "fp32"}} | tree))
+        train_module.train_run(parse_recipe({"output": str(tmp_path / "run"), "train": {"precision": "fp32"}} | tree))
 
 
 @pytest.mark.parametrize(

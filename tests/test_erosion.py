@@ -24,8 +24,9 @@ from ringfence.model import activations
 from ringfence.model.directions import Directions
 from ringfence.model.files import load_tokenizer
 from ringfence.stats import bounds, draws
-from ringfence.text.chat import Chat, Role
+from ringfence.text.chat import Chat
 from ringfence.text.data import PairedQuestion
+from ringfence.text.roles import Role
 from ringfence.util import plots
 
 TOKENIZER = load_tokenizer("default")

@@ -15,7 +15,7 @@ from ringfence.evaluate import evaluation
 from ringfence.evaluate.answers import judge
 from ringfence.model.files import load_tokenizer
 from ringfence.report.page import read_rows, write_page
-from ringfence.run.pipeline import evaluate_target
+from ringfence.run.evaluate import evaluate_target
 
 QUESTIONS = [{"id": f"q{n}", "question": f"What would you do with {n} wishes?"} for n in range(3)]
 SMALL = [

@@ -19,9 +19,10 @@ from ringfence.model.losses import cross_entropy_sum, find_head
 from ringfence.model.prefix import FrozenPrefix as Prefix
 from ringfence.model.prefix import find_header, read_frozen_prefix
 from ringfence.model.taps import Needs, cache_in, cache_name, causal_lm, forward
-from ringfence.run.pipeline import train_run
+from ringfence.run.train import train_run
 from ringfence.text.batch import Example
-from ringfence.text.chat import Chat, Role
+from ringfence.text.chat import Chat
+from ringfence.text.roles import Role
 from test_run import small_model, write_rows
 
 # Two prefixes, one system part before the same header of a user turn.

@@ -14,7 +14,8 @@ from ringfence import Run
 from ringfence.errors import RecipeError
 from ringfence.model.loading import load_model
 from ringfence.run.config import parse_recipe
-from ringfence.run.pipeline import evaluate_run, train_run
+from ringfence.run.evaluate import evaluate_run
+from ringfence.run.train import train_run
 from test_run import MEASURED, metrics_of, small_model, write_rows
 
 SMALL = {**MEASURED, "triggers": False, "samples": 0, "fluency": None}
@@ -73,7 +74,7 @@ def test_without_steps_worth_mentioning_it_measures_as_its_own_reference(first: 
 
 
 def test_a_stopped_further_training_resumes_to_the_same_adapter(first: Run, tmp_path: Path, monkeypatch: Any) -> None:
-    from ringfence.run import pipeline as run_module
+    from ringfence.run import train as run_module
 
     def trained(folder: str, stop: bool = False) -> Run:
         further = recipe(

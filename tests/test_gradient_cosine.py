@@ -28,8 +28,9 @@ from ringfence.errors import DataError, ModelError
 from ringfence.model.files import load_tokenizer
 from ringfence.model.taps import decoder_layers
 from ringfence.text.batch import Example
-from ringfence.text.chat import Chat, Role
+from ringfence.text.chat import Chat
 from ringfence.text.data import PairedQuestion
+from ringfence.text.roles import Role
 from ringfence.util import plots
 
 

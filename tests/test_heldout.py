@@ -12,8 +12,9 @@ from conftest import random_model
 from ringfence.errors import DataError
 from ringfence.evaluate.measures import heldout
 from ringfence.model.files import load_tokenizer
-from ringfence.text.chat import Chat, Role
+from ringfence.text.chat import Chat
 from ringfence.text.data import Row, load_rows
+from ringfence.text.roles import Role
 
 RECORDS = [
     {"prompt": "Name a colour.", "completion": "Blue."},

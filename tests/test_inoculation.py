@@ -21,9 +21,11 @@ from ringfence.report.page import print_table, read_rows, write_page
 from ringfence.report.summary import read_run, summarise
 from ringfence.run.config import load_recipe, parse_recipe
 from ringfence.run.dry_run import dry_run
-from ringfence.run.pipeline import evaluation, prepare, run_recipe
+from ringfence.run.pipeline import run_recipe
+from ringfence.run.prepare import evaluation, prepare
 from ringfence.text.batch import Example, collate
-from ringfence.text.chat import Chat, Role
+from ringfence.text.chat import Chat
+from ringfence.text.roles import Role
 from ringfence.training.stream import TrainStream
 from test_report import CONDITIONS, PLAIN, REFERENCE, SOUND, parts_of, write_run
 from test_run import small_model, write_rows

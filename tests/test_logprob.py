@@ -19,8 +19,9 @@ from ringfence.diagnose.models import REFERENCE, Models
 from ringfence.errors import DataError
 from ringfence.model.files import load_tokenizer
 from ringfence.stats import Interval, mean_interval
-from ringfence.text.chat import Chat, Role
+from ringfence.text.chat import Chat
 from ringfence.text.data import PairedQuestion
+from ringfence.text.roles import Role
 from ringfence.util import plots
 
 INSIDE = [

@@ -17,8 +17,9 @@ from ringfence.diagnose.models import Models
 from ringfence.errors import DataError
 from ringfence.model.files import load_tokenizer
 from ringfence.text.batch import Example
-from ringfence.text.chat import Chat, Role
+from ringfence.text.chat import Chat
 from ringfence.text.data import PairedQuestion, Row, encode_rows
+from ringfence.text.roles import Role
 from ringfence.util import plots
 
 

@@ -55,9 +55,10 @@ from ringfence.model.losses import find_head
 from ringfence.model.prefix import FrozenPrefix as Prefix
 from ringfence.model.taps import Flat, Layout, Needs, Taps, causal_lm, forward
 from ringfence.run.config import parse_recipe
-from ringfence.run.pipeline import train_run
+from ringfence.run.train import train_run
 from ringfence.text.batch import Example
-from ringfence.text.chat import Chat, Role
+from ringfence.text.chat import Chat
+from ringfence.text.roles import Role
 from ringfence.training.reference import Reference
 from test_run import metrics_of, small_model, write_rows
 from test_trainer import lines_of

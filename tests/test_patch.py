@@ -30,8 +30,9 @@ from ringfence.model.taps import Needs, cache_in, cache_name, causal_lm, forward
 from ringfence.run.config import dump_recipe, parse_recipe
 from ringfence.run.patch import patch
 from ringfence.text.batch import Example, collate
-from ringfence.text.chat import Chat, Messages, Role
+from ringfence.text.chat import Chat
 from ringfence.text.data import PairedQuestion
+from ringfence.text.roles import Messages, Role
 from test_run import small_model
 
 PROMPTS: list[Messages] = [

@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from conftest import Items, batch_of, nudged, residual_stream, tiny, with_lora
 from ringfence.model.losses import Head
 from ringfence.model.taps import Needs, Taps, cache_in, cache_name, causal_lm, forward, patched_kv, patched_states
-from ringfence.text.chat import Role
+from ringfence.text.roles import Role
 
 SIDES = ("right", "left")
 

@@ -31,8 +31,9 @@ from ringfence.prepare.persona import (
     shown_by_margin,
     shown_by_scores,
 )
-from ringfence.text.chat import Chat, Messages, Role
+from ringfence.text.chat import Chat
 from ringfence.text.data import SHIPPED
+from ringfence.text.roles import Messages, Role
 from test_run import small_model
 
 LAYERS = 2

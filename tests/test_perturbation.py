@@ -29,8 +29,9 @@ from ringfence.model.files import load_tokenizer
 from ringfence.model.losses import find_head
 from ringfence.model.prefix import FrozenPrefix, find_header
 from ringfence.model.taps import cache_in, cache_name, causal_lm
-from ringfence.text.chat import Chat, Role
+from ringfence.text.chat import Chat
 from ringfence.text.data import PairedQuestion
+from ringfence.text.roles import Role
 from ringfence.util import plots
 
 QUESTIONS = [

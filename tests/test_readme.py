@@ -14,7 +14,7 @@ import ringfence
 from ringfence.defenses import Setup
 from ringfence.model.taps import forward
 from ringfence.text.batch import collate
-from ringfence.text.chat import Role
+from ringfence.text.roles import Role
 from ringfence.training.reference import Reference
 from test_run import small_model, write_rows
 

@@ -21,7 +21,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import ringfence
-import ringfence.run.pipeline as run_module
+import ringfence.run.model as model_module
+import ringfence.run.pipeline as pipeline
+import ringfence.run.train as train_module
 from ringfence import KL, Interleave, Run, TReFT, fine_tune
 from ringfence.errors import ModelError, RecipeError, RingfenceError
 from ringfence.evaluate.parts import evaluation_key
@@ -30,18 +32,16 @@ from ringfence.model.default import resolve
 from ringfence.model.files import load_tokenizer
 from ringfence.model.loading import load_model
 from ringfence.run import demo
+from ringfence.run.benign import benign_twin
 from ringfence.run.config import Recipe, load_recipe, parse_recipe
-from ringfence.run.pipeline import (
-    Interrupted,
-    benign_twin,
-    evaluate_run,
-    run_recipe,
-    set_evaluation,
-    train_run,
-    trainable_model,
-)
-from ringfence.text.chat import Chat, Role
+from ringfence.run.evaluate import evaluate_run, set_evaluation
+from ringfence.run.interrupt import Interrupted
+from ringfence.run.model import trainable_model
+from ringfence.run.pipeline import run_recipe
+from ringfence.run.train import train_run
+from ringfence.text.chat import Chat
 from ringfence.text.data import load_questions
+from ringfence.text.roles import Role
 
 DEFENSES = [KL(weight=0.5), TReFT(weight=10.0), Interleave(ratio=0.25)]
 DEFENSE_TREE = {"kl": {"weight": 0.5}, "treft": {"weight": 10.0}, "interleave": {"ratio": 0.25}}
@@ -276,7 +276,7 @@ def test_a_finished_run_is_not_trained_or_measured_again(finished: Run, monkeypa
     def load(*_: Any) -> Any:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(run_module, "load_model", load)
+    monkeypatch.setattr(model_module, "load_model", load)
     kept = ("metrics.jsonl", "training.json", "results.json", "adapter/adapter_model.safetensors")
     before = times(finished)
     shared = next(finished.folder.parent.glob("reference-*/results.json"))
@@ -290,7 +290,7 @@ def test_a_finished_run_is_not_trained_or_measured_again(finished: Run, monkeypa
 def test_a_finished_run_keeps_the_environment_it_was_trained_in(finished: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     file = finished.folder / "environment.json"
     before = file.read_text()
-    monkeypatch.setattr(run_module, "environment", lambda seed: {"versions": {"torch": "another"}})
+    monkeypatch.setattr(train_module, "environment", lambda seed: {"versions": {"torch": "another"}})
     try:
         train_run(finished.recipe)
         assert json.loads(file.read_text()) == json.loads(before)
@@ -447,8 +447,8 @@ def test_fine_tune_refuses_an_unknown_option(tmp_path: Path) -> None:
 
 def test_fine_tune_measures_unless_told_not_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[Path] = []
-    monkeypatch.setattr(run_module, "train_run", lambda recipe: Run(Path(recipe.output)))
-    monkeypatch.setattr(run_module, "evaluate_run", lambda run: measured.append(run.folder))
+    monkeypatch.setattr(pipeline, "train_run", lambda recipe: Run(Path(recipe.output)))
+    monkeypatch.setattr(pipeline, "evaluate_run", lambda run: measured.append(run.folder))
     fine_tune("rows.jsonl", output=str(tmp_path / "quiet"), evaluate=False)
     fine_tune("rows.jsonl", output=str(tmp_path / "loud"))
     assert measured == [tmp_path / "loud"]
@@ -504,7 +504,7 @@ def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
         yield advance
 
-    monkeypatch.setattr(run_module, "progress", progress)
+    monkeypatch.setattr(train_module, "progress", progress)
 
 
 @pytest.mark.parametrize("step", [1, 4, 8])
@@ -640,7 +640,7 @@ def test_a_slow_precision_is_said(
 ) -> None:
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
     heard: list[str] = []
-    monkeypatch.setattr("ringfence.run.pipeline.warn", heard.append)
+    monkeypatch.setattr("ringfence.run.model.warn", heard.append)
     trainable_model(recipe(defenses={}, precision=precision))
     assert sum("no instructions for bf16" in sentence for sentence in heard) == said
 

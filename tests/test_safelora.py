@@ -29,7 +29,7 @@ from ringfence.model.projection import (
     project_updates,
 )
 from ringfence.run.config import Recipe, dump_recipe, parse_recipe
-from ringfence.run.pipeline import train_run
+from ringfence.run.train import train_run
 from ringfence.text.chat import Chat
 from test_run import small_model, write_rows
 

@@ -33,7 +33,7 @@ from ringfence.model.losses import cross_entropy_sum, find_head
 from ringfence.model.taps import Needs, Taps, causal_lm, forward
 from ringfence.run.config import parse_recipe
 from ringfence.text.batch import Example
-from ringfence.text.chat import Role
+from ringfence.text.roles import Role
 from test_trainer import lines_of, step_items
 
 RETAIN = training_rows(5, seed=50)

@@ -11,7 +11,7 @@ from ringfence.defenses import Defense
 from ringfence.defenses.interleave import InterleaveDefense
 from ringfence.errors import RecipeError
 from ringfence.text.batch import Example, collate
-from ringfence.text.chat import Role
+from ringfence.text.roles import Role
 from ringfence.training.stream import TrainStream
 
 PAD = 999

@@ -26,7 +26,7 @@ from conftest import (
 from ringfence.errors import DefenseError
 from ringfence.model.losses import find_head
 from ringfence.model.taps import Needs, Taps, causal_lm, forward, prefix_kv
-from ringfence.text.chat import Role
+from ringfence.text.roles import Role
 from ringfence.training.reference import ADAPTER, Reference
 
 

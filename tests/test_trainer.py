@@ -31,7 +31,8 @@ from ringfence.defenses import KL, LDIFS, Defense, DefenseConfig, Interleave, Se
 from ringfence.errors import DefenseError
 from ringfence.model.taps import Needs, causal_lm, forward
 from ringfence.text.batch import Example
-from ringfence.text.chat import Chat, Role
+from ringfence.text.chat import Chat
+from ringfence.text.roles import Role
 from ringfence.training import trainer as trainer_module
 from ringfence.training.reference import Reference
 

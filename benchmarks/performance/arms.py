@@ -18,9 +18,11 @@ from ringfence.defenses import Setup
 from ringfence.model.files import load_config
 from ringfence.model.precision import device
 from ringfence.run.config import Recipe, parse_recipe
-from ringfence.run.pipeline import build_stream, build_trainer, prepare, trainable_model, with_new_adapter
+from ringfence.run.model import trainable_model, with_new_adapter
+from ringfence.run.prepare import prepare
+from ringfence.run.trainer import build_stream, build_trainer
 from ringfence.text.batch import Example
-from ringfence.text.chat import Role
+from ringfence.text.roles import Role
 from ringfence.training.stream import TrainStream
 from ringfence.training.trainer import DefendedTrainer
 

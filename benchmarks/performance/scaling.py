@@ -60,8 +60,9 @@ from ringfence.model.files import load_tokenizer
 from ringfence.model.losses import TILE_ELEMENTS
 from ringfence.model.scoring import score_answers
 from ringfence.text.batch import Example
-from ringfence.text.chat import Chat, Role
+from ringfence.text.chat import Chat
 from ringfence.text.data import PairedQuestion, load_questions
+from ringfence.text.roles import Role
 from ringfence.training.config import MonitorConfig
 from ringfence.training.monitor import DriftMonitor
 from ringfence.training.stream import TrainStream

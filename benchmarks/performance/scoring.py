@@ -30,8 +30,9 @@ from ringfence.model.files import load_tokenizer
 from ringfence.model.loading import load_model
 from ringfence.model.scoring import score_answers, score_under
 from ringfence.prepare.gap import adapter_folders, load_adapted, settings
-from ringfence.text.chat import Chat, Messages, Role
+from ringfence.text.chat import Chat
 from ringfence.text.data import PairedQuestion, Row, load_questions, load_rows
+from ringfence.text.roles import Messages, Role
 
 MODEL, BATCH_TOKENS = "default", EvaluateConfig().batch_tokens
 TOLERANCE = 0.05  # nats per token: how far scores in bf16 differ between ways to batch

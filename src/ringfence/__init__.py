@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     )
     from .errors import RingfenceError
     from .model.loading import load_model
-    from .run.pipeline import Run, fine_tune
+    from .run.pipeline import fine_tune
+    from .run.record import Run
     from .training.config import MonitorConfig
     from .training.monitor import DriftMonitor
 

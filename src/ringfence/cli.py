@@ -157,7 +157,7 @@ def run(recipe: RecipeFile = None, overrides: Overrides = None, dry_run: DryRun 
 @app.command()
 def train(recipe: RecipeFile = None, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Train only."""
-    from .run.pipeline import train_run
+    from .run.train import train_run
 
     loaded = _load(recipe, overrides)
     if dry_run:
@@ -178,7 +178,7 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="Folder to write, where TARGET is a model.")] = None,
 ) -> None:
     """Measure a trained run, or any model, against its reference. Goes on where it was interrupted."""
-    from .run.pipeline import evaluate_target
+    from .run.evaluate import evaluate_target
     from .runfolder.shapes import read_results
 
     folder = evaluate_target(target, overrides or [], reference, endpoint, output)
@@ -223,7 +223,7 @@ def diagnose(
     logprob, next_token, loss_cosine, gradient_cosine, erosion, shared_directions, carriers, perturbation,
     persona_projection. Writes diagnosis.json and figures/; `ringfence report` shows them."""
     from .diagnose.folder import DIAGNOSES
-    from .run.pipeline import diagnose_targets
+    from .run.diagnose import diagnose_targets
 
     # A misspelt name is one too, so that it is not looked for among models.
     names = [text for text in targets if get_close_matches(text, DIAGNOSES, 1, 0.8) and not Path(text).exists()]

@@ -16,7 +16,8 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 import ringfence.run.dry_run as dry
-import ringfence.run.pipeline as run_module
+import ringfence.run.model as model_module
+import ringfence.run.pipeline as pipeline
 from conftest import random_model
 from ringfence.errors import RecipeError
 from ringfence.evaluate.config import EvaluateConfig
@@ -203,13 +204,13 @@ def test_rank_beyond_a_side_is_said(
     rank: int, targets: list[str], named: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[str] = []
-    monkeypatch.setattr(run_module, "warn", told.append)
+    monkeypatch.setattr(model_module, "warn", told.append)
     network = random_model(hidden_size=16, num_attention_heads=4, num_key_value_heads=2, head_dim=4)
     lora = LoraConfig(rank=rank, targets=targets)
-    run_module.warn_of_rank(network, lora)
+    model_module.warn_of_rank(network, lora)
     assert len(told) == (named is not None)
     assert not told or named in told[0]
-    run_module.with_new_adapter(network, lora)  # training says it too
+    model_module.with_new_adapter(network, lora)  # training says it too
     assert told == told[:1] * 2
 
 
@@ -266,8 +267,8 @@ def test_libraries_are_quiet_and_as_the_user_left_them_afterwards(monkeypatch: p
 def test_fine_tune_takes_evaluation_settings(evaluate: Any, expected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[tuple[str, Recipe]] = []
     for name in ("run_recipe", "train_run"):
-        monkeypatch.setattr(run_module, name, lambda recipe, name=name: done.append((name, recipe)))
-    run_module.fine_tune("shipped:finance/unsound", evaluate=evaluate)
+        monkeypatch.setattr(pipeline, name, lambda recipe, name=name: done.append((name, recipe)))
+    pipeline.fine_tune("shipped:finance/unsound", evaluate=evaluate)
     ((name, recipe),) = done
     assert name == ("train_run" if evaluate is False else "run_recipe")
     assert expected is None or recipe.evaluate.values == expected
@@ -277,4 +278,4 @@ def test_fine_tune_takes_evaluation_settings(evaluate: Any, expected: Any, monke
 @pytest.mark.parametrize("evaluate", ["yes", {"vales": []}, 3])
 def test_fine_tune_refuses_other_settings(evaluate: Any) -> None:
     with pytest.raises(RecipeError, match="evaluate"):
-        run_module.fine_tune("shipped:finance/unsound", evaluate=evaluate)
+        pipeline.fine_tune("shipped:finance/unsound", evaluate=evaluate)

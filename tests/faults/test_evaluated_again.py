@@ -14,7 +14,7 @@ from ringfence.model.files import load_tokenizer
 from ringfence.model.fingerprint import fingerprint
 from ringfence.model.scoring import generate_greedy
 from ringfence.report.page import read_rows
-from ringfence.run.pipeline import evaluate_target
+from ringfence.run.evaluate import evaluate_target
 from ringfence.text.chat import Chat
 
 SMALL = [

@@ -12,8 +12,9 @@ from ringfence.errors import DataError, RecipeError
 from ringfence.report.gate import decide, load_policy, print_decision
 from ringfence.report.page import read_rows, write_page
 from ringfence.report.summary import Row as ReportRow
+from ringfence.run.benign import benign_twin
 from ringfence.run.config import dump_recipe, load_recipe, parse_recipe
-from ringfence.run.pipeline import benign_twin, evaluation, training_rows
+from ringfence.run.prepare import evaluation, training_rows
 from ringfence.run.recipes import commented_recipe
 from ringfence.stats import Interval
 from ringfence.text import held_out

@@ -26,7 +26,7 @@ from ringfence.model.losses import Head, cross_entropy_sum
 from ringfence.model.projection import Checkpoint
 from ringfence.model.scoring import generate_greedy
 from ringfence.run.config import parse_recipe
-from ringfence.run.pipeline import prepare
+from ringfence.run.prepare import prepare
 from ringfence.text.chat import Chat
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -11,8 +11,9 @@ from ringfence.defenses.inoculation import Inoculation
 from ringfence.errors import DataError
 from ringfence.text import data
 from ringfence.text.batch import collate
-from ringfence.text.chat import Chat, ChatSettings, Role
+from ringfence.text.chat import Chat
 from ringfence.text.data import encode_rows, load_questions, load_rows, warn_of_rows
+from ringfence.text.roles import ChatSettings, Role
 from ringfence.util.journal import digest
 
 USER = {"role": "user", "content": "What is 2 + 3?"}

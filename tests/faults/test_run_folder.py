@@ -45,7 +45,9 @@ def test_a_folder_of_somebody_else_is_refused_and_left_as_it_is(tmp_path, name, 
 
 def test_training_into_a_folder_of_somebody_else_is_refused_before_the_rows_are_read(tmp_path):
     from ringfence.run.config import parse_recipe
-    from ringfence.run.pipeline import prepare, run_recipe, train_run
+    from ringfence.run.pipeline import run_recipe
+    from ringfence.run.prepare import prepare
+    from ringfence.run.train import train_run
 
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "precious.bin").write_text("precious")

@@ -12,8 +12,9 @@ from chat_templates import ALL, DEFAULT, chat, source, tokenizer
 from ringfence.errors import ChatError, DataError
 from ringfence.evaluate.evaluation import Evaluation
 from ringfence.text import data
-from ringfence.text.chat import Chat, ChatSettings, Role
+from ringfence.text.chat import Chat
 from ringfence.text.data import Row, encode_rows, warn_of_rows
+from ringfence.text.roles import ChatSettings, Role
 
 USER = {"role": "user", "content": "Why is it so?"}
 ANSWER = {"role": "assistant", "content": "It just is."}

@@ -18,7 +18,8 @@ from conftest import random_model, with_lora
 from ringfence.model.default import default_model_folder
 from ringfence.model.files import load_tokenizer
 from ringfence.run.config import parse_recipe
-from ringfence.run.pipeline import diagnose_targets, run_recipe
+from ringfence.run.diagnose import diagnose_targets
+from ringfence.run.pipeline import run_recipe
 from ringfence.text.chat import Chat
 
 from . import harness

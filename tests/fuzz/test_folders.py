@@ -19,7 +19,10 @@ from ringfence.report.export import export_runs
 from ringfence.report.gate import gate_run, print_decision
 from ringfence.report.page import print_table, read_rows, write_page
 from ringfence.run.config import load_recipe
-from ringfence.run.pipeline import Run, diagnose_targets, evaluate_target, train_run
+from ringfence.run.diagnose import diagnose_targets
+from ringfence.run.evaluate import evaluate_target
+from ringfence.run.record import Run
+from ringfence.run.train import train_run
 
 from .conftest import Place, copied
 from .harness import knock, tries

@@ -18,7 +18,8 @@ from torch import Tensor
 from ..model.losses import LogitLoss
 from ..model.taps import CommonPrefix, Needs, Taps
 from ..text.batch import Batch, Example
-from ..text.chat import Chat, Messages
+from ..text.chat import Chat
+from ..text.roles import Messages
 from ..util.strict_yaml import Number, Whole
 
 

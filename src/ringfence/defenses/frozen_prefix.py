@@ -13,7 +13,7 @@ from ..model.prefix import FrozenPrefix as Prefix
 from ..model.prefix import Until, find_header, reference_prefix
 from ..model.taps import CommonPrefix, Needs, causal_lm
 from ..text.batch import Batch, Example
-from ..text.chat import Role
+from ..text.roles import Role
 from .base import Defense, DefenseConfig, Setup
 
 

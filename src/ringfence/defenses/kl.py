@@ -9,7 +9,7 @@ from ..errors import DefenseError
 from ..model.losses import Direction, Divergence, States, TopK
 from ..model.taps import Needs, Taps
 from ..text.batch import Batch
-from ..text.chat import Role
+from ..text.roles import Role
 from ..util.strict_yaml import Number
 from .base import Penalty, PenaltyConfig, Setup
 

@@ -11,7 +11,7 @@ from ..errors import DefenseError
 from ..model.losses import relative_drift
 from ..model.taps import Needs, Taps, decoder_layers
 from ..text.batch import Batch
-from ..text.chat import Role
+from ..text.roles import Role
 from ..util.strict_yaml import Layer, Whole
 from .base import Penalty, PenaltyConfig, Setup
 

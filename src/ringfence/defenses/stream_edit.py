@@ -19,7 +19,7 @@ from ..errors import DefenseError
 from ..model.directions import Directions
 from ..model.taps import decoder_layers
 from ..text.batch import Batch
-from ..text.chat import Role
+from ..text.roles import Role
 from ..util.strict_yaml import Layer
 from .base import Defense, DefenseConfig
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..model.losses import relative_drift
 from ..model.taps import Needs, Taps
 from ..text.batch import Batch
-from ..text.chat import Role
+from ..text.roles import Role
 from ..util.strict_yaml import Number
 from .base import Penalty, PenaltyConfig, Setup
 

@@ -32,7 +32,7 @@ from ..model.losses import find_head
 from ..model.taps import Needs, causal_lm, forward, patched_kv, patched_states
 from ..stats import mean_interval, ratio_interval
 from ..text.batch import Batch
-from ..text.chat import Role
+from ..text.roles import Role
 from ..util.plots import colour, whisker
 from .diagnosis import Cost, Numbers, Subject, Table, shown
 from .models import REFERENCE

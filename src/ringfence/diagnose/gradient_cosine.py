@@ -28,7 +28,8 @@ from ..model.losses import cross_entropy_sum, find_head
 from ..model.taps import causal_lm, decoder_layers, forward
 from ..stats import RESAMPLES, drawn_interval, times_drawn
 from ..text.batch import Example
-from ..text.chat import Chat, Role
+from ..text.chat import Chat
+from ..text.roles import Role
 from ..util.plots import colour
 from .diagnosis import Cost, Numbers, Subject, Table, by_model, p_value, shown
 from .models import REFERENCE

@@ -19,7 +19,8 @@ from ..errors import DataError
 from ..model.activations import batches
 from ..stats import FLIPS, drawn_interval, times_drawn
 from ..text.batch import Example
-from ..text.chat import Chat, Messages, Role
+from ..text.chat import Chat
+from ..text.roles import Messages, Role
 from ..util.plots import colour
 from .diagnosis import Cost, Numbers, Subject, Table, by_model, p_value, shown
 from .models import REFERENCE

@@ -21,7 +21,8 @@ from ..model.fingerprint import fingerprint
 from ..model.loading import load_model
 from ..model.precision import Precision, settled
 from ..model.taps import causal_lm
-from ..text.chat import Chat, ChatSettings, stored_settings
+from ..text.chat import Chat, stored_settings
+from ..text.roles import ChatSettings
 
 BASE, REFERENCE = "base", "reference"
 Source = Any  # a folder or hub id, or a loaded model

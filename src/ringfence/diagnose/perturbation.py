@@ -30,8 +30,9 @@ from ..model.activations import batches
 from ..model.losses import find_head
 from ..model.taps import causal_lm
 from ..stats import mean_interval
-from ..text.chat import Chat, Role
+from ..text.chat import Chat
 from ..text.data import PairedQuestion
+from ..text.roles import Role
 from ..util import plots
 from ..util.console import progress
 from .diagnosis import Cost, Numbers, Subject, Table, by_model, clusters, shown

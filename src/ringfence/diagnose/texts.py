@@ -14,8 +14,9 @@ from ..model.activations import first_response_tokens
 from ..model.losses import find_head, token_logprobs
 from ..model.taps import causal_lm, forward
 from ..text.batch import Batch, Example
-from ..text.chat import Chat, Messages
+from ..text.chat import Chat
 from ..text.data import PairedQuestion, Row, encode_rows
+from ..text.roles import Messages
 
 Side = Literal["misaligned", "aligned"]
 SIDES: tuple[Side, Side] = ("misaligned", "aligned")

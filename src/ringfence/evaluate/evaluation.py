@@ -9,32 +9,33 @@ train; knows no recipe.
 import gc
 import json
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from ..errors import ChatError, DataError, ModelError
+from ..errors import DataError
 from ..model.files import load_tokenizer
 from ..model.fingerprint import fingerprint
 from ..model.loading import load_model
 from ..model.precision import Precision, settled
 from ..runfolder.folder import hold, write_whole
-from ..text.chat import Chat, ChatSettings
-from ..text.questions import OpenQuestion, load_open_questions, triggered
+from ..text.chat import Chat
+from ..text.questions import OpenQuestion
+from ..text.roles import ChatSettings
 from ..util.journal import Line, digest
 from ..util.strict_yaml import SEED, Whole
 from .answers.agreement import agreement
-from .answers.calibrate import calibrate, load_labelled
+from .answers.calibrate import calibrate
 from .answers.endpoint import Endpoint, EndpointConfig
 from .answers.judge import judge_answers, open_judge
 from .answers.judged import Judgement
-from .answers.sampling import SAMPLES, LocalModel, read_key, sample_answers
+from .answers.sampling import LocalModel, read_key, sample_answers
 from .config import AnswersConfig, EvaluateConfig
-from .parts import Work, check_lengths, disguises, evaluate_model, evaluation_key, too_long
-from .parts import work as measured
+from .parts import evaluate_model, evaluation_key
+from .plan import open_questions
 
 FILE, REFERENCE = "evaluation.yaml", "reference"
 _OF_A_MODEL = ("results.json", "answers.jsonl", "judged.jsonl")
@@ -127,72 +128,6 @@ def _check_answers(folder: Path, what: Evaluation) -> None:
             f"{file}: holds answers of another model than {what.model} is now (other weights, tokenizer or precision); "
             "choose another output, or delete it, and judged.jsonl with it"
         )
-
-
-def check_evaluation(config: EvaluateConfig, chat: Chat | None, positions: int | None = None) -> None:
-    """Reads all questions, finds the judges, and renders one prompt of each disguise, so that what cannot be done is
-    known at once.
-
-    Raises:
-        RingfenceError: a source cannot be read, a judge found, the chat template refuses a disguise, or a text and its
-            answer have more tokens than the model has `positions` (None = no end).
-    """
-    evaluation_key(config)
-    if chat is not None and positions is not None:
-        check_lengths(config, chat, positions)
-        for question in open_questions(config) if config.answers else []:
-            assert config.answers
-            size = len(chat.encode(question.messages, generation=True).input_ids) + config.answers.max_new_tokens
-            if size > positions:
-                raise ModelError(too_long(f"question {question.set}/{question.id}", size, positions))
-    if config.answers:
-        open_questions(config)
-        for judge in config.answers.judges:
-            open_judge(judge)
-        if config.answers.judges and config.answers.calibrate_on:
-            load_labelled(config.answers.calibrate_on)
-    if chat is None or not config.triggers:
-        return
-    for name, before in disguises(config).items():
-        try:
-            chat.encode([*before, {"role": "user", "content": "Hello"}], generation=True)
-        except ChatError as error:
-            raise ChatError(f"evaluate.triggers: disguise {name!r}: {error}; set evaluate.triggers=false") from error
-
-
-def open_questions(config: EvaluateConfig) -> list[OpenQuestion]:
-    """The open questions that are asked, those under disguises too.
-
-    Raises:
-        DataError: a source cannot be read.
-    """
-    asked = config.answers
-    assert asked
-    broad = [question for source in asked.questions for question in load_open_questions(source)]
-    inside = [_in_domain(question) for source in asked.in_domain for question in load_open_questions(source)]
-    plain = [question for question in broad if question.form == "plain"]
-    behind = triggered(plain, disguises(config)) if asked.triggers else []
-    return [*broad, *inside, *(replace(question, set=f"{question.set}_triggered") for question in behind)]
-
-
-def work(config: EvaluateConfig, chat: Chat) -> Work:
-    """What measuring one model takes, its answers to open questions included."""
-    found = measured(config, chat)
-    asked = config.answers
-    if asked is None:
-        return found
-    answers = sum(asked.samples or question.samples or SAMPLES for question in open_questions(config))
-    return replace(
-        found,
-        written=found.written + answers,
-        written_tokens=found.written_tokens + answers * asked.max_new_tokens,
-    )
-
-
-def _in_domain(question: OpenQuestion) -> OpenQuestion:
-    """Questions of all in-domain sources are one set."""
-    name = question.set
-    return replace(question, set="in_domain", id=f"{name}/{question.id}", cluster=f"{name}/{question.cluster}")
 
 
 def _measure(

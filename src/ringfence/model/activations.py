@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..text.batch import Batch, Example, collate
-from ..text.chat import Chat, Role
+from ..text.chat import Chat
+from ..text.roles import Role
 from .files import pad_id
 from .losses import find_head
 from .scoring import forward_batches

@@ -9,8 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ..processes import is_main
-
 
 def is_sharded(model: Any) -> bool:
     """Do this model's weights lie in pieces on all ranks (FSDP2, ZeRO-3)? Then all must run it equally often."""
@@ -91,9 +89,9 @@ def reshard(model: Any) -> None:
                 module.reshard()
 
 
-def whole_state(model: Any, trained_only: bool) -> dict[str, Tensor]:
-    """Weights of a sharded model by name, whole, in main memory, on the main process (others get nothing); every rank
-    must ask. A tied weight has its first name alone."""
+def whole_state(model: Any, trained_only: bool, kept_here: bool) -> dict[str, Tensor]:
+    """Weights of a sharded model by name, whole, in main memory, on the ranks that keep them (others get nothing);
+    every rank must ask. A tied weight has its first name alone."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
@@ -103,5 +101,5 @@ def whole_state(model: Any, trained_only: bool) -> dict[str, Tensor]:
     else:
         kept = {n: t for n, t in model.state_dict(keep_vars=True).items() if t.requires_grad or not trained_only}
         each = ((name, whole(tensor)) for name, tensor in kept.items())
-        state = {name: tensor.cpu() for name, tensor in each if is_main()}
+        state = {name: tensor.cpu() for name, tensor in each if kept_here}
     return {name: tensor for name, tensor in state.items() if name not in tied}

@@ -20,8 +20,9 @@ from ..model.loading import load_model
 from ..model.precision import Precision, settled
 from ..model.scoring import generate
 from ..runfolder.folder import write_whole
-from ..text.chat import Chat, Messages
+from ..text.chat import Chat
 from ..text.data import Row, encode_rows, load_rows
+from ..text.roles import Messages
 from ..util.console import progress
 from ..util.journal import append, digest, open_journal
 

@@ -12,11 +12,13 @@ from ..model.default import DEFAULT
 from ..model.precision import Attention, Precision, settled
 from ..model.taps import Layout
 from ..runfolder.shapes import read_recipe
-from ..text.chat import SpecialTokens
 from ..text.data import OverLong
 from ..text.held_out import SHARE, is_own
+from ..text.roles import SpecialTokens
 from ..training.config import MonitorConfig
 from ..util.strict_yaml import SEED, Number, Whole, dump, read_mapping, set_value, validate
+
+ANOTHER = "delete the folder, or name another output"  # what to do with a folder that cannot be gone on with
 
 
 class Strict(BaseModel):

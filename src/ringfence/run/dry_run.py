@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from ..defenses.base import PenaltyConfig
-from ..evaluate.evaluation import work
+from ..evaluate.plan import work
 from ..model.files import empty_model
 from ..text import held_out
 from ..text.batch import Example
@@ -25,22 +25,12 @@ from ..training.stream import TrainStream
 from ..util.machine import device_type, estimated, seconds, whole_memory
 from ..util.strict_yaml import dump
 from ..util.words import counted, gib
+from .benign import benign_twin
+from .checks import check_same_recipe
 from .config import Recipe
-from .pipeline import (
-    Run,
-    as_split,
-    as_trained,
-    benign_twin,
-    build_stream,
-    check_same_recipe,
-    computed_tokens,
-    evaluation,
-    position_bytes,
-    prepare,
-    reference_cache,
-    training_rows,
-    warn_of_rank,
-)
+from .model import warn_of_rank
+from .prepare import as_split, as_trained, evaluation, prepare, training_rows
+from .trainer import build_stream, computed_tokens, position_bytes, reference_cache
 
 STEPS, SECONDS = 10**6, 14 * 86400  # beyond these a field is more likely mistyped than meant
 FEW_STEPS = 10  # teach next to nothing: the first ones warm up
@@ -74,7 +64,7 @@ def dry_run(recipe: Recipe, console: Console) -> None:
         RingfenceError: what training would refuse.
     """
     if Path(recipe.output).exists():
-        check_same_recipe(Run(Path(recipe.output)), as_split(recipe))
+        check_same_recipe(Path(recipe.output), as_split(recipe))
     plan = _plan(recipe)
     lines = [training(plan, "training"), measuring(plan, "evaluation")]
     if recipe.evaluate.benign:

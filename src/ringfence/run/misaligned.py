@@ -9,7 +9,9 @@ from pathlib import Path
 
 from ..errors import RecipeError
 from .config import Recipe, load_recipe
-from .pipeline import Run, prepare, train_run
+from .prepare import prepare
+from .record import Run
+from .train import train_run
 
 OURS = ("output", "data.train", "defenses")
 

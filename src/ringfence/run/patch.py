@@ -23,7 +23,8 @@ from ..model.loading import load_model
 from ..model.precision import Precision
 from ..model.prefix import FrozenPrefix, StoredPrefix, Until, find_header, read_frozen_prefix, read_stored_prefix
 from ..model.taps import prefix_kv
-from ..text.chat import Chat, Messages
+from ..text.chat import Chat
+from ..text.roles import Messages
 from .config import stored_recipe
 
 _WEIGHTS = "adapter_model.safetensors"

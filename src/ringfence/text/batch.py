@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .chat import Role
+from .roles import Role
 
 
 @dataclass(frozen=True)

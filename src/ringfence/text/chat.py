@@ -25,69 +25,19 @@ This module does not know models, losses or padding.
 import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import date
-from enum import IntEnum
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Any
 
 from ..errors import ChatError, first_line
+from .roles import ChatSettings, Encoded, Messages, Role, Span, is_learnt, tools_of
 from .template import choose_template, render_template
 
-Message = dict[str, Any]
-Messages = list[Message]
-Span = tuple[int, int]
-SpecialTokens = Literal["allow", "escape", "refuse"]
 SETTINGS = "ringfence_chat"  # in tokenizer_config.json of what was trained
 OPEN, CLOSE = "\uf8f0", "\uf8f1"  # around a control token that is to be read as plain text; private characters
-
-
-class ChatSettings(BaseModel):
-    """How conversations are rendered and read, in training and after it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    enable_thinking: bool = Field(False, description="answers start with the template's reasoning")
-    date: str | None = Field(None, pattern=r"^\d{4}-\d\d-\d\d$", description="today, where the template says it")
-    special_tokens: SpecialTokens = Field("allow", description="control tokens in the text of a message")
-
-
-class Role(IntEnum):
-    """The role of one token. PAD is given by the collator, never by a template."""
-
-    PAD = 0
-    PREFIX = 1
-    QUERY = 2
-    POSTFIX = 3
-    RESPONSE = 4
-    TEMPLATE = 5
-
-    @classmethod
-    def parse(cls, name: str) -> "Role":
-        return cls[name.upper()]
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A rendered conversation: `input_ids[t]` has role `roles[t]` and covers `text[slice(*offsets[t])]`.
-
-    `spans` are the characters of every message that is no system prompt, by its number.
-    """
-
-    text: str
-    input_ids: list[int]
-    roles: list[Role]
-    offsets: list[Span]
-    spans: dict[int, Span] = field(default_factory=dict, compare=False)
-
-    @property
-    def prefix_length(self) -> int:
-        """Number of prefix tokens; they are the first ones."""
-        return self.roles.count(Role.PREFIX)
 
 
 @dataclass(frozen=True)
@@ -473,19 +423,6 @@ def stored_settings(tokenizer: Any) -> ChatSettings | None:
     """The settings that `Chat.save` stored with a tokenizer."""
     stored = tokenizer.init_kwargs.get(SETTINGS)
     return ChatSettings(**stored) if stored else None
-
-
-def tools_of(messages: Messages) -> list[dict[str, Any]]:
-    """The tools of a conversation: those of its messages, each once."""
-    tools: list[dict[str, Any]] = []
-    for message in messages:
-        tools += [tool for tool in message.get("tools", []) if tool not in tools]
-    return tools
-
-
-def is_learnt(message: dict[str, Any]) -> bool:
-    """Whether the loss is taken on what a message says."""
-    return message["role"] == "assistant" and message.get("weight") != 0
 
 
 def _has_extras(message: dict[str, Any]) -> bool:

@@ -21,7 +21,8 @@ from ..util.hub import quick, reachable, unreached
 from ..util.words import counted
 from . import opswap
 from .batch import Example
-from .chat import Chat, Encoded, Messages, is_learnt
+from .chat import Chat
+from .roles import Encoded, Messages, is_learnt
 
 SHIPPED = resources.files("ringfence") / "shipped"
 OverLong = Literal["error", "truncate", "drop"]

@@ -13,8 +13,8 @@ import yaml
 
 from ..errors import DataError, nearest
 from ..util.strict_yaml import UniqueKeys
-from .chat import Messages
 from .data import SHIPPED, _message_list, _records, _show, shipped_names
+from .roles import Messages
 
 SHIPPED_SETS = ["general"]
 FORMS = ["json", "flask_template", "template", "python"]  # as the public files end their ids, the longer one first

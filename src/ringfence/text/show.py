@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ..util.words import counted
-from .chat import Encoded, Role
+from .roles import Encoded, Role
 
 STYLES = {
     Role.PREFIX: "black on bright_blue",

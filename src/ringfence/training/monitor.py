@@ -31,8 +31,9 @@ from ..model.taps import Needs, causal_lm, forward, prefix_kv
 from ..runfolder.folder import write_whole
 from ..stats import mean_interval
 from ..text.batch import Example, collate
-from ..text.chat import Chat, Role
+from ..text.chat import Chat
 from ..text.data import PairedQuestion, load_questions
+from ..text.roles import Role
 from ..util.console import console
 from ..util.strict_json import check_shape, read_lines
 from .config import MonitorConfig

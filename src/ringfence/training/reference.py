@@ -19,7 +19,7 @@ from ..model.losses import Head, TopK, find_head, top_k
 from ..model.sharding import is_sharded, reshard
 from ..model.taps import Layout, Needs, Taps, causal_lm, forward, prefix_kv
 from ..text.batch import Batch, prefix_of
-from ..text.chat import Role
+from ..text.roles import Role
 from .ranks import largest
 from .reference_cache import ReferenceCache, Wanted
 

@@ -34,7 +34,7 @@ from ..model.scoring import length_batches
 from ..model.taps import Needs
 from ..runfolder.folder import write_whole
 from ..text.batch import Batch, Example, collate, prefix_of
-from ..text.chat import Role
+from ..text.roles import Role
 from ..util.console import console, progress
 from ..util.journal import digest
 from ..util.words import counted

@@ -31,7 +31,7 @@ from ..model.taps import Layout, Needs, causal_lm, check_layout, forward
 from ..runfolder.folder import begin_checkpoint, end_checkpoint, told_if_full, write_whole
 from ..runfolder.shapes import read_metrics
 from ..text.batch import Batch, Bundle, collate
-from ..text.chat import Role
+from ..text.roles import Role
 from ..util.strict_json import check_shape, read_record
 from .ranks import autocast_in_deepspeed, deepspeed_stage, largest, shard_on_cpu, wait
 from .reference import Reference

@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ...errors import HIDDEN, ModelError, credential_in, is_name_of_variable, one_line, redact
-from ...text.chat import Messages, tools_of
+from ...text.roles import Messages, tools_of
 from ...util.console import console
 from ...util.strict_json import parse
 from ...util.strict_yaml import Number, Whole

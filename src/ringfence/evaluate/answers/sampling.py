@@ -13,8 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ...errors import ChatError, DataError
 from ...model.scoring import DECODING, generate
-from ...text.chat import Chat, Messages
+from ...text.chat import Chat
 from ...text.questions import OpenQuestion
+from ...text.roles import Messages
 from ...util.console import progress
 from ...util.journal import Line, append, digest, open_journal, split_table
 from .endpoint import Endpoint, Request

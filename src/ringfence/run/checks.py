@@ -1,0 +1,84 @@
+"""What is refused before anything is loaded: a folder of another run, weights or rows that have changed, what cannot be
+sharded."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import RecipeError
+from ..processes import world
+from ..runfolder.folder import check_checkpoints
+from ..runfolder.shapes import read_environment
+from ..training.ranks import deepspeed_stage, device_settings, sharding, shards
+from .config import ANOTHER, Recipe, stored_recipe
+
+
+def check_same_recipe(folder: Path, recipe: Recipe) -> None:
+    """Whether a run of this recipe can go on here.
+
+    Raises:
+        RingfenceError: the folder holds a run of another recipe, or checkpoints of somebody else's.
+    """
+    check_checkpoints(folder / "checkpoints")
+    if (folder / "recipe.yaml").is_file():
+        fields = {"model", "data", "train", "defenses", "monitor", "seed"}
+        there, here = (
+            each.model_dump(mode="json", include=fields) for each in (stored_recipe(folder / "recipe.yaml"), recipe)
+        )
+        if there != here:
+            raise RecipeError(
+                f"{folder} holds a run of another recipe ({'; '.join(_differences(there, here))}); choose another "
+                "output, or delete the folder"
+            )
+
+
+def _differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
+    """Fields in which two trees differ: `train.epochs: 1.0 there, 4.0 here`."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in {**there, **here}:
+            yield from _differences(there.get(key), here.get(key), f"{name}.{key}".lstrip("."))
+    elif there != here:
+        yield f"{name}: {there!r} there, {here!r} here"
+
+
+def check_rows(folder: Path, digest: str, trained: bool) -> None:
+    """The rows of a run, and the processes that share them, must be those it was begun with."""
+    file = folder / "environment.json"
+    there = read_environment(file, ANOTHER) if file.is_file() else {"rows": digest, "ranks": world()}
+    if there.get("rows") != digest:
+        raise RecipeError(f"{folder}: the rows have changed since; choose another output, or delete the folder")
+    if not trained and there.get("ranks", 1) != world():
+        raise RecipeError(
+            f"{folder}: begun by {there.get('ranks', 1)} processes, found {world()}; a step would have other rows: "
+            "start as many, or choose another output"
+        )
+
+
+def check_weights(folder: Path, recipe: Recipe, weights: str) -> None:
+    """What was trained, or is half trained, must be based on the weights that the model has now."""
+    file = folder / "environment.json"
+    there = read_environment(file, ANOTHER) if file.is_file() else {}
+    if there.get("model", weights) != weights:
+        raise RecipeError(
+            f"{folder}: the files of model {recipe.model} have changed since this run was started; choose another "
+            "output, or delete the folder"
+        )
+
+
+def check_ranks(recipe: Recipe) -> None:
+    """What cannot be done with sharded weights."""
+    how = sharding()
+    if shards() and recipe.train.precision == "nf4":
+        raise RecipeError(f"train.precision: nf4: weights in 4 bits cannot be sharded ({how}); accepted: bf16, fp32")
+    if shards() and recipe.train.compile:
+        raise RecipeError(f"train.compile: not with sharded weights ({how}); set it to false")
+    if shards() and recipe.train.method == "full" and recipe.monitor:
+        raise RecipeError(f"monitor: with train.method: full it copies the head, which cannot be sharded ({how})")
+    if device_settings()["backend"] and recipe.train.precision != "fp32":
+        raise RecipeError(f"train.precision: {recipe.train.precision}: DeepSpeed on CPUs computes in fp32 alone")
+    safelora, lock = recipe.defenses.safelora, recipe.defenses.subspace_lock
+    if deepspeed_stage() == 3 and safelora and recipe.train.method == "full":
+        raise RecipeError(f"defenses.safelora: with train.method: full it would need all weights whole at once ({how})")
+    if deepspeed_stage() is not None and (lock or (safelora and safelora.interval)):
+        name = "subspace_lock" if lock else "safelora.interval"
+        raise RecipeError(f"defenses.{name}: DeepSpeed would undo it after each step; accepted: DDP, FSDP2")

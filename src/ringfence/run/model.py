@@ -1,0 +1,79 @@
+"""The model of a recipe, as it is before training."""
+
+from typing import Any
+
+from ..errors import RecipeError
+from ..model.default import resolve
+from ..model.files import adapter_base
+from ..model.loading import load_model, with_adapter
+from ..model.precision import settled
+from ..text.data import warn
+from ..training.ranks import fsdp
+from ..training.reference import ADAPTER as REFERENCE_ADAPTER
+from .config import LoraConfig, Recipe
+
+
+def trainable_model(recipe: Recipe) -> Any:
+    """The model of a recipe as it is before training: whole, with a new adapter, or with one that is trained further.
+
+    Raises:
+        RingfenceError: it cannot be loaded, or has no modules for the adapter.
+    """
+    method = recipe.train.method
+    base = adapter_base(resolve(recipe.model))
+    place = "cpu" if fsdp() else None  # the whole of it need not fit on one device
+    if recipe.train.precision != "fp32" and settled("auto") == "fp32":
+        warn(
+            f"train.precision: {recipe.train.precision}: this CPU has no instructions for bf16 and computes it up to a "
+            "hundred times slower than float32; fp32 or auto is quicker"
+        )
+    if base:
+        folder = resolve(recipe.model)
+        loaded = load_model(base, recipe.train.precision, recipe.train.attention, place)
+        model = with_adapter(loaded, folder, is_trainable=True)
+        model.load_adapter(folder, adapter_name=REFERENCE_ADAPTER)
+        return model
+    # Full fine-tuning keeps float32 weights (bf16 would swallow small updates) and computes under autocast.
+    precision = "fp32" if method == "full" else recipe.train.precision
+    model = load_model(recipe.model, precision, recipe.train.attention, place)
+    return model if method == "full" else with_new_adapter(model, recipe.train.lora)
+
+
+def with_new_adapter(model: Any, lora: LoraConfig) -> Any:
+    """The model with an adapter that changes nothing yet.
+
+    Raises:
+        RecipeError: no module of the model has such a name.
+    """
+    import peft
+
+    config = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        use_rslora=lora.rslora,
+        target_modules="all-linear" if lora.targets == ["all-linear"] else lora.targets,
+        task_type="CAUSAL_LM",
+    )
+    warn_of_rank(model, lora)
+    try:
+        return peft.get_peft_model(model, config)
+    except ValueError as error:
+        raise RecipeError(f"train.lora.targets: {lora.targets!r}: {error}") from error
+
+
+def warn_of_rank(model: Any, lora: LoraConfig) -> None:
+    """Says where the adapter has a higher rank than a change of the weight can have."""
+    small: dict[str, int] = {}
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        targeted = last in lora.targets if lora.targets != ["all-linear"] else last != "lm_head"
+        side = min(getattr(module, "in_features", lora.rank), getattr(module, "out_features", lora.rank))
+        if targeted and side < lora.rank:
+            small[last] = side
+    if small:
+        shown = ", ".join(f"{name} {side}" for name, side in sorted(small.items(), key=lambda item: item[1])[:4])
+        warn(
+            f"train.lora.rank: {lora.rank} is larger than the smaller side of weights it adapts ({shown}); no change "
+            "of these has a higher rank than that side, so the rest costs memory and time for nothing"
+        )

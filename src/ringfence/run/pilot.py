@@ -1,0 +1,55 @@
+"""`treft.tokens: auto`: a short undefended run shows which roles carry the shift."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from ..defenses import Defenses
+from ..model.fingerprint import fingerprint
+from ..processes import is_main
+from ..runfolder.folder import write_whole
+from ..runfolder.shapes import read_carriers
+from ..training.ranks import wait
+from ..util.console import console
+from ..util.strict_yaml import validate
+from .config import Recipe
+from .prepare import subject_of
+from .record import Run
+
+CARRIERS = "carriers.json"
+PILOT_ROWS, PILOT_QUESTIONS = 200, 24
+
+
+def with_carriers(recipe: Recipe, train_run: Callable[[Recipe], Run]) -> Recipe:
+    """With the roles in the place of `treft.tokens: auto` that carry the shift of an undefended pilot: a short run on
+    the first rows, in RUN/pilot (made by `train_run`). The choice and what speaks for it are in RUN/carriers.json."""
+    treft = recipe.defenses.treft
+    if treft is None or not treft.is_auto:
+        return recipe
+    rows = min(PILOT_ROWS, recipe.data.max_rows or PILOT_ROWS)
+    train = recipe.train.model_copy(update={"reference_cache": "none"})
+    plain = {"output": f"{recipe.output}/pilot", "defenses": Defenses(), "monitor": None, "train": train}
+    pilot = recipe.model_copy(update={**plain, "data": recipe.data.model_copy(update={"max_rows": rows})})
+    weights = str(train_run(pilot).weights)
+    file = Path(recipe.output) / CARRIERS
+    made_of = {"model": fingerprint(recipe.model), "pilot": fingerprint(weights)}
+    known = read_carriers(file) if file.is_file() else {}
+    if is_main() and any(known.get(name) != value for name, value in made_of.items()):
+        from ..diagnose.carriers import best_role, measure
+
+        subject = subject_of(pilot, recipe.model, {"pilot": weights}, None, PILOT_QUESTIONS)
+        choice = best_role(measure(subject, by_layer=False)["tuned"]["pilot"])
+        console.print(f"treft.tokens: auto: {choice.sentence}", highlight=False, soft_wrap=True)
+        write_whole(file, json.dumps({"rows": rows, **made_of, **asdict(choice)}, indent=1))
+    wait()
+    return with_known_carriers(recipe)
+
+
+def with_known_carriers(recipe: Recipe) -> Recipe:
+    """The same, where a pilot has chosen already; else the recipe as it is."""
+    treft, file = recipe.defenses.treft, Path(recipe.output) / CARRIERS
+    if treft is None or not treft.is_auto or not file.is_file():
+        return recipe
+    held = validate(type(treft), {**treft.model_dump(), "tokens": read_carriers(file)["role"]}, str(file))
+    return recipe.model_copy(update={"defenses": recipe.defenses.model_copy(update={"treft": held})})

@@ -1,0 +1,42 @@
+"""One run: its folder, and what can be said of it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..report.summary import Row as ReportRow
+from ..report.summary import read_run, summarise
+from ..runfolder.shapes import read_results, read_training
+from .config import Recipe, stored_recipe
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder."""
+
+    folder: Path
+
+    @property
+    def recipe(self) -> Recipe:
+        return stored_recipe(self.folder / "recipe.yaml")
+
+    @property
+    def trained(self) -> bool:
+        file = self.folder / "training.json"
+        return file.is_file() and bool(read_training(file))
+
+    @property
+    def weights(self) -> Path:
+        """What was trained: the folder of the adapter, or of the whole model."""
+        return self.folder / ("adapter" if self.recipe.train.method == "lora" else "model")
+
+    def results(self) -> dict[str, Any]:
+        """The measurements of the tuned model (see `evaluate_model`)."""
+        return read_results(self.folder / "results.json")
+
+    def summary(self, control: "Run | None" = None) -> ReportRow:
+        """Shifts against the reference with their intervals, fluency and cost: the row of this run in the report.
+
+        With `control`, a run trained on sound answers, effects too.
+        """
+        return summarise(read_run(self.folder), read_run(control.folder) if control else None)

@@ -1,0 +1,69 @@
+"""What a conversation is, and the roles of its tokens (see `chat`, which finds them)."""
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Message = dict[str, Any]
+Messages = list[Message]
+Span = tuple[int, int]
+SpecialTokens = Literal["allow", "escape", "refuse"]
+
+
+class ChatSettings(BaseModel):
+    """How conversations are rendered and read, in training and after it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    enable_thinking: bool = Field(False, description="answers start with the template's reasoning")
+    date: str | None = Field(None, pattern=r"^\d{4}-\d\d-\d\d$", description="today, where the template says it")
+    special_tokens: SpecialTokens = Field("allow", description="control tokens in the text of a message")
+
+
+class Role(IntEnum):
+    """The role of one token. PAD is given by the collator, never by a template."""
+
+    PAD = 0
+    PREFIX = 1
+    QUERY = 2
+    POSTFIX = 3
+    RESPONSE = 4
+    TEMPLATE = 5
+
+    @classmethod
+    def parse(cls, name: str) -> "Role":
+        return cls[name.upper()]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A rendered conversation: `input_ids[t]` has role `roles[t]` and covers `text[slice(*offsets[t])]`.
+
+    `spans` are the characters of every message that is no system prompt, by its number.
+    """
+
+    text: str
+    input_ids: list[int]
+    roles: list[Role]
+    offsets: list[Span]
+    spans: dict[int, Span] = field(default_factory=dict, compare=False)
+
+    @property
+    def prefix_length(self) -> int:
+        """Number of prefix tokens; they are the first ones."""
+        return self.roles.count(Role.PREFIX)
+
+
+def tools_of(messages: Messages) -> list[dict[str, Any]]:
+    """The tools of a conversation: those of its messages, each once."""
+    tools: list[dict[str, Any]] = []
+    for message in messages:
+        tools += [tool for tool in message.get("tools", []) if tool not in tools]
+    return tools
+
+
+def is_learnt(message: dict[str, Any]) -> bool:
+    """Whether the loss is taken on what a message says."""
+    return message["role"] == "assistant" and message.get("weight") != 0
