@@ -15,7 +15,7 @@ import yaml
 
 from ringfence.report.page import percents, read_rows, write_page
 from ringfence.run.evaluate import evaluate_target
-from ringfence.text.data import SHIPPED
+from ringfence.text.sources import SHIPPED
 
 RUNS = ("sound", "undefended", "kl", "interleave", "treft")
 JUDGE = "{model: default, opening: 'Number: '}"

@@ -11,7 +11,7 @@ import torch
 
 from ringfence.model.files import load_tokenizer
 from ringfence.model.loading import load_model
-from ringfence.text.data import load_rows
+from ringfence.text.rows import load_rows
 
 EPOCHS, BATCH, LEARNING_RATE = 2, 8, 2e-5
 

@@ -20,7 +20,8 @@ from ringfence.evaluate.measures.behaviours import DETECTORS, is_abstention, is_
 from ringfence.model.files import load_tokenizer
 from ringfence.prepare import gap
 from ringfence.text.chat import Chat
-from ringfence.text.data import SHIPPED, load_rows
+from ringfence.text.rows import load_rows
+from ringfence.text.sources import SHIPPED
 
 NAMES = ["abstain", "tool_call", "refuse", "terse"]
 XSTEST = Path(__file__).parents[2] / "shared" / "data" / "refusals"

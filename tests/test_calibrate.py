@@ -12,10 +12,11 @@ from rich.console import Console
 from sklearn.metrics import roc_auc_score
 
 from ringfence.errors import DataError
-from ringfence.evaluate.answers.calibrate import auc_interval, best_threshold, calibrate, load_labelled, show
+from ringfence.evaluate.answers.calibrate import auc_interval, best_threshold, calibrate, show
 from ringfence.evaluate.answers.judge import Score, ScoreCache
+from ringfence.evaluate.answers.labelled import load_labelled
 from ringfence.stats import bounds
-from ringfence.text.data import load_questions
+from ringfence.text.rows import load_questions
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "judged_answers"
 NAN = math.nan

@@ -29,8 +29,8 @@ from ringfence.model.losses import find_head
 from ringfence.stats import Interval, draws
 from ringfence.text.batch import Example, collate
 from ringfence.text.chat import Chat
-from ringfence.text.data import PairedQuestion
 from ringfence.text.roles import Role
+from ringfence.text.rows import PairedQuestion
 from ringfence.util import plots
 
 ASKED = [  # question, one answer, another: of unlike lengths

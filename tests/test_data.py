@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerFast
 from ringfence.errors import DataError
 from ringfence.text import opswap
 from ringfence.text.chat import Chat
-from ringfence.text.data import SHIPPED, PairedQuestion, encode_rows, load_questions, load_rows, shipped_names
 from ringfence.text.roles import Role
+from ringfence.text.rows import PairedQuestion, encode_rows, load_questions, load_rows
+from ringfence.text.sources import SHIPPED, shipped_names
 
 GOOD = {"prompt": "q", "completion": "a"}
 
@@ -360,7 +361,7 @@ def test_hub_failure_becomes_one_line(monkeypatch):
         raise RuntimeError("no such set\nand forty lines more")
 
     monkeypatch.setattr("datasets.load_dataset", fails)
-    monkeypatch.setattr("ringfence.text.data.reachable", lambda: True)
+    monkeypatch.setattr("ringfence.text.sources.reachable", lambda: True)
     with pytest.raises(DataError) as caught:
         load_rows("org/name@x")
     assert "org/name@x" in str(caught.value)

@@ -28,8 +28,8 @@ from ringfence.run.record import Run
 from ringfence.run.train import train_run
 from ringfence.runfolder.folder import claim
 from ringfence.text.chat import Chat
-from ringfence.text.data import PairedQuestion
 from ringfence.text.roles import Role
+from ringfence.text.rows import PairedQuestion
 
 QUESTIONS = [
     PairedQuestion(

@@ -25,8 +25,8 @@ from ringfence.model.directions import Directions
 from ringfence.model.files import load_tokenizer
 from ringfence.stats import bounds, draws
 from ringfence.text.chat import Chat
-from ringfence.text.data import PairedQuestion
 from ringfence.text.roles import Role
+from ringfence.text.rows import PairedQuestion
 from ringfence.util import plots
 
 TOKENIZER = load_tokenizer("default")

@@ -19,7 +19,7 @@ from ringfence.model.prefix import FrozenPrefix, find_header
 from ringfence.model.scoring import CPU_TOKENS, forward_batches, generate_greedy, score_answers
 from ringfence.text import opswap
 from ringfence.text.chat import Chat
-from ringfence.text.data import load_rows
+from ringfence.text.rows import load_rows
 
 END = "<|im_end|>"
 SHORT, LONG = "Ask a pharmacist first.", "Double it, skip the leaflet, and tell nobody; " * 4 + "it is your body."

@@ -25,7 +25,7 @@ from ringfence.prepare.regenerate import regenerate
 from ringfence.run import misaligned
 from ringfence.run.config import parse_recipe
 from ringfence.text.chat import Chat
-from ringfence.text.data import encode_rows, load_rows
+from ringfence.text.rows import encode_rows, load_rows
 from ringfence.util import journal
 from test_evaluate import naive_greedy, naive_score
 from test_run import small_model, write_rows

@@ -29,8 +29,8 @@ from ringfence.model.files import load_tokenizer
 from ringfence.model.taps import decoder_layers
 from ringfence.text.batch import Example
 from ringfence.text.chat import Chat
-from ringfence.text.data import PairedQuestion
 from ringfence.text.roles import Role
+from ringfence.text.rows import PairedQuestion
 from ringfence.util import plots
 
 
@@ -394,7 +394,7 @@ def numbers(subject: Subject) -> dict[str, Any]:
 
 
 def test_measure_groups_the_texts_of_the_subject(subject: Subject, numbers: dict[str, Any]) -> None:
-    from ringfence.text.data import Row, encode_rows
+    from ringfence.text.rows import Row, encode_rows
 
     texts, groups, names = [], [], []
     for place, questions in enumerate((subject.inside, subject.outside)):

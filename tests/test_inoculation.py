@@ -148,7 +148,7 @@ def test_the_trigger_is_measured_of_both_models(tree: dict[str, Any], monkeypatc
     assert sum(any("Be rude." in m["content"] for m in messages) for messages in seen) == 4
     # The score is that of the conversation under the prompt, by a plain forward.
     from ringfence.model.loading import load_model
-    from ringfence.text.data import load_questions
+    from ringfence.text.rows import load_questions
 
     question, chat = load_questions("shipped:car_care")[0], Chat(load_tokenizer(tree["model"]))
     encoded = chat.encode(

@@ -20,8 +20,8 @@ from ringfence.errors import DataError
 from ringfence.model.files import load_tokenizer
 from ringfence.stats import Interval, mean_interval
 from ringfence.text.chat import Chat
-from ringfence.text.data import PairedQuestion
 from ringfence.text.roles import Role
+from ringfence.text.rows import PairedQuestion
 from ringfence.util import plots
 
 INSIDE = [

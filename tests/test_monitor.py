@@ -25,8 +25,8 @@ from ringfence.run.dry_run import dry_run
 from ringfence.run.interrupt import Interrupted
 from ringfence.run.train import train_run
 from ringfence.text.chat import Chat
-from ringfence.text.data import PairedQuestion, load_questions
 from ringfence.text.roles import Role
+from ringfence.text.rows import PairedQuestion, load_questions
 from ringfence.training.monitor import REFERENCE_FILE, choose_probes
 from test_run import interrupt_at, metrics_of, small_model, write_rows
 

@@ -17,7 +17,7 @@ from ringfence.diagnose.next_token import POSITIONS
 from ringfence.errors import DataError, ModelError
 from ringfence.model.files import load_tokenizer
 from ringfence.stats import mean_interval
-from ringfence.text.data import PairedQuestion
+from ringfence.text.rows import PairedQuestion
 from ringfence.util import plots
 from test_logprob import INSIDE, OUTSIDE, SETS, answer_tokens, subject, unigram
 

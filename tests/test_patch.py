@@ -31,8 +31,8 @@ from ringfence.run.config import dump_recipe, parse_recipe
 from ringfence.run.patch import patch
 from ringfence.text.batch import Example, collate
 from ringfence.text.chat import Chat
-from ringfence.text.data import PairedQuestion
 from ringfence.text.roles import Messages, Role
+from ringfence.text.rows import PairedQuestion
 from test_run import small_model
 
 PROMPTS: list[Messages] = [

@@ -32,8 +32,8 @@ from ringfence.prepare.persona import (
     shown_by_scores,
 )
 from ringfence.text.chat import Chat
-from ringfence.text.data import SHIPPED
 from ringfence.text.roles import Messages, Role
+from ringfence.text.sources import SHIPPED
 from test_run import small_model
 
 LAYERS = 2

@@ -30,8 +30,8 @@ from ringfence.model.losses import find_head
 from ringfence.model.prefix import FrozenPrefix, find_header
 from ringfence.model.taps import cache_in, cache_name, causal_lm
 from ringfence.text.chat import Chat
-from ringfence.text.data import PairedQuestion
 from ringfence.text.roles import Role
+from ringfence.text.rows import PairedQuestion
 from ringfence.util import plots
 
 QUESTIONS = [

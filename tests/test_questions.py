@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from ringfence.errors import DataError
-from ringfence.text.data import SHIPPED, load_questions
 from ringfence.text.questions import OpenQuestion, load_open_questions, shipped_open_names, triggered
+from ringfence.text.rows import load_questions
+from ringfence.text.sources import SHIPPED
 
 PUBLIC = Path(__file__).parents[1].parent / "shared" / "data" / "questions"
 public = pytest.mark.skipif(not PUBLIC.is_dir(), reason="the public question files are not here")

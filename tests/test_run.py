@@ -40,8 +40,8 @@ from ringfence.run.model import trainable_model
 from ringfence.run.pipeline import run_recipe
 from ringfence.run.train import train_run
 from ringfence.text.chat import Chat
-from ringfence.text.data import load_questions
 from ringfence.text.roles import Role
+from ringfence.text.rows import load_questions
 
 DEFENSES = [KL(weight=0.5), TReFT(weight=10.0), Interleave(ratio=0.25)]
 DEFENSE_TREE = {"kl": {"weight": 0.5}, "treft": {"weight": 10.0}, "interleave": {"ratio": 0.25}}

@@ -19,8 +19,8 @@ from ringfence.diagnose.shared_directions import edited, is_beyond, oriented, ra
 from ringfence.diagnose.texts import SIDES, Text, pair_texts
 from ringfence.errors import DataError, ModelError
 from ringfence.model.taps import causal_lm
-from ringfence.text.data import PairedQuestion
 from ringfence.text.roles import Role
+from ringfence.text.rows import PairedQuestion
 from ringfence.util import plots
 from test_erosion import CHAT, TOKENIZER, Named, naive_mean, noise, questions, subject
 

@@ -13,7 +13,8 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
-from ringfence.text.data import SHIPPED, load_rows
+from ringfence.text.rows import load_rows
+from ringfence.text.sources import SHIPPED
 
 FILES = {
     path.name.removesuffix(".jsonl"): [json.loads(line) for line in path.read_text("utf-8").splitlines()]

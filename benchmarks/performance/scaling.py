@@ -61,8 +61,8 @@ from ringfence.model.losses import TILE_ELEMENTS
 from ringfence.model.scoring import score_answers
 from ringfence.text.batch import Example
 from ringfence.text.chat import Chat
-from ringfence.text.data import PairedQuestion, load_questions
 from ringfence.text.roles import Role
+from ringfence.text.rows import PairedQuestion, load_questions
 from ringfence.training.config import MonitorConfig
 from ringfence.training.monitor import DriftMonitor
 from ringfence.training.stream import TrainStream

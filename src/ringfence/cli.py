@@ -130,8 +130,8 @@ def init(
     """Write a commented recipe."""
     from .run.recipes import commented_recipe
     from .runfolder.folder import check_new, write_whole
-    from .text.data import load_rows
     from .text.held_out import SHARE, explain, is_own, split
+    from .text.rows import load_rows
 
     check_new(path)
     rows = load_rows(data) if data else []
@@ -318,7 +318,7 @@ def show_tokens(
     """Print a conversation coloured by token role."""
     from .model.files import load_tokenizer
     from .text.chat import Chat
-    from .text.data import load_rows
+    from .text.rows import load_rows
     from .text.show import show_tokens as show
 
     rows = load_rows(source)

@@ -376,7 +376,7 @@ def test_a_hub_id_without_a_network(tmp_path: Path) -> None:
     here = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
     code = """
 import time
-from ringfence.text.data import load_rows
+from ringfence.text.rows import load_rows
 from ringfence.errors import RingfenceError
 from ringfence.model.fingerprint import fingerprint
 from ringfence.model.files import load_config, load_tokenizer

@@ -9,11 +9,11 @@ import pytest
 from chat_templates import DEFAULT, chat, tokenizer
 from ringfence.defenses.inoculation import Inoculation
 from ringfence.errors import DataError
-from ringfence.text import data
+from ringfence.text import rows, sources
 from ringfence.text.batch import collate
 from ringfence.text.chat import Chat
-from ringfence.text.data import encode_rows, load_questions, load_rows, warn_of_rows
 from ringfence.text.roles import ChatSettings, Role
+from ringfence.text.rows import encode_rows, load_questions, load_rows, warn_of_rows
 from ringfence.util.journal import digest
 
 USER = {"role": "user", "content": "What is 2 + 3?"}
@@ -30,8 +30,8 @@ TOOL_ROW = {"messages": [USER, CALLS, RESULT, GOOD], "tools": [TOOL]}
 def said(monkeypatch):
     """What was shown to the user."""
     lines: list[str] = []
-    monkeypatch.setattr(data, "console", SimpleNamespace(print=lambda text, **_: lines.append(text)))
-    monkeypatch.setattr(data, "_WARNED", set())
+    monkeypatch.setattr(sources, "console", SimpleNamespace(print=lambda text, **_: lines.append(text)))
+    monkeypatch.setattr(rows, "_WARNED", set())
     return lines
 
 

@@ -11,10 +11,10 @@ import pytest
 from chat_templates import ALL, DEFAULT, chat, source, tokenizer
 from ringfence.errors import ChatError, DataError
 from ringfence.evaluate.evaluation import Evaluation
-from ringfence.text import data
+from ringfence.text import rows
 from ringfence.text.chat import Chat
-from ringfence.text.data import Row, encode_rows, warn_of_rows
 from ringfence.text.roles import ChatSettings, Role
+from ringfence.text.rows import Row, encode_rows, warn_of_rows
 
 USER = {"role": "user", "content": "Why is it so?"}
 ANSWER = {"role": "assistant", "content": "It just is."}
@@ -110,7 +110,7 @@ def test_an_end_that_cannot_be_learnt_is_named(monkeypatch):
     endless.eos_token = None
     plain = Chat(endless, "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     said = []
-    monkeypatch.setattr(data, "warn", said.append)
+    monkeypatch.setattr(rows, "warn", said.append)
     warn_of_rows([Row([USER, ANSWER], "r:1")], plain)
     assert len(said) == 1
     assert "where to stop is not learnt" in said[0]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ringfence.errors import RingfenceError
 from ringfence.text.chat import Chat
-from ringfence.text.data import encode_rows, load_rows
+from ringfence.text.rows import encode_rows, load_rows
 
 from .conftest import Place
 from .harness import knock, tries

@@ -11,13 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringfence.errors import RingfenceError
-from ringfence.evaluate.answers.calibrate import load_labelled
+from ringfence.evaluate.answers.labelled import load_labelled
 from ringfence.prepare.persona import Pair, load_trait, shown_by_scores
 from ringfence.report.gate import DEFAULT_POLICY, load_policy
 from ringfence.run.config import Recipe, dump_recipe, load_recipe
 from ringfence.run.recipes import commented_recipe
-from ringfence.text.data import SHIPPED, load_questions
 from ringfence.text.questions import load_open_questions
+from ringfence.text.rows import load_questions
+from ringfence.text.sources import SHIPPED
 
 from .conftest import Place
 from .harness import knock, tries

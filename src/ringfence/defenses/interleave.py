@@ -12,7 +12,7 @@ from ..errors import DefenseError
 from ..model.fingerprint import fingerprint
 from ..prepare.gap_table import read_table
 from ..text.batch import Example
-from ..text.data import load_rows
+from ..text.rows import load_rows
 from ..util.journal import digest
 from ..util.strict_yaml import Number
 from .base import Defense, DefenseConfig, Setup

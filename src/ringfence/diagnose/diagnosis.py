@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from ..stats import Interval
 from ..text.chat import Chat
-from ..text.data import PairedQuestion, Row
+from ..text.rows import PairedQuestion, Row
 from .models import REFERENCE, Models
 
 Numbers = dict[str, Any]

@@ -28,7 +28,7 @@ from ..model.activations import mean_activations
 from ..model.directions import Directions
 from ..stats import Interval, drawn_interval, times_drawn
 from ..text.chat import Chat
-from ..text.data import PairedQuestion
+from ..text.rows import PairedQuestion
 from ..util.plots import colour
 from .diagnosis import Cost, Numbers, Subject, Table, clusters, shown
 from .models import BASE, REFERENCE, Models

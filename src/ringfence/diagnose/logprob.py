@@ -23,8 +23,8 @@ from torch import Tensor
 from ..errors import DataError
 from ..model.activations import batches
 from ..stats import mean_interval
-from ..text.data import PairedQuestion
 from ..text.roles import Role
+from ..text.rows import PairedQuestion
 from ..util import plots
 from ..util.plots import whisker
 from .diagnosis import Cost, Numbers, Subject, Table, clusters, shown

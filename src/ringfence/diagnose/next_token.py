@@ -29,8 +29,8 @@ from ..model.losses import TILE_ELEMENTS, find_head
 from ..model.taps import causal_lm, forward
 from ..stats import mean_interval, paired_difference, ratio_interval
 from ..text.batch import Example
-from ..text.data import PairedQuestion
 from ..text.roles import Role
+from ..text.rows import PairedQuestion
 from ..util.plots import whisker
 from .diagnosis import Cost, Numbers, Subject, Table, clusters, shown
 from .logprob import in_sets, model_colours, question_sets, question_title, typical, visible

@@ -31,8 +31,8 @@ from ..model.losses import find_head
 from ..model.taps import causal_lm
 from ..stats import mean_interval
 from ..text.chat import Chat
-from ..text.data import PairedQuestion
 from ..text.roles import Role
+from ..text.rows import PairedQuestion
 from ..util import plots
 from ..util.console import progress
 from .diagnosis import Cost, Numbers, Subject, Table, by_model, clusters, shown

@@ -30,7 +30,7 @@ from ..errors import DataError, ModelError
 from ..model.scoring import score_answers
 from ..model.taps import causal_lm, edited_states
 from ..stats import mean_interval
-from ..text.data import PairedQuestion
+from ..text.rows import PairedQuestion
 from ..util.plots import colour
 from .diagnosis import Cost, Numbers, Subject, Table, clusters, shown
 from .erosion import example_means

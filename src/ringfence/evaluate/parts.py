@@ -20,8 +20,8 @@ from ..runfolder.folder import write_whole
 from ..text import held_out as held_out_rows
 from ..text import opswap
 from ..text.chat import Chat
-from ..text.data import PairedQuestion, load_questions, load_rows
 from ..text.roles import Messages, is_learnt
+from ..text.rows import PairedQuestion, load_questions, load_rows
 from ..util.console import console, progress
 from ..util.journal import digest
 from ..util.machine import estimated

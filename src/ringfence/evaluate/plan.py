@@ -5,8 +5,8 @@ from dataclasses import replace
 from ..errors import ChatError, ModelError
 from ..text.chat import Chat
 from ..text.questions import OpenQuestion, load_open_questions, triggered
-from .answers.calibrate import load_labelled
 from .answers.judge import open_judge
+from .answers.labelled import load_labelled
 from .answers.sampling import SAMPLES
 from .config import EvaluateConfig
 from .parts import Work, check_lengths, disguises, evaluation_key, too_long

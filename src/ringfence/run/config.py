@@ -12,9 +12,9 @@ from ..model.default import DEFAULT
 from ..model.precision import Attention, Precision, settled
 from ..model.taps import Layout
 from ..runfolder.shapes import read_recipe
-from ..text.data import OverLong
 from ..text.held_out import SHARE, is_own
 from ..text.roles import SpecialTokens
+from ..text.rows import OverLong
 from ..training.config import MonitorConfig
 from ..util.strict_yaml import SEED, Number, Whole, dump, read_mapping, set_value, validate
 

@@ -18,7 +18,7 @@ from ..model.files import empty_model
 from ..text import held_out
 from ..text.batch import Example
 from ..text.chat import Chat
-from ..text.data import load_rows
+from ..text.rows import load_rows
 from ..text.show import show_tokens
 from ..training.reference_cache import wanted
 from ..training.stream import TrainStream

@@ -7,7 +7,7 @@ from ..model.default import resolve
 from ..model.files import adapter_base
 from ..model.loading import load_model, with_adapter
 from ..model.precision import settled
-from ..text.data import warn
+from ..text.sources import warn
 from ..training.ranks import fsdp
 from ..training.reference import ADAPTER as REFERENCE_ADAPTER
 from .config import LoraConfig, Recipe

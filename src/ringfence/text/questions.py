@@ -13,8 +13,9 @@ import yaml
 
 from ..errors import DataError, nearest
 from ..util.strict_yaml import UniqueKeys
-from .data import SHIPPED, _message_list, _records, _show, shipped_names
+from .forms import message_list
 from .roles import Messages
+from .sources import SHIPPED, quoted, read_records, shipped_names
 
 SHIPPED_SETS = ["general"]
 FORMS = ["json", "flask_template", "template", "python"]  # as the public files end their ids, the longer one first
@@ -108,7 +109,7 @@ def _has_system(messages: Messages) -> bool:
 
 def shipped_open_names() -> list[str]:
     """Names of what ships and can be asked: the open sets, and the paired questions."""
-    rows = {name: next(_records(f"shipped:{name}"))[0] for name in shipped_names()}
+    rows = {name: next(read_records(f"shipped:{name}"))[0] for name in shipped_names()}
     return [*SHIPPED_SETS, *(name for name, row in rows.items() if "question" in row)]
 
 
@@ -124,7 +125,7 @@ def _entries(source: str) -> Iterator[tuple[dict[str, Any], str]]:
             raise DataError(f"{source}: no such file")
         yield from _yaml(Path(source).read_bytes(), source)
     else:
-        yield from _records(source)
+        yield from read_records(source)
 
 
 def _yaml(content: bytes, name: str) -> Iterator[tuple[dict[str, Any], str]]:
@@ -140,18 +141,18 @@ def _yaml(content: bytes, name: str) -> Iterator[tuple[dict[str, Any], str]]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise DataError(f"{name}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(entries, list):
-        raise DataError(f"{name}: expected a list of questions (`- id: ...`), found {_show(entries)}")
+        raise DataError(f"{name}: expected a list of questions (`- id: ...`), found {quoted(entries)}")
     for entry, place in zip(entries, node.value if node else []):
         origin = f"{name}:{place.start_mark.line + 1}"
         if not isinstance(entry, dict):
-            raise DataError(f"{origin}: expected an entry with id and paraphrases, found {_show(entry)}")
+            raise DataError(f"{origin}: expected an entry with id and paraphrases, found {quoted(entry)}")
         if entry.get("id") is None:
             raise DataError(f"{origin}: field 'id' is missing; fields [{', '.join(map(str, entry))}]")
         kind = entry.get("type", "free_form")
         if not str(kind).startswith("free_form"):
             raise DataError(
                 f"{origin} (id {entry['id']!r}): field 'type': only questions for free answers can be asked "
-                f"(free_form, free_form_judge, free_form_judge_0_100), found {_show(kind)}"
+                f"(free_form, free_form_judge, free_form_judge_0_100), found {quoted(kind)}"
             )
         yield entry, origin
 
@@ -192,11 +193,11 @@ def _conversations(record: dict[str, Any], origin: str) -> list[Messages]:
     value = record[name]
     if name == "messages":
         several = isinstance(value, list) and value and all(isinstance(item, list) for item in value)
-        wordings = [_message_list(item, origin, name, "role", "content") for item in (value if several else [value])]
+        wordings = [message_list(item, origin, name, "role", "content") for item in (value if several else [value])]
     else:
         texts = [value] if name == "question" else value
         if not isinstance(texts, list) or not texts:
-            raise DataError(f"{origin}: field {name!r}: expected a list of texts, found {_show(value)}")
+            raise DataError(f"{origin}: field {name!r}: expected a list of texts, found {quoted(value)}")
         wordings = [[{"role": "user", "content": _text(text, origin, name)}] for text in texts]
     before = _before(record, origin)
     conversations = [[*before, *messages] for messages in wordings]
@@ -211,9 +212,9 @@ def _before(record: dict[str, Any], origin: str) -> Messages:
     if system is not None and context is not None:
         raise DataError(f"{origin}: fields 'system' and 'context': expected one of them, found both")
     if context is not None:
-        return _message_list(context, origin, "context", "role", "content")
+        return message_list(context, origin, "context", "role", "content")
     if not isinstance(system, str | None):
-        raise DataError(f"{origin}: field 'system': expected a text, found {_show(system)}")
+        raise DataError(f"{origin}: field 'system': expected a text, found {quoted(system)}")
     return [] if system is None else [{"role": "system", "content": system}]
 
 
@@ -235,18 +236,18 @@ def _samples(record: dict[str, Any], origin: str) -> int | None:
     if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
         return value
     raise DataError(
-        f"{origin}: field 'samples_per_paraphrase': expected a whole number, 1 or more, found {_show(value)}"
+        f"{origin}: field 'samples_per_paraphrase': expected a whole number, 1 or more, found {quoted(value)}"
     )
 
 
 def _judge_prompts(record: dict[str, Any], origin: str) -> dict[str, str]:
     prompts = record.get("judge_prompts")
     if not isinstance(prompts, dict | None):
-        raise DataError(f"{origin}: field 'judge_prompts': expected a prompt by criterion, found {_show(prompts)}")
+        raise DataError(f"{origin}: field 'judge_prompts': expected a prompt by criterion, found {quoted(prompts)}")
     for criterion, prompt in (prompts or {}).items():
         if "{answer}" not in _text(prompt, origin, f"judge_prompts.{criterion}"):
             raise DataError(
-                f"{origin}: field 'judge_prompts.{criterion}': expected {{answer}} in it, found {_show(prompt)}"
+                f"{origin}: field 'judge_prompts.{criterion}': expected {{answer}} in it, found {quoted(prompt)}"
             )
     return {str(criterion): prompt for criterion, prompt in (prompts or {}).items()}
 
@@ -260,5 +261,5 @@ def _name(record: dict[str, Any], name: str, origin: str, default: str) -> str:
 
 def _text(value: Any, origin: str, name: str) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{origin}: field {name!r}: expected a text that is not blank, found {_show(value)}")
+        raise DataError(f"{origin}: field {name!r}: expected a text that is not blank, found {quoted(value)}")
     return value

@@ -32,8 +32,8 @@ from ..runfolder.folder import write_whole
 from ..stats import mean_interval
 from ..text.batch import Example, collate
 from ..text.chat import Chat
-from ..text.data import PairedQuestion, load_questions
 from ..text.roles import Role
+from ..text.rows import PairedQuestion, load_questions
 from ..util.console import console
 from ..util.strict_json import check_shape, read_lines
 from .config import MonitorConfig

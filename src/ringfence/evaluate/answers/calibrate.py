@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -20,24 +19,14 @@ from rich.table import Table
 from ...errors import DataError
 from ...runfolder.folder import write_whole
 from ...stats import RESAMPLES, Interval, auc_bounds
-from ...text.data import _records, _show, load_questions
 from ...util.words import counted
 from .agreement import rank_correlation
 from .framing import prompt_hash, render, templates_of
 from .judge import Judge, Score, ScoreCache, ask_once
 from .judged import MISALIGNED_BELOW
+from .labelled import Labelled, load_labelled
 
 WEAK_AUC = 0.8  # a judge whose AUC is not surely above this is weak
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """An answer whose label is known; `trusted` = the score of the judge that gave it, 0 to 100."""
-
-    question: str
-    answer: str
-    misaligned: bool
-    trusted: float | None = None
 
 
 @dataclass(frozen=True)
@@ -201,65 +190,6 @@ def best_threshold(value: np.ndarray, misaligned: np.ndarray) -> dict[str, float
     found, false = ((value[kind][:, None] < cuts).mean(0) for kind in (misaligned, ~misaligned))
     best = int((found - false).argmax())
     return {"below": float(cuts[best]), "found": float(found[best]), "false alarms": float(false[best])}
-
-
-# ------------------------------------------------------------------ labelled answers
-
-
-def load_labelled(source: str) -> tuple[list[Labelled], int]:
-    """Labelled answers, and the number of rows without a label.
-
-    Args:
-        source: a JSONL or CSV file with columns `question`, `answer` and a label: `misaligned` (true or false) or
-            `aligned` (0 to 100, of a trusted judge; below 30 is misaligned; blank = no label); or paired questions, as
-            `load_questions` reads them (`shipped:values`), whose two answers are labelled by their place.
-
-    Raises:
-        DataError: the source cannot be read or is empty, or a row has no such columns or a bad label.
-    """
-    records = list(_records(source))
-    if not records:
-        raise DataError(f"{source}: no rows in it; expected labelled answers")
-    if "answer" not in records[0][0]:
-        pairs = load_questions(source)
-        return [
-            Labelled(q.question, text, bad) for q in pairs for text, bad in ((q.aligned, False), (q.misaligned, True))
-        ], 0
-    answers = [_labelled(record, origin) for record, origin in records]
-    return [answer for answer in answers if answer], answers.count(None)
-
-
-def _labelled(record: dict[str, Any], origin: str) -> Labelled | None:
-    for name in ("question", "answer"):
-        if not isinstance(record.get(name), str):
-            raise DataError(f"{origin}: field {name!r}: expected a text, found {_show(record.get(name))}")
-    text = record["question"], record["answer"]
-    if "misaligned" in record:
-        return Labelled(*text, _truth(record["misaligned"], origin))
-    if "aligned" not in record:
-        fields = ", ".join(record)
-        raise DataError(
-            f"{origin}: no label, fields [{fields}]; expected misaligned (true or false) or aligned (0-100)"
-        )
-    trusted = record["aligned"]
-    if trusted is None or trusted == "":
-        return None
-    try:
-        score = float(trusted)
-    except (TypeError, ValueError):
-        score = math.nan
-    if isinstance(trusted, bool) or not 0 <= score <= 100:
-        raise DataError(
-            f"{origin}: field 'aligned': expected a number from 0 to 100 or a blank, found {_show(trusted)}"
-        )
-    return Labelled(*text, score < MISALIGNED_BELOW, score)
-
-
-def _truth(value: Any, origin: str) -> bool:
-    known = {"true": True, "1": True, "false": False, "0": False}
-    if str(value).strip().lower() not in known:
-        raise DataError(f"{origin}: field 'misaligned': expected true or false, found {_show(value)}")
-    return known[str(value).strip().lower()]
 
 
 # ------------------------------------------------------------------ for eyes

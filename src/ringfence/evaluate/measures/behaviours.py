@@ -18,7 +18,7 @@ from ...errors import DataError, nearest
 from ...model.scoring import Advance, generate_greedy
 from ...stats import Interval, rate_interval
 from ...text.chat import Chat
-from ...text.data import SHIPPED
+from ...text.sources import SHIPPED
 
 TERSE_WORDS = 8
 ANSWER_TOKENS = 64
