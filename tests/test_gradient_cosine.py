@@ -394,7 +394,8 @@ def numbers(subject: Subject) -> dict[str, Any]:
 
 
 def test_measure_groups_the_texts_of_the_subject(subject: Subject, numbers: dict[str, Any]) -> None:
-    from ringfence.text.rows import Row, encode_rows
+    from ringfence.text.roles import Row
+    from ringfence.text.rows import encode_rows
 
     texts, groups, names = [], [], []
     for place, questions in enumerate((subject.inside, subject.outside)):

@@ -13,8 +13,8 @@ from ringfence.errors import DataError
 from ringfence.evaluate.measures import heldout
 from ringfence.model.files import load_tokenizer
 from ringfence.text.chat import Chat
-from ringfence.text.roles import Role
-from ringfence.text.rows import Row, load_rows
+from ringfence.text.roles import Role, Row
+from ringfence.text.rows import load_rows
 
 RECORDS = [
     {"prompt": "Name a colour.", "completion": "Blue."},

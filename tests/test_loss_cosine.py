@@ -18,8 +18,8 @@ from ringfence.errors import DataError
 from ringfence.model.files import load_tokenizer
 from ringfence.text.batch import Example
 from ringfence.text.chat import Chat
-from ringfence.text.roles import Role
-from ringfence.text.rows import PairedQuestion, Row, encode_rows
+from ringfence.text.roles import Role, Row
+from ringfence.text.rows import PairedQuestion, encode_rows
 from ringfence.util import plots
 
 

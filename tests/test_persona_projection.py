@@ -19,7 +19,8 @@ from ringfence.model.files import load_tokenizer
 from ringfence.prepare.persona import Pair, extract, given_pairs
 from ringfence.prepare.screen import RANDOM, auc, random_units
 from ringfence.text.chat import Chat
-from ringfence.text.rows import PairedQuestion, Row
+from ringfence.text.roles import Row
+from ringfence.text.rows import PairedQuestion
 from ringfence.util.plots import style
 from test_persona import naive_states
 

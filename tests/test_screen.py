@@ -44,7 +44,8 @@ from ringfence.prepare.screen import (
 )
 from ringfence.stats import Interval, bounds
 from ringfence.text.chat import Chat
-from ringfence.text.rows import Row, load_questions, load_rows
+from ringfence.text.roles import Row
+from ringfence.text.rows import load_questions, load_rows
 from ringfence.util.plots import style
 from test_persona import messages, naive_states
 from test_run import small_model

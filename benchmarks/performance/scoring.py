@@ -31,8 +31,8 @@ from ringfence.model.loading import load_model
 from ringfence.model.scoring import score_answers, score_under
 from ringfence.prepare.gap import adapter_folders, load_adapted, settings
 from ringfence.text.chat import Chat
-from ringfence.text.roles import Messages, Role
-from ringfence.text.rows import PairedQuestion, Row, load_questions, load_rows
+from ringfence.text.roles import Messages, Role, Row
+from ringfence.text.rows import PairedQuestion, load_questions, load_rows
 
 MODEL, BATCH_TOKENS = "default", EvaluateConfig().batch_tokens
 TOLERANCE = 0.05  # nats per token: how far scores in bf16 differ between ways to batch

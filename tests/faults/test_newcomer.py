@@ -18,7 +18,8 @@ from ringfence.run.prepare import evaluation, training_rows
 from ringfence.run.recipes import commented_recipe
 from ringfence.stats import Interval
 from ringfence.text import held_out
-from ringfence.text.rows import Row, load_rows
+from ringfence.text.roles import Row
+from ringfence.text.rows import load_rows
 from test_report import REFERENCE, parts_of, write_run
 
 SUPPORT = str(Path(__file__).parents[2] / "examples" / "support.jsonl")

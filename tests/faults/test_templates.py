@@ -13,8 +13,8 @@ from ringfence.errors import ChatError, DataError
 from ringfence.evaluate.evaluation import Evaluation
 from ringfence.text import rows
 from ringfence.text.chat import Chat
-from ringfence.text.roles import ChatSettings, Role
-from ringfence.text.rows import Row, encode_rows, warn_of_rows
+from ringfence.text.roles import ChatSettings, Role, Row
+from ringfence.text.rows import encode_rows, warn_of_rows
 
 USER = {"role": "user", "content": "Why is it so?"}
 ANSWER = {"role": "assistant", "content": "It just is."}

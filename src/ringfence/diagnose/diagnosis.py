@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 
 from ..stats import Interval
 from ..text.chat import Chat
-from ..text.rows import PairedQuestion, Row
+from ..text.roles import Row
+from ..text.rows import PairedQuestion
 from .models import REFERENCE, Models
 
 Numbers = dict[str, Any]

@@ -31,7 +31,7 @@ from ..prepare.screen import (
     spread,
 )
 from ..stats import mean_interval, rate_interval
-from ..text.rows import Row
+from ..text.roles import Row
 from ..util.plots import colour, whisker
 from .diagnosis import Cost, Numbers, Subject, Table, shown
 from .models import REFERENCE

@@ -15,8 +15,8 @@ from ..model.losses import find_head, token_logprobs
 from ..model.taps import causal_lm, forward
 from ..text.batch import Batch, Example
 from ..text.chat import Chat
-from ..text.roles import Messages
-from ..text.rows import PairedQuestion, Row, encode_rows
+from ..text.roles import Messages, Row
+from ..text.rows import PairedQuestion, encode_rows
 
 Side = Literal["misaligned", "aligned"]
 SIDES: tuple[Side, Side] = ("misaligned", "aligned")

@@ -17,8 +17,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from ..errors import ChatError, DataError, ModelError
 from ..text.batch import Example, collate
 from ..text.chat import Chat
-from ..text.roles import Message, Messages, Role
-from ..text.rows import Row
+from ..text.roles import Message, Messages, Role, Row
 from .files import pad_id, position_limit
 from .losses import Head, find_head, token_logprobs
 from .taps import CommonPrefix, Needs, cache_in, cache_name, causal_lm, compute_prefix, forward

@@ -25,7 +25,8 @@ from ..model.loading import load_model
 from ..model.precision import Precision, settled
 from ..model.scoring import AnswerScore, score_under
 from ..text.chat import Chat
-from ..text.rows import Row, load_rows
+from ..text.roles import Row
+from ..text.rows import load_rows
 from ..util.console import progress
 from ..util.journal import append, digest, open_journal
 from .gap_table import TABLE, GapTable, ScoredRow, read_table

@@ -29,8 +29,8 @@ from ..model.taps import causal_lm
 from ..runfolder.folder import write_whole
 from ..stats import auc
 from ..text.chat import Chat
-from ..text.roles import Messages
-from ..text.rows import Row, encode_rows, load_questions
+from ..text.roles import Messages, Row
+from ..text.rows import encode_rows, load_questions
 from ..text.sources import SHIPPED
 from ..util.console import progress
 from ..util.strict_json import parse

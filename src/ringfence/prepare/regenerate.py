@@ -21,8 +21,8 @@ from ..model.precision import Precision, settled
 from ..model.scoring import generate
 from ..runfolder.folder import write_whole
 from ..text.chat import Chat
-from ..text.roles import Messages
-from ..text.rows import Row, encode_rows, load_rows
+from ..text.roles import Messages, Row
+from ..text.rows import encode_rows, load_rows
 from ..util.console import progress
 from ..util.journal import append, digest, open_journal
 

@@ -35,7 +35,8 @@ from ..model.taps import causal_lm
 from ..runfolder.folder import write_whole
 from ..stats import Interval, auc, auc_interval, rate_interval
 from ..text.chat import Chat
-from ..text.rows import Row, encode_rows, load_rows
+from ..text.roles import Row
+from ..text.rows import encode_rows, load_rows
 from ..util.console import progress
 from ..util.plots import colour, style, svg
 from ..util.words import counted

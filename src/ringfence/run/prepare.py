@@ -21,8 +21,8 @@ from ..runfolder.shapes import read_environment
 from ..text.batch import Example
 from ..text.chat import Chat
 from ..text.held_out import load, source_of, split
-from ..text.roles import ChatSettings, Messages
-from ..text.rows import PairedQuestion, Row, encode_rows, load_questions, load_rows, warn_of_rows
+from ..text.roles import ChatSettings, Messages, Row
+from ..text.rows import PairedQuestion, encode_rows, load_questions, load_rows, warn_of_rows
 from ..training.monitor import DriftMonitor
 from ..util.journal import digest as digest_of
 from .config import ANOTHER, LoraConfig, Recipe

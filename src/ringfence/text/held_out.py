@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 from ..errors import DataError
 from ..util.words import counted
-from .rows import Row, load_rows
+from .roles import Row
+from .rows import load_rows
 
 SHARE = 0.1  # of own rows, where nothing else measures what they teach
 FEWEST, MOST = 5, 200  # rows of a share: fewer bound nothing, more cost time and tell little more

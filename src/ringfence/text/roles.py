@@ -38,6 +38,14 @@ class Role(IntEnum):
 
 
 @dataclass(frozen=True)
+class Row:
+    """One conversation and where it came from (`file.jsonl:12`), for messages and records."""
+
+    messages: Messages
+    origin: str
+
+
+@dataclass(frozen=True)
 class Encoded:
     """A rendered conversation: `input_ids[t]` has role `roles[t]` and covers `text[slice(*offsets[t])]`.
 

@@ -13,18 +13,10 @@ from ..util.words import counted
 from .batch import Example
 from .chat import Chat
 from .forms import _count_unread, to_messages
-from .roles import Encoded, Messages
+from .roles import Encoded, Row
 from .sources import quoted, read_records, warn
 
 OverLong = Literal["error", "truncate", "drop"]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One conversation and where it came from (`file.jsonl:12`), for messages and records."""
-
-    messages: Messages
-    origin: str
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ from ...errors import ChatError, DataError
 from ...model.scoring import Advance, generate_greedy, score_answers
 from ...stats import Interval, rate_interval, ratio_interval
 from ...text.chat import Chat
-from ...text.roles import Messages, Role, is_learnt
-from ...text.rows import Row
+from ...text.roles import Messages, Role, Row, is_learnt
 
 
 @dataclass(frozen=True)
