@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ringfence import cli
+from ringfence.cli import entry
 from ringfence.errors import RingfenceError
 from ringfence.model.default import make_cache
 
@@ -29,9 +29,9 @@ def test_each_error_has_its_code(error, code, words, monkeypatch, capfd):
     def fail(**_):
         raise error
 
-    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setattr(entry, "app", fail)
     with pytest.raises(SystemExit) as caught:
-        cli.main()
+        entry.main()
     assert caught.value.code == code
     said = capfd.readouterr().err
     assert words in said
@@ -44,9 +44,9 @@ def test_an_error_of_our_own_is_kept_in_a_log_without_keys(monkeypatch, capfd):
     def fail(**_):
         raise KeyError("no verysecretvalue")
 
-    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setattr(entry, "app", fail)
     with pytest.raises(SystemExit) as caught:
-        cli.main()
+        entry.main()
     said = capfd.readouterr().err
     assert caught.value.code == 1
     assert "an error of ringfence itself: KeyError" in said

@@ -221,7 +221,7 @@ def test_public_names_are_listed() -> None:
 
 
 def test_several_runs_have_a_page_of_their_own(tmp_path: Path) -> None:
-    from ringfence.cli import _page
+    from ringfence.cli.results import _page
 
     assert _page([tmp_path / "a"]) == tmp_path / "a" / "report.html"
     assert _page([tmp_path / "a", tmp_path / "b"]) == tmp_path / "report-a-b.html"
