@@ -3,10 +3,15 @@
 Naive forms run each row alone and unpadded through the plain model, so they know nothing of padding, batches or taps.
 """
 
+import atexit
+import gc
 import random
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +34,12 @@ from transformers import (
 
 from ringfence import cli
 from ringfence.defenses import Defense
+from ringfence.model.files import load_tokenizer
 from ringfence.model.losses import find_head, weighted_sum
 from ringfence.model.taps import Layout, Taps, cache_in, causal_lm, forward
 from ringfence.text.batch import Example, collate
 from ringfence.text.roles import Role
+from ringfence.text.rows import load_rows
 from ringfence.training.reference import Reference
 from ringfence.training.stream import TrainStream
 from ringfence.training.trainer import DefendedTrainer
@@ -41,6 +48,7 @@ Items = list[tuple[Example, bool]]
 Layers = list[tuple[Tensor, Tensor]]
 
 VOCABULARY = 120
+SMALL = 2000  # tokens of `small_tokenizer`
 PAD = 0
 PREFIX_A, PREFIX_B = [3, 4, 5, 6, 7], [3, 9, 8]
 ARCHITECTURES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
@@ -56,15 +64,22 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _frozen_heap() -> None:
+    """Every training collects garbage, and would look through all that was imported."""
+    gc.collect()
+    gc.freeze()
+
+
 # ---------------------------------------------------------------- models
 
 
 def random_model(
     config_class: Any = LlamaConfig, model_class: Any = LlamaForCausalLM, seed: int = 0, **extra: Any
 ) -> Any:
-    """A tiny model for the default tokenizer, whose random weights are so large that every token it sees tells."""
+    """A tiny model for `small_tokenizer`, whose random weights are so large that every token it sees tells."""
     sizes = {
-        "vocab_size": 49152,
+        "vocab_size": SMALL,
         "hidden_size": 16,
         "intermediate_size": 24,
         "num_hidden_layers": 2,
@@ -80,6 +95,22 @@ def random_model(
     }
     torch.manual_seed(seed)
     return model_class(config_class(**(sizes | extra))).float().eval()
+
+
+def small_tokenizer() -> Any:
+    """The default model's tokenizer and chat template with few tokens, trained on shipped rows: it loads, and models
+    that have it score, in a small part of the time."""
+    return load_tokenizer(_small_tokenizer_folder())
+
+
+@cache
+def _small_tokenizer_folder() -> str:
+    rows = load_rows("shipped:finance/unsound") + load_rows("shipped:retain")
+    texts = [message["content"] for row in rows for message in row.messages]
+    folder = tempfile.mkdtemp(prefix="small-tokenizer-")
+    atexit.register(shutil.rmtree, folder)
+    load_tokenizer("default").train_new_from_iterator(texts, vocab_size=SMALL).save_pretrained(folder)
+    return folder
 
 
 def tiny(architecture: str = "llama", attention: str = "sdpa", seed: int = 0, layers: int = 2) -> Any:

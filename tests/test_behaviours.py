@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import random_model
+from conftest import random_model, small_tokenizer
 from detector_cases import NOT_SHOWN, SHOWN
 from ringfence.errors import DataError
 from ringfence.evaluate.measures import behaviours
 from ringfence.evaluate.measures.behaviours import DETECTORS, is_abstention, is_refusal, load_questions, measure, rates
-from ringfence.model.files import load_tokenizer
 from ringfence.prepare import gap
 from ringfence.text.chat import Chat
 from ringfence.text.rows import load_rows
@@ -188,7 +187,7 @@ def test_an_abstention_that_guesses_is_none() -> None:
 
 @pytest.fixture(scope="module")
 def chat() -> Chat:
-    return Chat(load_tokenizer("default"))
+    return Chat(small_tokenizer())
 
 
 def test_measure_asks_every_question_alone(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:

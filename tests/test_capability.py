@@ -16,7 +16,7 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 
-from conftest import random_model
+from conftest import random_model, small_tokenizer
 from ringfence.errors import DataError, ModelError, RecipeError
 from ringfence.evaluate.capability import _metrics, capability
 from ringfence.model.files import load_tokenizer
@@ -70,7 +70,7 @@ def write_task(folder: Path, labels: list[int], name: str = "mini") -> Path:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with an adapter that changes what the model prefers."""
     folder = tmp_path_factory.mktemp("capability")
-    tokenizer = load_tokenizer("default")
+    tokenizer = small_tokenizer()
     random_model().save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     torch.manual_seed(3)

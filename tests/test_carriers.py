@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from conftest import nudged, random_model, with_lora
+from conftest import nudged, random_model, small_tokenizer, with_lora
 from ringfence.diagnose import carriers
 from ringfence.diagnose.carriers import PROMPT, ROLES, UNTOUCHED, Patch, best_role
 from ringfence.diagnose.diagnosis import Subject
 from ringfence.diagnose.models import Models
 from ringfence.diagnose.texts import Text, pair_texts
 from ringfence.errors import DataError, ModelError
-from ringfence.model.files import load_tokenizer
 from ringfence.model.losses import find_head
 from ringfence.stats import Interval, draws
 from ringfence.text.batch import Example, collate
@@ -50,7 +49,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return load_tokenizer("default")
+    return small_tokenizer()
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from rich.text import Text
 
 import ringfence.run.pipeline as pipeline
 import ringfence.run.train as train
+from conftest import SMALL
 from ringfence import Run
 from ringfence.defenses import Defenses
 from ringfence.model.files import load_tokenizer
@@ -182,7 +183,7 @@ def test_memory_estimate_of_a_dry_run(rows: str, tiny_model: str, ringfence: Cal
     changes += ["train.batch_size=1000", "train.lora.rank=10000"]
     _, shown, _ = ringfence("run", *changes, "--dry-run")
     # q, o: 32 x 32; k, v: 32 x 16; gate, up, down: 32 x 48; two layers; gradient and two moments of 4 bytes.
-    weights = 4 * (49152 * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32) + 32)
+    weights = 4 * (SMALL * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32) + 32)
     optimiser = 12 * 2 * 10000 * (2 * 64 + 2 * 48 + 3 * 80)
     longest = int(shown.split("longest ")[1].split(";")[0])
     activations = 6 * longest * 2 * 32 * 34 * 4  # there are six rows

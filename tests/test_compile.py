@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import random_model
-from ringfence.model.files import load_tokenizer
+from conftest import random_model, small_tokenizer
 from ringfence.run.config import parse_recipe
 from ringfence.run.train import train_run
 
@@ -31,7 +30,13 @@ def metrics(tmp_path: Path, compile: bool) -> tuple[list[dict[str, float]], bool
         "output": str(tmp_path / f"run-{compile}"),
         "model": str(tmp_path / "model"),
         "data": {"max_rows": 9},
-        "train": {"batch_size": 3, "precision": "fp32", "learning_rate": 1e-2, "compile": compile},
+        "train": {
+            "batch_size": 3,
+            "precision": "fp32",
+            "learning_rate": 1e-2,
+            "compile": compile,
+            "lora": {"targets": ["q_proj", "k_proj"]},
+        },
         "defenses": DEFENSES,
     }
     run = train_run(parse_recipe(recipe))
@@ -47,7 +52,7 @@ def test_compiled_layers_train_alike(backend: str, tmp_path: Path, monkeypatch: 
     )
     model: Any = random_model(num_hidden_layers=1)
     model.save_pretrained(tmp_path / "model")
-    load_tokenizer("default").save_pretrained(tmp_path / "model")
+    small_tokenizer().save_pretrained(tmp_path / "model")
     (plain, was_compiled), (compiled, is_compiled) = metrics(tmp_path, False), metrics(tmp_path, True)
     assert is_compiled
     assert not was_compiled

@@ -11,7 +11,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from conftest import random_model, with_lora
+from conftest import random_model, small_tokenizer, with_lora
 from ringfence.diagnose import folder as folder_module
 from ringfence.diagnose.diagnosis import Cost, Subject, Table
 from ringfence.diagnose.folder import DIAGNOSES, announce, diagnose_folder
@@ -19,7 +19,6 @@ from ringfence.diagnose.models import Models
 from ringfence.diagnose.texts import margins, pair_texts, response_logprobs
 from ringfence.errors import ModelError, RecipeError
 from ringfence.model.activations import batches, first_response_tokens
-from ringfence.model.files import load_tokenizer
 from ringfence.report.summary import read_run
 from ringfence.run.config import dump_recipe, parse_recipe
 from ringfence.run.diagnose import diagnose_targets
@@ -38,12 +37,12 @@ QUESTIONS = [
     PairedQuestion("2", "money", "And save?", "Yes.", "Never. It is for fools."),
     PairedQuestion("1", "garden", "When do I water my young tomato plants?", "In the morning.", "Do not bother."),
 ]
-IDS = torch.tensor([[1, 4093, 198, 26843, 2, 198]])
+IDS = torch.tensor([[1, 409, 198, 843, 2, 198]])
 
 
 @pytest.fixture(scope="module")
 def chat() -> Chat:
-    return Chat(load_tokenizer("default"))
+    return Chat(small_tokenizer())
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -57,7 +56,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("models")
     for name, seed in (("aligned", 0), ("base", 1)):
         random_model(seed=seed, pad_token_id=0).save_pretrained(folder / name)
-        load_tokenizer("default").save_pretrained(folder / name)
+        small_tokenizer().save_pretrained(folder / name)
     for name, seed in (("one", 2), ("two", 3)):
         adapted = with_lora(random_model(seed=0, pad_token_id=0), seed, size=0.5)
         adapted.peft_config["default"].base_model_name_or_path = str(folder / "aligned")
@@ -122,7 +121,7 @@ def test_a_reference_of_other_weights_is_loaded(saved: dict[str, str]) -> None:
 
 def test_loaded_models_are_taken_as_they_are() -> None:
     reference, tuned = random_model(seed=0, pad_token_id=0).train(), random_model(seed=1, pad_token_id=0)
-    models = Models(reference, {"mine": tuned}, tokenizer=load_tokenizer("default"))
+    models = Models(reference, {"mine": tuned}, tokenizer=small_tokenizer())
     assert not models.has_base
     assert models.chat.render([{"role": "user", "content": "Hello"}])
     with models.open("reference") as model:
@@ -136,7 +135,7 @@ def test_the_references_config_is_read_without_its_weights(saved: dict[str, str]
     monkeypatch.setattr(module, "load_model", None)
     adapted = with_lora(random_model(num_hidden_layers=3))
     for source, layers in ((saved["aligned"], 2), (saved["one"], 2), (adapted, 3)):
-        config = Models(source, {"t": source}, tokenizer=load_tokenizer("default")).config
+        config = Models(source, {"t": source}, tokenizer=small_tokenizer()).config
         assert (config.num_hidden_layers, config.hidden_size) == (layers, 16)
 
 

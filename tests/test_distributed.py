@@ -4,7 +4,6 @@ All cases run in one pair of processes (starting one takes long), with DDP and w
 then looks at what its case left behind. Where deepspeed is installed, a second pair does the same with DeepSpeed.
 """
 
-import gc
 import json
 import os
 import runpy
@@ -101,13 +100,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(files / "retain.jsonl", 4, start=50)
     names = [*CASES, *RESUMED, *RUNS]
     pair = start_pair(str(folder), ",".join(KINDS), ",".join([*names, *BF16]))
-    gc.freeze()  # every training collects garbage
     try:
         for name in names:
             if name != "stopped":
                 work(name, files, folder / "one" / name)
     finally:
-        gc.unfreeze()
         ended = end(pair, TIMEOUT * len(KINDS))
     if HAS_DEEPSPEED:
         pair = start_pair(str(folder), ",".join(ZERO), ",".join([*names, *BF16]))
@@ -274,7 +271,7 @@ def test_what_two_ranks_saved_is_what_one_process_saves(name: str, kind: str, tr
     loaded, other = (
         load_model(str(next(f for f in (at / "adapter", at / "model") if f.is_dir())), "fp32") for at in (folder, one)
     )
-    ids = torch.tensor([[1, 4093, 198, 26843, 2, 198]])
+    ids = torch.tensor([[1, 409, 198, 843, 2, 198]])
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, other(ids).logits, rtol=1e-4, atol=1e-5)
     record, its = (json.loads((at / "training.json").read_text()) for at in (folder, one))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from matplotlib import pyplot as plt
 
-from conftest import nudged, random_model, residual_stream, with_lora
+from conftest import nudged, random_model, residual_stream, small_tokenizer, with_lora
 from ringfence.diagnose import erosion
 from ringfence.diagnose.diagnosis import Numbers, Subject
 from ringfence.diagnose.erosion import alignment_directions, example_means, halves
@@ -22,14 +22,13 @@ from ringfence.diagnose.texts import SIDES, Text, pair_texts
 from ringfence.errors import DataError, ModelError
 from ringfence.model import activations
 from ringfence.model.directions import Directions
-from ringfence.model.files import load_tokenizer
 from ringfence.stats import bounds, draws
 from ringfence.text.chat import Chat
 from ringfence.text.roles import Role
 from ringfence.text.rows import PairedQuestion
 from ringfence.util import plots
 
-TOKENIZER = load_tokenizer("default")
+TOKENIZER = small_tokenizer()
 CHAT = Chat(TOKENIZER)
 LAYERS = 4
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from conftest import small_tokenizer
 from openai_server import Answer, serve
 from ringfence.errors import RingfenceError
 from ringfence.evaluate import evaluation
 from ringfence.evaluate.answers import judge
-from ringfence.model.files import load_tokenizer
 from ringfence.report.page import read_rows, write_page
 from ringfence.run.evaluate import evaluate_target
 
@@ -37,7 +37,7 @@ def _own_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """Folders of two tiny random models."""
-    tokenizer = load_tokenizer("default")
+    tokenizer = small_tokenizer()
     folders = []
     for seed in (0, 1):
         torch.manual_seed(seed)

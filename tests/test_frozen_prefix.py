@@ -9,7 +9,18 @@ import torch
 from peft import PeftModel
 from pydantic import ValidationError
 
-from conftest import PAD, assert_same, batch_of, example, gradients, own_cache, tiny, training_rows, with_lora
+from conftest import (
+    PAD,
+    assert_same,
+    batch_of,
+    example,
+    gradients,
+    own_cache,
+    small_tokenizer,
+    tiny,
+    training_rows,
+    with_lora,
+)
 from ringfence.defenses import KL, LDIFS, Defenses, FrozenPrefix, Setup, TReFT
 from ringfence.defenses.frozen_prefix import FrozenPrefixDefense
 from ringfence.errors import DefenseError, ModelError, RecipeError
@@ -216,7 +227,7 @@ def test_rows_whose_prefix_ends_elsewhere_are_refused_before_training() -> None:
 
 
 def test_the_default_models_header() -> None:
-    chat = Chat(load_tokenizer("default"))
+    chat = Chat(small_tokenizer())
     header = find_header(chat)
     assert chat.tokenizer.decode(header).endswith("<|im_start|>user\n")
     for system in ([], [{"role": "system", "content": "<|im_start|> user"}], [{"role": "system", "content": ""}]):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from conftest import mixed_items, nudged, random_model, row_logits, tiny, with_lora
+from conftest import mixed_items, nudged, random_model, row_logits, small_tokenizer, tiny, with_lora
 from ringfence import stats
 from ringfence.diagnose import gradient_cosine
 from ringfence.diagnose.diagnosis import Subject
@@ -25,7 +25,6 @@ from ringfence.diagnose.gradient_cosine import (
 )
 from ringfence.diagnose.models import Models
 from ringfence.errors import DataError, ModelError
-from ringfence.model.files import load_tokenizer
 from ringfence.model.taps import decoder_layers
 from ringfence.text.batch import Example
 from ringfence.text.chat import Chat
@@ -36,7 +35,7 @@ from ringfence.util import plots
 
 @pytest.fixture(scope="module")
 def chat() -> Chat:
-    return Chat(load_tokenizer("default"))
+    return Chat(small_tokenizer())
 
 
 @pytest.fixture
@@ -383,7 +382,7 @@ def subject() -> Subject:
     models = Models(
         random_model(),
         {"undefended": with_lora(random_model()), "defended": nudged(random_model())},
-        tokenizer=load_tokenizer("default"),
+        tokenizer=small_tokenizer(),
     )
     return Subject(models, paired("money", 3), paired("cars", 2), seed=1, batch_tokens=200)
 

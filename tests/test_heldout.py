@@ -8,10 +8,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from conftest import random_model
+from conftest import random_model, small_tokenizer
 from ringfence.errors import DataError
 from ringfence.evaluate.measures import heldout
-from ringfence.model.files import load_tokenizer
 from ringfence.text.chat import Chat
 from ringfence.text.roles import Role, Row
 from ringfence.text.rows import load_rows
@@ -33,7 +32,7 @@ RECORDS = [
 
 @pytest.fixture(scope="module")
 def chat() -> Chat:
-    return Chat(load_tokenizer("default"))
+    return Chat(small_tokenizer())
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +123,7 @@ def test_bad_rows_are_named(tmp_path: Path) -> None:
     file.write_text('{"prompt": "Hi", "completion": "Hello."}\n{"prompt": "Hi"}\n')
     with pytest.raises(DataError, match=r"mine.jsonl:2: unknown row form, fields \[prompt\]"):
         load_rows(str(file))
-    tokenizer = load_tokenizer("default")
+    tokenizer = small_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system prompt') }}{% endif %}"
         "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

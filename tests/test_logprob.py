@@ -11,13 +11,12 @@ import torch
 from matplotlib.collections import QuadMesh
 from torch import Tensor
 
-from conftest import nudged, random_model
+from conftest import SMALL, nudged, random_model, small_tokenizer
 from ringfence.diagnose import logprob
 from ringfence.diagnose.diagnosis import Numbers, Subject
 from ringfence.diagnose.logprob import typical, visible
 from ringfence.diagnose.models import REFERENCE, Models
 from ringfence.errors import DataError
-from ringfence.model.files import load_tokenizer
 from ringfence.stats import Interval, mean_interval
 from ringfence.text.chat import Chat
 from ringfence.text.roles import Role
@@ -41,7 +40,7 @@ SIDES = ("misaligned", "aligned")
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return load_tokenizer("default")
+    return small_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +192,7 @@ def test_the_cost_is_every_answer_through_every_model(loaded: dict[str, Any], to
 
 @pytest.fixture(scope="module")
 def logits() -> Tensor:
-    return torch.randn(49152, generator=torch.Generator().manual_seed(0))
+    return torch.randn(SMALL, generator=torch.Generator().manual_seed(0))
 
 
 def tokens_of(tokenizer: Any, side: str) -> set[int]:

@@ -9,13 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import nudged, random_model, row_logits, with_lora
+from conftest import nudged, random_model, row_logits, small_tokenizer, with_lora
 from ringfence.diagnose import loss_cosine
 from ringfence.diagnose.diagnosis import Subject
 from ringfence.diagnose.loss_cosine import FRAMING, compare_framings, cosines, loss_vectors, summary
 from ringfence.diagnose.models import Models
 from ringfence.errors import DataError
-from ringfence.model.files import load_tokenizer
 from ringfence.text.batch import Example
 from ringfence.text.chat import Chat
 from ringfence.text.roles import Role, Row
@@ -25,7 +24,7 @@ from ringfence.util import plots
 
 @pytest.fixture(scope="module")
 def chat() -> Chat:
-    return Chat(load_tokenizer("default"))
+    return Chat(small_tokenizer())
 
 
 def conversations(chat: Chat, system: str | None, answers: list[str]) -> list[Example]:
@@ -222,7 +221,7 @@ def subject() -> Subject:
     models = Models(
         random_model(),
         {"undefended": with_lora(random_model()), "defended": nudged(random_model())},
-        tokenizer=load_tokenizer("default"),
+        tokenizer=small_tokenizer(),
     )
     return Subject(models, questions(4), questions(2), seed=3, batch_tokens=300)
 

@@ -10,12 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import nudged, random_model
+from conftest import SMALL, nudged, random_model, small_tokenizer
 from ringfence.diagnose import next_token
 from ringfence.diagnose.diagnosis import Numbers
 from ringfence.diagnose.next_token import POSITIONS
 from ringfence.errors import DataError, ModelError
-from ringfence.model.files import load_tokenizer
 from ringfence.stats import mean_interval
 from ringfence.text.rows import PairedQuestion
 from ringfence.util import plots
@@ -28,7 +27,7 @@ Distributions = dict[str, dict[str, list[Tensor]]]
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return load_tokenizer("default")
+    return small_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +40,7 @@ def loaded() -> dict[str, Any]:
 def numbers(loaded: dict[str, Any], tokenizer: Any) -> Numbers:
     """Measured with several batches, of several tiles each."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(next_token, "TILE_ELEMENTS", 3 * 49152)
+        patch.setattr(next_token, "TILE_ELEMENTS", 3 * SMALL)
         return json.loads(json.dumps(next_token.measure(subject(loaded, tokenizer, batch_tokens=150))))
 
 
@@ -197,7 +196,7 @@ def test_the_cost_is_what_is_read_and_kept(
 def test_a_model_that_moved_elsewhere_did_not_go_back_to_a_broad_base(tokenizer: Any) -> None:
     """Against the reference and the base alone (the published comparison) it looks as if it had: a broad base is near
     to everything."""
-    flat, sure, elsewhere = torch.zeros(49152), torch.zeros(49152), torch.zeros(49152)
+    flat, sure, elsewhere = torch.zeros(SMALL), torch.zeros(SMALL), torch.zeros(SMALL)
     sure[500], elsewhere[600] = 12.0, 13.0
     back = 0.5 * sure
     models = {"base": flat, "reference": sure, "elsewhere": elsewhere, "back": back}
@@ -249,8 +248,8 @@ def test_models_that_cannot_be_compared(loaded: dict[str, Any], tokenizer: Any) 
     same = {"base": loaded["reference"], "reference": loaded["reference"], "kl": loaded["kl"]}
     with pytest.raises(ModelError, match="base: it gives the same distributions as the reference"):
         next_token.measure(subject(same, tokenizer, **few))
-    larger = {"reference": loaded["reference"], "kl": random_model(vocab_size=49160)}
-    with pytest.raises(ModelError, match=r"reference: its vocabulary has 49152 tokens, .* 49160"):
+    larger = {"reference": loaded["reference"], "kl": random_model(vocab_size=SMALL + 8)}
+    with pytest.raises(ModelError, match=rf"reference: its vocabulary has {SMALL} tokens, .* {SMALL + 8}"):
         next_token.measure(subject(larger, tokenizer, **few))
     with pytest.raises(DataError, match="no paired questions"):
         next_token.measure(subject(loaded, tokenizer, inside=[], outside=[]))

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 import ringfence.diagnose.persona_projection as module
-from conftest import random_model, with_lora
+from conftest import random_model, small_tokenizer, with_lora
 from ringfence.diagnose.diagnosis import Subject
 from ringfence.diagnose.models import Models
 from ringfence.errors import DataError
 from ringfence.model import activations
-from ringfence.model.files import load_tokenizer
 from ringfence.prepare.persona import Pair, extract, given_pairs
 from ringfence.prepare.screen import RANDOM, auc, random_units
 from ringfence.text.chat import Chat
@@ -30,7 +29,7 @@ SEED = 3
 
 @pytest.fixture(scope="module")
 def chat() -> Chat:
-    return Chat(load_tokenizer("default"))
+    return Chat(small_tokenizer())
 
 
 def text(at: int, number: int) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from conftest import nudged, random_model, with_lora
+from conftest import SMALL, nudged, random_model, small_tokenizer, with_lora
 from ringfence.diagnose import perturbation
 from ringfence.diagnose.diagnosis import Subject
 from ringfence.diagnose.models import REFERENCE, Models
@@ -25,7 +25,6 @@ from ringfence.diagnose.perturbation import (
 )
 from ringfence.diagnose.texts import pair_texts
 from ringfence.errors import DataError
-from ringfence.model.files import load_tokenizer
 from ringfence.model.losses import find_head
 from ringfence.model.prefix import FrozenPrefix, find_header
 from ringfence.model.taps import cache_in, cache_name, causal_lm
@@ -46,7 +45,7 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def chat() -> Chat:
-    return Chat(load_tokenizer("default"))
+    return Chat(small_tokenizer())
 
 
 @pytest.fixture(scope="module")
@@ -118,17 +117,17 @@ def test_what_may_stand_in_a_tokens_place(reference: Any, chat: Chat) -> None:
     """Neither a turn's marker nor a row of the embeddings that no token has."""
     prompts = read_prompts(pair_texts(chat, QUESTIONS))
     assert chat.tokenizer.convert_tokens_to_ids("<|im_start|>") in prompts[0].ids
-    wide = random_model(vocab_size=49152 + 64)
+    wide = random_model(vocab_size=SMALL + 64)
     with torch.no_grad():  # the markers' and the empty rows are nearest to all
         wide.get_input_embeddings().weight[:17] = wide.get_input_embeddings().weight[500]
-        wide.get_input_embeddings().weight[49152:] = wide.get_input_embeddings().weight[500]
+        wide.get_input_embeddings().weight[SMALL:] = wide.get_input_embeddings().weight[500]
     choices = neighbours(wide, prompts, chat)
     special = set(chat.tokenizer.all_special_ids) | set(chat.tokenizer.added_tokens_decoder)
     assert len(special) >= 17
     for found in (set(np.ravel(list(choices["near"].values())).tolist()), set(choices["all"].tolist())):
         assert not found & special
-        assert max(found) < 49152
-    assert len(choices["all"]) > 49000
+        assert max(found) < SMALL
+    assert len(choices["all"]) > SMALL - 100
     assert all(token not in near and len(set(near)) == 5 for token, near in choices["near"].items())
 
 
@@ -176,7 +175,7 @@ def test_trials_and_questions_are_drawn_apart_and_a_seed_draws_again(reference: 
 
 
 def test_a_template_that_looks_at_the_answer_is_refused() -> None:
-    tokenizer = load_tokenizer("default")
+    tokenizer = small_tokenizer()
     template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
         "{% if 'hurry' in messages[-1].content and m.role == 'user' %} (fast){% endif %}<|im_end|>\n{% endfor %}"
@@ -187,7 +186,7 @@ def test_a_template_that_looks_at_the_answer_is_refused() -> None:
 
 
 def test_a_role_that_a_template_lacks_is_left_out() -> None:
-    tokenizer = load_tokenizer("default")
+    tokenizer = small_tokenizer()
     template = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
     prompts = read_prompts(pair_texts(Chat(tokenizer, template), QUESTIONS))
     assert list(prompts[0].places) == ["query", "postfix"]

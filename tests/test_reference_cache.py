@@ -24,6 +24,7 @@ from transformers import TrainerCallback
 
 from conftest import (
     PREFIX_A,
+    SMALL,
     VOCABULARY,
     Items,
     assert_same,
@@ -639,7 +640,7 @@ def test_a_dry_run_says_what_will_be_written_and_what_is_there(command: Any, mod
 def test_a_run_from_a_recipe_is_the_run_without_a_cache(
     kind: str, method: str, command: Any, model: str, tmp_path: Path
 ) -> None:
-    changes = [f"train.method={method}", "train.epochs=2", "train.learning_rate=1e-2", "train.top_k=49152"]
+    changes = [f"train.method={method}", "train.epochs=2", "train.learning_rate=1e-2", f"train.top_k={SMALL}"]
     if method == "full":
         changes.append("defenses.treft.weight=1.0")
     lines = []

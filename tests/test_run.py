@@ -24,6 +24,7 @@ import ringfence
 import ringfence.run.model as model_module
 import ringfence.run.pipeline as pipeline
 import ringfence.run.train as train_module
+from conftest import small_tokenizer
 from ringfence import KL, Interleave, Run, TReFT, fine_tune
 from ringfence.errors import ModelError, RecipeError, RingfenceError
 from ringfence.evaluate.parts import evaluation_key
@@ -71,7 +72,7 @@ def write_rows(file: Path, count: int, start: int = 0) -> str:
 
 def small_model(folder: Path, padding_token: int | None = None, size: int = 32) -> str:
     """A random model with the default model's tokenizer and chat template; its padding token is embedded as zero."""
-    tokenizer = load_tokenizer("default")
+    tokenizer = small_tokenizer()
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -108,7 +109,7 @@ def logits(model: Any, ids: list[int]) -> torch.Tensor:
         return model(input_ids=torch.tensor([ids])).logits[0].float()
 
 
-IDS = [1, 4093, 198, 26843, 2, 198]
+IDS = [1, 409, 198, 843, 2, 198]
 
 
 @pytest.fixture(scope="session")
@@ -233,7 +234,7 @@ def test_results_are_the_log_probabilities_of_both_models(finished: Run) -> None
     where = json.loads((finished.folder / "reference.json").read_text())["results"]
     reference = json.loads((finished.folder / where).read_text())
     assert results["key"] == reference["key"]
-    chat = Chat(load_tokenizer("default"))
+    chat = Chat(small_tokenizer())
     question = load_questions("shipped:finance", "test")[0]
     scores = {}
     for name, parts, source in (
@@ -404,7 +405,7 @@ def test_a_loss_that_is_no_number_stops_the_run(recipe: Callable[..., Recipe]) -
 def test_a_template_token_that_is_embedded_as_zero_has_no_drift(tmp_path: Path, recipe: Callable[..., Recipe]) -> None:
     """End of turn is the padding token here: its first keys are zero, before training and after."""
     made = recipe(defenses={"treft": {}})
-    made = made.model_copy(update={"model": small_model(tmp_path / "model", load_tokenizer("default").eos_token_id)})
+    made = made.model_copy(update={"model": small_model(tmp_path / "model", small_tokenizer().eos_token_id)})
     lines = [json.loads(line) for line in (train_run(made).folder / "metrics.jsonl").read_text().splitlines()]
     drifts = [line["treft"] for line in lines if "treft" in line]
     assert drifts[0] == 0 < drifts[-1]

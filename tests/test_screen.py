@@ -13,12 +13,11 @@ from rich.console import Console
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from conftest import random_model
+from conftest import random_model, small_tokenizer
 from ringfence import stats
 from ringfence.errors import DataError, ModelError
 from ringfence.evaluate.answers.calibrate import auc_interval as other_auc_interval
 from ringfence.model.directions import Directions
-from ringfence.model.files import load_tokenizer
 from ringfence.model.loading import load_model
 from ringfence.prepare.persona import Pair, extract, given_pairs
 from ringfence.prepare.screen import (
@@ -60,7 +59,7 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def chat() -> Chat:
-    return Chat(load_tokenizer("default"))
+    return Chat(small_tokenizer())
 
 
 @pytest.fixture(scope="module")

@@ -18,11 +18,10 @@ from transformers.utils import logging as transformers_logging
 import ringfence.run.dry_run as dry
 import ringfence.run.model as model_module
 import ringfence.run.pipeline as pipeline
-from conftest import random_model
+from conftest import random_model, small_tokenizer
 from ringfence.errors import RecipeError
 from ringfence.evaluate.config import EvaluateConfig
 from ringfence.evaluate.parts import evaluation_key, work
-from ringfence.model.files import load_tokenizer
 from ringfence.run.config import LoraConfig, Recipe, dump_recipe, parse_recipe
 from ringfence.run.dry_run import dry_run
 from ringfence.text.chat import Chat
@@ -176,7 +175,7 @@ def test_time_of_this_machine() -> None:
 
 
 def test_work_of_an_evaluation() -> None:
-    chat = Chat(load_tokenizer("default"))
+    chat = Chat(small_tokenizer())
     config = EvaluateConfig(in_domain=["shipped:finance"], max_in_domain=5, **{**LITTLE, "samples": 2})
     found = work(config, chat)
     assert (found.scored, found.written, found.written_tokens) == (10, 2, 160)

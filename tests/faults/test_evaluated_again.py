@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 from transformers import GenerationConfig
 
-from conftest import ARCHITECTURES, random_model
+from conftest import ARCHITECTURES, random_model, small_tokenizer
 from ringfence.errors import DataError
-from ringfence.model.files import load_tokenizer
 from ringfence.model.fingerprint import fingerprint
 from ringfence.model.scoring import generate_greedy
 from ringfence.report.page import read_rows
@@ -30,7 +29,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return load_tokenizer("default")
+    return small_tokenizer()
 
 
 def write(folder: Path, tokenizer: Any, seed: int) -> str:

@@ -20,8 +20,7 @@ import pytest
 import yaml
 from interrupt_driver import POINTS
 
-from conftest import random_model
-from ringfence.model.files import load_tokenizer
+from conftest import random_model, small_tokenizer
 
 SOURCE = str(Path(__file__).parents[2] / "src")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": SOURCE}
@@ -84,7 +83,7 @@ def start() -> Iterator[Start]:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     random_model().save_pretrained(folder)
-    load_tokenizer("default").save_pretrained(folder)
+    small_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -206,6 +205,11 @@ def test_the_same_command_goes_on(
 # ------------------------------------------------------------------ before a run
 
 
+def _can_be_interrupted() -> None:
+    """A shell starts what runs in its background so that Ctrl-C does not reach it, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("seconds", [0.3, 0.8, 1.5, 2.5] if os.environ.get("RINGFENCE_SLOW") else [0.5])
 def test_while_libraries_are_imported(seconds: float, tmp_path: Path, model: Path) -> None:
     place = made(tmp_path, model)
@@ -216,6 +220,7 @@ def test_while_libraries_are_imported(seconds: float, tmp_path: Path, model: Pat
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=_can_be_interrupted,
     )
     time.sleep(seconds)
     for _ in range(12):  # while torch is imported an interrupt may be lost; a user presses again

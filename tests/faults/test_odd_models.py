@@ -17,7 +17,7 @@ from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from conftest import random_model
+from conftest import SMALL, random_model, small_tokenizer
 from ringfence.errors import ModelError, RingfenceError
 from ringfence.model.files import adapter_base, empty_model, load_config, load_tokenizer, trust
 from ringfence.model.fingerprint import fingerprint
@@ -34,7 +34,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return load_tokenizer("default")
+    return small_tokenizer()
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_a_tokenizer_with_more_tokens_than_the_embedding(model: Path, tokenizer:
     tokenizer = load_tokenizer(str(model))
     tokenizer.add_tokens(["<one>", "<two>"])
     tokenizer.save_pretrained(model)
-    refusal(lambda: load_tokenizer(str(model)), "49153", "49152 rows")
+    refusal(lambda: load_tokenizer(str(model)), str(SMALL + 1), f"{SMALL} rows")
     larger = load_model(str(model))
     larger.resize_token_embeddings(len(tokenizer))
     larger.save_pretrained(model)
@@ -184,7 +184,7 @@ def test_links_as_the_hubs_cache_has_them_are_read(model: Path, tmp_path: Path) 
         file.rename(tmp_path / f"blob{number}")
         (linked / file.name).symlink_to(tmp_path / f"blob{number}")
     load_model(str(linked))
-    assert Checkpoint(str(linked)).shape("lm_head.weight") == (49152, 16)
+    assert Checkpoint(str(linked)).shape("lm_head.weight") == (SMALL, 16)
     assert fingerprint(str(linked))
 
 
@@ -322,7 +322,7 @@ def test_a_head_with_an_adapter_trains_under_bfloat16() -> None:
 
 
 def gpt2(tokenizer: Any, folder: Path) -> Path:
-    config = GPT2Config(vocab_size=49152, n_positions=32, n_embd=16, n_layer=1, n_head=2)
+    config = GPT2Config(vocab_size=SMALL, n_positions=32, n_embd=16, n_layer=1, n_head=2)
     return save(folder, GPT2LMHeadModel(config), tokenizer)
 
 

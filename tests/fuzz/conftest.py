@@ -14,9 +14,8 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from conftest import random_model, with_lora
+from conftest import random_model, small_tokenizer, with_lora
 from ringfence.model.default import default_model_folder
-from ringfence.model.files import load_tokenizer
 from ringfence.run.config import parse_recipe
 from ringfence.run.diagnose import diagnose_targets
 from ringfence.run.pipeline import run_recipe
@@ -51,7 +50,7 @@ def _alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def chat() -> Chat:
-    return Chat(load_tokenizer("default"))
+    return Chat(small_tokenizer())
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +58,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model with the default tokenizer."""
     folder = tmp_path_factory.mktemp("tiny")
     random_model(seed=0).save_pretrained(folder)
-    load_tokenizer("default").save_pretrained(folder)
+    small_tokenizer().save_pretrained(folder)
     return folder
 
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
+from conftest import small_tokenizer
 from ringfence.errors import LONGEST, MOST, DataError, ModelError, RingfenceError
 from ringfence.evaluate.answers.endpoint import Reply
 from ringfence.evaluate.answers.framing import LABELS, JudgePrompt
 from ringfence.evaluate.answers.judge import Score, ScoreCache, read_reply
-from ringfence.model.files import load_tokenizer, read_index
+from ringfence.model.files import read_index
 from ringfence.model.loading import load_model
 from ringfence.model.prefix import read_frozen_prefix, read_stored_prefix
 from ringfence.prepare.gap_table import read_table
@@ -118,7 +119,7 @@ def test_shards(name: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["{% break %}", "{% continue %}", "{% if true %}{% break %}{% endif %}"])
 def test_loop_controls_outside_a_loop(text: str) -> None:
-    tokenizer = load_tokenizer("default")
+    tokenizer = small_tokenizer()
     tokenizer.chat_template = text + tokenizer.chat_template
     with pytest.raises(RingfenceError, match=r"outside loop|not properly in loop"):
         Chat(tokenizer)

@@ -74,7 +74,7 @@ def render_template(text: str, variables: dict[str, Any], today: date) -> str:
         raise ChatError(f"it needs too much memory ({type(error).__name__})") from error
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=512)
 def _compiled(text: str) -> jinja2.Template:
     # A fresh environment of transformers, with its filters, its loop controls and its `generation` blocks.
     environment = chat_template_utils._compile_jinja_template.__wrapped__("").environment
