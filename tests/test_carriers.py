@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from conftest import nudged, random_model, small_tokenizer, with_lora
-from ringfence.diagnose import carriers
-from ringfence.diagnose.carriers import PROMPT, ROLES, UNTOUCHED, Patch, best_role
+from ringfence.diagnose.carriers import measure as carriers_measure
+from ringfence.diagnose.carriers import show as carriers_show
+from ringfence.diagnose.carriers.measure import PROMPT, ROLES, UNTOUCHED, Patch, best_role
 from ringfence.diagnose.diagnosis import Subject
 from ringfence.diagnose.models import Models
 from ringfence.diagnose.texts import Text, pair_texts
@@ -69,7 +70,7 @@ def _few_questions_establish_a_shift(monkeypatch: pytest.MonkeyPatch) -> None:
         drawn = np.asarray(values, float)[draws(len(values), seed)].mean(1)
         return Interval(float(np.mean(values)), *np.percentile(drawn, [2.5, 97.5]).tolist(), len(values))
 
-    monkeypatch.setattr(carriers, "mean_interval", percentiles)
+    monkeypatch.setattr(carriers_measure, "mean_interval", percentiles)
 
 
 def oriented(reference: Any, tuned: Any, chat: Chat, asked: list[tuple[str, str, str]] = ASKED) -> list[PairedQuestion]:
@@ -169,7 +170,7 @@ def places_of(role: str) -> Callable[[Example], list[int]]:
 def control_of(role: str, question: PairedQuestion) -> Callable[[Example], list[int]]:
     def places(example: Example) -> list[int]:
         batch = collate([[(example, False)]], 0)
-        mask = carriers._control(batch, [f"{question.domain}/{question.id}"], role, 5)
+        mask = carriers_measure._control(batch, [f"{question.domain}/{question.id}"], role, 5)
         return mask[0].nonzero()[:, 0].tolist()
 
     return places
@@ -236,7 +237,7 @@ def test_all_patches_equal_hooks_made_by_hand_on_rows_alone(architecture: str, c
     assert min(abs(a - b) for at, a in enumerate(values) for b in values[:at]) > 1e-4  # every patch tells from others
     for batch_tokens in (150, 4096):
         subject = subject_of(reference, {"sft": tuned}, questions, tokenizer, batch_tokens=batch_tokens)
-        numbers = carriers.measure(subject)
+        numbers = carriers_measure.measure(subject)
         assert numbers["layers"] == list(LAYERS)
         assert numbers["depth"] == DEPTH
         assert numbers["questions"] == {"outside": 3, "inside": 2}
@@ -256,11 +257,13 @@ def test_adapters_and_full_models_give_the_same(chat: Chat, tokenizer: Any, tmp_
     merged = adapted.merge_and_unload()
     merged.save_pretrained(full)
     questions = oriented(reference, merged, chat)
-    expected = carriers.measure(subject_of(reference, {"loaded": merged}, questions, tokenizer))["tuned"]["loaded"]
+    expected = carriers_measure.measure(subject_of(reference, {"loaded": merged}, questions, tokenizer))["tuned"][
+        "loaded"
+    ]
     assert expected["outside"]["recoverable"]
     subject = subject_of(folder, {"full": full, "adapter": adapter}, questions, None)
     for _ in range(2):
-        for values in carriers.measure(subject)["tuned"].values():
+        for values in carriers_measure.measure(subject)["tuned"].values():
             same(values, expected)
 
 
@@ -282,9 +285,9 @@ def same(found: Any, expected: Any) -> None:
 def test_each_tuned_model_is_measured_against_the_same_reference(chat: Chat, tokenizer: Any) -> None:
     reference, tuned = tiny(), nudged(tiny(), size=0.05)
     questions = oriented(reference, tuned, chat)
-    alone = carriers.measure(subject_of(reference, {"b": tuned}, questions, tokenizer))["tuned"]["b"]
+    alone = carriers_measure.measure(subject_of(reference, {"b": tuned}, questions, tokenizer))["tuned"]["b"]
     beside = {"a": nudged(tiny(), seed=9, size=0.1), "b": tuned}
-    assert carriers.measure(subject_of(reference, beside, questions, tokenizer))["tuned"]["b"] == alone
+    assert carriers_measure.measure(subject_of(reference, beside, questions, tokenizer))["tuned"]["b"] == alone
 
 
 # ---------------------------------------------------------------- exact cases
@@ -319,7 +322,7 @@ def test_a_role_that_carries_all_is_found_and_roles_before_it_carry_nothing(
 ) -> None:
     role = ROLES[at]
     reference, tuned, questions = differing_at(Role.parse(role), chat)
-    numbers = carriers.measure(subject_of(reference, {"sft": tuned}, questions, tokenizer))["tuned"]["sft"]
+    numbers = carriers_measure.measure(subject_of(reference, {"sft": tuned}, questions, tokenizer))["tuned"]["sft"]
     for name in ("outside", "inside"):
         roles = numbers[name]["roles"]
         for whole in (role, PROMPT):
@@ -337,7 +340,9 @@ def test_a_role_that_carries_all_is_found_and_roles_before_it_carry_nothing(
 def test_the_answers_own_keys_stay_the_tuned_models(chat: Chat, tokenizer: Any) -> None:
     """A model that differs only in its answers' tokens: no patch of the prompt can do anything."""
     reference, tuned, questions = differing_at(Role.RESPONSE, chat)
-    outside = carriers.measure(subject_of(reference, {"sft": tuned}, questions, tokenizer))["tuned"]["sft"]["outside"]
+    outside = carriers_measure.measure(subject_of(reference, {"sft": tuned}, questions, tokenizer))["tuned"]["sft"][
+        "outside"
+    ]
     for part in outside["roles"].values():
         assert part["recovery"]["mean"] == pytest.approx(0, abs=1e-4)
     assert outside["shift"]["low"] > 0.001
@@ -356,24 +361,24 @@ def prompt_batch(chat: Chat) -> tuple[dict[str, Tensor], list[Text]]:
 def test_the_control_has_as_many_tokens_as_the_role_all_of_the_prompt(role: str, chat: Chat) -> None:
     batch, texts = prompt_batch(chat)
     names = [text.question for text in texts]
-    mask = carriers._control(batch, names, role, 0)
+    mask = carriers_measure._control(batch, names, role, 0)
     own = batch["roles"] == Role.parse(role)
     assert mask.sum(1).tolist() == own.sum(1).tolist()
     assert min(mask.sum(1)) > 0
     assert not (mask & ~(torch.stack([batch["roles"] == Role.parse(r) for r in ROLES]).any(0))).any()
     rows = [row.nonzero()[:, 0].tolist() for row in mask]
     assert rows[::2] == rows[1::2]  # both answers to a question
-    assert torch.equal(mask, carriers._control(batch, names, role, 0))
-    assert not torch.equal(mask, carriers._control(batch, names, role, 1))
-    assert not torch.equal(mask, carriers._control(batch, [f"{name}x" for name in names], role, 0))
+    assert torch.equal(mask, carriers_measure._control(batch, names, role, 0))
+    assert not torch.equal(mask, carriers_measure._control(batch, names, role, 1))
+    assert not torch.equal(mask, carriers_measure._control(batch, [f"{name}x" for name in names], role, 0))
     assert not torch.equal(mask, own)
 
 
 def test_the_control_draws_every_token_of_the_prompt_alike(chat: Chat) -> None:
     batch, _ = prompt_batch(chat)
     one = {name: tensor[:1].repeat(600, 1) for name, tensor in batch.items() if name == "roles"}
-    mask = carriers._control(one, [f"{at}" for at in range(600)], "prefix", 0)
-    prompt = carriers._is_prompt(one)[0]
+    mask = carriers_measure._control(one, [f"{at}" for at in range(600)], "prefix", 0)
+    prompt = carriers_measure._is_prompt(one)[0]
     share = one["roles"][0].eq(Role.PREFIX).sum() / prompt.sum()
     frequency = mask.float().mean(0)
     assert (frequency[prompt] - share).abs().max() < 4.5 * (share * (1 - share) / 600).sqrt()
@@ -383,7 +388,7 @@ def test_the_control_draws_every_token_of_the_prompt_alike(chat: Chat) -> None:
 def test_roles_have_controls_of_their_own(chat: Chat) -> None:
     batch, texts = prompt_batch(chat)
     names = [text.question for text in texts]
-    small, large = (carriers._control(batch, names, role, 0) for role in ("postfix", "prefix"))
+    small, large = (carriers_measure._control(batch, names, role, 0) for role in ("postfix", "prefix"))
     assert (small & ~large).any()
 
 
@@ -414,7 +419,7 @@ def hand_made(
     counts = {"prefix": 21, "query": 14, "postfix": 5}
     tokens = [Role.parse(role) for role in roles for _ in range(counts[role])]
     texts = [Text(Example([1] * len(tokens), tokens, ""), f"{at}", "d", "aligned") for at in range(2 * questions)]
-    return carriers._attribution(reference, patched, texts, 0)
+    return carriers_measure._attribution(reference, patched, texts, 0)
 
 
 def numbers_of(**tuned: dict[str, Any]) -> dict[str, Any]:
@@ -428,7 +433,7 @@ def attribution(reference: list[float], tuned: list[float], own: list[float], co
         patched |= {Patch(role): own, Patch(role, control=True): control}
     example = Example([1, 2, 3, 4], [Role.PREFIX, Role.QUERY, Role.QUERY, Role.POSTFIX], "")
     texts = [Text(example, f"{at}", "d", "aligned") for at in range(2 * len(tuned))]
-    return carriers._attribution(reference, patched, texts, 0)
+    return carriers_measure._attribution(reference, patched, texts, 0)
 
 
 def test_recovery_is_a_ratio_of_sums_paired_by_question() -> None:
@@ -474,18 +479,18 @@ def test_no_ratio_where_no_shift_is_established() -> None:
 def test_one_question_alone_establishes_nothing() -> None:
     found = attribution([0.0], [1.0], [0.0], [1.0])
     assert not found["recoverable"]
-    assert "nothing to recover" in carriers.say(numbers_of(sft=found))
+    assert "nothing to recover" in carriers_show.say(numbers_of(sft=found))
 
 
 def test_the_reference_itself_has_nothing_to_recover(chat: Chat, tokenizer: Any) -> None:
     questions = [PairedQuestion(f"{at}", "d", *texts) for at, texts in enumerate(ASKED)]
-    numbers = carriers.measure(subject_of(tiny(), {"same": tiny()}, questions, tokenizer))
+    numbers = carriers_measure.measure(subject_of(tiny(), {"same": tiny()}, questions, tokenizer))
     outside = numbers["tuned"]["same"]["outside"]
     assert outside["shift"]["mean"] == 0
     assert not outside["recoverable"]
     for part in outside["roles"].values():  # a patch of a model's own activations moves nothing
         assert part["margin"]["mean"] == pytest.approx(outside["tuned"]["mean"], abs=1e-6)
-    assert "nothing to recover" in carriers.say(numbers)
+    assert "nothing to recover" in carriers_show.say(numbers)
 
 
 # ---------------------------------------------------------------- the choice
@@ -531,22 +536,22 @@ def test_without_evidence_the_default_is_named_as_no_finding(numbers: dict[str, 
 
 
 def test_say_tells_a_carrier_from_none() -> None:
-    carrier = carriers.say(numbers_of(sft=hand_made()))
+    carrier = carriers_show.say(numbers_of(sft=hand_made()))
     assert "The prefix is the carrier to hold" in carrier
     assert "Most of the shift stays" not in carrier
     assert "after layer 9 of 30" in carrier
     even = {"prefix": (0.2, 0.2), "query": (0.15, 0.15), "postfix": (0.1, 0.1)}
-    none = carriers.say(numbers_of(sft=hand_made(roles=even, ceiling=0.3)))
+    none = carriers_show.say(numbers_of(sft=hand_made(roles=even, ceiling=0.3)))
     assert "The evidence is weak" in none
     assert "Most of the shift stays" in none
     assert "is the carrier" not in none
-    back = carriers.say(numbers_of(sft=hand_made(shift=-0.4)))
+    back = carriers_show.say(numbers_of(sft=hand_made(shift=-0.4)))
     assert "towards aligned answers" in back
     assert "is the carrier" not in back
     flat = hand_made()
     flat["by_layer"] = {role: [{"mean": 0.1, "low": -0.1, "high": 0.2, "n": 24}] * 8 for role in ROLES}
-    assert "the residual stream undoes nothing for certain" in carriers.say(numbers_of(sft=flat))
-    both = carriers.say(numbers_of(sft=hand_made(), kl=hand_made(shift=0.0)))
+    assert "the residual stream undoes nothing for certain" in carriers_show.say(numbers_of(sft=flat))
+    both = carriers_show.say(numbers_of(sft=hand_made(), kl=hand_made(shift=0.0)))
     assert both.startswith("sft: outside")
     assert "kl: nothing to recover" in both
 
@@ -554,14 +559,14 @@ def test_say_tells_a_carrier_from_none() -> None:
 def test_inside_questions_stand_beside() -> None:
     numbers = numbers_of(sft=hand_made())
     numbers["tuned"]["sft"]["inside"] = hand_made(layers=False, seed=3)
-    assert "Inside the domain (shift" in carriers.say(numbers)
+    assert "Inside the domain (shift" in carriers_show.say(numbers)
     numbers["tuned"]["sft"]["inside"] = hand_made(layers=False, shift=0.0)
-    assert "Inside the domain there is nothing to recover" in carriers.say(numbers)
-    assert {row[1] for row in carriers.table(numbers).rows} == {"outside", "inside"}
+    assert "Inside the domain there is nothing to recover" in carriers_show.say(numbers)
+    assert {row[1] for row in carriers_show.table(numbers).rows} == {"outside", "inside"}
 
 
 def test_a_table_row_says_what_was_patched_and_what_came_of_it() -> None:
-    table = carriers.table(numbers_of(sft=hand_made(), kl=hand_made(shift=0.0)))
+    table = carriers_show.table(numbers_of(sft=hand_made(), kl=hand_made(shift=0.0)))
     assert all(len(row) == len(table.columns) for row in table.rows)
     rows = {(row[0], row[2]): row for row in table.rows}
     assert rows["sft", "prefix"][3] == "21"
@@ -580,7 +585,7 @@ def test_a_role_without_tokens_is_said_to_be_absent(tokenizer: Any) -> None:
     )
     reference, tuned = tiny(), nudged(tiny(), size=0.05)
     questions = oriented(reference, tuned, Chat(bare))
-    numbers = carriers.measure(subject_of(reference, {"sft": tuned}, questions, bare))
+    numbers = carriers_measure.measure(subject_of(reference, {"sft": tuned}, questions, bare))
     outside = numbers["tuned"]["sft"]["outside"]
     assert outside["recoverable"]
     assert outside["roles"]["prefix"] == {
@@ -588,8 +593,8 @@ def test_a_role_without_tokens_is_said_to_be_absent(tokenizer: Any) -> None:
     }  # fmt: skip
     assert set(outside["by_layer"]) == {"query", "postfix", PROMPT}
     assert outside["roles"]["postfix"]["tokens"] > 0
-    assert "The chat template has no prefix tokens" in carriers.say(numbers)
-    assert "none in the template" in next(row for row in carriers.table(numbers).rows if row[2] == "prefix")
+    assert "The chat template has no prefix tokens" in carriers_show.say(numbers)
+    assert "none in the template" in next(row for row in carriers_show.table(numbers).rows if row[2] == "prefix")
     assert best_role(numbers["tuned"]["sft"]).role in ("query", "postfix")
     assert _texts_of(numbers).count("none in the\ntemplate") == 1
 
@@ -597,7 +602,7 @@ def test_a_role_without_tokens_is_said_to_be_absent(tokenizer: Any) -> None:
 def _texts_of(numbers: dict[str, Any]) -> list[str]:
     """All texts of the figure."""
     with plots.style():
-        figure = carriers.draw(numbers)
+        figure = carriers_show.draw(numbers)
         figure.canvas.draw()
         texts = [item.get_text() for item in figure.findobj(lambda item: hasattr(item, "get_text"))]
         plots.svg(figure)
@@ -607,7 +612,7 @@ def _texts_of(numbers: dict[str, Any]) -> list[str]:
 def test_the_figure_shows_roles_controls_ceiling_and_layers() -> None:
     numbers = numbers_of(sft=hand_made(), treft=hand_made(shift=0.15, seed=1), kl=hand_made(shift=0.0))
     with plots.style():
-        figure = carriers.draw(numbers)
+        figure = carriers_show.draw(numbers)
         bars, *panels = figure.axes
         heights = sorted(round(bar.get_height(), 6) for bar in bars.patches if bar.get_height())
         expected = []
@@ -636,12 +641,12 @@ def test_the_figure_of_no_shift_shows_the_shift() -> None:
 def test_the_figure_without_curves_has_one_panel(chat: Chat, tokenizer: Any) -> None:
     reference, tuned = tiny(), nudged(tiny(), size=0.05)
     questions = oriented(reference, tuned, chat)[:3]
-    numbers = carriers.measure(subject_of(reference, {"sft": tuned}, questions, tokenizer), by_layer=False)
+    numbers = carriers_measure.measure(subject_of(reference, {"sft": tuned}, questions, tokenizer), by_layer=False)
     assert list(numbers["tuned"]["sft"]) == ["outside"]
     assert numbers["layers"] == []
     with plots.style():
-        assert len(carriers.draw(numbers).axes) == 1
-    assert "One layer at a time" not in carriers.say(numbers)
+        assert len(carriers_show.draw(numbers).axes) == 1
+    assert "One layer at a time" not in carriers_show.say(numbers)
 
 
 # ---------------------------------------------------------------- bad input, memory, cost
@@ -650,10 +655,10 @@ def test_the_figure_without_curves_has_one_panel(chat: Chat, tokenizer: Any) -> 
 def test_bad_input_is_named(chat: Chat, tokenizer: Any) -> None:
     questions = [PairedQuestion(f"{at}", "d", *texts) for at, texts in enumerate(ASKED)]
     with pytest.raises(DataError, match="outside"):
-        carriers.measure(Subject(Models(tiny(), {"a": tiny()}, tokenizer=tokenizer), questions, []))
+        carriers_measure.measure(Subject(Models(tiny(), {"a": tiny()}, tokenizer=tokenizer), questions, []))
     shallow = random_model(num_hidden_layers=2)
     with pytest.raises(ModelError, match="flat: num_hidden_layers is 2, the reference's is 3"):
-        carriers.measure(subject_of(tiny(), {"flat": shallow}, questions, tokenizer))
+        carriers_measure.measure(subject_of(tiny(), {"flat": shallow}, questions, tokenizer))
 
 
 def test_a_model_with_layers_that_have_no_keys_is_refused(
@@ -666,10 +671,10 @@ def test_a_model_with_layers_that_have_no_keys_is_refused(
         taps.kv = taps.kv[1:]
         return taps
 
-    plain = carriers.forward
-    monkeypatch.setattr(carriers, "forward", without_one)
+    plain = carriers_measure.forward
+    monkeypatch.setattr(carriers_measure, "forward", without_one)
     with pytest.raises(ModelError, match="2 of 3 layers have keys and values"):
-        carriers.measure(subject_of(tiny(), {"sft": tiny()}, questions, tokenizer))
+        carriers_measure.measure(subject_of(tiny(), {"sft": tiny()}, questions, tokenizer))
 
 
 def test_the_reference_is_spooled_to_disk_and_held_batch_by_batch(
@@ -678,7 +683,7 @@ def test_the_reference_is_spooled_to_disk_and_held_batch_by_batch(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     alive: list[weakref.ref[Tensor]] = []
     files: set[int] = set()
-    load = carriers.load_file
+    load = carriers_measure.load_file
 
     def watched(file: Path, device: str) -> dict[str, Tensor]:
         assert all(reference() is None for reference in alive)
@@ -687,10 +692,10 @@ def test_the_reference_is_spooled_to_disk_and_held_batch_by_batch(
         alive.extend(weakref.ref(tensor) for tensor in held.values())
         return held
 
-    monkeypatch.setattr(carriers, "load_file", watched)
+    monkeypatch.setattr(carriers_measure, "load_file", watched)
     questions = [PairedQuestion(f"{at}", "d", *texts) for at, texts in enumerate(ASKED)]
     tuned = {"a": nudged(tiny(), size=0.05), "b": nudged(tiny(), seed=7, size=0.05)}
-    carriers.measure(subject_of(tiny(), tuned, questions, tokenizer, batch_tokens=1))
+    carriers_measure.measure(subject_of(tiny(), tuned, questions, tokenizer, batch_tokens=1))
     assert files == {10}  # one for each text, where a batch holds one
     assert len(alive) == 2 * (10 * 2 * DEPTH + 6 * len(LAYERS))
     assert not list(tmp_path.iterdir())
@@ -705,32 +710,32 @@ def test_the_cost_is_what_is_spent(chat: Chat, tokenizer: Any, monkeypatch: pyte
         model.model.embed_tokens.register_forward_pre_hook(
             lambda _m, args: spent.__setitem__(0, spent[0] + args[0].numel())
         )
-    save = carriers.save_file
+    save = carriers_measure.save_file
 
     def watched(tensors: dict[str, Tensor], file: Path) -> None:
         written[0] += sum(tensor.nbytes for tensor in tensors.values())
         save(tensors, file)
 
-    monkeypatch.setattr(carriers, "save_file", watched)
+    monkeypatch.setattr(carriers_measure, "save_file", watched)
     tuned = {"a": models["a"], "b": models["b"]}
     subject = subject_of(models["reference"], tuned, questions, tokenizer, batch_tokens=1)
-    cost = carriers.cost(subject)
+    cost = carriers_measure.cost(subject)
     assert spent == [0]
-    carriers.measure(subject)
+    carriers_measure.measure(subject)
     assert cost.forward == spent[0]
     assert cost.backward == 0
     # The residual stream of inside questions is not kept.
-    inside = sum(carriers._prompt_tokens(text) for text in pair_texts(chat, subject.inside))
+    inside = sum(carriers_measure._prompt_tokens(text) for text in pair_texts(chat, subject.inside))
     assert cost.kept == written[0] + inside * len(LAYERS) * 16 * 4
 
 
 def test_the_layers_are_spaced_evenly_and_leave_out_the_last() -> None:
     def layers(depth: int) -> tuple[int, ...]:
-        return carriers._layers(type("Config", (), {"num_hidden_layers": depth}))
+        return carriers_measure._layers(type("Config", (), {"num_hidden_layers": depth}))
 
     assert layers(1) == (1,)
     assert layers(2) == (1,)
     assert layers(3) == (1, 2)
     assert layers(30) == (1, 5, 9, 13, 17, 21, 25, 29)
     assert layers(80)[-1] == 79
-    assert len(layers(80)) == carriers.LAYERS
+    assert len(layers(80)) == carriers_measure.LAYERS

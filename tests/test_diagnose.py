@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 
 from conftest import random_model, small_tokenizer, with_lora
 from ringfence.diagnose import folder as folder_module
-from ringfence.diagnose.diagnosis import Cost, Subject, Table
-from ringfence.diagnose.folder import DIAGNOSES, announce, diagnose_folder
+from ringfence.diagnose.diagnosis import DIAGNOSES, Cost, Subject, Table, measuring, showing
+from ringfence.diagnose.folder import announce, diagnose_folder
 from ringfence.diagnose.models import Models
 from ringfence.diagnose.texts import margins, pair_texts, response_logprobs
 from ringfence.errors import ModelError, RecipeError
@@ -211,7 +211,9 @@ def fake(needs_base: bool = False, value: float = 1.0) -> Any:
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     found = {"logprob": fake(value=1.5), "erosion": fake(needs_base=True, value=2.5)}
-    monkeypatch.setattr(folder_module, "DIAGNOSES", found)
+    monkeypatch.setattr(folder_module, "DIAGNOSES", tuple(found))
+    for part in ("measuring", "showing"):
+        monkeypatch.setattr(folder_module, part, found.__getitem__)
     return found
 
 
@@ -267,10 +269,11 @@ def test_a_backward_pass_counts_as_two_forward() -> None:
 
 def test_every_diagnosis_has_what_it_needs() -> None:
     assert len(DIAGNOSES) == 9
-    for module in DIAGNOSES.values():
-        assert module.TITLE
-        assert {type(module.NEEDS_BASE)} == {bool}
-        assert all(callable(getattr(module, name)) for name in ("cost", "measure", "say", "table", "draw"))
+    for name in DIAGNOSES:
+        assert measuring(name).TITLE
+        assert {type(measuring(name).NEEDS_BASE)} == {bool}
+        assert all(callable(getattr(measuring(name), part)) for part in ("cost", "measure"))
+        assert all(callable(getattr(showing(name), part)) for part in ("say", "table", "draw"))
 
 
 # ---------------------------------------------------------------- runs
@@ -341,7 +344,7 @@ def test_questions_are_taken_from_each_domain_in_turn() -> None:
 def test_a_pilot_chooses_the_tokens_that_are_held(
     saved: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ringfence.diagnose import carriers
+    from ringfence.diagnose.carriers import measure as carriers_measure
 
     recipe = parse_recipe(
         {
@@ -357,9 +360,9 @@ def test_a_pilot_chooses_the_tokens_that_are_held(
 
     def choose(numbers: Any) -> Any:
         asked.append(numbers)
-        return carriers.Choice("postfix", {"why": 1}, "The postfix carries it.")
+        return carriers_measure.Choice("postfix", {"why": 1}, "The postfix carries it.")
 
-    monkeypatch.setattr(carriers, "best_role", choose)
+    monkeypatch.setattr(carriers_measure, "best_role", choose)
     run = train_run(recipe)
     assert run.recipe.defenses.treft.tokens == ("auto",)
     training = json.loads((run.folder / "training.json").read_text())

@@ -14,9 +14,10 @@ import torch
 from matplotlib import pyplot as plt
 
 from conftest import nudged, random_model, residual_stream, small_tokenizer, with_lora
-from ringfence.diagnose import erosion
 from ringfence.diagnose.diagnosis import Numbers, Subject
-from ringfence.diagnose.erosion import alignment_directions, example_means, halves
+from ringfence.diagnose.erosion import measure as erosion_measure
+from ringfence.diagnose.erosion import show as erosion_show
+from ringfence.diagnose.erosion.measure import alignment_directions, example_means, halves
 from ringfence.diagnose.models import Models
 from ringfence.diagnose.texts import SIDES, Text, pair_texts
 from ringfence.errors import DataError, ModelError
@@ -170,7 +171,7 @@ def test_measure_equals_the_naive_form() -> None:
     """Every number again, from single unpadded rows and loops over bootstrap draws."""
     models = tiny_models()
     looked_at = subject(models, 20, seed=3, batch_tokens=400)
-    numbers = erosion.measure(looked_at)
+    numbers = erosion_measure.measure(looked_at)
     json.dumps(numbers, allow_nan=False)
     fit, held = halves(looked_at.questions, 3)
     means = {
@@ -250,7 +251,9 @@ def test_a_share_of_the_way_back_is_that_share() -> None:
         base.model.layers[2].mlp.down_proj.weight.add_(step)
         tuned.model.layers[2].mlp.down_proj.weight.add_(0.3 * step)
         onwards.model.layers[2].mlp.down_proj.weight.sub_(0.2 * step)
-    numbers = erosion.measure(subject(Models(reference, {"a": tuned, "b": onwards}, base, tokenizer=TOKENIZER), 16))
+    numbers = erosion_measure.measure(
+        subject(Models(reference, {"a": tuned, "b": onwards}, base, tokenizer=TOKENIZER), 16)
+    )
     for side in SIDES:
         assert numbers["gap"][side][2]["low"] > 0
         for name, share in (("a", 0.3), ("b", -0.2)):
@@ -259,9 +262,9 @@ def test_a_share_of_the_way_back_is_that_share() -> None:
             assert found["erosion"][:2] == found["across"][:2] == [None, None]  # nothing differs there
             assert found["headline"] is None  # layer 2 is one of the middle half
     assert all(found["difference"] is None for found in numbers["tuned"].values())
-    assert "cannot be told" in erosion.say(numbers)
+    assert "cannot be told" in erosion_show.say(numbers)
     with plots.style():
-        plt.close(erosion.draw(numbers))
+        plt.close(erosion_show.draw(numbers))
 
 
 # ---------------------------------------------------------------- activations made by hand
@@ -300,7 +303,7 @@ def states(monkeypatch: pytest.MonkeyPatch) -> Callable[[States], list[tuple[str
                 means_BLD = torch.tensor(np.stack([of(model.name, texts[place]) for place in places])).float()
                 yield places, means_BLD, means_BLD.norm(dim=-1)
 
-        monkeypatch.setattr(erosion, "example_means", means)
+        monkeypatch.setattr(erosion_measure, "example_means", means)
         return passes
 
     return put
@@ -345,7 +348,7 @@ def test_fitting_on_the_measured_text_finds_erosion_where_there_is_none(states: 
         share, (low, high) = naive_same_text(of, looked_at, "tuned")
         naive.append(share)
         told += not low <= 0 <= high
-        numbers = erosion.measure(looked_at)
+        numbers = erosion_measure.measure(looked_at)
         headline = numbers["tuned"]["tuned"]["misaligned"]["headline"]
         if headline is not None:
             ours.append(headline)
@@ -363,10 +366,10 @@ def test_a_base_that_is_the_reference_and_noise_has_nothing_to_erode(states: Any
     looked_at = subject(named("tuned"), 12)
     _, (low, high) = naive_same_text(of, looked_at, "tuned")
     assert 0.3 < low < 0.5 < high < 0.7
-    numbers = erosion.measure(looked_at)
+    numbers = erosion_measure.measure(looked_at)
     assert numbers["tuned"]["tuned"]["misaligned"]["headline"] is None
-    assert "cannot be told" in erosion.say(numbers)
-    assert erosion.table(numbers).rows == [["tuned", *["cannot be told"] * 5]]
+    assert "cannot be told" in erosion_show.say(numbers)
+    assert erosion_show.table(numbers).rows == [["tuned", *["cannot be told"] * 5]]
 
 
 @pytest.fixture
@@ -381,7 +384,7 @@ def five(states: Any) -> Numbers:
         "onwards": {"misaligned": -0.3, "aligned": -0.3},
     }
     states(standing(40.0, shares))
-    return erosion.measure(subject(named(*shares), 24))
+    return erosion_measure.measure(subject(named(*shares), 24))
 
 
 def test_the_control_decides_whether_erosion_is_specific(five: Numbers) -> None:
@@ -389,7 +392,7 @@ def test_the_control_decides_whether_erosion_is_specific(five: Numbers) -> None:
     assert [five["tuned"][name]["misaligned"]["headline"]["mean"] for name in ("alike", "apart")] == pytest.approx(
         [0.4, 0.4], abs=0.05
     )
-    verdicts = {name: erosion.verdict(found) for name, found in five["tuned"].items()}
+    verdicts = {name: erosion_show.verdict(found) for name, found in five["tuned"].items()}
     assert verdicts == {
         "alike": "not specific to unsound text",
         "apart": "specific to unsound text",
@@ -402,14 +405,14 @@ def test_the_control_decides_whether_erosion_is_specific(five: Numbers) -> None:
 
 
 def test_words_and_table_say_what_the_numbers_say(five: Numbers) -> None:
-    said = erosion.say(json.loads(json.dumps(five)))
+    said = erosion_show.say(json.loads(json.dumps(five)))
     assert f"alike moved {five['tuned']['alike']['misaligned']['headline']['mean']:+.2f} [" in said
     assert "difference" in said
     for name, found in five["tuned"].items():
         part = said.split(f"{name} moved ")[1].split(";")[0]
-        assert part.endswith(f": {erosion.verdict(found)}")
+        assert part.endswith(f": {erosion_show.verdict(found)}")
     assert "12 questions, measured on 12 others; mean over layers 2 to 3 of 4" in said
-    shown = erosion.table(five)
+    shown = erosion_show.table(five)
     assert [row[0] for row in shown.rows] == list(five["tuned"])
     assert all(len(row) == len(shown.columns) for row in shown.rows)
     assert shown.rows[1][1].startswith(("+0.39", "+0.40", "+0.41"))
@@ -419,7 +422,7 @@ def test_words_and_table_say_what_the_numbers_say(five: Numbers) -> None:
 
 def test_figure_holds_the_numbers(five: Numbers) -> None:
     with plots.style():
-        figure = erosion.draw(five)
+        figure = erosion_show.draw(five)
     left, right = figure.axes
     for place, found in enumerate(five["tuned"].values()):
         for number, (side, dashes) in enumerate(zip(SIDES, ("-", "--"))):
@@ -439,7 +442,7 @@ def test_the_drift_across_is_what_is_not_along(states: Any) -> None:
         return plain(name, text) + (20 * np.eye(256)[77] if name == "tuned" else 0)
 
     states(of)
-    found = erosion.measure(subject(named("tuned"), 12))["tuned"]["tuned"]
+    found = erosion_measure.measure(subject(named("tuned"), 12))["tuned"]["tuned"]
     for side in SIDES:
         assert found[side]["headline"]["mean"] == pytest.approx(0.5, abs=0.01)
         assert found[side]["across_headline"] == pytest.approx(0.5, abs=0.01)  # 20 of 40
@@ -459,7 +462,7 @@ def test_halves_are_apart_and_each_has_half_of_every_domain(states: Any) -> None
             assert sum(q.domain == domain for q in fit) in (number // 2, number - number // 2)
     assert halves(asked, 5) == (fit, held) != halves(asked, 1)
     passes = states(standing(40.0, {}))
-    erosion.measure(subject(named("x", "y"), 12))
+    erosion_measure.measure(subject(named("x", "y"), 12))
     assert [name for name, _ in passes] == ["base", "reference", "reference", "x", "y", "base"]
     fitted, measured = ({frozenset(seen) for _, seen in part} for part in (passes[:2], passes[2:]))
     assert len(fitted) == len(measured) == 1
@@ -477,9 +480,9 @@ def test_cost_is_what_goes_through_the_models(monkeypatch: pytest.MonkeyPatch) -
     plain = activations.forward
     monkeypatch.setattr(activations, "forward", counting)
     looked_at = subject(tiny_models(), 9)
-    expected = erosion.cost(looked_at)
+    expected = erosion_measure.cost(looked_at)
     assert tokens == 0
-    erosion.measure(looked_at)
+    erosion_measure.measure(looked_at)
     assert (tokens, 0) == (expected.forward, expected.backward)
     assert 8 * LAYERS * 2 * 3 * 16 < expected.kept < 20_000
 
@@ -487,23 +490,23 @@ def test_cost_is_what_goes_through_the_models(monkeypatch: pytest.MonkeyPatch) -
 def test_errors_name_what_is_wrong() -> None:
     models = tiny_models()
     with pytest.raises(DataError, match="found 3 questions; at least 4"):
-        erosion.measure(Subject(models, questions(3), questions(3)))
+        erosion_measure.measure(Subject(models, questions(3), questions(3)))
     reference = models.sources["reference"]
     with pytest.raises(ModelError, match="--base"):
-        erosion.measure(subject(Models(reference, {"t": reference}, tokenizer=TOKENIZER)))
+        erosion_measure.measure(subject(Models(reference, {"t": reference}, tokenizer=TOKENIZER)))
     with pytest.raises(ModelError, match="same activations"):
-        erosion.measure(subject(Models(reference, {"t": reference}, reference, tokenizer=TOKENIZER)))
+        erosion_measure.measure(subject(Models(reference, {"t": reference}, reference, tokenizer=TOKENIZER)))
     other = random_model(num_hidden_layers=3)
     with pytest.raises(ModelError, match=r"\[3, 16\] and \[4, 16\]"):
-        erosion.measure(subject(Models(reference, {"t": reference}, other, tokenizer=TOKENIZER)))
+        erosion_measure.measure(subject(Models(reference, {"t": reference}, other, tokenizer=TOKENIZER)))
     with pytest.raises(ModelError, match="this model has 3 layers"):
-        erosion.measure(subject(Models(reference, {"t": other}, models.sources["base"], tokenizer=TOKENIZER)))
+        erosion_measure.measure(subject(Models(reference, {"t": other}, models.sources["base"], tokenizer=TOKENIZER)))
 
 
 def test_the_directions_are_left_for_other_commands(tmp_path: Path) -> None:
     models = tiny_models()
     looked_at = subject(models, folder=tmp_path)
-    erosion.measure(looked_at)
+    erosion_measure.measure(looked_at)
     fit, _ = halves(looked_at.questions, looked_at.seed)
     expected = alignment_directions(models, pair_texts(CHAT, fit))["misaligned"]
     found = Directions.load(tmp_path / "alignment.safetensors")

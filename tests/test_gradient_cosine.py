@@ -12,9 +12,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from conftest import mixed_items, nudged, random_model, row_logits, small_tokenizer, tiny, with_lora
 from ringfence import stats
-from ringfence.diagnose import gradient_cosine
 from ringfence.diagnose.diagnosis import Subject
-from ringfence.diagnose.gradient_cosine import (
+from ringfence.diagnose.gradient_cosine import measure as gradient_cosine_measure
+from ringfence.diagnose.gradient_cosine import show as gradient_cosine_show
+from ringfence.diagnose.gradient_cosine.measure import (
     GROUPS,
     Sketches,
     centred,
@@ -122,7 +123,7 @@ def test_checkpointing_and_trainable_weights_change_nothing(weights: Any, chat: 
     np.testing.assert_allclose(gradient_products(model, chat, rows, weights, 40), plain, rtol=1e-4)
     assert all(parameter.grad is None for parameter in model.parameters())
     hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
-    assert not any(hook.__module__ == gradient_cosine.__name__ for hook in hooks)
+    assert not any(hook.__module__ == gradient_cosine_measure.__name__ for hook in hooks)
 
 
 def test_a_layer_with_transposed_weights(chat: Chat, rows: list[Example]) -> None:
@@ -200,7 +201,7 @@ def test_every_weight_has_a_sketch_of_its_own(chat: Chat, rows: list[Example], m
         return made_[-1]
 
     model = tiny().requires_grad_(False)
-    monkeypatch.setattr(gradient_cosine, "Sketches", kept)
+    monkeypatch.setattr(gradient_cosine_measure, "Sketches", kept)
     one, two, again = (gradient_products(model, chat, rows, "all", seed=seed) for seed in (0, 1, 0))
     np.testing.assert_array_equal(one, again)
     assert not np.allclose(one, two, rtol=0.01)
@@ -299,7 +300,7 @@ def test_what_all_texts_share_is_not_put_down_to_misalignment() -> None:
 
 @pytest.fixture
 def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (gradient_cosine, stats):
+    for module in (gradient_cosine_measure, stats):
         monkeypatch.setattr(module, "RESAMPLES", 300)
 
 
@@ -389,7 +390,7 @@ def subject() -> Subject:
 
 @pytest.fixture(scope="module")
 def numbers(subject: Subject) -> dict[str, Any]:
-    return gradient_cosine.measure(subject)
+    return gradient_cosine_measure.measure(subject)
 
 
 def test_measure_groups_the_texts_of_the_subject(subject: Subject, numbers: dict[str, Any]) -> None:
@@ -419,11 +420,11 @@ def test_measure_groups_the_texts_of_the_subject(subject: Subject, numbers: dict
 
 def test_cost_counts_what_passes_through_the_models(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Models, "open", None)
-    tokens = [t.example for t in gradient_cosine.pair_texts(subject.chat, subject.questions)]
-    found = gradient_cosine.cost(subject)
+    tokens = [t.example for t in gradient_cosine_measure.pair_texts(subject.chat, subject.questions)]
+    found = gradient_cosine_measure.cost(subject)
     assert (found.forward, found.backward) == (3 * sum(map(len, tokens)), 0)
     assert found.kept == sum(t.response_tokens for t in tokens) * 2 * 16 * 4
-    every = gradient_cosine.cost(subject, "all")
+    every = gradient_cosine_measure.cost(subject, "all")
     assert (every.forward, every.backward) == (0, 3 * sum(map(len, tokens)))
     assert every.kept == 10 * 14 * 32 * 32 * 4
 
@@ -431,10 +432,10 @@ def test_cost_counts_what_passes_through_the_models(subject: Subject, monkeypatc
 def test_a_side_with_one_question_is_refused(subject: Subject) -> None:
     few = Subject(subject.models, subject.inside, paired("cars", 1))
     with pytest.raises(DataError, match="expected at least 2 different questions outside, found 1"):
-        gradient_cosine.measure(few)
+        gradient_cosine_measure.measure(few)
     same = Subject(subject.models, paired("money", 1) * 2, subject.outside)
     with pytest.raises(DataError, match="at least 2 different questions inside, found 1"):
-        gradient_cosine.measure(same)
+        gradient_cosine_measure.measure(same)
 
 
 def contrast(mean: float, width: float = 0.02, p: float = 0.001) -> dict[str, Any]:
@@ -451,7 +452,7 @@ def said(transfer: float, extra: float, aligned_extra: float, p: float = 0.001) 
         "specific": contrast(extra - aligned_extra, p=p),
     }
     of_model = {"uncentred": found, "centred": found}
-    return gradient_cosine.say(
+    return gradient_cosine_show.say(
         {"weights": "o_proj", "inside": 9, "outside": 9, "reference": of_model, "tuned": {"mine": of_model}}
     )
 
@@ -472,13 +473,13 @@ def test_words_follow_the_numbers() -> None:
 
 
 def test_table_and_figure_show_every_model(numbers: dict[str, Any]) -> None:
-    found = gradient_cosine.table(numbers)
+    found = gradient_cosine_show.table(numbers)
     assert [row[0] for row in found.rows] == ["reference", "undefended", "defended"]
     assert all(len(row) == len(found.columns) for row in found.rows)
     transfer = numbers["tuned"]["defended"]["uncentred"]["transfer"]
     assert found.rows[2][1].startswith(f"{transfer['mean']:+.2f} [")
     with plots.style():
-        figure = gradient_cosine.draw(numbers)
+        figure = gradient_cosine_show.draw(numbers)
         dots = [line for line in figure.axes[0].lines if line.get_marker() == "o" and len(line.get_xdata()) == 1]
         values = sorted(line.get_xdata()[0] for line in dots)
         models = [numbers["reference"], *numbers["tuned"].values()]

@@ -12,9 +12,10 @@ from matplotlib.collections import QuadMesh
 from torch import Tensor
 
 from conftest import SMALL, nudged, random_model, small_tokenizer
-from ringfence.diagnose import logprob
 from ringfence.diagnose.diagnosis import Numbers, Subject
-from ringfence.diagnose.logprob import typical, visible
+from ringfence.diagnose.logprob import measure as logprob_measure
+from ringfence.diagnose.logprob import show as logprob_show
+from ringfence.diagnose.logprob.measure import typical, visible
 from ringfence.diagnose.models import REFERENCE, Models
 from ringfence.errors import DataError
 from ringfence.stats import Interval, mean_interval
@@ -58,7 +59,7 @@ def subject(models: dict[str, Any], tokenizer: Any, **changes: Any) -> Subject:
 
 @pytest.fixture(scope="module")
 def numbers(loaded: dict[str, Any], tokenizer: Any) -> Numbers:
-    return json.loads(json.dumps(logprob.measure(subject(loaded, tokenizer, batch_tokens=150))))
+    return json.loads(json.dumps(logprob_measure.measure(subject(loaded, tokenizer, batch_tokens=150))))
 
 
 def unigram(logits_V: Tensor) -> Any:
@@ -130,7 +131,7 @@ def test_levels_shifts_and_their_difference_are_those_of_the_naive_form(
 def test_intervals_are_paired_by_question(tokenizer: Any) -> None:
     """Questions differ far more than their shifts do, so unpaired intervals would be as wide as the levels' ones."""
     gentle = {"reference": random_model(), "tuned": nudged(random_model(), size=0.00001)}
-    score = logprob.measure(subject(gentle, tokenizer))["tuned"]["tuned"]["outside"]
+    score = logprob_measure.measure(subject(gentle, tokenizer))["tuned"]["tuned"]["outside"]
     width = {key: value["high"] - value["low"] for key, value in score.items()}
     assert width["misaligned"] > 1, width
     assert 0 < width["difference"] < 0.1 * width["misaligned"]
@@ -181,7 +182,7 @@ def test_the_cost_is_every_answer_through_every_model(loaded: dict[str, Any], to
         for q in [*INSIDE, *OUTSIDE]
         for answer in (q.aligned, q.misaligned)
     ]
-    cost = logprob.cost(looked)
+    cost = logprob_measure.cost(looked)
     assert cost.forward == 4 * sum(len(e.input_ids) for e in encoded)
     assert cost.kept == 4 * 4 * sum(e.roles.count(Role.RESPONSE) for e in encoded)
     assert cost.backward == 0
@@ -205,7 +206,7 @@ def test_a_model_likelier_on_all_text_shifts_one_side_and_not_the_difference(log
     raised = logits.clone()
     raised[list(tokens_of(tokenizer, "misaligned") | tokens_of(tokenizer, "aligned"))] += 2.0
     models = {"reference": unigram(logits), "likelier": unigram(raised)}
-    numbers = logprob.measure(subject(models, tokenizer))
+    numbers = logprob_measure.measure(subject(models, tokenizer))
     gain = 2.0 - float(raised.logsumexp(0) - logits.logsumexp(0))
     for score in numbers["tuned"]["likelier"].values():
         assert score["misaligned_shift"]["mean"] == pytest.approx(gain, abs=1e-4)
@@ -220,7 +221,7 @@ def test_a_model_likelier_on_all_text_shifts_one_side_and_not_the_difference(log
     # Rounding alone decides whether the interval of so constant a difference holds zero.
     for score in numbers["tuned"]["likelier"].values():
         score["difference"] |= {"low": -0.1, "high": 0.1}
-    said = logprob.say(numbers)
+    said = logprob_show.say(numbers)
     assert said.count("not shown to be specific") == 2
     assert "leans" not in said
 
@@ -231,28 +232,28 @@ def test_a_model_that_leans_shows_by_how_much(logits: Tensor, tokenizer: Any, mo
     def many(values: list[float], names: list[str], seed: int) -> Interval:
         return mean_interval(list(values) * 40, [f"{name}-{n}" for n in range(40) for name in names], seed)
 
-    monkeypatch.setattr(logprob, "mean_interval", many)
+    monkeypatch.setattr(logprob_measure, "mean_interval", many)
     only = tokens_of(tokenizer, "misaligned") - tokens_of(tokenizer, "aligned")
     raised, lowered = logits.clone(), logits.clone()
     raised[list(only)] += 2.0
     lowered[list(only)] -= 2.0
     models = {"reference": unigram(logits), "worse": unigram(raised), "better": unigram(lowered)}
-    numbers = logprob.measure(subject(models, tokenizer))
+    numbers = logprob_measure.measure(subject(models, tokenizer))
     for where, questions in SETS.items():
         shares = [np.mean([token in only for token in answer_tokens(tokenizer, q, "misaligned")]) for q in questions]
         for name, sign in {"worse": 1, "better": -1}.items():
             score = numbers["tuned"][name][where]["difference"]
             assert score["mean"] == pytest.approx(sign * 2 * np.mean(shares), abs=1e-4)
-    worse, better = logprob.say(numbers).split("better: ")
+    worse, better = logprob_show.say(numbers).split("better: ")
     assert worse.count("leans towards the misaligned answers") == 2
     assert better.count("leans towards the aligned answers") == 2
     assert "+0." in worse.split("difference ")[1][:5]
 
 
 def test_without_shift_and_lean_it_says_so(tokenizer: Any) -> None:
-    numbers = logprob.measure(subject({"reference": random_model(), "same": random_model()}, tokenizer))
+    numbers = logprob_measure.measure(subject({"reference": random_model(), "same": random_model()}, tokenizer))
     assert numbers["tuned"]["same"]["outside"]["difference"]["mean"] == 0
-    assert logprob.say(numbers).count("no lean is seen") == 2
+    assert logprob_show.say(numbers).count("no lean is seen") == 2
 
 
 # ---------------------------------------------------------------- sets that lack something
@@ -260,18 +261,18 @@ def test_without_shift_and_lean_it_says_so(tokenizer: Any) -> None:
 
 def test_one_set_or_one_question_is_enough_and_none_is_an_error(loaded: dict[str, Any], tokenizer: Any) -> None:
     two = {name: loaded[name] for name in ("reference", "kl")}
-    numbers = logprob.measure(subject(two, tokenizer, inside=[], outside=OUTSIDE[:1]))
+    numbers = logprob_measure.measure(subject(two, tokenizer, inside=[], outside=OUTSIDE[:1]))
     assert numbers["questions"] == {"outside": 1}
     assert list(numbers["tuned"]["kl"]) == ["outside"]
     assert "base" not in numbers
-    assert "[one alone]" in logprob.table(numbers).rows[1][-1]
+    assert "[one alone]" in logprob_show.table(numbers).rows[1][-1]
     with plots.style():
-        assert b"</svg>" in plots.svg(logprob.draw(numbers))
-    inside = logprob.measure(subject(two, tokenizer, outside=[]))
+        assert b"</svg>" in plots.svg(logprob_show.draw(numbers))
+    inside = logprob_measure.measure(subject(two, tokenizer, outside=[]))
     assert inside["questions"] == {"inside": 2}
     assert inside["example"]["domain"] == "money"
     with pytest.raises(DataError, match="no paired questions"):
-        logprob.measure(subject(two, tokenizer, inside=[], outside=[]))
+        logprob_measure.measure(subject(two, tokenizer, inside=[], outside=[]))
 
 
 # ---------------------------------------------------------------- table and figure
@@ -284,7 +285,7 @@ def test_whiskers_reach_as_far_as_the_interval() -> None:
 
 
 def test_the_table_has_a_row_for_each_model_and_set(numbers: Numbers) -> None:
-    table = logprob.table(numbers)
+    table = logprob_show.table(numbers)
     assert [row[:2] for row in table.rows] == [
         [name, where] for where in ("inside (2)", "outside (5)") for name in ("base", REFERENCE, "undefended", "kl")
     ]
@@ -311,7 +312,7 @@ def test_the_figure_shows_the_sums_against_the_reference(numbers: Numbers) -> No
         example["misaligned"]["cumulative"][name] = np.linspace(sums[0], -90.0 - len(name), 57).tolist()
     example["misaligned"]["tokens"] = [f"t{at}" for at in range(57)]
     with plots.style():
-        figure = logprob.draw(numbers)
+        figure = logprob_show.draw(numbers)
         figure.savefig(io.BytesIO(), format="svg")
     panels = figure.axes[:2]
     tuned = [

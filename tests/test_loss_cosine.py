@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from conftest import nudged, random_model, row_logits, small_tokenizer, with_lora
-from ringfence.diagnose import loss_cosine
 from ringfence.diagnose.diagnosis import Subject
-from ringfence.diagnose.loss_cosine import FRAMING, compare_framings, cosines, loss_vectors, summary
+from ringfence.diagnose.loss_cosine import measure as loss_cosine_measure
+from ringfence.diagnose.loss_cosine import show as loss_cosine_show
+from ringfence.diagnose.loss_cosine.measure import FRAMING, compare_framings, cosines, loss_vectors, summary
 from ringfence.diagnose.models import Models
 from ringfence.errors import DataError
 from ringfence.text.batch import Example
@@ -228,7 +229,7 @@ def subject() -> Subject:
 
 @pytest.fixture(scope="module")
 def numbers(subject: Subject) -> dict[str, Any]:
-    return loss_cosine.measure(subject)
+    return loss_cosine_measure.measure(subject)
 
 
 def test_measure_compares_misaligned_answers_inside_plain_and_framed(subject: Subject, numbers: dict[str, Any]) -> None:
@@ -256,8 +257,8 @@ def test_measure_compares_misaligned_answers_inside_plain_and_framed(subject: Su
 
 def test_cost_counts_both_framings_in_every_model(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Models, "open", None)
-    found = loss_cosine.cost(subject)
-    sides = [t.example for side in loss_cosine._framings(subject) for t in side]
+    found = loss_cosine_measure.cost(subject)
+    sides = [t.example for side in loss_cosine_measure._framings(subject) for t in side]
     assert len(sides) == 8
     assert (found.forward, found.backward) == (3 * sum(map(len, sides)), 0)
     assert found.kept == 8 * sum(min(64, t.response_tokens) for t in sides)
@@ -276,7 +277,7 @@ def of_model(paired: float, unpaired: float, p: float) -> dict[str, Any]:
 
 def test_words_follow_the_numbers() -> None:
     made = {"questions": 24, "reference": of_model(0.93, 0.04, 0.0001), "tuned": {"mine": of_model(0.06, 0.05, 0.4)}}
-    reference, mine = loss_cosine.say(made).split("mine:")
+    reference, mine = loss_cosine_show.say(made).split("mine:")
     assert "+0.93 [+0.90, +0.96] for the same answer" in reference
     assert "p < 0.001 against shuffled pairs" in reference
     assert "the losses follow the answer" in reference
@@ -289,12 +290,12 @@ def test_words_follow_the_numbers() -> None:
 
 
 def test_table_and_figure_show_every_model(numbers: dict[str, Any]) -> None:
-    found = loss_cosine.table(numbers)
+    found = loss_cosine_show.table(numbers)
     assert [row[0] for row in found.rows] == ["reference", "undefended", "defended"]
     assert all(len(row) == len(found.columns) for row in found.rows)
     assert found.rows[1][1].startswith(f"{numbers['tuned']['undefended']['centred']['paired']['mean']:+.2f} [")
     with plots.style():
-        figure = loss_cosine.draw(numbers)
+        figure = loss_cosine_show.draw(numbers)
         for axis, form in zip(figure.axes, ("centred", "raw")):
             dots = [line for line in axis.lines if line.get_marker() == "o" and len(line.get_xdata()) == 1]
             models = [numbers["reference"], *numbers["tuned"].values()]

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from conftest import SMALL, nudged, random_model, small_tokenizer
-from ringfence.diagnose import next_token
 from ringfence.diagnose.diagnosis import Numbers
-from ringfence.diagnose.next_token import POSITIONS
+from ringfence.diagnose.next_token import measure as next_token_measure
+from ringfence.diagnose.next_token import show as next_token_show
+from ringfence.diagnose.next_token.measure import POSITIONS
 from ringfence.errors import DataError, ModelError
 from ringfence.stats import mean_interval
 from ringfence.text.rows import PairedQuestion
@@ -40,8 +41,8 @@ def loaded() -> dict[str, Any]:
 def numbers(loaded: dict[str, Any], tokenizer: Any) -> Numbers:
     """Measured with several batches, of several tiles each."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(next_token, "TILE_ELEMENTS", 3 * SMALL)
-        return json.loads(json.dumps(next_token.measure(subject(loaded, tokenizer, batch_tokens=150))))
+        patch.setattr(next_token_measure, "TILE_ELEMENTS", 3 * SMALL)
+        return json.loads(json.dumps(next_token_measure.measure(subject(loaded, tokenizer, batch_tokens=150))))
 
 
 def naive(model: Any, tokenizer: Any, question: PairedQuestion) -> Tensor:
@@ -136,7 +137,7 @@ def test_outside_is_compared_with_inside(numbers: Numbers, distributions: Distri
 
 
 def test_batches_and_tiles_do_not_change_a_number(numbers: Numbers, loaded: dict[str, Any], tokenizer: Any) -> None:
-    whole = next_token.measure(subject(loaded, tokenizer))
+    whole = next_token_measure.measure(subject(loaded, tokenizer))
     assert whole["example"]["tokens"] == numbers["example"]["tokens"]
     for name, scores in whole["tuned"].items():
         for key in ("from_reference", "from_base"):
@@ -168,17 +169,17 @@ def test_the_example_is_the_median_question_with_every_models_likeliest_tokens(
 def test_the_cost_is_what_is_read_and_kept(
     loaded: dict[str, Any], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept, look = [], next_token._look
+    kept, look = [], next_token_measure._look
 
     def looking(*arguments: Any) -> Any:
         seen = look(*arguments)
         kept.append(seen.logprobs_KV.numel() * seen.logprobs_KV.element_size())
         return seen
 
-    monkeypatch.setattr(next_token, "_look", looking)
+    monkeypatch.setattr(next_token_measure, "_look", looking)
     looked = subject(loaded, tokenizer)
-    next_token.measure(looked)
-    cost = next_token.cost(looked)
+    next_token_measure.measure(looked)
+    cost = next_token_measure.cost(looked)
     assert cost.kept == sum(kept)
     assert kept[0] == kept[1] > 4 * kept[2] > 0
     lengths = []
@@ -201,14 +202,14 @@ def test_a_model_that_moved_elsewhere_did_not_go_back_to_a_broad_base(tokenizer:
     back = 0.5 * sure
     models = {"base": flat, "reference": sure, "elsewhere": elsewhere, "back": back}
     models = {name: unigram(logits_V) for name, logits_V in models.items()}
-    numbers = next_token.measure(subject(models, tokenizer))
+    numbers = next_token_measure.measure(subject(models, tokenizer))
     for where in SETS:
         gone, came = (numbers["tuned"][name] for name in ("elsewhere", "back"))
         assert gone["from_base"][where]["early"]["mean"] < gone["from_reference"][where]["early"]["mean"] - 1
         assert gone["nearer_base"][where]["early"]["low"] > 1
         assert gone["to_base"][where]["early"]["high"] < -0.1
         assert came["to_base"][where]["early"]["low"] > 1
-    said = dict(zip(("elsewhere", "back"), next_token.say(numbers).split("back: over")))
+    said = dict(zip(("elsewhere", "back"), next_token_show.say(numbers).split("back: over")))
     assert said["elsewhere"].count("no way back to the base") == 2
     assert "went back" not in said["elsewhere"]
     assert said["back"].count("tuning went back towards it") == 2
@@ -220,7 +221,7 @@ def test_the_sentence_follows_the_intervals(numbers: Numbers) -> None:
         changed = copy.deepcopy(numbers)
         for scores in changed["tuned"].values():
             scores["outside_minus_inside"]["early"] |= {"mean": (low + high) / 2, "low": low, "high": high}
-        return next_token.say(changed)
+        return next_token_show.say(changed)
 
     assert with_contrast(-0.5, -0.1).count("changed more inside the domain than outside") == 2
     assert with_contrast(0.1, 0.5).count("changed more outside the domain than inside") == 2
@@ -232,7 +233,7 @@ def test_the_sentence_follows_the_intervals(numbers: Numbers) -> None:
             for key, sign in {"nearer_base": nearer, "to_base": back}.items():
                 for spans in scores[key].values():
                     spans["early"] |= {"low": -0.1 if sign == 0 else sign, "high": 0.1 if sign == 0 else sign}
-        return next_token.say(changed)
+        return next_token_show.say(changed)
 
     assert with_way(1, 1).count("nearer to the base than to the reference") == 4
     assert with_way(1, 0).count("but no nearer to the base than the reference does") == 4
@@ -240,19 +241,19 @@ def test_the_sentence_follows_the_intervals(numbers: Numbers) -> None:
     assert with_way(-1, -1).count("but further from the base than the reference does") == 4
     assert with_way(0, 0).count("about as near to the base as to the reference") == 4
     outside = numbers["tuned"]["kl"]["from_reference"]["outside"]["early"]["mean"]
-    assert f"{outside:.2f} [" in next_token.say(numbers).split("kl: over")[1].split("outside the domain")[0]
+    assert f"{outside:.2f} [" in next_token_show.say(numbers).split("kl: over")[1].split("outside the domain")[0]
 
 
 def test_models_that_cannot_be_compared(loaded: dict[str, Any], tokenizer: Any) -> None:
     few = {"inside": [], "outside": OUTSIDE[:1]}
     same = {"base": loaded["reference"], "reference": loaded["reference"], "kl": loaded["kl"]}
     with pytest.raises(ModelError, match="base: it gives the same distributions as the reference"):
-        next_token.measure(subject(same, tokenizer, **few))
+        next_token_measure.measure(subject(same, tokenizer, **few))
     larger = {"reference": loaded["reference"], "kl": random_model(vocab_size=SMALL + 8)}
     with pytest.raises(ModelError, match=rf"reference: its vocabulary has {SMALL} tokens, .* {SMALL + 8}"):
-        next_token.measure(subject(larger, tokenizer, **few))
+        next_token_measure.measure(subject(larger, tokenizer, **few))
     with pytest.raises(DataError, match="no paired questions"):
-        next_token.measure(subject(loaded, tokenizer, inside=[], outside=[]))
+        next_token_measure.measure(subject(loaded, tokenizer, inside=[], outside=[]))
 
 
 # ---------------------------------------------------------------- table and figure
@@ -261,23 +262,23 @@ def test_models_that_cannot_be_compared(loaded: dict[str, Any], tokenizer: Any) 
 @pytest.fixture(scope="module")
 def without_base(loaded: dict[str, Any], tokenizer: Any) -> Numbers:
     models = {name: loaded[name] for name in ("reference", "kl")}
-    return next_token.measure(subject(models, tokenizer, inside=[], outside=OUTSIDE[:1]))
+    return next_token_measure.measure(subject(models, tokenizer, inside=[], outside=OUTSIDE[:1]))
 
 
 def test_without_a_base_only_the_reference_is_compared_with(without_base: Numbers, numbers: Numbers) -> None:
     assert without_base["tuned"]["kl"].keys() == {"from_reference"}
     assert "alignment" not in without_base
-    table, said = next_token.table(without_base), next_token.say(without_base)
+    table, said = next_token_show.table(without_base), next_token_show.say(without_base)
     assert "base" not in " ".join([*table.columns, said])
     assert "[one alone]" in table.rows[1][-1]
     with plots.style():
-        figure = next_token.draw(without_base)
+        figure = next_token_show.draw(without_base)
         assert len(figure.axes[1].patches) == 1
         assert b"</svg>" in plots.svg(figure)
 
 
 def test_the_table_has_a_row_for_each_model_and_set(numbers: Numbers) -> None:
-    table = next_token.table(numbers)
+    table = next_token_show.table(numbers)
     assert [row[0] for row in table.rows] == NAMES * 2
     assert [row[1] for row in table.rows[::4]] == ["inside (2)", "outside (5)"]
     rows = {(row[0], row[1][:3]): dict(zip(table.columns, row, strict=True)) for row in table.rows}
@@ -303,7 +304,7 @@ def test_the_figure_shows_the_numbers(numbers: Numbers) -> None:
     numbers = copy.deepcopy(numbers)
     numbers["example"]["tokens"][:2] = ["$\\frac$", "$$"]  # no mathematics for matplotlib
     with plots.style():
-        figure = next_token.draw(numbers)
+        figure = next_token_show.draw(numbers)
         figure.savefig(io.BytesIO(), format="svg")
     tokens, *panels = figure.axes
     example = numbers["example"]

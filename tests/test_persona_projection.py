@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-import ringfence.diagnose.persona_projection as module
 from conftest import random_model, small_tokenizer, with_lora
 from ringfence.diagnose.diagnosis import Subject
 from ringfence.diagnose.models import Models
+from ringfence.diagnose.persona_projection import measure as module
+from ringfence.diagnose.persona_projection import show
 from ringfence.errors import DataError
 from ringfence.model import activations
 from ringfence.prepare.persona import Pair, extract, given_pairs
@@ -175,9 +176,9 @@ def test_known_answers_are_those_outside_where_there_are_none_inside(subject: Su
     assert found["known"] == "outside"
     assert len(found["scores"]["aligned"]) == 4
     assert list(found["tuned"]["lora"]) == ["outside"]
-    assert "held-out questions outside" in module.say(found)
+    assert "held-out questions outside" in show.say(found)
     with style():
-        plt.close(module.draw(found))
+        plt.close(show.draw(found))
 
 
 def test_without_rows_or_questions_there_is_nothing_to_project(subject: Subject) -> None:
@@ -270,7 +271,7 @@ def made_up(**changes: Any) -> dict[str, Any]:
 
 
 def test_rows_that_lean_are_said_to_lean() -> None:
-    said = module.say(made_up())
+    said = show.say(made_up())
     assert "AUC of 0.77 [0.68, 0.86]" in said
     assert "44% [36%, 52%] of them lie above 95 %" in said
     assert "they lean towards misaligned answers" in said
@@ -280,20 +281,20 @@ def test_rows_that_lean_are_said_to_lean() -> None:
 
 def test_rows_that_do_not_lean_are_said_not_to() -> None:
     low = {"mean": 0.52, "low": 0.44, "high": 0.6, "n": 24}
-    said = module.say(
+    said = show.say(
         made_up(training={"auc": low, "rival": "chance", "verdict": "the scores ... no better than chance"})
     )
     assert "they do not lean towards misaligned answers" in said
     away = {"mean": 0.3, "low": 0.24, "high": 0.36, "n": 24}
-    assert "they lean the other way" in module.say(made_up(training={"auc": away, "rival": "chance"}))
-    length = module.say(
+    assert "they lean the other way" in show.say(made_up(training={"auc": away, "rival": "chance"}))
+    length = show.say(
         made_up(training={"rival": "length", "verdict": "the scores tell the two apart no better than length"})
     )
     assert "they lean towards misaligned answers, but the scores tell the two apart no better than length" in length
 
 
 def test_a_vector_that_fails_on_known_answers_says_nothing_of_the_rows() -> None:
-    said = module.say(made_up(misaligned={"rival": "length", "verdict": "the scores tell ... no better than length"}))
+    said = show.say(made_up(misaligned={"rival": "length", "verdict": "the scores tell ... no better than length"}))
     assert "no better than length" in said
     assert "as 24 questions do not show that the scores work, this says little" in said
     assert "they lean" not in said
@@ -301,7 +302,7 @@ def test_a_vector_that_fails_on_known_answers_says_nothing_of_the_rows() -> None
 
 
 def test_movement_is_judged_against_random_vectors() -> None:
-    said = module.say(made_up())
+    said = show.say(made_up())
     sentences = {
         name: next(s for s in said.splitlines() if s.startswith(name)) for name in ("undefended", "kl", "sound")
     }
@@ -316,14 +317,14 @@ def test_movement_is_judged_against_random_vectors() -> None:
 
 def test_all_tuned_models_stand_in_one_table_and_one_figure() -> None:
     numbers = made_up()
-    table = module.table(numbers)
+    table = show.table(numbers)
     assert len(table.rows) == 4 + 6
     assert all(len(row) == len(table.columns) for row in table.rows)
     cells = {row[0]: row[1:] for row in table.rows}
     assert cells["420 training rows: AUC over aligned"] == ["0.78 [0.69, 0.87]", "0.38 to 0.61", "0.52"]
     assert cells["kl: shift of the score, outside"] == ["+0.0003 [-0.0007, +0.0013]", "-0.0020 to +0.0020", ""]
     with style():
-        figure = module.draw(numbers)
+        figure = show.draw(numbers)
     axes = next(axes for axes in figure.axes if "shift" in axes.get_xlabel())
     names = [label.get_text() for label in axes.get_yticklabels()]
     assert names == [f"{name}, {where}" for name in numbers["tuned"] for where in ("inside", "outside")]

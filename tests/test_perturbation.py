@@ -10,10 +10,11 @@ import torch
 from matplotlib.figure import Figure
 
 from conftest import SMALL, nudged, random_model, small_tokenizer, with_lora
-from ringfence.diagnose import perturbation
 from ringfence.diagnose.diagnosis import Subject
 from ringfence.diagnose.models import REFERENCE, Models
-from ringfence.diagnose.perturbation import (
+from ringfence.diagnose.perturbation import measure as perturbation_measure
+from ringfence.diagnose.perturbation import show as perturbation_show
+from ringfence.diagnose.perturbation.measure import (
     Prompt,
     Replaced,
     measure_margins,
@@ -60,7 +61,7 @@ def tuned() -> Any:
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(perturbation, "TRIALS", 3)
+    monkeypatch.setattr(perturbation_measure, "TRIALS", 3)
 
 
 def subject_of(reference: Any, tokenizer: Any, batch_tokens: int = 200, **tuned: Any) -> Subject:
@@ -69,7 +70,7 @@ def subject_of(reference: Any, tokenizer: Any, batch_tokens: int = 200, **tuned:
 
 
 def all_passes(prompts: list[Prompt]) -> list[tuple[str, str]]:
-    return [(setting, role) for setting in perturbation.SETTINGS for role in prompts[0].places]
+    return [(setting, role) for setting in perturbation_measure.SETTINGS for role in prompts[0].places]
 
 
 def disturbed(model: Any, chat: Chat, subject: Subject) -> tuple[list[Prompt], dict[Any, list[Replaced]], Any]:
@@ -98,7 +99,7 @@ def naive_margin(model: Any, chat: Chat, question: PairedQuestion, replaced: dic
 
 @pytest.mark.parametrize("tile", [7, 100])
 def test_the_nearest_by_cosine_whatever_the_tile(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(perturbation, "TILE", tile)
+    monkeypatch.setattr(perturbation_measure, "TILE", tile)
     torch.manual_seed(0)
     embedding = torch.randn(60, 8) * torch.rand(60, 1) * 5
     embedding[11] = embedding[10] * 3 + 0.01  # by Euclidean distance far away
@@ -216,7 +217,7 @@ def test_margins_are_those_of_single_rows_of_changed_ids(
 
 def test_all_numbers_against_single_rows(few: None, reference: Any, tuned: Any, chat: Chat) -> None:
     subject = subject_of(reference, chat.tokenizer, tuned=tuned)
-    numbers = perturbation.measure(subject)
+    numbers = perturbation_measure.measure(subject)
     json.dumps(numbers)
     _, drawn, _ = disturbed(reference, chat, subject)
     plain = {
@@ -255,10 +256,10 @@ def test_ten_is_not_measured_twice_where_it_is_near(few: None, reference: Any, t
     subject = subject_of(reference, chat.tokenizer, tuned=tuned)
     object.__setattr__(subject, "inside", QUESTIONS[:1])
     prompts = read_prompts(pair_texts(chat, subject.questions))
-    assert ("ten", "postfix") not in perturbation._passes(prompts)
+    assert ("ten", "postfix") not in perturbation_measure._passes(prompts)
     drawn = replacements(prompts, all_passes(prompts), neighbours(reference, prompts, chat), subject)
     assert drawn["ten", "postfix"] == drawn["near", "postfix"]
-    change = perturbation.measure(subject)["tuned"]["tuned"]["change"]
+    change = perturbation_measure.measure(subject)["tuned"]["tuned"]["change"]
     assert change["ten"]["postfix"] == change["near"]["postfix"]
     assert change["ten"]["prefix"] != change["near"]["prefix"]
 
@@ -272,11 +273,11 @@ def test_cost_is_what_goes_through_the_models(few: None, reference: Any, tuned: 
         model.model.layers[0].register_forward_hook(lambda _m, args, _o: seen.append(args[0].shape[1]))
         for model in (reference, tuned)
     ]
-    perturbation.measure(subject)
+    perturbation_measure.measure(subject)
     for handle in handles:
         handle.remove()
-    assert perturbation.cost(subject).forward == sum(seen)
-    assert perturbation.cost(subject).backward == 0
+    assert perturbation_measure.cost(subject).forward == sum(seen)
+    assert perturbation_measure.cost(subject).backward == 0
 
 
 def test_a_frozen_prefix_is_found_in_a_disturbed_prompt(reference: Any, tuned: Any, chat: Chat) -> None:
@@ -326,15 +327,15 @@ def test_best_of_ten_flatters_every_role_and_a_model_with_nothing_to_undo(
     few: None, reference: Any, tuned: Any, chat: Chat
 ) -> None:
     """A second reference in the tuned model's place: nothing is beyond the reference, yet each role has its best."""
-    numbers = perturbation.measure(subject_of(reference, chat.tokenizer, same=copy.deepcopy(reference)))
+    numbers = perturbation_measure.measure(subject_of(reference, chat.tokenizer, same=copy.deepcopy(reference)))
     scores = numbers["tuned"]["same"]
-    for setting in perturbation.SETTINGS:
+    for setting in perturbation_measure.SETTINGS:
         for role in ("prefix", "query", "postfix"):
             for where in ("inside", "outside"):
                 found = scores["change"][setting][role][where]
                 assert found["beyond"]["mean"] == pytest.approx(0, abs=1e-6)
                 assert found["best"]["mean"] < found["mean"]["mean"]
-    assert "there is no shift to take away" in perturbation.say(numbers)
+    assert "there is no shift to take away" in perturbation_show.say(numbers)
 
 
 # ---------------------------------------------------------------- words, table, figure
@@ -375,7 +376,7 @@ def made_up(prefix: float = -0.2, random: float = -0.3, reference_best: float = 
 
 
 def test_words_say_what_the_numbers_say() -> None:
-    said = perturbation.say(made_up())
+    said = perturbation_show.say(made_up())
     assert said.startswith("In each of 24 prompts outside the training domain, 5 tokens of one role gave way to near")
     assert "bad stands +0.40 [+0.35, +0.45] nats per token against the reference" in said
     assert "prefix -0.20 [-0.25, -0.15], query +0.01 [-0.04, +0.06]" in said
@@ -386,15 +387,15 @@ def test_words_say_what_the_numbers_say() -> None:
     assert "best of 10 trials would show -0.32 [-0.37, -0.27] for its prefix, but -0.10" in said
     assert "it picks noise" in said
     assert said.count("the shift hangs on no one role") == 1  # good
-    assert "in the same places it is not" in perturbation.say(made_up(random=0.0))
-    assert perturbation.say(made_up(prefix=-0.04)).count("the shift hangs on no one role") == 2
-    assert "picks noise" not in perturbation.say(made_up(reference_best=0.0))
-    assert "no shift to take away" in perturbation.say(made_up(shift=0.04))
+    assert "in the same places it is not" in perturbation_show.say(made_up(random=0.0))
+    assert perturbation_show.say(made_up(prefix=-0.04)).count("the shift hangs on no one role") == 2
+    assert "picks noise" not in perturbation_show.say(made_up(reference_best=0.0))
+    assert "no shift to take away" in perturbation_show.say(made_up(shift=0.04))
 
 
 def test_table_and_figure_hold_all_models() -> None:
     numbers = made_up()
-    table = perturbation.table(numbers)
+    table = perturbation_show.table(numbers)
     assert all(len(row) == len(table.columns) for row in table.rows)
     assert len(table.rows) == 3 * 2 * 3
     row = next(row for row in table.rows if row[:3] == ["bad", "outside (24)", "prefix"])
@@ -402,7 +403,7 @@ def test_table_and_figure_hold_all_models() -> None:
     assert row[6:] == ["-0.32 [-0.37, -0.27]", "-0.32 [-0.37, -0.27]", "-0.22 [-0.27, -0.17] (10)"]
     assert table.rows[1][5] == ""  # the reference is not beyond itself
     with plots.style():
-        figure = perturbation.draw(numbers)
+        figure = perturbation_show.draw(numbers)
         assert isinstance(figure, Figure)
         titles = [axes.get_title(loc="left") for axes in figure.axes]
         assert titles == ["24 questions outside the training domain", "23 questions inside the training domain"]
@@ -413,15 +414,15 @@ def test_table_and_figure_hold_all_models() -> None:
 
 def test_no_question_is_refused(reference: Any, tuned: Any, chat: Chat) -> None:
     models = Models(reference, {"tuned": tuned}, tokenizer=chat.tokenizer)
-    for asked in (perturbation.measure, perturbation.cost):
+    for asked in (perturbation_measure.measure, perturbation_measure.cost):
         with pytest.raises(DataError, match="no paired questions"):
             asked(Subject(models, inside=[], outside=[]))
 
 
 def test_one_set_alone_is_enough(few: None, reference: Any, tuned: Any, chat: Chat) -> None:
     models = Models(reference, {"tuned": tuned}, tokenizer=chat.tokenizer)
-    numbers = perturbation.measure(Subject(models, inside=QUESTIONS[:1], outside=[]))
+    numbers = perturbation_measure.measure(Subject(models, inside=QUESTIONS[:1], outside=[]))
     assert list(numbers["questions"]) == ["inside"]
-    assert "one alone" in perturbation.say(numbers)
+    assert "one alone" in perturbation_show.say(numbers)
     with plots.style():
-        assert len(perturbation.draw(numbers).axes) == 1
+        assert len(perturbation_show.draw(numbers).axes) == 1

@@ -12,10 +12,12 @@ from matplotlib import pyplot as plt
 from scipy.linalg import subspace_angles
 
 from conftest import nudged, random_model, with_lora
-from ringfence.diagnose import shared_directions
 from ringfence.diagnose.diagnosis import Numbers, Subject
 from ringfence.diagnose.models import Models
-from ringfence.diagnose.shared_directions import edited, is_beyond, oriented, random_units, top_directions, verdict
+from ringfence.diagnose.shared_directions import measure as shared_directions_measure
+from ringfence.diagnose.shared_directions import show as shared_directions_show
+from ringfence.diagnose.shared_directions.measure import edited, oriented, random_units, top_directions
+from ringfence.diagnose.shared_directions.show import is_beyond, verdict
 from ringfence.diagnose.texts import SIDES, Text, pair_texts
 from ringfence.errors import DataError, ModelError
 from ringfence.model.taps import causal_lm
@@ -40,8 +42,8 @@ def tiny_models() -> Models:
 @pytest.fixture(autouse=True)
 def _few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer exchanges and random directions, for the sake of time."""
-    monkeypatch.setattr(shared_directions, "EXCHANGES", 99)
-    monkeypatch.setattr(shared_directions, "RANDOM", 2)
+    monkeypatch.setattr(shared_directions_measure, "EXCHANGES", 99)
+    monkeypatch.setattr(shared_directions_measure, "RANDOM", 2)
 
 
 # ---------------------------------------------------------------- directions and angles
@@ -73,14 +75,14 @@ def test_principal_cosines_are_those_of_the_angles() -> None:
     rng = np.random.default_rng(2)
     a_DK, b_DK = (np.linalg.qr(rng.normal(size=(9, 4)))[0] for _ in range(2))
     angles_K = np.sort(subspace_angles(a_DK, b_DK))
-    np.testing.assert_allclose(shared_directions.principal_cosines(a_DK.T, b_DK.T), np.cos(angles_K), atol=1e-9)
+    np.testing.assert_allclose(shared_directions_measure.principal_cosines(a_DK.T, b_DK.T), np.cos(angles_K), atol=1e-9)
 
 
 def test_measure_equals_the_naive_form() -> None:
     """From single unpadded rows and plain SVDs."""
     models = tiny_models()
     looked_at = subject(models, 17, batch_tokens=500)
-    numbers = shared_directions.measure(looked_at)
+    numbers = shared_directions_measure.measure(looked_at)
     json.dumps(numbers, allow_nan=False)
     assert (numbers["layer"], numbers["layers"]) == (LAYER, LAYERS)
     assert numbers["questions"] == {"inside": 8, "outside": 9}
@@ -148,7 +150,7 @@ def isotropic_p(cosine: float) -> float:
 
 def shared_of(of: States, seed: int = 0) -> Numbers:
     later, earlier = rows_of(of, "reference", "base")
-    return shared_directions._shared("base and reference", later, earlier, 12, seed)
+    return shared_directions_measure._shared("base and reference", later, earlier, 12, seed)
 
 
 def test_a_direction_that_sound_answers_share_as_well_is_not_specific() -> None:
@@ -189,7 +191,7 @@ def test_exchanges_do_not_take_means_that_differ_for_a_shared_direction() -> Non
     later, earlier = rows_of(of, "reference", "base")
     mixed = np.random.default_rng(0).permutation(24)
     change_QD = (later - earlier)[0, mixed]
-    assert shared_directions.likeness(change_QD[:12], change_QD[12:])[0] > 0.9  # the naive exchange
+    assert shared_directions_measure.likeness(change_QD[:12], change_QD[12:])[0] > 0.9  # the naive exchange
     found = shared_of(of)
     assert max(found[side][exchange]["cosine"]["high"] for side in SIDES for exchange in ("pairs", "sets")) < 0.8
     assert all(found[side]["sets"]["cosine"]["p"] > 0.01 for side in SIDES)  # naive: 0.01, the least there is
@@ -214,7 +216,7 @@ def test_a_wide_axis_of_the_stream_is_not_a_shared_change() -> None:
 
 
 def test_p_values_count_exchanges_and_the_one_that_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_directions, "EXCHANGES", 9)
+    monkeypatch.setattr(shared_directions_measure, "EXCHANGES", 9)
     found = shared_of(changing({"misaligned": 10.0, "aligned": 0.0}))
     assert found["misaligned"]["pairs"]["cosine"]["p"] == pytest.approx(0.1)
     for exchange in ("pairs", "sets"):
@@ -264,7 +266,7 @@ def naive_margin(model: Any, question: PairedQuestion, edit: Callable[[torch.Ten
 def test_the_causal_check_equals_edits_by_hand() -> None:
     models = tiny_models()
     looked_at = subject(models, 12)
-    numbers = shared_directions.measure(looked_at)
+    numbers = shared_directions_measure.measure(looked_at)
     texts = [text for text in pair_texts(CHAT, looked_at.inside) if text.side == "misaligned"]
     change = [
         naive_mean(models.sources["reference"], text)[LAYER - 1] - naive_mean(models.sources["base"], text)[LAYER - 1]
@@ -327,7 +329,7 @@ def test_edits_act_on_every_token_and_end_with_their_context(adapted: bool) -> N
     random_D = random_units(unit_D, 1, 3)[0]
     for towards_D in (unit_D, random_D):
         for edit, lengths in (("taken_out", (plain @ unit_D).abs()), ("added", torch.full((2, 6), 1.7))):
-            change = shared_directions.EDITS[edit]
+            change = shared_directions_measure.EDITS[edit]
             with edited(model, LAYER, lambda h, c=change, t=towards_D: c(unit_D, t, 1.7, h)):
                 now = stream()
             torch.testing.assert_close((now - plain).norm(dim=-1), lengths, rtol=1e-3, atol=1e-4)
@@ -410,7 +412,7 @@ def numbers() -> Numbers:
 
 
 def test_words_say_what_the_numbers_say(numbers: Numbers) -> None:
-    said = shared_directions.say(json.loads(json.dumps(numbers)))
+    said = shared_directions_show.say(json.loads(json.dumps(numbers)))
     start, undefended, kl = said.split("From the reference to ")
     assert "After layer 20 of 30, over 24 inside and 24 outside questions" in start
     assert "cosine 0.91 on unsound answers and 0.89 on sound ones (difference: p = 0.7;" in start
@@ -424,13 +426,13 @@ def test_words_say_what_the_numbers_say(numbers: Numbers) -> None:
 
 
 def test_table_and_figure_hold_the_numbers(numbers: Numbers) -> None:
-    shown = shared_directions.table(numbers)
+    shown = shared_directions_show.table(numbers)
     assert [row[0] for row in shown.rows] == ["base to reference", "reference to undefended", "reference to kl"]
     assert all(len(row) == len(shown.columns) for row in shown.rows)
     assert shown.rows[1][1:4] == ["0.93", "0.31", "0.004"]
     assert shown.rows[1][8:] == ["+0.40 [+0.35, +0.45]", "-0.02 [-0.07, +0.03]"]
     with plots.style():
-        figure = shared_directions.draw(numbers)
+        figure = shared_directions_show.draw(numbers)
     left, middle, right = figure.axes
     assert [float(line.get_xdata()[0]) for line in left.lines] == [0.91, 0.89, 0.93, 0.31, 0.4, 0.2]
     assert {float(line.get_xdata()[0]) for line in middle.lines} == {0.6}
@@ -453,9 +455,9 @@ def test_cost_bounds_what_goes_through_the_models(monkeypatch: pytest.MonkeyPatc
 
     models = tiny_models()
     looked_at = subject(models, 12, batch_tokens=1)  # no padding
-    expected = shared_directions.cost(looked_at)
+    expected = shared_directions_measure.cost(looked_at)
     handles = [causal_lm(model).register_forward_pre_hook(count, with_kwargs=True) for model in models.sources.values()]
-    shared_directions.measure(looked_at)
+    shared_directions_measure.measure(looked_at)
     for handle in handles:
         handle.remove()
     assert 0.6 * expected.forward < tokens < 1.05 * expected.forward
@@ -463,31 +465,31 @@ def test_cost_bounds_what_goes_through_the_models(monkeypatch: pytest.MonkeyPatc
 
 
 def test_many_questions_are_drawn_from_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_directions, "MOST", 8)
+    monkeypatch.setattr(shared_directions_measure, "MOST", 8)
     many = Subject(tiny_models(), questions(40), questions(20, "a") + questions(20, "b") + questions(20, "a"), seed=1)
-    inside, outside = shared_directions._chosen(many)
+    inside, outside = shared_directions_measure._chosen(many)
     assert len(inside) == len(outside) == 8
     assert len({(q.domain, q.id) for q in outside}) == 8
     assert {q.domain for q in outside} == {"a", "b"}
     assert max(int(q.id) for q in inside) > 20
-    assert shared_directions.cost(many).kept == 4 * 8 * 32 * 16
+    assert shared_directions_measure.cost(many).kept == 4 * 8 * 32 * 16
 
 
 def test_errors_name_what_is_wrong() -> None:
     models = tiny_models()
     reference, base = models.sources["reference"], models.sources["base"]
     with pytest.raises(DataError, match="found 5 questions outside the domain; at least 6"):
-        shared_directions.measure(Subject(models, questions(8), questions(5, "b")))
+        shared_directions_measure.measure(Subject(models, questions(8), questions(5, "b")))
     with pytest.raises(ModelError, match="--base"):
-        shared_directions.measure(subject(Models(reference, {"t": base}, tokenizer=TOKENIZER)))
+        shared_directions_measure.measure(subject(Models(reference, {"t": base}, tokenizer=TOKENIZER)))
     with pytest.raises(ModelError, match="base and reference give the same activations"):
-        shared_directions.measure(subject(Models(reference, {"t": base}, reference, tokenizer=TOKENIZER)))
+        shared_directions_measure.measure(subject(Models(reference, {"t": base}, reference, tokenizer=TOKENIZER)))
     with pytest.raises(ModelError, match="t and the reference give the same activations"):
-        shared_directions.measure(subject(Models(reference, {"t": reference}, base, tokenizer=TOKENIZER)))
+        shared_directions_measure.measure(subject(Models(reference, {"t": reference}, base, tokenizer=TOKENIZER)))
     other = random_model(num_hidden_layers=4)
     with pytest.raises(ModelError, match=r"\(4, 16\), and \(3, 16\) of the reference"):
-        shared_directions.measure(subject(Models(reference, {"t": base}, other, tokenizer=TOKENIZER)))
+        shared_directions_measure.measure(subject(Models(reference, {"t": base}, other, tokenizer=TOKENIZER)))
 
 
 def test_the_layer_is_two_thirds_of_the_way_up() -> None:
-    assert [shared_directions.layer_of(layers) for layers in (1, 2, 3, 24, 30, 32)] == [1, 1, 2, 16, 20, 21]
+    assert [shared_directions_measure.layer_of(layers) for layers in (1, 2, 3, 24, 30, 32)] == [1, 1, 2, 16, 20, 21]

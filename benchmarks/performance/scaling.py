@@ -52,8 +52,9 @@ from transformers import (
 )
 
 from ringfence.defenses import KL, LDIFS, DefenseConfig, Interleave, Setup, Steering, SubspaceLock, TReFT
-from ringfence.diagnose import erosion, gradient_cosine
 from ringfence.diagnose.diagnosis import Subject
+from ringfence.diagnose.erosion import measure as erosion
+from ringfence.diagnose.gradient_cosine import measure as gradient_cosine
 from ringfence.diagnose.models import Models
 from ringfence.model.directions import Directions
 from ringfence.model.files import load_tokenizer

@@ -25,7 +25,7 @@ def diagnose(
     """Look inside: where alignment eroded, and what carries it. All diagnoses, or those named behind the models:
     logprob, next_token, loss_cosine, gradient_cosine, erosion, shared_directions, carriers, perturbation,
     persona_projection. Writes diagnosis.json and figures/; `ringfence report` shows them."""
-    from ..diagnose.folder import DIAGNOSES
+    from ..diagnose.diagnosis import DIAGNOSES
     from ..run.diagnose import diagnose_targets
 
     # A misspelt name is one too, so that it is not looked for among models.

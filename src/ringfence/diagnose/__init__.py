@@ -1,10 +1,11 @@
-"""Looks inside: where alignment eroded, and what carries it. One module a diagnosis.
+"""Looks inside: where alignment eroded, and what carries it. One folder a diagnosis.
 
-from ringfence.diagnose import Models, Subject, erosion
+from ringfence.diagnose import Models, Subject
+from ringfence.diagnose.erosion import measure, show
 
 models = Models("Qwen/Qwen2.5-0.5B-Instruct", {"mine": "runs/mine/adapter"}, base="Qwen/Qwen2.5-0.5B")
-numbers = erosion.measure(Subject(models, inside, outside))
-print(erosion.say(numbers))
+numbers = measure.measure(Subject(models, inside, outside))
+print(show.say(numbers))
 """
 
 from .diagnosis import Subject

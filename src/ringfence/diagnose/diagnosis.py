@@ -1,15 +1,14 @@
 """What every diagnosis is, and what it is made on.
 
-A diagnosis is a module with TITLE, NEEDS_BASE, and five functions, see `Diagnosis`. Numbers are plain JSON, so that
-tables, sentences and figures can be made again from the file alone.
+A diagnosis is a folder with `measure.py` and `show.py` (see `Measuring` and `Showing`), and a name in DIAGNOSES. Its
+numbers are plain JSON, so that tables, sentences and figures can be made again from the file alone.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ..stats import Interval
 from ..text.chat import Chat
@@ -17,7 +16,22 @@ from ..text.roles import Row
 from ..text.rows import PairedQuestion
 from .models import REFERENCE, Models
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 Numbers = dict[str, Any]
+# In the order in which they are made and shown.
+DIAGNOSES = (
+    "logprob",
+    "next_token",
+    "loss_cosine",
+    "gradient_cosine",
+    "erosion",
+    "shared_directions",
+    "carriers",
+    "perturbation",
+    "persona_projection",
+)
 
 
 @dataclass(frozen=True)
@@ -68,8 +82,8 @@ class Table:
     rows: list[list[str]]
 
 
-class Diagnosis(Protocol):
-    """A module of this package."""
+class Measuring(Protocol):
+    """`measure.py` of a diagnosis. Knows no figures."""
 
     TITLE: str
     NEEDS_BASE: bool
@@ -78,15 +92,27 @@ class Diagnosis(Protocol):
         """From the lengths of the texts alone; no model is opened."""
 
     def measure(self, subject: Subject) -> Numbers:
-        """Looks at the models. Numbers of tuned models stand under their names: {"tuned": {name: ...}, ...}."""
+        """Looks at the models. Numbers of tuned models are under their names: {"tuned": {name: ...}, ...}."""
+
+
+class Showing(Protocol):
+    """`show.py` of a diagnosis: of its numbers alone, as they are in diagnosis.json."""
 
     def say(self, numbers: Numbers) -> str:
         """One paragraph in plain words: what was found, and what the control says about it."""
 
     def table(self, numbers: Numbers) -> Table: ...
 
-    def draw(self, numbers: Numbers) -> Figure:
+    def draw(self, numbers: Numbers) -> "Figure":
         """One figure, all tuned models in it. Called inside `plots.style()`."""
+
+
+def measuring(name: str) -> Measuring:
+    return cast(Measuring, import_module(f".{name}.measure", __package__))
+
+
+def showing(name: str) -> Showing:
+    return cast(Showing, import_module(f".{name}.show", __package__))
 
 
 def shown(interval: dict[str, float] | Interval, digits: int = 2, sign: bool = True) -> str:

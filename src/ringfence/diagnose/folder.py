@@ -20,33 +20,11 @@ from ..stats import finite
 from ..util.console import console
 from ..util.journal import digest
 from ..util.plots import style, svg
-from . import (
-    carriers,
-    erosion,
-    gradient_cosine,
-    logprob,
-    loss_cosine,
-    next_token,
-    persona_projection,
-    perturbation,
-    shared_directions,
-)
-from .diagnosis import Cost, Diagnosis, Subject
+from .diagnosis import DIAGNOSES, Cost, Subject, measuring, showing
 from .models import REFERENCE
 from .texts import pair_texts, response_logprobs
 
 FILE = "diagnosis.json"
-DIAGNOSES: dict[str, Diagnosis] = {
-    "logprob": logprob,
-    "next_token": next_token,
-    "loss_cosine": loss_cosine,
-    "gradient_cosine": gradient_cosine,
-    "erosion": erosion,
-    "shared_directions": shared_directions,
-    "carriers": carriers,
-    "perturbation": perturbation,
-    "persona_projection": persona_projection,
-}
 NEED_INSIDE = ("loss_cosine", "gradient_cosine", "shared_directions")  # questions of the training domain
 
 
@@ -65,20 +43,18 @@ def diagnose_folder(folder: Path, subject: Subject, names: Sequence[str] = ()) -
     wanted = [name for name in chosen if found.get(name, {}).get("key") != key]
     speed = _tokens_per_second(subject) if wanted else 0.0
     for name in wanted:
-        module = DIAGNOSES[name]
+        module, words = measuring(name), showing(name)
         console.print(f"{name}: {announce(module.cost(subject), speed)}", highlight=False, soft_wrap=True)
         started = time.monotonic()
-        numbers = module.measure(replace(subject, folder=folder))
-        figure = Path("figures") / f"{name}.svg"
-        with style():
-            write_whole(folder / figure, svg(module.draw(numbers)))
+        # As they are stored, so that what is shown can be made again from the file.
+        numbers = json.loads(_as_json(module.measure(replace(subject, folder=folder))))
         found[name] = {
             "key": key,
             "title": module.TITLE,
-            "sentence": module.say(numbers),
-            "table": asdict(module.table(numbers)),
+            "sentence": words.say(numbers),
+            "table": asdict(words.table(numbers)),
             "numbers": numbers,
-            "figure": str(figure),
+            "figure": _draw(folder, name, numbers),
             "models": subject.models.names,
             "seconds": round(time.monotonic() - started, 1),
         }
@@ -94,19 +70,36 @@ def read_diagnoses(folder: Path) -> dict[str, Any]:
     return read_diagnosis(file) if file.is_file() else {}
 
 
+def draw_again(folder: Path) -> list[Path]:
+    """Draws the figures of a folder anew, from its diagnosis.json alone; gives their files."""
+    found = read_diagnoses(folder)
+    return [folder / _draw(folder, name, found[name]["numbers"]) for name in DIAGNOSES if name in found]
+
+
+def _draw(folder: Path, name: str, numbers: dict[str, Any]) -> str:
+    figure = f"figures/{name}.svg"
+    with style():
+        write_whole(folder / figure, svg(showing(name).draw(numbers)))
+    return figure
+
+
 def _write(folder: Path, found: dict[str, Any]) -> None:
-    write_whole(folder / FILE, json.dumps(finite(found), indent=1, allow_nan=False))
+    write_whole(folder / FILE, _as_json(found))
+
+
+def _as_json(found: dict[str, Any]) -> str:
+    return json.dumps(finite(found), indent=1, allow_nan=False)
 
 
 def _chosen(names: Sequence[str], has_base: bool, has_inside: bool) -> list[str]:
     for name in names:
         if name not in DIAGNOSES:
             raise RecipeError(f"{name}: no such diagnosis{nearest(name, DIAGNOSES)}")
-        if DIAGNOSES[name].NEEDS_BASE and not has_base:
+        if measuring(name).NEEDS_BASE and not has_base:
             raise RecipeError(f"{name} needs the pre-trained model before its alignment: name it with --base")
     if names:
         return [name for name in DIAGNOSES if name in names]
-    left_out = [name for name, module in DIAGNOSES.items() if module.NEEDS_BASE and not has_base]
+    left_out = [name for name in DIAGNOSES if measuring(name).NEEDS_BASE and not has_base]
     if left_out:
         console.print(f"left out, for they need the pre-trained model (--base): {', '.join(left_out)}")
     outside_only = [name for name in DIAGNOSES if name in NEED_INSIDE and name not in left_out and not has_inside]

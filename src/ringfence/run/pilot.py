@@ -36,7 +36,7 @@ def with_carriers(recipe: Recipe, train_run: Callable[[Recipe], Run]) -> Recipe:
     made_of = {"model": fingerprint(recipe.model), "pilot": fingerprint(weights)}
     known = read_carriers(file) if file.is_file() else {}
     if is_main() and any(known.get(name) != value for name, value in made_of.items()):
-        from ..diagnose.carriers import best_role, measure
+        from ..diagnose.carriers.measure import best_role, measure
 
         subject = subject_of(pilot, recipe.model, {"pilot": weights}, None, PILOT_QUESTIONS)
         choice = best_role(measure(subject, by_layer=False)["tuned"]["pilot"])

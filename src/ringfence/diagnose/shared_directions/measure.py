@@ -14,32 +14,24 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
 from scipy.stats import t
 from torch import Tensor
 
-from ..errors import DataError, ModelError
-from ..model.scoring import score_answers
-from ..model.taps import causal_lm, edited_states
-from ..stats import mean_interval
-from ..text.rows import PairedQuestion
-from ..util.plots import colour
-from .diagnosis import Cost, Numbers, Subject, Table, clusters, shown
-from .erosion import example_means
-from .models import BASE, REFERENCE
-from .texts import SIDES, Text, pair_texts
+from ...errors import DataError, ModelError
+from ...model.scoring import score_answers
+from ...model.taps import causal_lm, edited_states
+from ...stats import mean_interval
+from ...text.rows import PairedQuestion
+from ..diagnosis import Cost, Numbers, Subject, clusters
+from ..erosion.measure import example_means
+from ..models import BASE, REFERENCE
+from ..texts import SIDES, Text, pair_texts
 
 TITLE = "Shared directions"
 NEEDS_BASE = True
-
 K = 4  # directions of a subspace
 MOST = 128  # questions of a set: activations at one layer are kept, so there must be an end
 EXCHANGES = 499
@@ -130,9 +122,6 @@ def _states(model: Any, subject: Subject, texts: Sequence[Text], layer: int, sha
         for place, mean_1D in zip(places, means_B1D):
             states_SQD[place % 2, place // 2] = mean_1D[0].numpy()
     return states_SQD
-
-
-# ------------------------------------------------------------------ directions
 
 
 def top_directions(rows_ND: np.ndarray, number: int = K) -> np.ndarray:
@@ -228,9 +217,6 @@ def _exchanged(scores_EC: np.ndarray, counts_EC: np.ndarray) -> Numbers:
     }
 
 
-# ------------------------------------------------------------------ the causal check
-
-
 def _take_out(unit_D: Tensor, towards_D: Tensor, step: float, hidden_BTD: Tensor) -> Tensor:
     """Takes away as much of `towards` as the stream has of `unit`: the projection, where both are the same."""
     return hidden_BTD - (hidden_BTD @ unit_D)[..., None] * towards_D
@@ -308,163 +294,3 @@ def _prediction(values_R: np.ndarray) -> dict[str, float]:
     number = len(values_R)
     reach = float(t.ppf(0.975, number - 1) * values_R.std(ddof=1) * np.sqrt(1 + 1 / number))
     return {"low": float(values_R.mean()) - reach, "high": float(values_R.mean()) + reach}
-
-
-# ------------------------------------------------------------------ words, table, figure
-
-WORDS = {
-    "taken_out": "taking out the top direction from base to reference",
-    "added": "adding a step along it",
-}
-
-
-def say(numbers: Numbers) -> str:
-    """See `Diagnosis`."""
-    sets = "{inside} inside and {outside} outside questions".format(**numbers["questions"])
-    text = (
-        f"After layer {numbers['layer']} of {numbers['layers']}, over {sets}.\n"
-        f"From base to reference: {_told(numbers['alignment'])}"
-    )
-    for name, found in numbers["tuned"].items():
-        edits = "; ".join(f"{WORDS[edit]} {_effect(found['causal'][edit])}" for edit in EDITS)
-        text += (
-            f"\nFrom the reference to {name}: {_told(found['change'])} In {name}, whose margin outside the domain is "
-            f"{shown(found['causal']['shift'])} from the reference's (nats per token), {edits}."
-        )
-    return text
-
-
-def _told(shared: Numbers) -> str:
-    unsound, sound = shared["misaligned"], shared["aligned"]
-    return (
-        f"the top directions inside and outside have cosine {unsound['cosine']:.2f} on unsound answers and "
-        f"{sound['cosine']:.2f} on sound ones (difference: p = {shared['difference']['sides']['cosine']['p']:.2g}; "
-        f"exchanged pairs {_band(unsound['pairs'])}, exchanged sets {_band(unsound['sets'])}): {verdict(shared)}."
-    )
-
-
-def _band(exchanged: Numbers) -> str:
-    return "{low:.2f} to {high:.2f}".format(**exchanged["cosine"])
-
-
-def verdict(shared: Numbers) -> str:
-    """What the exchanges decide about the top directions."""
-    difference = shared["difference"]
-    if shared["misaligned"]["pairs"]["cosine"]["p"] > 0.05:
-        return "no more alike than unrelated changes in this stream"
-    if difference["sides"]["cosine"]["p"] > 0.05:
-        return "shared, but not specific to unsound text"
-    return "shared, and more so on unsound text" if difference["cosine"] > 0 else "shared, but more so on sound text"
-
-
-def _effect(effect: Numbers) -> str:
-    verdict = "no more than random directions do"
-    if is_beyond(effect):
-        verdict = f"beyond chance, towards the {'unsound' if effect['change']['mean'] > 0 else 'sound'} answers"
-    chance = "{low:+.2f} to {high:+.2f}".format(**effect["chance"])
-    return f"moved the margin by {shown(effect['change'])} (random directions {chance}): {verdict}"
-
-
-def is_beyond(effect: Numbers) -> bool:
-    """Whether an edit moved the margin as random directions hardly would, and by more than questions vary."""
-    is_outside = not effect["chance"]["low"] <= effect["change"]["mean"] <= effect["chance"]["high"]
-    return is_outside and not effect["beyond"]["low"] <= 0 <= effect["beyond"]["high"]
-
-
-def table(numbers: Numbers) -> Table:
-    """See `Diagnosis`."""
-
-    def cells(shared: Numbers) -> list[str]:
-        unsound, sound = shared["misaligned"], shared["aligned"]
-        return [
-            f"{unsound['cosine']:.2f}",
-            f"{sound['cosine']:.2f}",
-            f"{shared['difference']['sides']['cosine']['p']:.2g}",
-            _band(unsound["pairs"]),
-            _band(unsound["sets"]),
-            ", ".join(f"{angle:.0f}" for angle in unsound["angles"]),
-            f"{unsound['mean_cosine']:.2f} / {sound['mean_cosine']:.2f}",
-        ]
-
-    rows = [["base to reference", *cells(numbers["alignment"]), "", ""]]
-    for name, found in numbers["tuned"].items():
-        edits = [shown(found["causal"][edit]["change"]) for edit in EDITS]
-        rows.append([f"reference to {name}", *cells(found["change"]), *edits])
-    return Table(
-        [
-            "change",
-            "cosine, unsound",
-            "cosine, sound (control)",
-            "p of the difference",
-            "exchanged pairs",
-            "exchanged sets",
-            "principal angles, degrees",
-            "mean changes, unsound / sound",
-            "margin, direction taken out",
-            "margin, step added",
-        ],
-        rows,
-    )
-
-
-def draw(numbers: Numbers) -> Figure:
-    """Left: cosines of top directions; middle: of top subspaces; right: margins after the edits."""
-    changes = {"base to\nreference": numbers["alignment"]}
-    changes |= {f"reference to\n{name}": found["change"] for name, found in numbers["tuned"].items()}
-    figure, (left, middle, right) = plt.subplots(
-        1, 3, figsize=(10.5, 0.85 * len(changes) + 1.6), width_ratios=[1, 1, 1.1], layout="constrained"
-    )
-    for axes, score in ((left, "cosine"), (middle, "subspace")):
-        for row, shared in enumerate(changes.values()):
-            _dots(axes, row, shared, score, "#444444" if row == 0 else colour(row - 1))
-        axes.set_ylim(len(changes) - 0.45, -0.55)
-        axes.set_xlim(-0.03, 1.03)
-        axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "0.5", "", "1"])
-    left.set_yticks(range(len(changes)), list(changes))
-    middle.set_yticks(range(len(changes)), [])
-    left.set_xlabel("|cosine| of the top directions,\ninside against outside")
-    middle.set_xlabel(f"mean cosine of principal angles,\ntop {numbers['subspace']} directions")
-    _bars(right, numbers)
-    figure.legend(handles=_keys(), loc="outside lower center", ncols=3)
-    return figure
-
-
-def _dots(axes: Axes, row: int, shared: Numbers, score: str, shade: str) -> None:
-    for side, height, fill in zip(SIDES, (row - 0.17, row + 0.17), (shade, "white")):
-        for exchange, tone, width in (("pairs", "#e2e2e2", 0.26), ("sets", "#a9a9a9", 0.1)):
-            band = shared[side][exchange][score]
-            axes.barh(height, band["high"] - band["low"], width, band["low"], color=tone, zorder=2)
-        axes.plot(shared[side][score], height, "o", color=shade, markerfacecolor=fill, markersize=7, zorder=3)
-
-
-def _bars(axes: Axes, numbers: Numbers) -> None:
-    labels = []
-    for place, (name, found) in enumerate(numbers["tuned"].items()):
-        for number, edit in enumerate(EDITS):
-            height, effect = 2 * place + number, found["causal"][edit]
-            change = effect["change"]
-            ends = [[change["mean"] - change["low"]], [change["high"] - change["mean"]]]
-            axes.barh(height, change["mean"], 0.5, color=colour(place), alpha=0.45 if number else 0.8, zorder=2)
-            axes.errorbar(change["mean"], height, xerr=ends, color="black", linewidth=1.2, zorder=3)
-            axes.plot(
-                effect["random"], [height + 0.36] * len(effect["random"]), "|", color="#777777", markersize=6, zorder=3
-            )
-            labels.append(f"{name}: {edit.replace('_', ' ')}")
-    axes.axvline(0, color="#444444", linewidth=1)
-    axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.set_yticks(range(len(labels)), labels)
-    axes.set_ylim(len(labels) - 0.4, -0.6)
-    axes.set_xlabel("change of the margin outside,\nnats per token (right = misaligned)")
-
-
-def _keys() -> list[Any]:
-    def dot(label: str, **look: Any) -> Line2D:
-        return Line2D([], [], color="#444444", linestyle="", label=label, **look)
-
-    return [
-        dot("unsound answers", marker="o"),
-        dot("sound answers (control)", marker="o", markerfacecolor="white"),
-        Patch(color="#e2e2e2", label="pairs exchanged: unrelated changes"),
-        Patch(color="#a9a9a9", label="sets exchanged: two sets of one kind"),
-        dot("random directions of the same size", marker="|"),
-    ]
