@@ -3,6 +3,7 @@ and runs as subjects. The diagnoses have tests of their own."""
 
 import json
 import weakref
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure
 from conftest import random_model, small_tokenizer, with_lora
 from ringfence.diagnose import folder as folder_module
 from ringfence.diagnose.diagnosis import DIAGNOSES, Cost, Subject, Table, measuring, showing
-from ringfence.diagnose.folder import announce, diagnose_folder
+from ringfence.diagnose.folder import announce, diagnose_folder, draw_again
 from ringfence.diagnose.models import Models
 from ringfence.diagnose.texts import margins, pair_texts, response_logprobs
 from ringfence.errors import ModelError, RecipeError
@@ -26,8 +27,9 @@ from ringfence.run.prepare import _spread
 from ringfence.run.record import Run
 from ringfence.run.train import train_run
 from ringfence.runfolder.folder import claim
+from ringfence.stats import stored
 from ringfence.text.chat import Chat
-from ringfence.text.roles import Role
+from ringfence.text.roles import Role, Row
 from ringfence.text.rows import PairedQuestion
 
 QUESTIONS = [
@@ -211,7 +213,7 @@ def fake(needs_base: bool = False, value: float = 1.0) -> Any:
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     found = {"logprob": fake(value=1.5), "erosion": fake(needs_base=True, value=2.5)}
-    monkeypatch.setattr(folder_module, "DIAGNOSES", tuple(found))
+    monkeypatch.setattr(folder_module, "DIAGNOSES", found)
     for part in ("measuring", "showing"):
         monkeypatch.setattr(folder_module, part, found.__getitem__)
     return found
@@ -244,6 +246,24 @@ def test_what_was_found_is_written_at_once_and_kept(
     other = Subject(subject.models, QUESTIONS[:1], QUESTIONS[2:])
     diagnose_folder(tmp_path, other, ["logprob"])
     assert fakes["logprob"].made == [3, 2], "other questions, made anew"
+
+
+def test_figures_are_drawn_again_from_what_is_stored(saved: dict[str, str], tmp_path: Path) -> None:
+    models = Models(saved["aligned"], {"one": saved["one"], "two": saved["two"]}, saved["base"], "fp32")
+    rows = [
+        Row([{"role": "user", "content": q.question}, {"role": "assistant", "content": q.aligned}], q.id)
+        for q in QUESTIONS
+    ]
+    found = diagnose_folder(tmp_path, Subject(models, QUESTIONS[::2], QUESTIONS[1::2], rows))
+    assert tuple(found) == DIAGNOSES
+    drawn = {file: file.read_bytes() for file in (tmp_path / "figures").iterdir()}
+    for file in drawn:
+        file.unlink()
+    assert {file: file.read_bytes() for file in draw_again(tmp_path)} == drawn
+    for name in DIAGNOSES:
+        numbers = stored(json.loads((tmp_path / "diagnosis.json").read_text())[name]["numbers"])
+        assert showing(name).say(numbers) == found[name]["sentence"]
+        assert asdict(showing(name).table(numbers)) == found[name]["table"]
 
 
 def test_one_that_fails_leaves_the_others(fakes: dict[str, Any], subject: Subject, tmp_path: Path) -> None:

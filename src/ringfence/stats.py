@@ -59,6 +59,16 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def stored(value: Any) -> Any:
+    """What `finite` was stored of, as it is read: an interval without an end has an infinite one again."""
+    if isinstance(value, list):
+        return [stored(part) for part in value]
+    if not isinstance(value, dict):
+        return value
+    ends = {"mean": math.nan, "low": -math.inf, "high": math.inf} if value.keys() >= {"mean", "low", "high"} else {}
+    return {key: ends.get(key) if part is None else stored(part) for key, part in value.items()}
+
+
 # ------------------------------------------------------------------ intervals
 
 

@@ -16,7 +16,7 @@ from ..errors import RecipeError, nearest
 from ..model.activations import batches
 from ..runfolder.folder import write_whole
 from ..runfolder.shapes import read_diagnosis
-from ..stats import finite
+from ..stats import finite, stored
 from ..util.console import console
 from ..util.journal import digest
 from ..util.plots import style, svg
@@ -47,7 +47,7 @@ def diagnose_folder(folder: Path, subject: Subject, names: Sequence[str] = ()) -
         console.print(f"{name}: {announce(module.cost(subject), speed)}", highlight=False, soft_wrap=True)
         started = time.monotonic()
         # As they are stored, so that what is shown can be made again from the file.
-        numbers = json.loads(_as_json(module.measure(replace(subject, folder=folder))))
+        numbers = stored(json.loads(_as_json(module.measure(replace(subject, folder=folder)))))
         found[name] = {
             "key": key,
             "title": module.TITLE,
@@ -73,7 +73,7 @@ def read_diagnoses(folder: Path) -> dict[str, Any]:
 def draw_again(folder: Path) -> list[Path]:
     """Draws the figures of a folder anew, from its diagnosis.json alone; gives their files."""
     found = read_diagnoses(folder)
-    return [folder / _draw(folder, name, found[name]["numbers"]) for name in DIAGNOSES if name in found]
+    return [folder / _draw(folder, name, stored(found[name]["numbers"])) for name in DIAGNOSES if name in found]
 
 
 def _draw(folder: Path, name: str, numbers: dict[str, Any]) -> str:
