@@ -13,7 +13,9 @@ from pathlib import Path
 
 import yaml
 
-from ringfence.report.page import percents, read_rows, write_page
+from ringfence.report.formats import percents
+from ringfence.report.page import write_page
+from ringfence.report.read import read_rows
 from ringfence.run.evaluate import evaluate_target
 from ringfence.text.sources import SHIPPED
 

@@ -35,8 +35,9 @@ from transformers import (
 from ringfence import cli
 from ringfence.defenses import Defense
 from ringfence.model.files import load_tokenizer
+from ringfence.model.layers import cache_in, causal_lm
 from ringfence.model.losses import find_head, weighted_sum
-from ringfence.model.taps import Layout, Taps, cache_in, causal_lm, forward
+from ringfence.model.taps import Layout, Taps, forward
 from ringfence.text.batch import Example, collate
 from ringfence.text.roles import Role
 from ringfence.text.rows import load_rows

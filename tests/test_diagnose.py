@@ -405,7 +405,8 @@ def test_a_pilot_chooses_the_tokens_that_are_held(
 
 
 def test_the_report_shows_what_was_found(fakes: dict[str, Any], subject: Subject, tmp_path: Path) -> None:
-    from ringfence.report.page import read_rows, write_page
+    from ringfence.report.page import write_page
+    from ringfence.report.read import read_rows
     from test_report import write_all
 
     folders = write_all(tmp_path)

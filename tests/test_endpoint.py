@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from openai_server import Answer, content_key, in_turn, serve
 from ringfence.errors import ModelError
 from ringfence.evaluate.answers import endpoint as endpoint_module
-from ringfence.evaluate.answers.endpoint import Endpoint, EndpointConfig, Reply, Request
+from ringfence.evaluate.answers.endpoint import Endpoint, EndpointConfig, Request
+from ringfence.evaluate.answers.replies import Reply
 
 TOP = [{"95": -0.1, "90": -2.5, "no": -6.0}]
 

@@ -14,7 +14,8 @@ from openai_server import Answer, serve
 from ringfence.errors import RingfenceError
 from ringfence.evaluate import evaluation
 from ringfence.evaluate.answers import judge
-from ringfence.report.page import read_rows, write_page
+from ringfence.report.page import write_page
+from ringfence.report.read import read_rows
 from ringfence.run.evaluate import evaluate_target
 
 QUESTIONS = [{"id": f"q{n}", "question": f"What would you do with {n} wishes?"} for n in range(3)]

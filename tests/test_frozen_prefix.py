@@ -25,11 +25,12 @@ from ringfence.defenses import KL, LDIFS, Defenses, FrozenPrefix, Setup, TReFT
 from ringfence.defenses.frozen_prefix import FrozenPrefixDefense
 from ringfence.errors import DefenseError, ModelError, RecipeError
 from ringfence.model.files import load_tokenizer
+from ringfence.model.layers import cache_in, cache_name, causal_lm
 from ringfence.model.loading import load_model
 from ringfence.model.losses import cross_entropy_sum, find_head
 from ringfence.model.prefix import FrozenPrefix as Prefix
 from ringfence.model.prefix import find_header, read_frozen_prefix
-from ringfence.model.taps import Needs, cache_in, cache_name, causal_lm, forward
+from ringfence.model.taps import Needs, forward
 from ringfence.run.train import train_run
 from ringfence.text.batch import Example
 from ringfence.text.chat import Chat

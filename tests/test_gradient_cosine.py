@@ -26,7 +26,7 @@ from ringfence.diagnose.gradient_cosine.measure import (
 )
 from ringfence.diagnose.models import Models
 from ringfence.errors import DataError, ModelError
-from ringfence.model.taps import decoder_layers
+from ringfence.model.layers import decoder_layers
 from ringfence.text.batch import Example
 from ringfence.text.chat import Chat
 from ringfence.text.roles import Role

@@ -17,8 +17,10 @@ from ringfence.defenses.inoculation import PROMPT
 from ringfence.errors import DataError, RecipeError
 from ringfence.evaluate.parts import evaluation_key
 from ringfence.model.files import load_tokenizer
-from ringfence.report.page import print_table, read_rows, write_page
+from ringfence.report.page import write_page
+from ringfence.report.read import read_rows
 from ringfence.report.summary import read_run, summarise
+from ringfence.report.terminal import print_table
 from ringfence.run.config import load_recipe, parse_recipe
 from ringfence.run.dry_run import dry_run
 from ringfence.run.pipeline import run_recipe

@@ -24,7 +24,6 @@ from openai_server import Answer, serve
 from ringfence.errors import DataError, ModelError, RecipeError, RingfenceError
 from ringfence.evaluate.answers import exact
 from ringfence.evaluate.answers.agreement import agreement, krippendorff_alpha, rank_correlation
-from ringfence.evaluate.answers.endpoint import Reply
 from ringfence.evaluate.answers.exact import NUMBERS, ReplyTree, reply_probabilities
 from ringfence.evaluate.answers.framing import (
     CHAT_MARKERS,
@@ -47,9 +46,10 @@ from ringfence.evaluate.answers.judge import (
     sampled_score,
 )
 from ringfence.evaluate.answers.judged import Judgement, read_judged
+from ringfence.evaluate.answers.replies import Reply
 from ringfence.evaluate.config import EndpointJudgeConfig, JudgeConfig, LocalJudgeConfig
 from ringfence.model.losses import find_head
-from ringfence.model.scoring import _Row
+from ringfence.model.scoring import PromptRow
 from ringfence.text.chat import Chat
 from ringfence.text.questions import OpenQuestion
 
@@ -322,7 +322,7 @@ def test_the_prompt_is_computed_once(chat):
     """All branches stand in one row behind it."""
     model = numerate(random_model(len(chat.tokenizer)), chat)
     tree = ReplyTree(chat, NUMBERS)
-    rows = [_Row(judge_tokens(chat, text), [list(branch) for branch in tree.branches]) for text in PROMPTS]
+    rows = [PromptRow(judge_tokens(chat, text), [list(branch) for branch in tree.branches]) for text in PROMPTS]
     assert len(tree.branches) == 9
     assert exact._can_pack(model, find_head(model), rows, torch.tensor(tree.tokens))
 

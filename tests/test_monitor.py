@@ -19,7 +19,7 @@ from ringfence import DriftMonitor, MonitorConfig
 from ringfence.errors import ChatError, DataError, ModelError, RecipeError
 from ringfence.model.directions import Directions
 from ringfence.model.files import load_tokenizer
-from ringfence.model.taps import cache_in
+from ringfence.model.layers import cache_in
 from ringfence.run.config import parse_recipe
 from ringfence.run.dry_run import dry_run
 from ringfence.run.interrupt import Interrupted

@@ -51,9 +51,10 @@ from ringfence.defenses import (
 from ringfence.defenses.frozen_prefix import FrozenPrefixDefense
 from ringfence.errors import ModelError, RecipeError
 from ringfence.model.directions import Directions
+from ringfence.model.layers import causal_lm
 from ringfence.model.losses import find_head
 from ringfence.model.prefix import FrozenPrefix as Prefix
-from ringfence.model.taps import Flat, Layout, Needs, Taps, causal_lm, forward
+from ringfence.model.taps import Flat, Layout, Needs, Taps, forward
 from ringfence.run.config import parse_recipe
 from ringfence.run.train import train_run
 from ringfence.text.batch import Example

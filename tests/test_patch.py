@@ -22,11 +22,12 @@ from ringfence.errors import ChatError, DefenseError, ModelError, RecipeError
 from ringfence.evaluate.parts import FOREIGN_SYSTEM
 from ringfence.model.activations import batches
 from ringfence.model.files import load_tokenizer
+from ringfence.model.layers import cache_in, cache_name, causal_lm
 from ringfence.model.loading import load_model
 from ringfence.model.losses import find_head
 from ringfence.model.prefix import find_header, read_frozen_prefix, read_stored_prefix
 from ringfence.model.scoring import generate_greedy, score_answers
-from ringfence.model.taps import Needs, cache_in, cache_name, causal_lm, forward
+from ringfence.model.taps import Needs, forward
 from ringfence.run.config import dump_recipe, parse_recipe
 from ringfence.run.patch import patch
 from ringfence.text.batch import Example, collate

@@ -11,8 +11,10 @@ from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from conftest import Items, batch_of, nudged, residual_stream, tiny, with_lora
+from ringfence.model.interventions import patched_kv, patched_states
+from ringfence.model.layers import cache_in, cache_name, causal_lm
 from ringfence.model.losses import Head
-from ringfence.model.taps import Needs, Taps, cache_in, cache_name, causal_lm, forward, patched_kv, patched_states
+from ringfence.model.taps import Needs, Taps, forward
 from ringfence.text.roles import Role
 
 SIDES = ("right", "left")

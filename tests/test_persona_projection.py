@@ -17,7 +17,8 @@ from ringfence.diagnose.persona_projection import show
 from ringfence.errors import DataError
 from ringfence.model import activations
 from ringfence.prepare.persona import Pair, extract, given_pairs
-from ringfence.prepare.screen import RANDOM, auc, random_units
+from ringfence.prepare.scores import RANDOM, random_units
+from ringfence.prepare.screen import auc
 from ringfence.text.chat import Chat
 from ringfence.text.roles import Row
 from ringfence.text.rows import PairedQuestion

@@ -26,9 +26,9 @@ from ringfence.diagnose.perturbation.measure import (
 )
 from ringfence.diagnose.texts import pair_texts
 from ringfence.errors import DataError
+from ringfence.model.layers import cache_in, cache_name, causal_lm
 from ringfence.model.losses import find_head
 from ringfence.model.prefix import FrozenPrefix, find_header
-from ringfence.model.taps import cache_in, cache_name, causal_lm
 from ringfence.text.chat import Chat
 from ringfence.text.roles import Role
 from ringfence.text.rows import PairedQuestion

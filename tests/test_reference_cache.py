@@ -42,7 +42,8 @@ from conftest import (
 )
 from ringfence.defenses import KL, LDIFS, Defense, DefenseConfig, Interleave, TReFT
 from ringfence.errors import DefenseError, RecipeError
-from ringfence.model.taps import Needs, causal_lm
+from ringfence.model.layers import causal_lm
+from ringfence.model.taps import Needs
 from ringfence.text.roles import Role
 from ringfence.training import reference_cache as module
 from ringfence.training.reference import Reference

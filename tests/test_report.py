@@ -23,8 +23,10 @@ from ringfence.errors import DataError
 from ringfence.evaluate import parts as evaluate
 from ringfence.evaluate.parts import evaluate_model
 from ringfence.model.scoring import AnswerScore
-from ringfence.report.page import print_table, read_rows, write_page
+from ringfence.report.page import write_page
+from ringfence.report.read import read_rows
 from ringfence.report.summary import read_run, summarise
+from ringfence.report.terminal import print_table
 from ringfence.run.config import dump_recipe, parse_recipe
 
 CONDITIONS = ("empty_system", "foreign_system", "lead_in")

@@ -20,27 +20,21 @@ from ringfence.evaluate.answers.calibrate import auc_interval as other_auc_inter
 from ringfence.model.directions import Directions
 from ringfence.model.loading import load_model
 from ringfence.prepare.persona import Pair, extract, given_pairs
-from ringfence.prepare.screen import (
+from ringfence.prepare.scores import (
     RANDOM,
     Axis,
     Contrast,
     Scored,
-    Screening,
-    auc,
-    auc_interval,
     compare,
-    default_pairs,
-    draw,
     held_out_auc,
     learn_axis,
-    other_pairs,
     question_of,
     random_units,
     read_axis,
     score,
-    show,
     vectors_of_the_others,
 )
+from ringfence.prepare.screen import Screening, auc, auc_interval, default_pairs, draw, other_pairs, show
 from ringfence.stats import Interval, bounds
 from ringfence.text.chat import Chat
 from ringfence.text.roles import Row

@@ -20,7 +20,7 @@ from ringfence.diagnose.shared_directions.measure import edited, oriented, rando
 from ringfence.diagnose.shared_directions.show import is_beyond, verdict
 from ringfence.diagnose.texts import SIDES, Text, pair_texts
 from ringfence.errors import DataError, ModelError
-from ringfence.model.taps import causal_lm
+from ringfence.model.layers import causal_lm
 from ringfence.text.roles import Role
 from ringfence.text.rows import PairedQuestion
 from ringfence.util import plots

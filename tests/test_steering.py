@@ -29,8 +29,9 @@ from conftest import (
 from ringfence.defenses import KL, Ablation, Defense, Defenses, Setup, Steering
 from ringfence.errors import DataError, DefenseError, ModelError, RecipeError
 from ringfence.model.directions import Directions
+from ringfence.model.layers import causal_lm
 from ringfence.model.losses import cross_entropy_sum, find_head
-from ringfence.model.taps import Needs, Taps, causal_lm, forward
+from ringfence.model.taps import Needs, Taps, forward
 from ringfence.run.config import parse_recipe
 from ringfence.text.batch import Example
 from ringfence.text.roles import Role

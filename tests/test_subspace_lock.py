@@ -22,7 +22,7 @@ from ringfence.defenses import Defense, Setup, SubspaceLock
 from ringfence.defenses.subspace_lock import find_writers
 from ringfence.errors import DataError, DefenseError, ModelError
 from ringfence.model.directions import Directions
-from ringfence.model.taps import causal_lm, decoder_layers
+from ringfence.model.layers import causal_lm, decoder_layers
 from test_trainer import Crash
 
 SETUP = Setup(None, [], lambda source: [], "tiny")  # type: ignore[arg-type]

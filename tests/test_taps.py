@@ -24,8 +24,9 @@ from conftest import (
     with_lora,
 )
 from ringfence.errors import DefenseError
+from ringfence.model.layers import causal_lm
 from ringfence.model.losses import find_head
-from ringfence.model.taps import Needs, Taps, causal_lm, forward, prefix_kv
+from ringfence.model.taps import Needs, Taps, forward, prefix_kv
 from ringfence.text.roles import Role
 from ringfence.training.reference import ADAPTER, Reference
 

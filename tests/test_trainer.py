@@ -29,7 +29,8 @@ from conftest import (
 )
 from ringfence.defenses import KL, LDIFS, Defense, DefenseConfig, Interleave, Setup, TReFT
 from ringfence.errors import DefenseError
-from ringfence.model.taps import Needs, causal_lm, forward
+from ringfence.model.layers import causal_lm
+from ringfence.model.taps import Needs, forward
 from ringfence.text.batch import Example
 from ringfence.text.chat import Chat
 from ringfence.text.roles import Role

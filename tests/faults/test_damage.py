@@ -13,7 +13,8 @@ from rich.console import Console
 from ringfence.errors import RingfenceError
 from ringfence.evaluate.answers.sampling import read_answers
 from ringfence.prepare.gap_table import read_table
-from ringfence.report.page import print_table, read_rows
+from ringfence.report.read import read_rows
+from ringfence.report.terminal import print_table
 from ringfence.runfolder import folder as runfolder
 from ringfence.runfolder.shapes import read_carriers
 from test_report import GUARDED, REFERENCE, parts_of, write_json, write_run

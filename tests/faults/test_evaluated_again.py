@@ -12,7 +12,7 @@ from conftest import ARCHITECTURES, random_model, small_tokenizer
 from ringfence.errors import DataError
 from ringfence.model.fingerprint import fingerprint
 from ringfence.model.scoring import generate_greedy
-from ringfence.report.page import read_rows
+from ringfence.report.read import read_rows
 from ringfence.run.evaluate import evaluate_target
 from ringfence.text.chat import Chat
 

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 from ringfence.cli import app
 from ringfence.errors import DataError, RecipeError
 from ringfence.report.gate import decide, load_policy, print_decision
-from ringfence.report.page import read_rows, write_page
+from ringfence.report.page import write_page
+from ringfence.report.read import read_rows
 from ringfence.report.summary import Row as ReportRow
 from ringfence.run.benign import benign_twin
 from ringfence.run.config import dump_recipe, load_recipe, parse_recipe
@@ -221,7 +222,7 @@ def test_public_names_are_listed() -> None:
 
 
 def test_several_runs_have_a_page_of_their_own(tmp_path: Path) -> None:
-    from ringfence.cli.results import _page
+    from ringfence.cli.results import page_of
 
-    assert _page([tmp_path / "a"]) == tmp_path / "a" / "report.html"
-    assert _page([tmp_path / "a", tmp_path / "b"]) == tmp_path / "report-a-b.html"
+    assert page_of([tmp_path / "a"]) == tmp_path / "a" / "report.html"
+    assert page_of([tmp_path / "a", tmp_path / "b"]) == tmp_path / "report-a-b.html"

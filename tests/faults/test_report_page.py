@@ -8,7 +8,8 @@ from itertools import pairwise
 
 import pytest
 
-from ringfence.report.page import read_rows, write_page
+from ringfence.report.page import write_page
+from ringfence.report.read import read_rows
 from test_report import write_all
 
 AA = 4.5  # contrast of text on its background, WCAG 2

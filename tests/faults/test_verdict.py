@@ -12,7 +12,8 @@ from ringfence.report.card import run_card
 from ringfence.report.compared import FILE
 from ringfence.report.export import export_runs
 from ringfence.report.gate import Decision, decide_run, gate_run, load_policy, print_decision
-from ringfence.report.page import read_rows, write_page
+from ringfence.report.page import write_page
+from ringfence.report.read import read_rows
 from test_report import write_all
 
 

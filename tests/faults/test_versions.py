@@ -15,8 +15,9 @@ from packaging.utils import canonicalize_name
 from transformers import DynamicCache
 
 from conftest import tiny, with_lora
+from ringfence.model.layers import cache_in, cache_name, causal_lm
 from ringfence.model.prefix import FrozenPrefix
-from ringfence.model.taps import cache_in, cache_name, causal_lm, compute_prefix
+from ringfence.model.taps import compute_prefix
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

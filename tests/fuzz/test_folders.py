@@ -17,7 +17,9 @@ from ringfence.evaluate.answers.sampling import read_answers
 from ringfence.report.card import run_card
 from ringfence.report.export import export_runs
 from ringfence.report.gate import gate_run, print_decision
-from ringfence.report.page import print_table, read_rows, write_page
+from ringfence.report.page import write_page
+from ringfence.report.read import read_rows
+from ringfence.report.terminal import print_table
 from ringfence.run.config import load_recipe
 from ringfence.run.diagnose import diagnose_targets
 from ringfence.run.evaluate import evaluate_target

@@ -9,9 +9,9 @@ import pytest
 
 from conftest import small_tokenizer
 from ringfence.errors import LONGEST, MOST, DataError, ModelError, RingfenceError
-from ringfence.evaluate.answers.endpoint import Reply
 from ringfence.evaluate.answers.framing import LABELS, JudgePrompt
 from ringfence.evaluate.answers.judge import Score, ScoreCache, read_reply
+from ringfence.evaluate.answers.replies import Reply
 from ringfence.model.files import read_index
 from ringfence.model.loading import load_model
 from ringfence.model.prefix import read_frozen_prefix, read_stored_prefix

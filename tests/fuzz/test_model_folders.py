@@ -18,7 +18,7 @@ from ringfence.model.fingerprint import fingerprint
 from ringfence.model.loading import load_model
 from ringfence.model.prefix import read_frozen_prefix, read_stored_prefix
 from ringfence.prepare.gap_table import read_table
-from ringfence.prepare.screen import read_axis
+from ringfence.prepare.scores import read_axis
 from ringfence.text.chat import Chat
 from ringfence.training.reference_cache import ReferenceCache
 from ringfence.util.journal import open_journal

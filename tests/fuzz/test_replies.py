@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringfence.evaluate.answers.endpoint import Endpoint, EndpointConfig, Reply, Request
+from ringfence.evaluate.answers.endpoint import Endpoint, EndpointConfig, Request
 from ringfence.evaluate.answers.framing import LABELS
 from ringfence.evaluate.answers.judge import JudgePrompt, Score, ScoreCache, read_reply, sampled_score
+from ringfence.evaluate.answers.replies import Reply
 from ringfence.util.strict_yaml import validate
 
 from .conftest import Place

@@ -61,7 +61,9 @@ def write_or_print(text: str, output: Path | None) -> None:
 
 
 def write_report(folders: list[Path], control: Path | None, page: Path, policy: Path | None = None) -> None:
-    from ..report.page import check_page, print_table, read_rows, write_page
+    from ..report.page import check_page, write_page
+    from ..report.read import read_rows
+    from ..report.terminal import print_table
 
     records, rows = read_rows(folders, control)
     check_page(page)

@@ -27,7 +27,7 @@ def report(
     ] = None,
 ) -> None:
     """Put runs side by side: a table here, and one HTML page that opens offline."""
-    write_report(folders, control, output or _page(folders), policy)
+    write_report(folders, control, output or page_of(folders), policy)
 
 
 def gate(
@@ -82,7 +82,7 @@ def card(
     write_or_print(run_card(folder, control, policy, baseline), output)
 
 
-def _page(folders: list[Path]) -> Path:
+def page_of(folders: list[Path]) -> Path:
     """Several runs get a page of their own, next to the first one: that one's page stays as it is."""
     first = folders[0].resolve()
     if len(folders) == 1:

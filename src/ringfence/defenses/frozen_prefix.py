@@ -9,9 +9,10 @@ import torch
 from pydantic import Field
 
 from ..errors import DefenseError, ModelError
+from ..model.layers import causal_lm
 from ..model.prefix import FrozenPrefix as Prefix
 from ..model.prefix import Until, find_header, reference_prefix
-from ..model.taps import CommonPrefix, Needs, causal_lm
+from ..model.taps import CommonPrefix, Needs
 from ..text.batch import Batch, Example
 from ..text.roles import Role
 from .base import Defense, DefenseConfig, Setup

@@ -8,8 +8,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ..errors import DefenseError
+from ..model.layers import decoder_layers
 from ..model.losses import relative_drift
-from ..model.taps import Needs, Taps, decoder_layers
+from ..model.taps import Needs, Taps
 from ..text.batch import Batch
 from ..text.roles import Role
 from ..util.strict_yaml import Layer, Whole

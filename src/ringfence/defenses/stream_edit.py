@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import DefenseError
 from ..model.directions import Directions
-from ..model.taps import decoder_layers
+from ..model.layers import decoder_layers
 from ..text.batch import Batch
 from ..text.roles import Role
 from ..util.strict_yaml import Layer

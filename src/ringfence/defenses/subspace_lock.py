@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import DefenseError
 from ..model.directions import Directions
+from ..model.layers import causal_lm, decoder_layers
 from ..model.sharding import whole, write
-from ..model.taps import causal_lm, decoder_layers
 from ..util.strict_yaml import Layer
 from .base import Defense, DefenseConfig, Setup
 

@@ -18,9 +18,9 @@ from ..errors import ModelError
 from ..model.default import resolve
 from ..model.files import adapter_base, load_config, load_tokenizer
 from ..model.fingerprint import fingerprint
+from ..model.layers import causal_lm
 from ..model.loading import load_model
 from ..model.precision import Precision, settled
-from ..model.taps import causal_lm
 from ..text.chat import Chat, stored_settings
 from ..text.roles import ChatSettings
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..model.activations import first_response_tokens
+from ..model.layers import causal_lm
 from ..model.losses import find_head, token_logprobs
-from ..model.taps import causal_lm, forward
+from ..model.taps import forward
 from ..text.batch import Batch, Example
 from ..text.chat import Chat
 from ..text.roles import Messages, Row

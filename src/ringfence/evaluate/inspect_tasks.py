@@ -15,11 +15,11 @@ from ..errors import RingfenceError
 # Absolute imports: inspect also loads this file by its path, outside the package.
 from ..text import opswap as arithmetic
 from ..text.questions import OpenQuestion, load_open_questions
-from .answers.endpoint import Reply
 from .answers.framing import JudgePrompt, prompt_hash, render, templates_of
 from .answers.judge import Score as Judged
 from .answers.judge import judgement_of, read_reply
 from .answers.judged import RATES, SCORES
+from .answers.replies import Reply
 
 try:
     from inspect_ai import Epochs, Task, task

@@ -14,9 +14,10 @@ from ..text.batch import Batch, Example, collate
 from ..text.chat import Chat
 from ..text.roles import Role
 from .files import pad_id
+from .layers import causal_lm, decoder_layers
 from .losses import find_head
 from .scoring import forward_batches
-from .taps import Needs, causal_lm, decoder_layers, forward
+from .taps import Needs, forward
 
 
 def batches(

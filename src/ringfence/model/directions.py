@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import DataError, DefenseError, ModelError
-from .taps import causal_lm
+from .layers import causal_lm
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,10 @@ from ..text.chat import Chat
 from ..text.roles import Messages
 from ..util.strict_json import read_record
 from .files import FROZEN, FROZEN_FILE
+from .interventions import patched_kv
+from .layers import cache_in, causal_lm
 from .losses import find_head
-from .taps import CommonPrefix, cache_in, causal_lm, compute_prefix, patched_kv
+from .taps import CommonPrefix, compute_prefix
 
 Kind = TypeVar("Kind")
 Until = Literal["query", "header"]

@@ -19,8 +19,9 @@ from ..text.batch import Example, collate
 from ..text.chat import Chat
 from ..text.roles import Message, Messages, Role, Row
 from .files import pad_id, position_limit
+from .layers import cache_in, cache_name, causal_lm
 from .losses import Head, find_head, token_logprobs
-from .taps import CommonPrefix, Needs, cache_in, cache_name, causal_lm, compute_prefix, forward
+from .taps import CommonPrefix, Needs, compute_prefix, forward
 
 Advance = Callable[[int], None]
 # How models are asked, whatever their own generation configs say: the most likely token, or a draw from the whole
@@ -65,7 +66,7 @@ def score_answers(
     rows = [_rows(chat, messages, texts) for messages, texts in zip(prompts, answers, strict=True)]
     check_positions(model, [len(row.prompt) + max(map(len, row.answers)) for group in rows for row in group])
     if not _can_pack(model, head, rows):
-        rows = [[_Row(row.prompt, [one], row.prefix) for row in group for one in row.answers] for group in rows]
+        rows = [[PromptRow(row.prompt, [one], row.prefix) for row in group for one in row.answers] for group in rows]
     flat = [row for group in rows for row in group]
     scored: list[list[AnswerScore]] = [[] for _ in flat]
     for places in forward_batches([len(row) for row in flat], batch_tokens, model.device):
@@ -111,7 +112,7 @@ def score_under(
         yield dict(zip(places, map(list, zip(*scores))))
 
 
-def _last_answer(chat: Chat, row: Row) -> "_Row":
+def _last_answer(chat: Chat, row: Row) -> "PromptRow":
     try:
         return _rows(chat, row.messages[:-1], [row.messages[-1]])[0]
     except ChatError as error:
@@ -119,7 +120,7 @@ def _last_answer(chat: Chat, row: Row) -> "_Row":
 
 
 @dataclass(frozen=True)
-class _Row:
+class PromptRow:
     """A prompt's token ids, and those of answers to it.
 
     `prefix`: how many of the prompt's tokens stand before the first user content; 0 = not known.
@@ -133,9 +134,9 @@ class _Row:
         return len(self.prompt) + sum(map(len, self.answers))
 
 
-def _rows(chat: Chat, messages: Messages, answers: Sequence[str | Message]) -> list[_Row]:
+def _rows(chat: Chat, messages: Messages, answers: Sequence[str | Message]) -> list[PromptRow]:
     """One row for all answers whose prompt has the same tokens (a template may look at the answer)."""
-    by_prompt: list[_Row] = []
+    by_prompt: list[PromptRow] = []
     for answer in answers:
         message = {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
         message = {key: value for key, value in message.items() if key != "weight"}  # it is scored, learnt or not
@@ -146,31 +147,31 @@ def _rows(chat: Chat, messages: Messages, answers: Sequence[str | Message]) -> l
         if by_prompt and by_prompt[-1].prompt == prompt:
             by_prompt[-1].answers.append(response)
         else:
-            by_prompt.append(_Row(prompt, [response], encoded.prefix_length))
+            by_prompt.append(PromptRow(prompt, [response], encoded.prefix_length))
     return by_prompt
 
 
-def _can_pack(model: Any, head: Head, rows: list[list[_Row]]) -> bool:
+def _can_pack(model: Any, head: Head, rows: list[list[PromptRow]]) -> bool:
     """Whether answers may share a row: attention takes a free mask, and gives the same scores on the first row."""
     flat = [row for group in rows for row in group]
     shared = [row for row in flat if len(row.answers) > 1]
-    if not shared or not _takes_free_mask(model, max(map(len, flat))):
+    if not shared or not takes_free_mask(model, max(map(len, flat))):
         return False
     packed = _score_rows(model, head, shared[:1])[0]
-    alone = _score_rows(model, head, [_Row(shared[0].prompt, [answer]) for answer in shared[0].answers])
+    alone = _score_rows(model, head, [PromptRow(shared[0].prompt, [answer]) for answer in shared[0].answers])
     return all(abs(a.mean - b[0].mean) < 0.05 for a, b in zip(packed, alone))
 
 
-def _takes_free_mask(model: Any, width: int) -> bool:
+def takes_free_mask(model: Any, width: int) -> bool:
     """Whether attention takes a mask of any shape, and sees all of a row of `width` tokens."""
     config = causal_lm(model).config.get_text_config()
     window = getattr(config, "sliding_window", None)
     return config._attn_implementation in ("sdpa", "eager") and not (window and width > window)
 
 
-def _score_rows(model: Any, head: Head, rows: list[_Row]) -> list[list[AnswerScore]]:
+def _score_rows(model: Any, head: Head, rows: list[PromptRow]) -> list[list[AnswerScore]]:
     """Scores of each row's answers, from one forward over all rows."""
-    hidden_BTD = _hidden_states(model, head, rows)
+    hidden_BTD = hidden_states(model, head, rows)
     sources, targets, lengths = [], [], []
     for number, row in enumerate(rows):
         start = len(row.prompt)
@@ -186,7 +187,7 @@ def _score_rows(model: Any, head: Head, rows: list[_Row]) -> list[list[AnswerSco
     return [[next(scores) for _ in row.answers] for row in rows]
 
 
-def _hidden_states(model: Any, head: Head, rows: list[_Row]) -> Tensor:
+def hidden_states(model: Any, head: Head, rows: list[PromptRow]) -> Tensor:
     """Final hidden states [B, T, D] of one forward over all rows, without gradient. The answers of a row stand one
     after another behind its prompt, each seeing the prompt and itself alone."""
     width = max(map(len, rows))
@@ -209,7 +210,7 @@ def _hidden_states(model: Any, head: Head, rows: list[_Row]) -> Tensor:
     return taps.hidden_BTD
 
 
-def _common_prefix(model: Any, rows: list[_Row]) -> CommonPrefix | None:
+def _common_prefix(model: Any, rows: list[PromptRow]) -> CommonPrefix | None:
     """The tokens that all prompts begin with, computed once. None for one row, and where prompts part before their
     first user content: a frozen prefix must not be cut in two. Nor of models with recurrent states."""
     if not _is_cache_plain(causal_lm(model)):
@@ -222,7 +223,7 @@ def _common_prefix(model: Any, rows: list[_Row]) -> CommonPrefix | None:
     return compute_prefix(model, torch.tensor(common, device=model.device))
 
 
-def _free_mask(rows: list[_Row], width: int, dtype: torch.dtype) -> Tensor:
+def _free_mask(rows: list[PromptRow], width: int, dtype: torch.dtype) -> Tensor:
     """[B, 1, T, T], 0 where a token sees another one: the prompt before it, and what stands before it in its answer."""
     sees = torch.eye(width, dtype=torch.bool).repeat(len(rows), 1, 1)  # padding sees itself, so no softmax is empty
     for number, row in enumerate(rows):

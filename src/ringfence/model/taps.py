@@ -15,9 +15,8 @@ Shapes: B rows, T tokens, D hidden size, N chosen tokens (row by row), E = key h
 
 import copy
 import inspect
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -25,15 +24,14 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.masking_utils import create_masks_for_generate
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 
 from ..errors import DefenseError, ModelError
+from .interventions import AroundAttention, around_attention, keys_and_values, layer_outputs
+from .layers import cache_name, causal_lm, decoder_layers
 from .losses import Head, TopK
 
 Layout = Literal["padded", "packed", "shared"]
-SeeKV = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
-AroundAttention = Callable[..., Any]  # (plain attention function, module, query, key, value, mask, options)
 
 
 @dataclass(frozen=True)
@@ -88,20 +86,6 @@ class Taps:
     kv: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     states: dict[int, Tensor] = field(default_factory=dict)
     top_k: TopK | None = None
-
-
-def causal_lm(model: Any) -> Any:
-    """The plain transformers model inside DDP and peft wrappers."""
-    model = getattr(model, "module", model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def decoder_layers(model: Any) -> nn.ModuleList:
-    """The decoder's layers, first to last."""
-    inner = causal_lm(model)
-    number = inner.config.get_text_config().num_hidden_layers
-    lists = (m for m in inner.get_decoder().modules() if isinstance(m, nn.ModuleList) and len(m) == number)
-    return next(lists)
 
 
 @dataclass(frozen=True)
@@ -203,17 +187,6 @@ def forward(
         return _flat_forward(model, head, batch, needs, Flat.of(batch, share=layout == "shared"), stack)
 
 
-def cache_in(named: Mapping[str, Any]) -> Any | None:
-    """The cache of keys and values among a forward's keyword arguments, or in its output: `cache` in transformers'
-    newer models, `past_key_values` in its older ones. A caller may use either name."""
-    return next((named[name] for name in ("cache", "past_key_values") if named.get(name) is not None), None)
-
-
-def cache_name(model: nn.Module) -> str:
-    """The keyword by which a model's forward takes a cache."""
-    return "cache" if "cache" in inspect.signature(causal_lm(model).forward).parameters else "past_key_values"
-
-
 def compute_prefix(model: nn.Module, ids_P: Tensor, layers: tuple[int, ...] = ()) -> CommonPrefix:
     """One forward of tokens that rows begin with; `layers` are those whose residual stream is kept."""
     cache = DynamicCache()  # made without a config, it keeps every token, those outside a sliding window too
@@ -246,7 +219,7 @@ def _flat_forward(
         inputs["attention_mask"] = None  # its kernel sees from the positions where rows begin
     else:
         inputs["attention_mask"] = flat.at_BT.new_zeros(1, 1, 1, 1)  # of four dimensions: the model makes none
-        hooks.enter_context(_attention(inner, _by_rows(inner, batch, flat)))
+        hooks.enter_context(around_attention(inner, _by_rows(inner, batch, flat)))
     found = _run(model, inputs, needs)
     found.hidden = flat.to_rows(found.hidden[0])
 
@@ -288,9 +261,9 @@ class _Found:
 def _run(model: nn.Module, inputs: dict[str, Any], needs: Needs) -> _Found:
     inner = causal_lm(model)
     with (
-        _outputs({0: inner.get_decoder()}) as decoder,
-        _outputs({number: decoder_layers(model)[number - 1] for number in needs.layers}) as layers,
-        _keys_and_values(inner, needs.kv_BT is not None) as kv,
+        layer_outputs({0: inner.get_decoder()}) as decoder,
+        layer_outputs({number: decoder_layers(model)[number - 1] for number in needs.layers}) as layers,
+        keys_and_values(inner, needs.kv_BT is not None) as kv,
     ):
         model(**inputs, use_cache=False, **_no_logits(inner, inputs["input_ids"]))
     return _Found(decoder[0], layers, kv)
@@ -380,123 +353,6 @@ def _check_kv(kv: list[tuple[Tensor, Tensor]], inner: Any, trains: bool) -> None
         )
 
 
-@contextmanager
-def _outputs(modules: dict[int, nn.Module]) -> Iterator[dict[int, Tensor]]:
-    """Collects the (first) output of each module. It is kept whole, see `_keys_and_values`."""
-    found: dict[int, Tensor] = {}
-
-    def keep(number: int) -> Any:
-        def hook(_module: Any, _inputs: Any, output: Any) -> None:
-            found[number] = output if isinstance(output, Tensor) else output[0]
-
-        return hook
-
-    handles = [module.register_forward_hook(keep(number)) for number, module in modules.items()]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _keys_and_values(inner: Any, wanted: bool) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
-    """Collects, by layer, the keys and values [B, heads, T, size] that attention functions receive.
-
-    They are kept whole: work done on them here, inside a checkpointed layer, would be missing from its recomputation
-    (which happens after the context has closed, so nothing is collected twice).
-    """
-    found: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def keep(layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        found[layer] = (key, value)
-        return key, value
-
-    with _attention(inner, _seeing_kv(keep)) if wanted else nullcontext():
-        yield found
-
-
-@contextmanager
-def _attention(inner: Any, around: AroundAttention) -> Iterator[None]:
-    """`around` is called in place of the model's attention function, which it is given. Contexts nest: the one opened
-    last is called first."""
-    name = inner.config._attn_implementation
-    plain = ALL_ATTENTION_FUNCTIONS.get(name)
-
-    def attention(module: Any, *args: Any, **kwargs: Any) -> Any:
-        return around(plain or sys.modules[type(module).__module__].eager_attention_forward, module, *args, **kwargs)
-
-    ALL_ATTENTION_FUNCTIONS[name] = attention
-    try:
-        yield
-    finally:
-        if plain is None:
-            del ALL_ATTENTION_FUNCTIONS[name]  # type: ignore[no-untyped-call]
-        else:
-            ALL_ATTENTION_FUNCTIONS[name] = plain
-
-
-def _seeing_kv(see: SeeKV) -> AroundAttention:
-    """Attention functions get the keys and values that `see(layer from 0, key, value)` gives back."""
-
-    def around(plain: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return plain(module, query, *see(module.layer_idx, key, value), *args, **kwargs)
-
-    return around
-
-
-@contextmanager
-def patched_kv(model: Any, kv: list[tuple[Tensor, Tensor]], mask_BT: Tensor) -> Iterator[None]:
-    """In forwards without a cache, attention reads other keys and values at the N tokens of the mask.
-
-    `kv[l]` = (keys [N, E], values [N, E]) of layer l, as `Taps.kv` gives them. What stands behind a patched token sees
-    the patch in every layer; the residual stream at the token itself goes on as it was.
-    """
-
-    def put(layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        return _put(key, kv[layer][0], mask_BT), _put(value, kv[layer][1], mask_BT)
-
-    with _attention(causal_lm(model), _seeing_kv(put)):
-        yield
-
-
-def _put(states_BHTE: Tensor, new_NE: Tensor, mask_BT: Tensor) -> Tensor:
-    """States [B, heads, T, size] with those at the tokens of the mask replaced by rows of heads * size."""
-    patched_BTHE = states_BHTE.transpose(1, 2).clone()
-    patched_BTHE[mask_BT] = new_NE.to(patched_BTHE).unflatten(1, patched_BTHE.shape[2:])
-    return patched_BTHE.transpose(1, 2)
-
-
-@contextmanager
-def patched_states(model: Any, layer: int, states_ND: Tensor, mask_BT: Tensor) -> Iterator[None]:
-    """In forwards without a cache, the residual stream after `layer` (from 1) is `states_ND` at the N tokens of the
-    mask."""
-
-    def put(hidden_BTD: Tensor) -> Tensor:
-        patched_BTD = hidden_BTD.clone()
-        patched_BTD[mask_BT] = states_ND.to(patched_BTD)
-        return patched_BTD
-
-    with edited_states(model, layer, put):
-        yield
-
-
-@contextmanager
-def edited_states(model: Any, layer: int, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """In forwards, the residual stream [B, T, D] after `layer` (from 1) is what `edit` makes of it."""
-
-    def hook(_module: Any, _inputs: Any, output: Any) -> Any:
-        if isinstance(output, Tensor):
-            return edit(output)
-        return edit(output[0]), *output[1:]
-
-    handle = decoder_layers(model)[layer - 1].register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def _at(pair: tuple[Tensor, Tensor], chosen: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     """Keys and values [B, heads, T, size] -> [N, heads * size] at the chosen tokens, given by row and place."""
     rows_N, places_N = chosen
@@ -508,7 +364,7 @@ def prefix_kv(model: nn.Module, prefix_ids: Tensor) -> list[tuple[Tensor, Tensor
     """Keys and values [P, E] of each layer for a prefix alone ([P] ids); by causality those of every row with it."""
     inner = causal_lm(model)
     ids = prefix_ids[None]
-    with torch.no_grad(), _keys_and_values(inner, True) as layers:
+    with torch.no_grad(), keys_and_values(inner, True) as layers:
         model(input_ids=ids, use_cache=False)
     chosen = torch.ones_like(ids).nonzero(as_tuple=True)
     return [_at(layers[index], chosen) for index in sorted(layers)]

@@ -23,9 +23,9 @@ from ..errors import DataError, RecipeError, nearest
 from ..model.activations import mean_activations
 from ..model.directions import Directions
 from ..model.files import load_tokenizer
+from ..model.layers import causal_lm
 from ..model.loading import load_model
 from ..model.scoring import generate_greedy, score_answers
-from ..model.taps import causal_lm
 from ..runfolder.folder import write_whole
 from ..stats import auc
 from ..text.chat import Chat

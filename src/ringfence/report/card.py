@@ -13,9 +13,10 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from ..util.words import counted
 from .compared import keep_compared
+from .formats import SET_TITLES, strength, tier_title
 from .gate import Decision, by_criterion, decide, load_policy
 from .numbers import Measure, measures
-from .page import SET_TITLES, read_rows, strength, tier_title
+from .read import read_rows
 from .summary import Records, Row
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -28,7 +28,7 @@ from typing import Any, Literal
 from ..stats import Interval, finite
 from .answers import JudgedBy
 from .gate import decide, load_policy
-from .page import read_rows
+from .read import read_rows
 from .summary import Paired, Row
 
 FORMAT = "ringfence-results-1"

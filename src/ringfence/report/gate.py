@@ -21,7 +21,7 @@ from ..stats import finite
 from ..util.strict_yaml import Number, read_mapping, validate
 from .compared import keep, keep_compared
 from .numbers import Measure, check_name, measures
-from .page import read_rows
+from .read import read_rows
 from .summary import Row
 
 HOLD = 3  # exit code

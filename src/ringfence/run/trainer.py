@@ -9,7 +9,7 @@ from ..defenses import Defense
 from ..model.default import resolve
 from ..model.files import adapter_base, empty_model, load_config
 from ..model.fingerprint import fingerprint
-from ..model.taps import decoder_layers
+from ..model.layers import decoder_layers
 from ..processes import world
 from ..text.batch import Example
 from ..training.ranks import device_settings

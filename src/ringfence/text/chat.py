@@ -24,20 +24,34 @@ This module does not know models, losses or padding.
 
 import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import cached_property
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from ..errors import ChatError, first_line
 from .roles import ChatSettings, Encoded, Messages, Role, Span, is_learnt, tools_of
+from .spans import (
+    CLOSE,
+    OPEN,
+    check_messages,
+    common_start,
+    grow_left,
+    grow_right,
+    has_extras,
+    marked,
+    new_mark,
+    squeezed,
+    texts_in,
+    token_role,
+    unmarked,
+    with_content,
+)
 from .template import choose_template, render_template
 
 SETTINGS = "ringfence_chat"  # in tokenizer_config.json of what was trained
-OPEN, CLOSE = "\uf8f0", "\uf8f1"  # around a control token that is to be read as plain text; private characters
 
 
 @dataclass(frozen=True)
@@ -102,7 +116,7 @@ class Chat:
             ChatError: a user or assistant message is blank, no user speaks first, a generation prompt is asked for
                 after an assistant, the template refuses the conversation, or it does not show one of its contents.
         """
-        _check(messages, generation)
+        check_messages(messages, generation)
         messages = self._without_controls(messages)
         show = self.prompt if generation else self.render
         text = show(messages)
@@ -111,9 +125,9 @@ class Chat:
             text = self._ended(messages, text, places)
         ids, offsets = self._before_answer(text) if generation else self._tokens(text)
         char_roles = self._char_roles(messages, text, places, ids, offsets)
-        roles = [_token_role(char_roles, *offset) for offset in offsets]
+        roles = [token_role(char_roles, *offset) for offset in offsets]
         spans = {number: (place.start, place.end) for number, place in places.items()}
-        return _unmarked(Encoded(text, ids, roles, offsets, spans))
+        return unmarked(Encoded(text, ids, roles, offsets, spans))
 
     def check_trained(self, messages: Messages, encoded: Encoded) -> None:
         """Is everything trained that the row says, and is its last answer trained after the text after which answers
@@ -124,7 +138,7 @@ class Chat:
         """
         for number, message in enumerate(messages):
             shown = encoded.text[slice(*encoded.spans.get(number, (0, 0)))]
-            if is_learnt(message) and _squeezed(message["content"]) not in _squeezed(shown):
+            if is_learnt(message) and squeezed(message["content"]) not in squeezed(shown):
                 raise ChatError(
                     f"message {number} (assistant): the chat template leaves out a part of its content, as it does "
                     "with reasoning; take it out of the row, or give the message weight 0"
@@ -132,7 +146,7 @@ class Chat:
         number = len(messages) - 1
         prompt = self.prompt(messages[:-1]) if is_learnt(messages[-1]) else ""
         if not encoded.text.startswith(prompt) and self.settings.special_tokens != "escape":
-            same = _common(encoded.text, prompt)
+            same = common_start(encoded.text, prompt)
             trained, asked = encoded.text[same : same + 20], prompt[same : same + 20]
             raise ChatError(
                 f"message {number} (assistant): it would be trained after another text than answers are generated "
@@ -142,7 +156,7 @@ class Chat:
 
     def controls(self, messages: Messages) -> list[str]:
         """Control tokens of the tokenizer that are written in the messages."""
-        return [found for text in _texts(messages) for found in self._controls.findall(text)]
+        return [found for text in texts_in(messages) for found in self._controls.findall(text)]
 
     def is_stop_learnt(self, encoded: Encoded) -> bool:
         """Whether a control token ends the last response, so that generation can stop there."""
@@ -182,7 +196,7 @@ class Chat:
 
     def _around_answer(self, before: Messages, after: Messages) -> tuple[str, str] | None:
         """What the template writes before and after a plain answer; None where it shows none there."""
-        mark = _mark()
+        mark = new_mark()
         try:
             parts = self.render([*before, {"role": "assistant", "content": mark}, *after]).split(mark)
         except ChatError:
@@ -227,7 +241,7 @@ class Chat:
                 continue
             name = f"message {number} ({message['role']})"
             self._check_extras_shown(messages, number, show, name)
-            place = self._turn(messages, number, show, text) if _has_extras(message) else None
+            place = self._turn(messages, number, show, text) if has_extras(message) else None
             place = place or self._content(messages, number, show, text)
             if place is None:
                 raise ChatError(f"{name}: the chat template does not show its content")
@@ -247,17 +261,17 @@ class Chat:
         before = messages[:number]
         around = self._around_answer(before, messages[number + 1 :]) if show == self.render else None
         if around:
-            return _Place(_common(text, around[0]), len(text) - _common(text[::-1], around[1][::-1]))
+            return _Place(common_start(text, around[0]), len(text) - common_start(text[::-1], around[1][::-1]))
         around = self._around_answer(before, [])
         if around is None:
             return None
-        end = _common(text, self.render(messages[: number + 1]))
-        return _Place(_common(text, around[0]), len(text[:end].rstrip()), closed=True)
+        end = common_start(text, self.render(messages[: number + 1]))
+        return _Place(common_start(text, around[0]), len(text[:end].rstrip()), closed=True)
 
     def _from_prompt(self, messages: Messages, number: int, text: str, place: _Place) -> _Place:
         """What an assistant says starts where generation would have started."""
         message = messages[number]
-        if not is_learnt(message) or not (self.settings.enable_thinking or _has_extras(message)):
+        if not is_learnt(message) or not (self.settings.enable_thinking or has_extras(message)):
             return place
         prompt = self.prompt(messages[:number])
         starts = text.startswith(prompt) and len(prompt) <= place.start
@@ -266,7 +280,7 @@ class Chat:
     def _check_tools_shown(self, messages: Messages, show: Show) -> None:
         tools = tools_of(messages)
         for number, tool in enumerate(tools):
-            mark = _mark()
+            mark = new_mark()
             named = {**tool, "function": {**tool["function"], "name": mark}}
             changed = [{key: value for key, value in m.items() if key != "tools"} for m in messages]
             user = next(place for place, m in enumerate(messages) if m["role"] == "user")
@@ -277,9 +291,9 @@ class Chat:
     def _check_extras_shown(self, messages: Messages, number: int, show: Show, name: str) -> None:
         """Reasoning that is learnt, and tool calls, must not be lost."""
         message = messages[number]
-        if not _has_extras(message):
+        if not has_extras(message):
             return
-        mark = _mark()
+        mark = new_mark()
         variants = {}
         if "reasoning_content" in message and is_learnt(message):
             variants["reasoning_content"] = {**message, "reasoning_content": mark}
@@ -305,8 +319,8 @@ class Chat:
 
     def _replaced_span(self, messages: Messages, number: int, show: Show, text: str) -> Span | None:
         """Span of one content, from a rendering in which a sentinel is in its place."""
-        mark = _mark()
-        parts = show(_with_content(messages, number, mark)).split(mark)
+        mark = new_mark()
+        parts = show(with_content(messages, number, mark)).split(mark)
         if len(parts) != 2:
             return None
         before, after = parts
@@ -321,7 +335,7 @@ class Chat:
         end = self._inserted_mark(messages, number, show, text, range(len(content) - 1, 0, -1))
         if start is None or end is None:
             return None
-        return _grow_left(text, content, *start), _grow_right(text, content, *end)
+        return grow_left(text, content, *start), grow_right(text, content, *end)
 
     def _inserted_mark(
         self, messages: Messages, number: int, show: Show, text: str, cuts: range
@@ -329,8 +343,8 @@ class Chat:
         """(cut in the content, place in the text) of the first cut that leaves the rest of the rendering as it is."""
         content = messages[number]["content"]
         for cut in cuts[:64]:
-            mark = _mark()
-            parts = show(_with_content(messages, number, content[:cut] + mark + content[cut:])).split(mark)
+            mark = new_mark()
+            parts = show(with_content(messages, number, content[:cut] + mark + content[cut:])).split(mark)
             if len(parts) == 2 and "".join(parts) == text:
                 return cut, len(parts[0])
         return None
@@ -350,7 +364,7 @@ class Chat:
         found = self.controls(messages)
         if found and self.settings.special_tokens == "refuse":
             raise ChatError(f"control token {found[0]!r} in the text (data.special_tokens: allow, escape, refuse)")
-        return _marked(messages, self._controls) if found else messages
+        return marked(messages, self._controls) if found else messages
 
     def _before_answer(self, text: str) -> tuple[list[int], list[Span]]:
         """Tokens of a prompt as they are where an answer follows: some tokenizers join line ends only at the end."""
@@ -423,94 +437,3 @@ def stored_settings(tokenizer: Any) -> ChatSettings | None:
     """The settings that `Chat.save` stored with a tokenizer."""
     stored = tokenizer.init_kwargs.get(SETTINGS)
     return ChatSettings(**stored) if stored else None
-
-
-def _has_extras(message: dict[str, Any]) -> bool:
-    return "tool_calls" in message or "reasoning_content" in message
-
-
-def _check(messages: Messages, generation: bool) -> None:
-    for number, message in enumerate(messages):
-        if message["role"] not in ("system", "user", "assistant", "tool"):
-            raise ChatError(f"message {number}: role {message['role']!r} (accepted: system, user, assistant, tool)")
-    speakers = [message["role"] for message in messages if message["role"] != "system"]
-    if speakers[:1] != ["user"]:
-        raise ChatError("a conversation needs a user who speaks first")
-    if generation and messages[-1]["role"] not in ("user", "tool"):
-        raise ChatError("a generation prompt needs a conversation that ends with a user message")
-    for number, message in enumerate(messages):
-        spoken = message["role"] in ("user", "assistant") and "tool_calls" not in message
-        if spoken and not message["content"].strip():
-            raise ChatError(f"message {number} ({message['role']}): it is blank")
-
-
-def _mark() -> str:
-    return "x" + secrets.token_hex(12)
-
-
-def _common(one: str, other: str) -> int:
-    """Length of the common beginning."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other)))
-
-
-def _squeezed(text: str) -> str:
-    return "".join(text.split())
-
-
-def _with_content(messages: Messages, number: int, content: str) -> Messages:
-    return [{**m, "content": content} if n == number else m for n, m in enumerate(messages)]
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Every text in messages but their roles."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from () if key == "role" else _texts(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _texts(item)
-
-
-def _marked(value: Any, controls: re.Pattern[str]) -> Any:
-    """A value with marks around every control token in its texts."""
-    if isinstance(value, str):
-        return controls.sub(f"{OPEN}\\g<0>{CLOSE}", value.replace(OPEN, "").replace(CLOSE, ""))
-    if isinstance(value, Mapping):
-        return {key: item if key == "role" else _marked(item, controls) for key, item in value.items()}
-    return [_marked(item, controls) for item in value] if isinstance(value, list) else value
-
-
-def _unmarked(encoded: Encoded) -> Encoded:
-    """The same without the marks around control tokens."""
-    if OPEN not in encoded.text:
-        return encoded
-    clean = [0]
-    for letter in encoded.text:
-        clean.append(clean[-1] + (letter not in (OPEN, CLOSE)))
-    text = encoded.text.replace(OPEN, "").replace(CLOSE, "")
-    offsets = [(clean[left], clean[right]) for left, right in encoded.offsets]
-    spans = {number: (clean[left], clean[right]) for number, (left, right) in encoded.spans.items()}
-    return replace(encoded, text=text, offsets=offsets, spans=spans)
-
-
-def _grow_left(text: str, content: str, cut: int, place: int) -> int:
-    while cut > 0 and place > 0 and content[cut - 1] == text[place - 1]:
-        cut, place = cut - 1, place - 1
-    return place
-
-
-def _grow_right(text: str, content: str, cut: int, place: int) -> int:
-    while cut < len(content) and place < len(text) and content[cut] == text[place]:
-        cut, place = cut + 1, place + 1
-    return place
-
-
-def _token_role(char_roles: list[Role], start: int, end: int) -> Role:
-    """Content wins over template text; of two contents the later one wins."""
-    inside = char_roles[start:end] or char_roles[start : start + 1] or char_roles[-1:]
-    for role in reversed(inside):
-        if role in (Role.QUERY, Role.RESPONSE):
-            return role
-    return inside[0]

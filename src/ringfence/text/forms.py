@@ -48,11 +48,11 @@ def to_messages(record: dict[str, Any], origin: str, unread: Counter[str]) -> Me
     tools = _tools(record.get("tools"), origin)
     if tools:
         next(message for message in messages if message["role"] == "user")["tools"] = tools
-    _count_unread(record, {*_FORMS[form], "system", "tools"}, origin, unread)
+    count_unread(record, {*_FORMS[form], "system", "tools"}, origin, unread)
     return messages
 
 
-def _count_unread(record: dict[str, Any], known: set[str], origin: str, unread: Counter[str]) -> None:
+def count_unread(record: dict[str, Any], known: set[str], origin: str, unread: Counter[str]) -> None:
     for key in _MEDIA:
         if key not in known and record.get(key):
             raise DataError(f"{origin}: field {key!r}: rows are texts; pictures, sound and film cannot be trained on")

@@ -12,7 +12,7 @@ from ..errors import ChatError, DataError
 from ..util.words import counted
 from .batch import Example
 from .chat import Chat
-from .forms import _count_unread, to_messages
+from .forms import count_unread, to_messages
 from .roles import Encoded, Row
 from .sources import quoted, read_records, warn
 
@@ -77,7 +77,7 @@ def load_questions(source: str, split: str | None = None) -> list[PairedQuestion
     questions = []
     unread: Counter[str] = Counter()
     for record, origin in read_records(source):
-        _count_unread(record, _OF_QUESTIONS, origin, unread)
+        count_unread(record, _OF_QUESTIONS, origin, unread)
         if split and record.get("split", split) != split:
             continue
         fields = {

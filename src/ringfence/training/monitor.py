@@ -26,8 +26,9 @@ from transformers import TrainerCallback
 
 from ..errors import ChatError, DataError
 from ..model.directions import Directions
+from ..model.layers import causal_lm
 from ..model.losses import Head, find_head, kl_sum, relative_drift, token_logprobs
-from ..model.taps import Needs, causal_lm, forward, prefix_kv
+from ..model.taps import Needs, forward, prefix_kv
 from ..runfolder.folder import write_whole
 from ..stats import mean_interval
 from ..text.batch import Example, collate

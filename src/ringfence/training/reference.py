@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DefenseError, RecipeError
+from ..model.layers import causal_lm
 from ..model.losses import Head, TopK, find_head, top_k
 from ..model.sharding import is_sharded, reshard
-from ..model.taps import Layout, Needs, Taps, causal_lm, forward, prefix_kv
+from ..model.taps import Layout, Needs, Taps, forward, prefix_kv
 from ..text.batch import Batch, prefix_of
 from ..text.roles import Role
 from .ranks import largest

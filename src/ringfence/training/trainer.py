@@ -25,9 +25,10 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from ..defenses.base import Defense
 from ..errors import DataError, DefenseError, RecipeError, first_line
+from ..model.layers import causal_lm
 from ..model.losses import CrossEntropy, LogitLoss, find_head, weighted_sum
 from ..model.sharding import gathered, is_sharded, load_whole_again, note_trained, reshard
-from ..model.taps import Layout, Needs, causal_lm, check_layout, forward
+from ..model.taps import Layout, Needs, check_layout, forward
 from ..runfolder.folder import begin_checkpoint, end_checkpoint, told_if_full, write_whole
 from ..runfolder.shapes import read_metrics
 from ..text.batch import Batch, Bundle, collate

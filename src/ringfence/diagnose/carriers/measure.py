@@ -25,8 +25,10 @@ from torch import Tensor
 
 from ...errors import DataError, ModelError
 from ...model.activations import batches
+from ...model.interventions import patched_kv, patched_states
+from ...model.layers import causal_lm
 from ...model.losses import find_head
-from ...model.taps import Needs, causal_lm, forward, patched_kv, patched_states
+from ...model.taps import Needs, forward
 from ...stats import mean_interval, ratio_interval
 from ...text.batch import Batch
 from ...text.roles import Role

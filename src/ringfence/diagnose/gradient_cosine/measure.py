@@ -19,8 +19,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ...errors import DataError, ModelError
 from ...model.activations import batches
+from ...model.layers import causal_lm, decoder_layers
 from ...model.losses import cross_entropy_sum, find_head
-from ...model.taps import causal_lm, decoder_layers, forward
+from ...model.taps import forward
 from ...stats import RESAMPLES, drawn_interval, times_drawn
 from ...text.batch import Example
 from ...text.chat import Chat

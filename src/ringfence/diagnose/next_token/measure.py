@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ...errors import ModelError
 from ...model.activations import batches
+from ...model.layers import causal_lm
 from ...model.losses import TILE_ELEMENTS, find_head
-from ...model.taps import causal_lm, forward
+from ...model.taps import forward
 from ...stats import mean_interval, paired_difference, ratio_interval
 from ...text.batch import Example
 from ...text.roles import Role

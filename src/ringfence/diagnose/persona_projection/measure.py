@@ -12,15 +12,8 @@ import numpy as np
 
 from ...errors import DataError
 from ...prepare.persona import Pair
-from ...prepare.screen import (
-    Scored,
-    compare,
-    default_pairs,
-    learn_axis,
-    other_pairs,
-    question_of,
-    score,
-)
+from ...prepare.scores import Scored, compare, learn_axis, question_of, score
+from ...prepare.screen import default_pairs, other_pairs
 from ...stats import mean_interval, rate_interval
 from ...text.roles import Row
 from ..diagnosis import Cost, Numbers, Subject

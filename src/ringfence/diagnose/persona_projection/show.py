@@ -9,12 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ...prepare.screen import (
-    GOOD,
-    RANDOM_GREY,
-    score_label,
-    spread,
-)
+from ...prepare.screen import GOOD, RANDOM_GREY, score_label, spread
 from ...util.plots import colour, whisker
 from ..diagnosis import Numbers, Table, shown
 

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from ...errors import DataError
 from ...model.activations import batches
+from ...model.layers import causal_lm
 from ...model.losses import find_head
-from ...model.taps import causal_lm
 from ...stats import mean_interval
 from ...text.chat import Chat
 from ...text.roles import Role

@@ -21,8 +21,9 @@ from scipy.stats import t
 from torch import Tensor
 
 from ...errors import DataError, ModelError
+from ...model.interventions import edited_states
+from ...model.layers import causal_lm
 from ...model.scoring import score_answers
-from ...model.taps import causal_lm, edited_states
 from ...stats import mean_interval
 from ...text.rows import PairedQuestion
 from ..diagnosis import Cost, Numbers, Subject, clusters

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...model.layers import causal_lm
 from ...model.losses import Head, find_head
-from ...model.scoring import _hidden_states, _Row, _takes_free_mask, forward_batches
-from ...model.taps import causal_lm
+from ...model.scoring import PromptRow, forward_batches, hidden_states, takes_free_mask
 from ...text.chat import Chat
 
 NUMBERS = [str(number) for number in range(101)]
@@ -88,21 +88,21 @@ def reply_probabilities(
     head = find_head(causal_lm(model))
     tokens = torch.tensor(tree.tokens, device=model.device)
     branches = [list(branch) for branch in tree.branches]
-    groups = [[_Row(prompt, branches)] for prompt in prompts]
+    groups = [[PromptRow(prompt, branches)] for prompt in prompts]
     if not _can_pack(model, head, [row for group in groups for row in group], tokens):
-        groups = [[_Row(prompt, [branch]) for branch in branches] or [_Row(prompt, [])] for prompt in prompts]
+        groups = [[PromptRow(prompt, [branch]) for branch in branches] or [PromptRow(prompt, [])] for prompt in prompts]
     for places in forward_batches([sum(map(len, group)) for group in groups], batch_tokens, model.device, skip):
         rows = [row for place in places for row in groups[place]]
         found = iter(_node_logprobs(model, head, rows, tokens))
         yield {place: tree.probabilities(_join([next(found) for _ in groups[place]])) for place in places}
 
 
-def _can_pack(model: Any, head: Head, rows: list[_Row], tokens_K: Tensor) -> bool:
+def _can_pack(model: Any, head: Head, rows: list[PromptRow], tokens_K: Tensor) -> bool:
     """Whether branches may share a row: attention takes a free mask, and the last branch of a row sees no other."""
-    if not rows or len(rows[0].answers) < 2 or not _takes_free_mask(model, max(map(len, rows))):
+    if not rows or len(rows[0].answers) < 2 or not takes_free_mask(model, max(map(len, rows))):
         return False
     row = min(rows, key=len)
-    alone = _Row(row.prompt, row.answers[-1:])
+    alone = PromptRow(row.prompt, row.answers[-1:])
     together_NK, alone_NK = (_node_logprobs(model, head, [some], tokens_K)[0] for some in (row, alone))
     last = len(alone.answers[0])
     return bool((together_NK[-last:] - alone_NK[-last:]).abs().mean() < 0.2)  # nats; bfloat16 is off by some 0.05
@@ -113,9 +113,9 @@ def _join(parts: list[Tensor]) -> Tensor:
     return torch.cat([parts[0], *(part[1:] for part in parts[1:])])
 
 
-def _node_logprobs(model: Any, head: Head, rows: list[_Row], tokens_K: Tensor) -> list[Tensor]:
+def _node_logprobs(model: Any, head: Head, rows: list[PromptRow], tokens_K: Tensor) -> list[Tensor]:
     """log p of the tokens after each row's prompt, and after each token of its branches: [N, K] a row."""
-    hidden_BTD = _hidden_states(model, head, rows)
+    hidden_BTD = hidden_states(model, head, rows)
     with torch.no_grad():
         return [
             head(hidden_BTD[number, len(row.prompt) - 1 : len(row)]).log_softmax(-1)[:, tokens_K].cpu()

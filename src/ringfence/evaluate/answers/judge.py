@@ -26,10 +26,11 @@ from ...text.questions import OpenQuestion
 from ...util.console import progress
 from ...util.journal import digest
 from ..config import EndpointJudgeConfig, LocalJudgeConfig
-from .endpoint import Endpoint, Reply, Request
+from .endpoint import Endpoint, Request
 from .exact import NUMBERS, ReplyTree, continuation, reply_probabilities
 from .framing import LABELS, JudgePrompt, prompt_hash, render, spell_out, templates_of
 from .judged import Judgement, write_judged
+from .replies import Reply
 
 LEAST_MASS = 0.25  # probability of all numbers together, below which there is no score
 _REPLY_TOKENS = 8  # enough for any number or label in any tokenizer

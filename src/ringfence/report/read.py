@@ -1,0 +1,51 @@
+"""Run folders become rows of numbers, each next to its control and its undefended run."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from .answers import adjusted
+from .compared import compared
+from .summary import (
+    Records,
+    Row,
+    by_recipe,
+    find_baseline,
+    over_runs,
+    read_run,
+    summarise,
+)
+
+
+def read_rows(
+    folders: list[Path], control: Path | None = None, baseline: Path | None = None
+) -> tuple[list[Records], list[Row]]:
+    """Numbers of run folders, in the order given, and the records behind them.
+
+    Runs of one recipe that differ by their seed alone are one row; the records are then those of the first of them.
+
+    Args:
+        control, baseline: what the runs are compared with; default: what was named of each run before, and as the
+            undefended run one of these runs.
+    """
+    records = [read_run(folder) for folder in folders]
+    known: dict[Path, Records] = {run.folder: run for run in records}
+
+    def read(folder: Path | None) -> Records | None:
+        if folder is not None and folder not in known:
+            known[folder] = read_run(folder)
+        return known[folder] if folder is not None else None
+
+    before = [compared(run.folder, control, baseline) for run in records]
+    controls = {found.control for found in before}
+    plain = find_baseline([run for run in records if run.folder not in controls], None)
+    single: dict[Path, Row] = {}
+    for run, found in zip(records, before):
+        own = run.folder if run.folder in controls else found.control
+        undefended = read(found.baseline) or plain
+        single[run.folder] = summarise(run, read(own), undefended)
+    groups = [[run] for run in records if run.folder in controls]
+    groups += by_recipe([run for run in records if run.folder not in controls])
+    groups.sort(key=lambda group: records.index(group[0]))
+    rows = [over_runs([single[run.folder] for run in group]) for group in groups]
+    judged = adjusted([row.judged for row in rows])
+    return [group[0] for group in groups], [replace(row, judged=found) for row, found in zip(rows, judged)]
