@@ -27,9 +27,9 @@ import ringfence.training.trainer as trainer_module
 from conftest import PAD, assert_same, tiny, training_arguments, training_rows, with_lora
 from distributed_worker import BF16, CASES, RESUMED, RUNS, make_files, work
 from ringfence.errors import RecipeError, RingfenceError
-from ringfence.model import ranks
 from ringfence.model.loading import load_model
 from ringfence.run.config import parse_recipe
+from ringfence.training import ranks
 from ringfence.training.stream import RankBatches, TrainStream
 from test_run import small_model, write_rows
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from openai_server import Answer, content_key, in_turn, serve
 from ringfence.errors import ModelError
-from ringfence.evaluate.answers import endpoint as endpoint_module
+from ringfence.evaluate.answers import replies
 from ringfence.evaluate.answers.endpoint import Endpoint, EndpointConfig, Request
 from ringfence.evaluate.answers.replies import Reply
 
@@ -84,14 +84,14 @@ def test_log_probabilities_by_token_and_text():
 def test_tokens_of_one_text_add_up():
     """`9` and the byte of `9` read alike; the later, smaller one must not stand for both."""
     entries = [{"token": token, "logprob": math.log(p)} for token, p in (("9", 0.6), ("8", 0.2), ("9", 0.1))]
-    merged = endpoint_module._merged(entries)
+    merged = replies.merged(entries)
     assert {token: math.exp(logprob) for token, logprob in merged.items()} == pytest.approx({"9": 0.7, "8": 0.2})
 
 
 def test_a_token_without_alternatives_stands_alone():
     content = [{"token": "95", "logprob": -0.5, "top_logprobs": []}]
     choice = {"message": {"content": "95"}, "finish_reason": "stop", "logprobs": {"content": content}}
-    assert endpoint_module._read({"choices": [choice]}).top == [{"95": -0.5}]
+    assert replies.read_reply({"choices": [choice]}).top == [{"95": -0.5}]
 
 
 def test_an_empty_answer_is_an_answer():

@@ -17,7 +17,7 @@ from ringfence.errors import DataError, DefenseError, ModelError, RecipeError
 from ringfence.model import scoring
 from ringfence.model.files import load_tokenizer
 from ringfence.model.loading import load_model
-from ringfence.prepare import gap
+from ringfence.prepare import gap, gap_table
 from ringfence.prepare import regenerate as regenerate_module
 from ringfence.prepare.gap import adapter_folders, is_refusal, score_pool
 from ringfence.prepare.gap_table import read_table
@@ -173,9 +173,9 @@ def test_adapters_are_scored_in_the_precision_asked(model, adapters):
 
 
 def test_score_by_hand():
-    assert gap.gap(1.0, [3.0, 5.0]) == pytest.approx((4.0 - 1.0) / (1.0 + 1.0))
-    assert gap.gap(0.5, [0.2]) == pytest.approx(-0.2)
-    assert gap.gap(0.0, [1.0]) == 1.0
+    assert gap_table.gap(1.0, [3.0, 5.0]) == pytest.approx((4.0 - 1.0) / (1.0 + 1.0))
+    assert gap_table.gap(0.5, [0.2]) == pytest.approx(-0.2)
+    assert gap_table.gap(0.0, [1.0]) == 1.0
 
 
 def test_scores_of_a_table_by_hand(scored):

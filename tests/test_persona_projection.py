@@ -18,7 +18,7 @@ from ringfence.errors import DataError
 from ringfence.model import activations
 from ringfence.prepare.persona import Pair, extract, given_pairs
 from ringfence.prepare.scores import RANDOM, random_units
-from ringfence.prepare.screen import auc
+from ringfence.stats import auc
 from ringfence.text.chat import Chat
 from ringfence.text.roles import Row
 from ringfence.text.rows import PairedQuestion

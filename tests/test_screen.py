@@ -34,8 +34,8 @@ from ringfence.prepare.scores import (
     score,
     vectors_of_the_others,
 )
-from ringfence.prepare.screen import Screening, auc, auc_interval, default_pairs, draw, other_pairs, show
-from ringfence.stats import Interval, bounds
+from ringfence.prepare.screen import Screening, default_pairs, draw, other_pairs, show
+from ringfence.stats import Interval, auc, auc_interval, bounds
 from ringfence.text.chat import Chat
 from ringfence.text.roles import Row
 from ringfence.text.rows import load_questions, load_rows

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from conftest import small_tokenizer
-from ringfence.errors import LONGEST, MOST, DataError, ModelError, RingfenceError
+from ringfence.errors import LONGEST_LINE as LONGEST
+from ringfence.errors import MOST_LINES as MOST
+from ringfence.errors import DataError, ModelError, RingfenceError
 from ringfence.evaluate.answers.framing import LABELS, JudgePrompt
 from ringfence.evaluate.answers.judge import Score, ScoreCache, read_reply
 from ringfence.evaluate.answers.replies import Reply

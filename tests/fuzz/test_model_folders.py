@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from ringfence.errors import ChatError, RingfenceError
 from ringfence.model import prefix
 from ringfence.model.directions import Directions
-from ringfence.model.files import adapter_base, load_config, load_tokenizer
+from ringfence.model.files import FROZEN_FILE, adapter_base, load_config, load_tokenizer
 from ringfence.model.fingerprint import fingerprint
 from ringfence.model.loading import load_model
 from ringfence.model.prefix import read_frozen_prefix, read_stored_prefix
@@ -158,7 +158,7 @@ def test_prefixes(place: Place) -> None:
 
     @given(
         st.one_of(
-            files(frozen).map(lambda content: (prefix._FILE, content)),
+            files(frozen).map(lambda content: (FROZEN_FILE, content)),
             files(stored).map(lambda content: (prefix._STORED, content)),
         )
     )
@@ -168,7 +168,7 @@ def test_prefixes(place: Place) -> None:
         folder = place.fresh()
         (folder / name).write_bytes(content)
         save_file({f"0.0.{part}": torch.zeros(3, 4) for part in ("keys", "values")}, folder / prefix._STORED_KV)
-        read = read_frozen_prefix if name == prefix._FILE else read_stored_prefix
+        read = read_frozen_prefix if name == FROZEN_FILE else read_stored_prefix
         knock("prefixes", (name, content), lambda: read(str(folder)), folder, [name])
 
     test()

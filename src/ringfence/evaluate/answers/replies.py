@@ -79,7 +79,7 @@ def read_reply(body: Any) -> Reply:
         _explain_silence(text, reason, message, body)
     assert text is not None
     try:
-        top = [_merged(token["top_logprobs"] or [token]) for token in (choice.get("logprobs") or {})["content"]]
+        top = [merged(token["top_logprobs"] or [token]) for token in (choice.get("logprobs") or {})["content"]]
     except (ValueError, LookupError, TypeError, AttributeError):
         top = []
     return Reply(text, reason in _ENDS, top)
@@ -179,7 +179,7 @@ def message_of(error: Any) -> str:
     return error if isinstance(error, str) else "" if error is None else repr(error)
 
 
-def _merged(entries: list[dict[str, Any]]) -> dict[str, float]:
+def merged(entries: list[dict[str, Any]]) -> dict[str, float]:
     """Log-probability by token text. Several tokens may have one text (`9` and the byte of `9`): they add up."""
     top: dict[str, float] = {}
     for entry in entries:
