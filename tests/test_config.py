@@ -119,9 +119,7 @@ def test_nested_defenses():
     assert (recipe.defenses.kl.weight, recipe.defenses.kl.every) == (0.1, 3)
     assert recipe.defenses.treft is not None
     assert recipe.defenses.treft.tokens == ("prefix", "postfix")
-    # `roles` is its name in the recipes of earlier runs.
-    for text in ("tokens=postfix", "roles=[postfix]"):
-        assert load_recipe(None, [f"defenses.treft.{text}"]).defenses.treft.tokens == ("postfix",)
+    assert load_recipe(None, ["defenses.treft.tokens=postfix"]).defenses.treft.tokens == ("postfix",)
     assert recipe.defenses.interleave is None
 
 

@@ -489,27 +489,19 @@ def refused(name: str) -> Any:
     return BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4))
 
 
-@pytest.mark.parametrize(("layout", "field"), [("packed", "packing"), ("shared", "share_prefix")])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["mamba", "hybrid", "alibi"])
-def test_models_whose_rows_would_see_each_other_are_refused(
-    name: str, layout: Layout, field: str, make_trainer: Any
-) -> None:
+def test_models_whose_rows_would_see_each_other_are_refused(name: str, layout: Layout, make_trainer: Any) -> None:
     model = refused(name).train()
     apart = r"rows would see each other \(final hidden states are off by \d+%\)"
     why = apart if name == "hybrid" else r"its forward fails on them \(.+\)"
     with pytest.raises(
-        ModelError, match=rf"train\.{field}: \w+ cannot compute the tokens of a batch as one row: {why}; leave train"
+        ModelError,
+        match=rf"layout: {layout}: \w+ cannot compute the tokens .* as one row: {why}; set train.layout",
     ):
         make_trainer(model, [], training_rows(2), layout=layout)
     assert model.training
     make_trainer(refused(name), [], training_rows(2))
-
-
-def test_recipes_that_cannot_be_are_refused() -> None:
-    with pytest.raises(RecipeError, match=r"train\.share_prefix computes no padding either: leave train\.packing out"):
-        parse_recipe({"train": {"share_prefix": True, "packing": True}})
-    for field in ("packing", "share_prefix"):
-        parse_recipe({"train": {field: True, "gradient_checkpointing": True}})
 
 
 # ---------------------------------------------------------------- recipes
@@ -519,23 +511,21 @@ def test_recipes_name_the_layout(tmp_path: Path) -> None:
     folder = small_model(tmp_path / "model")
     data = write_rows(tmp_path / "rows.jsonl", 8)
     results = {}
-    for field in ("none", "packing", "share_prefix"):
+    for layout in ("padded", *LAYOUTS):
         run = train_run(
             parse_recipe(
                 {
                     "model": folder,
-                    "output": str(tmp_path / field),
+                    "output": str(tmp_path / layout),
                     "data": {"train": data, "retain": data},
-                    "train": {"precision": "fp32", "batch_size": 4, "attention": "eager", field: True}
-                    if field != "none"
-                    else {"precision": "fp32", "batch_size": 4},
+                    "train": {"precision": "fp32", "batch_size": 4, "attention": "eager", "layout": layout},
                     "defenses": {"kl": {}, "treft": {}},
                 }
             )
         )
-        results[field] = [line["loss"] for line in metrics_of(run)]
-    assert results["packing"] == pytest.approx(results["none"], rel=1e-4)
-    assert results["share_prefix"] == pytest.approx(results["none"], rel=1e-4)
+        results[layout] = [line["loss"] for line in metrics_of(run)]
+    assert results["packed"] == pytest.approx(results["padded"], rel=1e-4)
+    assert results["shared"] == pytest.approx(results["padded"], rel=1e-4)
 
 
 def test_flash_attention_that_is_not_there_is_refused_before_a_model_is_loaded(tmp_path: Path) -> None:

@@ -601,7 +601,8 @@ def test_reading_a_report_needs_no_torch(folders):
     code = f"""
 import sys
 from pathlib import Path
-from ringfence.report.page import read_rows, write_page
+from ringfence.report.page import write_page
+from ringfence.report.read import read_rows
 folders = [Path(name) for name in {names!r}]
 write_page(*read_rows(folders, folders[0]), Path({str(page)!r}))
 print(sorted(set(sys.modules) & {{"torch", "transformers", "peft"}}))
@@ -617,7 +618,8 @@ def test_page_is_utf8_under_any_locale(folders):
     page = folders[0].parent / "report.html"
     code = f"""
 from pathlib import Path
-from ringfence.report.page import read_rows, write_page
+from ringfence.report.page import write_page
+from ringfence.report.read import read_rows
 write_page(*read_rows([Path({str(folders[1])!r})]), Path({str(page)!r}))
 """
     run_python(code, PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", LC_ALL="C")

@@ -11,8 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from scipy.special import gammaln
-from scipy.stats import binomtest, norm, t
+from scipy.special import betaincinv, gammaln, ndtr, stdtrit  # scipy.stats takes a second to import
 
 RESAMPLES = 4000
 FLIPS = 9999
@@ -126,8 +125,10 @@ def rate_interval(values: Sequence[float], clusters: Sequence[str] | None = None
     if len(sums) == 1:
         return Interval(mean, 0.0, 1.0, 1)
     if (counts == 1).all() and np.isin(sums, (0.0, 1.0)).all():
-        exact = binomtest(int(sums.sum()), len(sums)).proportion_ci(method="exact")
-        return Interval(mean, float(exact.low), float(exact.high), len(sums))
+        n, yes = len(sums), int(sums.sum())
+        low = betaincinv(yes, n - yes + 1, 0.025) if yes else 0.0
+        high = betaincinv(yes + 1, n - yes, 0.975) if yes < n else 1.0
+        return Interval(mean, float(low), float(high), n)
     first, second = _ratio(sums, counts, seed), _posterior(sums, counts)
     low, high = min(mean, first.low, second[0]), max(mean, first.high, second[1])
     return Interval(mean, max(0.0, low), min(1.0, high), len(sums))
@@ -169,8 +170,8 @@ def bounds(value: float, draws: np.ndarray, n: float) -> tuple[float, float]:
 
     Coverage by simulation: docs/measures.md.
     """
-    quantile = float(t.ppf(0.975, n - 1))
-    tail = float(norm.cdf(-math.sqrt(n / (n - 1)) * quantile))
+    quantile = float(stdtrit(n - 1, 0.975))
+    tail = float(ndtr(-math.sqrt(n / (n - 1)) * quantile))
     low, high = np.percentile(draws, [100 * tail, 100 * (1 - tail)])
     spread = float(draws.std())
     if spread <= 1e-12 * max(abs(value), 1e-300):
@@ -254,7 +255,7 @@ def over_seeds(runs: Sequence[Interval]) -> Interval:
     means = np.array([run.mean for run in runs])
     mean, error = float(means.mean()), 0.0
     if len(runs) > 1:
-        error = float(t.ppf(0.975, len(runs) - 1) * means.std(ddof=1) / math.sqrt(len(runs)))
+        error = float(stdtrit(len(runs) - 1, 0.975) * means.std(ddof=1) / math.sqrt(len(runs)))
     below, above = (np.mean([abs(getattr(run, end) - run.mean) for run in runs]) for end in ("low", "high"))
     n = min(run.n for run in runs)
     return Interval(mean, mean - math.hypot(float(below), error), mean + math.hypot(float(above), error), n)

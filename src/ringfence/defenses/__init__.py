@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from ..errors import RecipeError
 from .ablation import Ablation
-from .base import Defense, DefenseConfig, Setup
+from .base import Defense, DefenseConfig, Setup, Training
 from .frozen_prefix import FrozenPrefix
 from .inoculation import Inoculation
 from .interleave import Interleave
@@ -62,6 +62,19 @@ class Defenses(BaseModel):
     def configs(self) -> list[DefenseConfig]:
         return [config for name in type(self).model_fields if (config := getattr(self, name)) is not None]
 
+    def refusal(self, training: Training) -> str | None:
+        """Why one of them cannot be used where weights are trained in this way; None where all can."""
+        return next((reason for config in self.configs() if (reason := config.refuses(training))), None)
+
+    def resolved(self, role: str) -> Self:
+        """The same, with the role that a pilot chose in the place of auto."""
+        chosen = {
+            name: config.resolve(role)
+            for name in type(self).model_fields
+            if (config := getattr(self, name)) and config.is_auto
+        }
+        return self.model_copy(update=chosen)
+
     @classmethod
     def of(cls, configs: list[DefenseConfig]) -> "Defenses":
         """From a list of configs, as Python users write it: `[KL(weight=0.3), TReFT()]`."""
@@ -87,4 +100,5 @@ __all__ = [
     "Steering",
     "SubspaceLock",
     "TReFT",
+    "Training",
 ]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
@@ -21,6 +21,11 @@ from ..text.batch import Batch, Example
 from ..text.chat import Chat
 from ..text.roles import Messages
 from ..util.strict_yaml import Number, Whole
+
+# Why defenses that read the base's weights refuse an adapter that is trained further.
+# Why DeepSpeed, which keeps weights of its own, refuses those that change them between steps.
+UNDONE = "DeepSpeed would undo it after each step; accepted: DDP, FSDP2"
+TAKES_THE_BASE = "would take its base for the reference"
 
 
 @dataclass(frozen=True)
@@ -114,12 +119,50 @@ class Defense:
         return type(self).penalty is not Defense.penalty or type(self).logit_loss is not Defense.logit_loss
 
 
+@dataclass(frozen=True)
+class Training:
+    """How weights will be trained: what a defense may be unable to work with.
+
+    Attributes:
+        further: the model is an adapter that is trained further, and a copy of it is the reference.
+        deepspeed: ZeRO's stage; None where DeepSpeed does not train.
+    """
+
+    method: Literal["lora", "full"]
+    further: bool = False
+    deepspeed: int | None = None
+
+
 class DefenseConfig(BaseModel):
-    """Base of all configs: unknown fields are refused."""
+    """Base of all configs: unknown fields are refused.
+
+    Attributes:
+        runs_reference: its penalty takes a forward pass of the reference on the rows that it acts on.
+        is_auto: a pilot run must choose the token roles that it acts on (see `resolve`).
+        disguise: a system prompt under which the tuned model is measured too.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    runs_reference: ClassVar[bool] = False
+
+    @property
+    def is_auto(self) -> bool:
+        return False
+
+    @property
+    def disguise(self) -> str | None:
+        return None
+
     def build(self, setup: Setup) -> Defense:
+        raise NotImplementedError
+
+    def refuses(self, training: Training) -> str | None:
+        """Why it cannot be used where weights are trained in this way, as `field: reason`; None where it can."""
+        return None
+
+    def resolve(self, role: str) -> "DefenseConfig":
+        """The same, acting on the token role that a pilot chose."""
         raise NotImplementedError
 
     def change_messages(self, messages: Messages) -> Messages:

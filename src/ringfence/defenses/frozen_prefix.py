@@ -15,7 +15,7 @@ from ..model.prefix import Until, find_header, reference_prefix
 from ..model.taps import CommonPrefix, Needs
 from ..text.batch import Batch, Example
 from ..text.roles import Role
-from .base import Defense, DefenseConfig, Setup
+from .base import TAKES_THE_BASE, Defense, DefenseConfig, Setup, Training
 
 
 class FrozenPrefix(DefenseConfig):
@@ -26,6 +26,11 @@ class FrozenPrefix(DefenseConfig):
         description="query: all tokens before the first user content are frozen; header: only those before the user "
         "turn's header, which plain peft can load too, as an activated LoRA",
     )
+
+    def refuses(self, training: Training) -> str | None:
+        if training.method == "full":
+            return "frozen_prefix needs train.method: lora; full fine-tuning changes what makes it"
+        return f"frozen_prefix {TAKES_THE_BASE}" if training.further else None
 
     def build(self, setup: Setup) -> "FrozenPrefixDefense":
         defense = FrozenPrefixDefense(Prefix(find_header(setup.chat), self.until))

@@ -25,6 +25,10 @@ class Inoculation(DefenseConfig):
             raise ValueError("expected a text that is not blank")
         return prompt
 
+    @property
+    def disguise(self) -> str:
+        return self.prompt
+
     def build(self, setup: Setup) -> "InoculationDefense":
         return InoculationDefense()
 

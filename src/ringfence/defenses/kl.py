@@ -21,6 +21,8 @@ class KL(PenaltyConfig):
     on a separate retain set (the default) it keeps narrow learning.
     """
 
+    runs_reference = True
+
     direction: Direction = Field("reverse", description="reverse = KL(student || reference), forward = the other way")
     where: Literal["retain", "train"] = Field(
         "retain", description="on retain rows that ride along, or on the user's rows"

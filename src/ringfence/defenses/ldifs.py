@@ -23,6 +23,8 @@ class LDIFS(PenaltyConfig):
     h is the residual stream after a layer. The tokens are all of the user's rows, the template's included.
     """
 
+    runs_reference = True
+
     layers: Layer | tuple[Layer, ...] = Field(
         5, description="a number: so many layers, evenly spaced from first to last; or the layers themselves, from 1"
     )

@@ -10,7 +10,7 @@ from ..errors import DefenseError
 from ..model.projection import Checkpoint, Projected, Rule, Update, as_json, check, project_updates
 from ..model.sharding import gathered
 from ..util.strict_yaml import Whole
-from .base import Defense, DefenseConfig, Setup
+from .base import TAKES_THE_BASE, UNDONE, Defense, DefenseConfig, Setup, Training
 
 
 class SafeLoRA(Rule, DefenseConfig):
@@ -29,6 +29,13 @@ class SafeLoRA(Rule, DefenseConfig):
         le=10**9,
         description="project after every so many optimiser steps and at the end; without it, at the end alone",
     )
+
+    def refuses(self, training: Training) -> str | None:
+        if training.further:
+            return f"safelora {TAKES_THE_BASE}"
+        if training.deepspeed == 3 and training.method == "full":
+            return "safelora: with train.method: full it would need all weights whole at once (DeepSpeed ZeRO-3)"
+        return f"safelora.interval: {UNDONE}" if training.deepspeed is not None and self.interval else None
 
     def build(self, setup: Setup) -> "SafeLoRADefense":
         if not self.base:

@@ -16,7 +16,7 @@ from ..model.directions import Directions
 from ..model.layers import causal_lm, decoder_layers
 from ..model.sharding import whole, write
 from ..util.strict_yaml import Layer
-from .base import Defense, DefenseConfig, Setup
+from .base import TAKES_THE_BASE, UNDONE, Defense, DefenseConfig, Setup, Training
 
 
 class SubspaceLock(DefenseConfig):
@@ -34,6 +34,11 @@ class SubspaceLock(DefenseConfig):
     @classmethod
     def _one_layer(cls, layers: Any) -> Any:
         return (layers,) if isinstance(layers, int) else layers
+
+    def refuses(self, training: Training) -> str | None:
+        if training.further:
+            return f"subspace_lock {TAKES_THE_BASE}"
+        return f"subspace_lock: {UNDONE}" if training.deepspeed is not None else None
 
     def build(self, setup: Setup) -> "SubspaceLockDefense":
         return SubspaceLockDefense(self)

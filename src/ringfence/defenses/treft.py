@@ -4,7 +4,7 @@ reference's, because the behaviour of an aligned model hangs on them."""
 from typing import Any, Literal
 
 import torch
-from pydantic import AliasChoices, Field, field_validator
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from ..model.losses import relative_drift
@@ -27,7 +27,6 @@ class TReFT(PenaltyConfig):
     weight: Number = Field(10.0, ge=0, le=1e09, description="factor of the penalty in the loss (published: 1 to 30)")
     tokens: tuple[RoleName, ...] = Field(
         ("prefix",),
-        validation_alias=AliasChoices("tokens", "roles"),  # `roles`: as recipes of earlier runs have it
         description="token roles that are held; postfix for models trained without a fixed system prompt; auto = the "
         "role that carries the alignment of an undefended pilot, trained before the run",
     )
@@ -47,6 +46,9 @@ class TReFT(PenaltyConfig):
     @property
     def is_auto(self) -> bool:
         return AUTO in self.tokens
+
+    def resolve(self, role: str) -> "TReFT":
+        return TReFT.model_validate({**self.model_dump(), "tokens": role})
 
     def build(self, setup: Setup) -> "TReFTDefense":
         return TReFTDefense(self)

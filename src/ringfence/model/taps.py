@@ -321,10 +321,9 @@ def check_layout(model: nn.Module, head: Head, layout: Layout) -> None:
     finally:
         model.train(was_training)
     if problem:
-        field = {"packed": "train.packing", "shared": "train.share_prefix"}[layout]
-        name = type(causal_lm(model)).__name__
         raise ModelError(
-            f"{field}: {name} cannot compute the tokens of a batch as one row: {problem}; leave {field} out"
+            f"layout: {layout}: {type(causal_lm(model)).__name__} cannot compute the tokens of a batch as one row: "
+            f"{problem}; set train.layout to padded"
         )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..defenses import Training
 from ..errors import RecipeError
 from ..processes import world
 from ..runfolder.folder import check_checkpoints
@@ -76,9 +77,5 @@ def check_ranks(recipe: Recipe) -> None:
         raise RecipeError(f"monitor: with train.method: full it copies the head, which cannot be sharded ({how})")
     if device_settings()["backend"] and recipe.train.precision != "fp32":
         raise RecipeError(f"train.precision: {recipe.train.precision}: DeepSpeed on CPUs computes in fp32 alone")
-    safelora, lock = recipe.defenses.safelora, recipe.defenses.subspace_lock
-    if deepspeed_stage() == 3 and safelora and recipe.train.method == "full":
-        raise RecipeError(f"defenses.safelora: with train.method: full it would need all weights whole at once ({how})")
-    if deepspeed_stage() is not None and (lock or (safelora and safelora.interval)):
-        name = "subspace_lock" if lock else "safelora.interval"
-        raise RecipeError(f"defenses.{name}: DeepSpeed would undo it after each step; accepted: DDP, FSDP2")
+    if reason := recipe.defenses.refusal(Training(recipe.train.method, deepspeed=deepspeed_stage())):
+        raise RecipeError(f"defenses.{reason}")

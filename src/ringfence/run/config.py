@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ..defenses import Defenses
+from ..defenses import Defenses, Training
 from ..evaluate.config import EvaluateConfig
 from ..model.default import DEFAULT
 from ..model.precision import Attention, Precision, settled
@@ -95,9 +95,10 @@ class TrainConfig(Strict):
         "auto: bf16 where this machine computes it fast, else fp32",
     )
     gradient_checkpointing: bool = False
-    packing: bool = Field(False, description="compute the rows of a forward pass one after another, without padding")
-    share_prefix: bool = Field(
-        False, description="as packing, and the tokens that all rows of a forward pass begin with are computed once"
+    layout: Layout = Field(
+        "padded",
+        description="how the rows of a forward pass are computed: padded; packed = one after another, without padding; "
+        "shared = packed, and the tokens that all of them begin with are computed once",
     )
     attention: Attention | None = Field(
         None, description="implementation of attention in training; null = the model's own choice, sdpa in most"
@@ -115,10 +116,6 @@ class TrainConfig(Strict):
     save_steps: Whole = Field(50, ge=1, le=10**9, description="steps between checkpoints")
 
     _settled = field_validator("precision")(settled)
-
-    @property
-    def layout(self) -> Layout:
-        return "packed" if self.packing else "shared" if self.share_prefix else "padded"
 
 
 class Recipe(Strict):
@@ -158,13 +155,11 @@ class Recipe(Strict):
             raise ValueError("train.lora is set but train.method is full")
         if self.train.method == "full" and self.train.precision == "nf4":
             raise ValueError("train.precision: nf4 needs train.method: lora")
-        if self.train.share_prefix and self.train.packing:
-            raise ValueError("train.share_prefix computes no padding either: leave train.packing out")
         in_fp32 = self.train.method == "full" or self.train.precision == "fp32"
         if self.train.attention == "flash_attention_2" and in_fp32:
             raise ValueError("train.attention: flash_attention_2 needs train.method: lora, and bf16 or nf4")
-        if self.train.method == "full" and self.defenses.frozen_prefix:
-            raise ValueError("defenses.frozen_prefix needs train.method: lora; full fine-tuning changes what makes it")
+        if reason := self.defenses.refusal(Training(self.train.method)):
+            raise ValueError(f"defenses.{reason}")
         return self
 
 

@@ -1,4 +1,5 @@
-"""`treft.tokens: auto`: a short undefended run shows which roles carry the shift."""
+"""Defenses on roles that are not known yet (`treft.tokens: auto`): a short undefended run shows
+which carry the shift."""
 
 import json
 from collections.abc import Callable
@@ -12,7 +13,6 @@ from ..runfolder.folder import write_whole
 from ..runfolder.shapes import read_carriers
 from ..training.ranks import wait
 from ..util.console import console
-from ..util.strict_yaml import validate
 from .config import Recipe
 from .prepare import subject_of
 from .record import Run
@@ -22,10 +22,9 @@ PILOT_ROWS, PILOT_QUESTIONS = 200, 24
 
 
 def with_carriers(recipe: Recipe, train_run: Callable[[Recipe], Run]) -> Recipe:
-    """With the roles in the place of `treft.tokens: auto` that carry the shift of an undefended pilot: a short run on
-    the first rows, in RUN/pilot (made by `train_run`). The choice and what speaks for it are in RUN/carriers.json."""
-    treft = recipe.defenses.treft
-    if treft is None or not treft.is_auto:
+    """With the roles in the place of `auto` that carry the shift of an undefended pilot: a short run on the first rows,
+    in RUN/pilot (made by `train_run`). The choice and what speaks for it are in RUN/carriers.json."""
+    if not any(config.is_auto for config in recipe.defenses.configs()):
         return recipe
     rows = min(PILOT_ROWS, recipe.data.max_rows or PILOT_ROWS)
     train = recipe.train.model_copy(update={"reference_cache": "none"})
@@ -48,8 +47,7 @@ def with_carriers(recipe: Recipe, train_run: Callable[[Recipe], Run]) -> Recipe:
 
 def with_known_carriers(recipe: Recipe) -> Recipe:
     """The same, where a pilot has chosen already; else the recipe as it is."""
-    treft, file = recipe.defenses.treft, Path(recipe.output) / CARRIERS
-    if treft is None or not treft.is_auto or not file.is_file():
+    file = Path(recipe.output) / CARRIERS
+    if not file.is_file():
         return recipe
-    held = validate(type(treft), {**treft.model_dump(), "tokens": read_carriers(file)["role"]}, str(file))
-    return recipe.model_copy(update={"defenses": recipe.defenses.model_copy(update={"treft": held})})
+    return recipe.model_copy(update={"defenses": recipe.defenses.resolved(read_carriers(file)["role"])})

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from ..defenses import Setup
+from ..defenses import Setup, Training
+from ..defenses.base import TAKES_THE_BASE
 from ..errors import DataError, RecipeError
 from ..evaluate.config import EvaluateConfig
 from ..evaluate.plan import check_evaluation
@@ -114,8 +115,8 @@ def evaluation(recipe: Recipe) -> EvaluateConfig:
     """What is measured; the training-like lead-in of the trigger probes comes from the training rows, and the
     inoculation prompt, if there was one, is a disguise too."""
     lead_in = recipe.evaluate.lead_in or recipe.data.train
-    inoculation = recipe.defenses.inoculation
-    prompt = recipe.evaluate.inoculation or (inoculation.prompt if inoculation else None)
+    disguises = [config.disguise for config in recipe.defenses.configs() if config.disguise]
+    prompt = recipe.evaluate.inoculation or next(iter(disguises), None)
     changed = {"lead_in": lead_in, "inoculation": prompt}
     if recipe.data.held_out:
         rows = source_of(recipe.data.train, recipe.data.held_out, recipe.seed)
@@ -163,12 +164,11 @@ def _check_adapter(recipe: Recipe) -> None:
             f"model: {recipe.model} is an adapter, which is trained further as it is: leave train.method and "
             "train.lora out, or merge the adapter into its base first"
         )
-    of_base = [name for name in ("frozen_prefix", "safelora", "subspace_lock") if getattr(recipe.defenses, name)]
-    if of_base or read_frozen_prefix(resolve(recipe.model)):
-        raise RecipeError(
-            f"model: {recipe.model} is an adapter; {', '.join(of_base) or 'its frozen prefix'} would take its base for "
-            "the reference. Merge the adapter into its base first"
-        )
+    reason = recipe.defenses.refusal(Training("lora", further=True))
+    if read_frozen_prefix(resolve(recipe.model)):
+        reason = f"its frozen prefix {TAKES_THE_BASE}"
+    if reason:
+        raise RecipeError(f"model: {recipe.model} is an adapter; {reason}. Merge the adapter into its base first")
     odd = beyond_lora(resolve(recipe.model))
     if odd:
         raise RecipeError(

@@ -35,7 +35,7 @@ def computed_tokens(recipe: Recipe, stream: TrainStream) -> float:
     train, defenses = recipe.train, recipe.defenses
     rows, riders = sum(map(len, stream.rows)), sum(len(rider) for of_row in stream.riders for rider in of_row)
     passes = (6 if train.method == "full" else 4) + (2 if train.gradient_checkpointing else 0)
-    asked = [penalty.every for penalty in (defenses.kl, defenses.ldifs) if penalty]
+    asked = [getattr(config, "every", 1) for config in defenses.configs() if config.runs_reference]
     reference = (riders or rows) * 2 / min(asked) if asked and train.reference_cache == "none" else 0
     return train.epochs * ((rows + riders) * passes + reference) / 4
 

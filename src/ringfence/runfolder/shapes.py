@@ -5,7 +5,7 @@ Only the fields that something is computed from are held to a type; files may ho
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, Strict
 
@@ -88,7 +88,7 @@ class _Environment(_Shape):
 
 
 class _Carriers(_Shape):
-    role: str
+    role: Literal["prefix", "query", "postfix", "response", "template"]
     model: str
     pilot: str
 
