@@ -1,0 +1,155 @@
+"""The house itself: imports go one way, files stay short, and what needs no torch brings none."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "ringfence"
+FLOORS, LINES = 12, 450
+HEAVY = {"torch", "transformers", "peft", "datasets", "matplotlib", "scipy.stats"}
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """By dotted name below `ringfence`; the package itself is ``."""
+    return {_name(file): file for file in SOURCE.rglob("*.py")}
+
+
+def _name(file: Path) -> str:
+    parts = file.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(name: str, also_late: bool = False) -> set[str]:
+    """Modules of ringfence that a module imports when it is loaded; `also_late`: or when it runs."""
+    file = modules()[name]
+    package = name.split(".") if file.name == "__init__.py" else name.split(".")[:-1]
+    found = set()
+    for node in statements(ast.parse(file.read_text()), also_late):
+        if not isinstance(node, ast.ImportFrom) or not node.level:
+            continue
+        base = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")]
+        base = [part for part in base if part]
+        for each in node.names:
+            inner = ".".join([*base, each.name])
+            found.add(inner if inner in modules() else ".".join(base))
+    return found - {name}
+
+
+def statements(tree: ast.AST, also_late: bool) -> Iterator[ast.AST]:
+    for node in ast.iter_child_nodes(tree):
+        is_for_types = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        is_late = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        if not is_for_types and (also_late or not is_late):
+            yield node
+            yield from statements(node, also_late)
+
+
+def longest_path(name: str, above: tuple[str, ...] = ()) -> int:
+    if name in above:
+        raise AssertionError(f"imports go in a circle: {' -> '.join([*above[above.index(name) :], name])}")
+    return _floor(name, above)
+
+
+_FLOOR: dict[str, int] = {}
+
+
+def _floor(name: str, above: tuple[str, ...]) -> int:
+    if name not in _FLOOR:
+        _FLOOR[name] = max((longest_path(each, (*above, name)) + 1 for each in imports(name)), default=0)
+    return _FLOOR[name]
+
+
+def test_imports_go_one_way_over_few_floors() -> None:
+    floors = {name: longest_path(name) for name in modules()}
+    assert len(floors) > 100
+    assert max(floors.values()) > 5  # the graph is really read
+    highest = {name: floor for name, floor in floors.items() if floor > FLOORS}
+    assert not highest
+
+
+ROOMS = [
+    {"", "errors", "stats", "processes", "util", "shipped"},
+    {"runfolder"},
+    {"text"},
+    {"model"},
+    {"prepare", "defenses"},
+    {"training"},
+    {"evaluate", "diagnose"},
+    {"report"},
+    {"run"},
+    {"cli", "__main__"},
+]
+
+
+def test_no_room_imports_from_above() -> None:
+    level = {room: number for number, rooms in enumerate(ROOMS) for room in rooms}
+    upwards = [
+        f"{name} imports {other}"
+        for name in modules()
+        if name
+        for other in imports(name, also_late=True)
+        if level[other.split(".")[0]] > level[name.split(".")[0]]
+    ]
+    assert not sorted(set(upwards) - set(KNOWN_UPWARDS))
+    assert not sorted(set(KNOWN_UPWARDS) - set(upwards)), "no longer there: take it out of the list"
+
+
+# What the plan of the house forbids and is still there, each with its reason.
+KNOWN_UPWARDS: list[str] = []
+
+
+def test_files_are_short() -> None:
+    long = {name: size for name, file in modules().items() if (size := len(file.read_text().splitlines())) > LINES}
+    assert not long
+
+
+def test_no_private_name_is_imported() -> None:
+    private = [
+        f"{name}: {each.name}"
+        for name, file in modules().items()
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.level
+        for each in node.names
+        if each.name.startswith("_")
+    ]
+    assert not private
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["run"], ["gate"], ["report"], ["card"], ["export"], ["schema"], ["diagnose"], ["judge", "calibrate"]]
+)
+def test_help_brings_no_heavy_library(command: list[str]) -> None:
+    assert not heavy(f"run({[*command, '--help']!r})")
+
+
+def test_the_schema_brings_no_heavy_library() -> None:
+    assert not heavy("run(['schema'])")
+
+
+def test_decisions_bring_no_heavy_library() -> None:
+    assert not heavy("import ringfence.report.gate, ringfence.report.card, ringfence.report.export")
+
+
+def heavy(code: str) -> set[str]:
+    """Heavy libraries that are loaded after the code, in a process of its own; `run` is the command line."""
+    script = f"""
+import contextlib, io, sys
+
+def run(arguments):
+    from ringfence.cli import main
+    sys.argv = ["ringfence", *arguments]
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+        main()
+
+{code}
+print(sorted({HEAVY!r} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return set(ast.literal_eval(done.stdout.splitlines()[-1]))
