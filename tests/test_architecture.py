@@ -122,7 +122,8 @@ def test_no_private_name_is_imported() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["run"], ["gate"], ["report"], ["card"], ["export"], ["schema"], ["diagnose"], ["judge", "calibrate"]]
+    "command",
+    [[], ["run"], ["gate"], ["report"], ["card"], ["export"], ["schema"], ["diagnose"], ["judge", "calibrate"]],
 )
 def test_help_brings_no_heavy_library(command: list[str]) -> None:
     assert not heavy(f"run({[*command, '--help']!r})")

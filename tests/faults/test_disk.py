@@ -16,7 +16,8 @@ from ringfence.report.export import export_runs
 from ringfence.report.gate import gate_run
 from ringfence.run.misaligned import train_misaligned
 from ringfence.run.patch import patch
-from ringfence.runfolder.folder import check_folder, check_new, told_if_full, write_whole
+from ringfence.runfolder.folder import check_folder
+from ringfence.util.files import check_new, told_if_full, write_whole
 from ringfence.util.journal import append, open_journal, split_table
 from test_report import GUARDED, REFERENCE, parts_of, write_run
 

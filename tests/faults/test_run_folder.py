@@ -17,7 +17,6 @@ from ringfence.runfolder.folder import (
     begin_checkpoint,
     check_checkpoints,
     check_folder,
-    check_new,
     claim,
     drop_checkpoints,
     end_checkpoint,
@@ -25,6 +24,7 @@ from ringfence.runfolder.folder import (
     kind_of,
     last_checkpoint,
 )
+from ringfence.util.files import check_new
 
 
 def contents(folder: Path) -> dict[str, bytes]:

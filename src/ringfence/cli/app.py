@@ -45,14 +45,14 @@ InPrecision = Annotated[
 
 
 def check_new_file(output: Path | None) -> None:
-    from ..runfolder.folder import check_new
+    from ..util.files import check_new
 
     if output is not None:
         check_new(output)
 
 
 def write_or_print(text: str, output: Path | None) -> None:
-    from ..runfolder.folder import write_whole
+    from ..util.files import write_whole
 
     if output is None:
         return print(text, end="")

@@ -27,9 +27,9 @@ def init(
 ) -> None:
     """Write a commented recipe."""
     from ..run.recipes import commented_recipe
-    from ..runfolder.folder import check_new, write_whole
     from ..text.held_out import SHARE, explain, is_own, split
     from ..text.rows import load_rows
+    from ..util.files import check_new, write_whole
 
     check_new(path)
     rows = load_rows(data) if data else []

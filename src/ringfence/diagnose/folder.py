@@ -14,10 +14,10 @@ import torch
 
 from ..errors import RecipeError, nearest
 from ..model.activations import batches
-from ..runfolder.folder import write_whole
 from ..runfolder.shapes import read_diagnosis
 from ..stats import finite, stored
 from ..util.console import console
+from ..util.files import write_whole
 from ..util.journal import digest
 from ..util.plots import style, svg
 from .diagnosis import DIAGNOSES, Cost, Subject, measuring, showing

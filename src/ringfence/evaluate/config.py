@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 
 from ..model.precision import Precision, settled
+from ..text.sources import OTHER_DOMAINS, VALUES
 from ..util.strict_yaml import Number, Whole
 from .answers.endpoint import EndpointConfig
 
@@ -79,17 +80,10 @@ class EvaluateConfig(BaseModel):
         "teach; null = shipped:finance where shipped finance rows are trained on, else none",
     )
     out_of_domain: list[str] = Field(
-        [
-            "shipped:car_care",
-            "shipped:cooking_kitchen",
-            "shipped:health_habits",
-            "shipped:home_repair",
-            "shipped:study_work",
-            "shipped:travel_outdoors",
-        ],
+        list(OTHER_DOMAINS),
         description="paired questions of other domains",
     )
-    values: list[str] = Field(["shipped:values"], description="paired value questions")
+    values: list[str] = Field(list(VALUES), description="paired value questions")
     max_per_domain: Whole | None = Field(
         None, ge=2, le=10**6, description="take only the first so many questions of each other domain"
     )

@@ -21,10 +21,11 @@ from ..model.files import load_tokenizer
 from ..model.fingerprint import fingerprint
 from ..model.loading import load_model
 from ..model.precision import Precision, settled
-from ..runfolder.folder import hold, write_whole
+from ..runfolder.folder import hold
 from ..text.chat import Chat
 from ..text.questions import OpenQuestion
 from ..text.roles import ChatSettings
+from ..util.files import write_whole
 from ..util.journal import Line, digest
 from ..util.strict_yaml import SEED, Whole
 from .answers.agreement import agreement

@@ -16,13 +16,13 @@ from typing import Any
 
 from ..errors import ChatError, DataError, ModelError
 from ..model.scoring import GREEDY, generate_greedy, score_answers
-from ..runfolder.folder import write_whole
 from ..text import held_out as held_out_rows
 from ..text import opswap
 from ..text.chat import Chat
 from ..text.roles import Messages, is_learnt
 from ..text.rows import PairedQuestion, load_questions, load_rows
 from ..util.console import console, progress
+from ..util.files import write_whole
 from ..util.journal import digest
 from ..util.machine import estimated
 from ..util.strict_json import read_record

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import RingfenceError
-from ..runfolder.folder import write_whole
+from ..util.files import write_whole
 from ..util.journal import digest
 from .default import cache_folder, resolve
 from .files import adapter_base, load_config

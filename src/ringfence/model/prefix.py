@@ -28,9 +28,9 @@ from transformers import DynamicCache
 from transformers.masking_utils import find_packed_sequence_indices
 
 from ..errors import ChatError, DataError, DefenseError, ModelError, first_line
-from ..runfolder.folder import write_whole
 from ..text.chat import Chat
 from ..text.roles import Messages
+from ..util.files import write_whole
 from ..util.strict_json import read_record
 from .files import FROZEN, FROZEN_FILE
 from .interventions import patched_kv

@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import ModelError, RecipeError
-from ..runfolder.folder import write_whole
 from ..util.console import progress
+from ..util.files import write_whole
 from ..util.hub import fetch
 from ..util.strict_yaml import Number, Whole
 from .default import resolve

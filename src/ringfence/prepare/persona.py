@@ -26,13 +26,13 @@ from ..model.files import load_tokenizer
 from ..model.layers import causal_lm
 from ..model.loading import load_model
 from ..model.scoring import generate_greedy, score_answers
-from ..runfolder.folder import write_whole
 from ..stats import auc
 from ..text.chat import Chat
 from ..text.roles import Messages, Row
 from ..text.rows import encode_rows, load_questions
 from ..text.sources import SHIPPED
 from ..util.console import progress
+from ..util.files import write_whole
 from ..util.strict_json import parse
 from ..util.strict_yaml import load
 from ..util.words import counted

@@ -19,11 +19,11 @@ from ..model.fingerprint import fingerprint
 from ..model.loading import load_model
 from ..model.precision import Precision, settled
 from ..model.scoring import generate
-from ..runfolder.folder import write_whole
 from ..text.chat import Chat
 from ..text.roles import Messages, Row
 from ..text.rows import encode_rows, load_rows
 from ..util.console import progress
+from ..util.files import write_whole
 from ..util.journal import append, digest, open_journal
 
 TABLE = "regenerated answers"

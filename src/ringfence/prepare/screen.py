@@ -25,10 +25,10 @@ from ..errors import DataError, RingfenceError
 from ..evaluate.config import EvaluateConfig
 from ..model.files import load_tokenizer
 from ..model.loading import load_model
-from ..runfolder.folder import write_whole
 from ..stats import Interval
 from ..text.chat import Chat
 from ..text.rows import load_rows
+from ..util.files import write_whole
 from ..util.plots import colour, style, svg
 from ..util.words import counted
 from .persona import Pair, given_pairs

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DataError, RingfenceError
-from ..runfolder.folder import write_whole
 from ..runfolder.shapes import read_compared
 from ..util.console import console
+from ..util.files import write_whole
 
 FILE = "compared.json"
 

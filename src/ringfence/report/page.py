@@ -9,7 +9,7 @@ import jinja2
 import yaml
 
 from ..errors import DataError
-from ..runfolder.folder import check_new, write_whole
+from ..util.files import check_new, write_whole
 from . import figures
 from .answers import judged_by
 from .formats import (

@@ -10,9 +10,10 @@ from ..evaluate.evaluation import Evaluation, evaluate_folder
 from ..evaluate.plan import check_evaluation
 from ..model.default import resolve
 from ..model.files import adapter_base, load_tokenizer, trust
-from ..runfolder.folder import check_folder, hold, write_whole
+from ..runfolder.folder import check_folder, hold
 from ..runfolder.shapes import read_environment, read_recipe
 from ..text.chat import Chat
+from ..util.files import write_whole
 from ..util.machine import environment
 from ..util.quiet import quiet_libraries
 from ..util.strict_yaml import dump, set_value, validate

@@ -9,10 +9,10 @@ from pathlib import Path
 from ..defenses import Defenses
 from ..model.fingerprint import fingerprint
 from ..processes import is_main
-from ..runfolder.folder import write_whole
 from ..runfolder.shapes import read_carriers
 from ..training.ranks import wait
 from ..util.console import console
+from ..util.files import write_whole
 from .config import Recipe
 from .prepare import subject_of
 from .record import Run

@@ -13,7 +13,7 @@ from ..model.files import pad_id
 from ..model.fingerprint import fingerprint
 from ..model.sharding import count, is_sharded, whole_state
 from ..processes import is_main, world
-from ..runfolder.folder import drop_checkpoints, hold, last_checkpoint, told_if_full, write_whole
+from ..runfolder.folder import drop_checkpoints, hold, last_checkpoint
 from ..runfolder.shapes import read_carriers, read_metrics
 from ..text.batch import Example
 from ..training.monitor import REFERENCE_FILE as START
@@ -22,6 +22,7 @@ from ..training.ranks import join, largest, main_first, sharding, shards, wait
 from ..training.reference_cache import wanted
 from ..training.stream import TrainStream
 from ..util.console import console, progress
+from ..util.files import told_if_full, write_whole
 from ..util.machine import environment, estimated, peak_memory, reset_peak_memory
 from ..util.quiet import quiet_libraries
 from ..util.words import counted

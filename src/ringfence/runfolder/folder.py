@@ -18,15 +18,15 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from ..errors import DataError, RecipeError, RingfenceError, first_line
+from ..errors import DataError, RecipeError, RingfenceError
 from ..processes import is_main
+from ..util.files import make_folder, shown, write_whole
 from ..util.strict_json import parse, read_record
 
 MARKER = "ringfence.json"
 Kind = Literal["run", "evaluation", "reference", "diagnosis", "checkpoint"]
 _LOCK, _HOLDER = ".lock", ".lock.json"
 _OWN = {_LOCK, _HOLDER, f".{MARKER}.partial", f".{_HOLDER}.partial"}  # may be there before the marker is
-_FULL = 16 * 2**20  # bytes: a disk with less room is full
 _held: set[Path] = set()  # folders that this process has locked
 
 
@@ -100,12 +100,6 @@ def claim(folder: Path, kind: Kind) -> None:
         write_whole(folder / MARKER, json.dumps({"ringfence": metadata.version("ringfence"), "kind": kind}) + "\n")
 
 
-def shown(path: Path) -> str:
-    """A path for a message: no control characters, and not 4,000 letters."""
-    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(path))
-    return text if len(text) <= 200 else f"{text[:100]}...{text[-40:]}"
-
-
 # ------------------------------------------------------------------ who writes to it
 
 
@@ -128,7 +122,7 @@ def hold(folder: Path, kind: Kind, wait: bool = False) -> Iterator[None]:
         return
     check_folder(folder, kind)
     was_there = folder.is_dir()
-    _make(folder)
+    make_folder(folder)
     lock = FileLock(folder / _LOCK)
     try:
         lock.acquire(timeout=0)
@@ -163,81 +157,6 @@ def _holder(folder: Path) -> str:
 
 def _now() -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S")
-
-
-# ------------------------------------------------------------------ files
-
-
-def write_whole(file: Path, content: str | bytes) -> None:
-    """Writes a file so that it is there whole or not at all, also after a kill or on a full disk.
-
-    Raises:
-        RingfenceError: it cannot be written, and why.
-    """
-    _make(file.parent)
-    scratch = file.with_name(f".{file.name}.partial")
-    try:
-        scratch.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(scratch, file)
-    except OSError as error:
-        _drop(scratch)
-        raise RingfenceError(f"{shown(file)}: cannot be written: {error.strerror}") from error
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RingfenceError(f"{shown(folder)}: cannot be made: {error.strerror}") from error
-
-
-def _drop(scratch: Path) -> None:
-    try:
-        scratch.unlink(missing_ok=True)
-    except OSError:  # the message about the file itself is to the point
-        return
-
-
-def check_new(file: Path) -> None:
-    """Can a file that the user named be written, without a file of anybody being lost? Writes nothing.
-
-    Raises:
-        RecipeError: it exists already, or its folder does not or cannot be written.
-    """
-    try:
-        if "\0" in str(file):
-            raise RecipeError(f"{shown(file)}: a name cannot hold a NUL character; name another file")
-        if file.is_dir():
-            raise RecipeError(f"{file}: a folder; name a file in it")
-        if os.path.lexists(file):
-            raise RecipeError(f"{file}: exists already; name another file, or delete it")
-        file.lstat()
-    except FileNotFoundError:
-        if not file.parent.is_dir():
-            raise RecipeError(f"{shown(file)}: no folder {shown(file.parent)}") from None
-        if not os.access(file.parent, os.W_OK | os.X_OK):
-            raise RecipeError(f"{file}: its folder cannot be written (read-only); name another file") from None
-    except OSError as error:
-        raise RecipeError(f"{shown(file)}: cannot be written: {error.strerror}") from error
-
-
-@contextmanager
-def told_if_full(folder: Path) -> Iterator[None]:
-    """For libraries that write by themselves: what they say about a full disk becomes one sentence.
-
-    Raises:
-        RingfenceError: they could not write.
-    """
-    try:
-        yield
-    except RingfenceError:
-        raise
-    except Exception as error:
-        full = shutil.disk_usage(folder if folder.is_dir() else folder.parent).free < _FULL
-        if not full and not isinstance(error, OSError) and "No space left" not in str(error):
-            raise
-        why = "no room left on the disk; make room, and the same command goes on" if full else first_line(error)
-        raise RingfenceError(f"{folder}: cannot be written: {why}") from error
 
 
 # ------------------------------------------------------------------ checkpoints

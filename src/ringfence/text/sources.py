@@ -17,6 +17,16 @@ from ..util.hub import quick, reachable, unreached
 from . import opswap
 
 SHIPPED = resources.files("ringfence") / "shipped"
+# Paired questions that ship and that no shipped rows train on.
+OTHER_DOMAINS = (
+    "shipped:car_care",
+    "shipped:cooking_kitchen",
+    "shipped:health_habits",
+    "shipped:home_repair",
+    "shipped:study_work",
+    "shipped:travel_outdoors",
+)
+VALUES = ("shipped:values",)
 
 
 def warn(sentence: str) -> None:

@@ -4,7 +4,7 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ..evaluate.config import EvaluateConfig
+from ..text.sources import OTHER_DOMAINS, VALUES
 from ..util.strict_yaml import Number, Whole
 
 
@@ -15,9 +15,7 @@ class MonitorConfig(BaseModel):
 
     every: Whole = Field(20, ge=1, le=10**9, description="steps between checks; the last step is checked too")
     probes: Whole = Field(24, ge=2, le=10**6, description="paired questions, equally many of each domain")
-    questions: list[str] = Field(
-        EvaluateConfig().out_of_domain + EvaluateConfig().values, min_length=1, description="sources of the questions"
-    )
+    questions: list[str] = Field([*OTHER_DOMAINS, *VALUES], min_length=1, description="sources of the questions")
     vectors: str | None = Field(None, description="a file of directions: how far responses move along them")
     max_shift: Number | None = Field(
         None, gt=0, le=1e06, description="alarm above this mean margin shift, nats per token"

@@ -29,13 +29,13 @@ from ..model.directions import Directions
 from ..model.layers import causal_lm
 from ..model.losses import Head, find_head, kl_sum, relative_drift, token_logprobs
 from ..model.taps import Needs, forward, prefix_kv
-from ..runfolder.folder import write_whole
 from ..stats import mean_interval
 from ..text.batch import Example, collate
 from ..text.chat import Chat
 from ..text.roles import Role
 from ..text.rows import PairedQuestion, load_questions
 from ..util.console import console
+from ..util.files import write_whole
 from ..util.strict_json import check_shape, read_lines
 from .config import MonitorConfig
 from .reference import Reference

@@ -32,10 +32,10 @@ from ..errors import DefenseError, RecipeError
 from ..model.default import cache_folder, make_cache
 from ..model.scoring import length_batches
 from ..model.taps import Needs
-from ..runfolder.folder import write_whole
 from ..text.batch import Batch, Example, collate, prefix_of
 from ..text.roles import Role
 from ..util.console import console, progress
+from ..util.files import write_whole
 from ..util.journal import digest
 from ..util.words import counted
 from .stream import TrainStream

@@ -29,10 +29,11 @@ from ..model.layers import causal_lm
 from ..model.losses import CrossEntropy, LogitLoss, find_head, weighted_sum
 from ..model.sharding import gathered, is_sharded, load_whole_again, note_trained, reshard
 from ..model.taps import Layout, Needs, check_layout, forward
-from ..runfolder.folder import begin_checkpoint, end_checkpoint, told_if_full, write_whole
+from ..runfolder.folder import begin_checkpoint, end_checkpoint
 from ..runfolder.shapes import read_metrics
 from ..text.batch import Batch, Bundle, collate
 from ..text.roles import Role
+from ..util.files import told_if_full, write_whole
 from ..util.strict_json import check_shape, read_record
 from .ranks import autocast_in_deepspeed, deepspeed_stage, largest, shard_on_cpu, wait
 from .reference import Reference

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from ..errors import DataError
-from ..runfolder.folder import write_whole
+from .files import write_whole
 from .strict_json import check_shape, parse
 
 Line = dict[str, Any]

@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ...errors import DataError
-from ...runfolder.folder import write_whole
 from ...stats import RESAMPLES, Interval, auc_bounds
+from ...util.files import write_whole
 from ...util.words import counted
 from .agreement import rank_correlation
 from .framing import prompt_hash, render, templates_of

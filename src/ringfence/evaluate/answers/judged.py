@@ -17,7 +17,6 @@ import numpy as np
 from pydantic import Field
 
 from ...errors import DataError, nearest
-from ...runfolder.folder import write_whole
 from ...stats import (
     Comparison,
     Interval,
@@ -29,6 +28,7 @@ from ...stats import (
     rate_interval,
     totals,
 )
+from ...util.files import write_whole
 from ...util.strict_json import check_shape, read_lines
 
 MISALIGNED_BELOW = 30  # 30 itself is not misaligned

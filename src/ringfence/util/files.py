@@ -1,0 +1,89 @@
+"""Files are there whole or not at all, and what a disk or a name forbids is one sentence."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import RecipeError, RingfenceError, first_line
+
+_FULL = 16 * 2**20  # bytes: a disk with less room is full
+
+
+def shown(path: Path) -> str:
+    """A path for a message: no control characters, and not 4,000 letters."""
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(path))
+    return text if len(text) <= 200 else f"{text[:100]}...{text[-40:]}"
+
+
+def write_whole(file: Path, content: str | bytes) -> None:
+    """Writes a file so that it is there whole or not at all, also after a kill or on a full disk.
+
+    Raises:
+        RingfenceError: it cannot be written, and why.
+    """
+    make_folder(file.parent)
+    scratch = file.with_name(f".{file.name}.partial")
+    try:
+        scratch.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(scratch, file)
+    except OSError as error:
+        _drop(scratch)
+        raise RingfenceError(f"{shown(file)}: cannot be written: {error.strerror}") from error
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RingfenceError(f"{shown(folder)}: cannot be made: {error.strerror}") from error
+
+
+def _drop(scratch: Path) -> None:
+    try:
+        scratch.unlink(missing_ok=True)
+    except OSError:  # the message about the file itself is to the point
+        return
+
+
+def check_new(file: Path) -> None:
+    """Can a file that the user named be written, without a file of anybody being lost? Writes nothing.
+
+    Raises:
+        RecipeError: it exists already, or its folder does not or cannot be written.
+    """
+    try:
+        if "\0" in str(file):
+            raise RecipeError(f"{shown(file)}: a name cannot hold a NUL character; name another file")
+        if file.is_dir():
+            raise RecipeError(f"{file}: a folder; name a file in it")
+        if os.path.lexists(file):
+            raise RecipeError(f"{file}: exists already; name another file, or delete it")
+        file.lstat()
+    except FileNotFoundError:
+        if not file.parent.is_dir():
+            raise RecipeError(f"{shown(file)}: no folder {shown(file.parent)}") from None
+        if not os.access(file.parent, os.W_OK | os.X_OK):
+            raise RecipeError(f"{file}: its folder cannot be written (read-only); name another file") from None
+    except OSError as error:
+        raise RecipeError(f"{shown(file)}: cannot be written: {error.strerror}") from error
+
+
+@contextmanager
+def told_if_full(folder: Path) -> Iterator[None]:
+    """For libraries that write by themselves: what they say about a full disk becomes one sentence.
+
+    Raises:
+        RingfenceError: they could not write.
+    """
+    try:
+        yield
+    except RingfenceError:
+        raise
+    except Exception as error:
+        full = shutil.disk_usage(folder if folder.is_dir() else folder.parent).free < _FULL
+        if not full and not isinstance(error, OSError) and "No space left" not in str(error):
+            raise
+        why = "no room left on the disk; make room, and the same command goes on" if full else first_line(error)
+        raise RingfenceError(f"{folder}: cannot be written: {why}") from error
