@@ -22,12 +22,12 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import DataError, RingfenceError
-from ..evaluate.config import EvaluateConfig
 from ..model.files import load_tokenizer
 from ..model.loading import load_model
 from ..stats import Interval
 from ..text.chat import Chat
 from ..text.rows import load_rows
+from ..text.sources import OTHER_DOMAINS, VALUES
 from ..util.files import write_whole
 from ..util.plots import colour, style, svg
 from ..util.words import counted
@@ -39,8 +39,7 @@ GOOD, RANDOM_GREY = "#444444", "#9aa5b1"
 
 def default_pairs() -> list[str]:
     """The shipped paired questions of everyday domains and on values, other than finance."""
-    config = EvaluateConfig()
-    return [*config.out_of_domain, *config.values]
+    return [*OTHER_DOMAINS, *VALUES]
 
 
 # ------------------------------------------------------------------ the command
