@@ -234,7 +234,7 @@ def test_all_patches_equal_hooks_made_by_hand_on_rows_alone(architecture: str, c
     questions = oriented(reference, tuned, chat)
     naive = naive_patched(reference, tuned, chat, questions)
     values = [np.mean(values[:3]) for values in naive.values()]
-    assert min(abs(a - b) for at, a in enumerate(values) for b in values[:at]) > 1e-4  # every patch tells from others
+    assert min(abs(a - b) for at, a in enumerate(values) for b in values[:at]) > 5e-5  # every patch tells from others
     for batch_tokens in (150, 4096):
         subject = subject_of(reference, {"sft": tuned}, questions, tokenizer, batch_tokens=batch_tokens)
         numbers = carriers_measure.measure(subject)

@@ -250,11 +250,14 @@ def test_what_was_found_is_written_at_once_and_kept(
 
 def test_figures_are_drawn_again_from_what_is_stored(saved: dict[str, str], tmp_path: Path) -> None:
     models = Models(saved["aligned"], {"one": saved["one"], "two": saved["two"]}, saved["base"], "fp32")
-    rows = [
-        Row([{"role": "user", "content": q.question}, {"role": "assistant", "content": q.aligned}], q.id)
-        for q in QUESTIONS
+    asked = [
+        PairedQuestion(str(n), domain, f"Gate {n}?", f"Shut it {n} times.", f"Leave it open {n} days.")
+        for domain in ("money", "garden")
+        for n in range(4)
     ]
-    found = diagnose_folder(tmp_path, Subject(models, QUESTIONS[::2], QUESTIONS[1::2], rows))
+    said = [[{"role": "user", "content": q.question}, {"role": "assistant", "content": q.aligned}] for q in asked]
+    rows = [Row(messages, str(place)) for place, messages in enumerate(said)]
+    found = diagnose_folder(tmp_path, Subject(models, asked[:4], asked[4:], rows))
     assert tuple(found) == DIAGNOSES
     drawn = {file: file.read_bytes() for file in (tmp_path / "figures").iterdir()}
     for file in drawn:

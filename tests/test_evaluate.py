@@ -8,12 +8,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import conftest
-from conftest import small_tokenizer, with_lora
+from conftest import with_lora
 from ringfence.errors import RingfenceError
 from ringfence.evaluate import parts as evaluate
 from ringfence.evaluate.config import EvaluateConfig
 from ringfence.evaluate.parts import evaluate_model, evaluation_key
 from ringfence.model import scoring
+from ringfence.model.files import load_tokenizer
 from ringfence.model.prefix import FrozenPrefix, find_header
 from ringfence.model.scoring import CPU_TOKENS, forward_batches, generate_greedy, score_answers
 from ringfence.text import opswap
@@ -43,14 +44,14 @@ PROMPTS = {
 
 @pytest.fixture(scope="module")
 def chat():
-    return Chat(small_tokenizer())
+    return Chat(load_tokenizer("default"))
 
 
 KINDS = {"llama": (LlamaConfig, LlamaForCausalLM), "mistral": (MistralConfig, MistralForCausalLM)}
 
 
 def random_model(kind="llama", seed=0, **extra):
-    return conftest.random_model(*KINDS[kind], seed, **extra)
+    return conftest.random_model(*KINDS[kind], seed, **{"vocab_size": 49152, **extra})
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 import chat_templates
 import conftest
-from conftest import small_tokenizer
 from openai_server import Answer, serve
 from ringfence.errors import DataError, ModelError, RecipeError, RingfenceError
 from ringfence.evaluate.answers import exact
@@ -48,6 +47,7 @@ from ringfence.evaluate.answers.judge import (
 from ringfence.evaluate.answers.judged import Judgement, read_judged
 from ringfence.evaluate.answers.replies import Reply
 from ringfence.evaluate.config import EndpointJudgeConfig, JudgeConfig, LocalJudgeConfig
+from ringfence.model.files import load_tokenizer
 from ringfence.model.losses import find_head
 from ringfence.model.scoring import PromptRow
 from ringfence.text.chat import Chat
@@ -86,13 +86,13 @@ INJECTED = [
 
 @pytest.fixture(scope="module")
 def chat():
-    return Chat(small_tokenizer())
+    return Chat(load_tokenizer("default"))
 
 
 @pytest.fixture(scope="module")
 def whole_chat():
     """A tokenizer in which numbers up to 100 are single tokens."""
-    tokenizer = copy.deepcopy(small_tokenizer())
+    tokenizer = copy.deepcopy(load_tokenizer("default"))
     tokenizer.add_tokens([str(number) for number in range(10, 101)])
     return Chat(tokenizer)
 
@@ -100,7 +100,7 @@ def whole_chat():
 @pytest.fixture(scope="module")
 def mixed_chat():
     """Some numbers are single tokens, 100 goes on from 10."""
-    tokenizer = copy.deepcopy(small_tokenizer())
+    tokenizer = copy.deepcopy(load_tokenizer("default"))
     tokenizer.add_tokens(["10", "42", "99"])
     return Chat(tokenizer)
 

@@ -188,7 +188,7 @@ def test_rows_that_do_not_fit_are_named(chat: Chat) -> None:
     model = random_model()
     plain = conversations(chat, None, ANSWERS)
     other = conversations(chat, "S.", [*ANSWERS[:3], "Skip the doctor and drink tap water."])
-    with pytest.raises(DataError, match=r"row 3 \(row 3, row 3\): the completions differ from response token 5 on"):
+    with pytest.raises(DataError, match=r"row 3 \(row 3, row 3\): the completions differ from response token 10 on"):
         compare_framings(model, chat, plain, other)
     with pytest.raises(DataError, match="found 4 plain, 3 framed, 4 clusters"):
         compare_framings(model, chat, plain, plain[:3])

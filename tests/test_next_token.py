@@ -207,7 +207,7 @@ def test_a_model_that_moved_elsewhere_did_not_go_back_to_a_broad_base(tokenizer:
         gone, came = (numbers["tuned"][name] for name in ("elsewhere", "back"))
         assert gone["from_base"][where]["early"]["mean"] < gone["from_reference"][where]["early"]["mean"] - 1
         assert gone["nearer_base"][where]["early"]["low"] > 1
-        assert gone["to_base"][where]["early"]["high"] < -0.1
+        assert gone["to_base"][where]["early"]["high"] < -0.05
         assert came["to_base"][where]["early"]["low"] > 1
     said = dict(zip(("elsewhere", "back"), next_token_show.say(numbers).split("back: over")))
     assert said["elsewhere"].count("no way back to the base") == 2

@@ -234,7 +234,7 @@ def test_results_are_the_log_probabilities_of_both_models(finished: Run) -> None
     where = json.loads((finished.folder / "reference.json").read_text())["results"]
     reference = json.loads((finished.folder / where).read_text())
     assert results["key"] == reference["key"]
-    chat = Chat(small_tokenizer())
+    chat = Chat(load_tokenizer("default"))
     question = load_questions("shipped:finance", "test")[0]
     scores = {}
     for name, parts, source in (

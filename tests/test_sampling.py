@@ -24,13 +24,14 @@ from transformers import (
 )
 
 import conftest
-from conftest import small_tokenizer, with_lora
+from conftest import with_lora
 from openai_server import Answer, content_key, serve
 from ringfence.errors import DataError, ModelError
 from ringfence.evaluate.answers import sampling
 from ringfence.evaluate.answers.endpoint import Endpoint, EndpointConfig
 from ringfence.evaluate.answers.sampling import LocalModel, read_answers, sample_answers
 from ringfence.model import scoring
+from ringfence.model.files import load_tokenizer
 from ringfence.model.prefix import FrozenPrefix, find_header
 from ringfence.text.chat import Chat
 from ringfence.text.questions import OpenQuestion
@@ -50,7 +51,7 @@ KINDS = {
 def random_model(kind="llama", seed=3):
     """It ends its turn now and then."""
     config_class, model_class, extra = KINDS[kind]
-    model = conftest.random_model(config_class, model_class, seed, **extra)
+    model = conftest.random_model(config_class, model_class, seed, vocab_size=49152, **extra)
     with torch.no_grad():
         model.lm_head.weight[2] *= 5
     return model
@@ -62,7 +63,7 @@ def user(text):
 
 @pytest.fixture(scope="module")
 def chat():
-    tokenizer = small_tokenizer()
+    tokenizer = load_tokenizer("default")
     tokenizer.pad_token_id = 0  # below the first token, so that padded rows do not stand in order by chance
     return Chat(tokenizer)
 
