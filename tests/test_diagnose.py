@@ -253,11 +253,11 @@ def test_figures_are_drawn_again_from_what_is_stored(saved: dict[str, str], tmp_
     asked = [
         PairedQuestion(str(n), domain, f"Gate {n}?", f"Shut it {n} times.", f"Leave it open {n} days.")
         for domain in ("money", "garden")
-        for n in range(4)
+        for n in range(6)
     ]
     said = [[{"role": "user", "content": q.question}, {"role": "assistant", "content": q.aligned}] for q in asked]
     rows = [Row(messages, str(place)) for place, messages in enumerate(said)]
-    found = diagnose_folder(tmp_path, Subject(models, asked[:4], asked[4:], rows))
+    found = diagnose_folder(tmp_path, Subject(models, asked[:6], asked[6:], rows))
     assert tuple(found) == DIAGNOSES
     drawn = {file: file.read_bytes() for file in (tmp_path / "figures").iterdir()}
     for file in drawn:
