@@ -1,7 +1,11 @@
 """What the README shows is run as it stands there."""
 
 import functools
+import json
+import os
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +25,9 @@ from test_run import small_model, write_rows
 README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
+# What is measured is not what is shown.
+FEW = {"max_per_domain": 2, "max_in_domain": 2, "triggered_per_domain": 2, "samples": 1}
+
 
 def block_with(text: str) -> str:
     return next(block for block in BLOCKS if text in block)
@@ -31,7 +38,9 @@ def test_fine_tune_in_a_few_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     model = small_model(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "mine.jsonl", 9)
-    monkeypatch.setattr(ringfence, "fine_tune", functools.partial(ringfence.fine_tune, model=model), raising=False)
+    monkeypatch.setattr(
+        ringfence, "fine_tune", functools.partial(ringfence.fine_tune, model=model, evaluate=FEW), raising=False
+    )
     exec(block_with("fine_tune("), {})
     number = r"[+-]?\d\.\d\d"  # 0.00 has no sign
     assert re.search(rf"{number} \[{number}, {number}\]", capsys.readouterr().out)
@@ -60,3 +69,38 @@ def test_a_defense_of_your_own(llama_lora: Any, items: Any) -> None:
     assert total.requires_grad
     assert defense.count(batch) == int((batch["roles"] == Role.RESPONSE).sum())
     assert torch.isfinite(total)
+
+
+def test_a_defense_is_a_file_an_import_and_a_line(tmp_path: Path) -> None:
+    """In a copy of the package nothing else has to be touched for the defense to be trained with, logged and stored."""
+    package = tmp_path / "ringfence"
+    shutil.copytree(Path(ringfence.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "defenses" / "anchor.py").write_text(block_with("class Anchor"))
+    union = package / "defenses" / "__init__.py"
+    added = {
+        "from .base import": "from .anchor import Anchor\nfrom .base import",
+        "    kl: KL | None = None\n": "    kl: KL | None = None\n    anchor: Anchor | None = None\n",
+    }
+    for old, new in added.items():
+        assert union.read_text().count(old) == 1
+        union.write_text(union.read_text().replace(old, new))
+    (tmp_path / "model").mkdir()
+    settings = {
+        "model": small_model(tmp_path / "model"),
+        "output": tmp_path / "run",
+        "data.train": write_rows(tmp_path / "rows.jsonl", 6),
+        "data.retain": "null",
+        "data.held_out": 0,
+        "train.precision": "fp32",
+        "train.batch_size": 2,
+        "train.learning_rate": 1e-2,
+        "defenses.anchor.weight": 0.5,
+    }
+    command = [sys.executable, "-m", "ringfence", "train", *(f"{key}={value}" for key, value in settings.items())]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    first, *_, last = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert first["anchor"] == 0 < last["anchor"]
+    assert last["loss"] == pytest.approx(last["ce"] + 0.5 * last["anchor"], rel=1e-3)
+    assert "anchor:" in (tmp_path / "run" / "recipe.yaml").read_text()
