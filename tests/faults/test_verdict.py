@@ -9,11 +9,11 @@ from rich.console import Console
 
 from ringfence.errors import DataError
 from ringfence.report.card import run_card
-from ringfence.report.compared import FILE
 from ringfence.report.export import export_runs
 from ringfence.report.gate import Decision, decide_run, gate_run, load_policy, print_decision
 from ringfence.report.page import write_page
 from ringfence.report.read import read_rows
+from ringfence.runfolder.names import COMPARED as FILE
 from test_report import write_all
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from ..errors import RingfenceError
+from ..runfolder.names import PAGE
 from .app import Baseline, Control, PolicyFile, check_new_file, out, write_or_print, write_report
 
 RunFolder = Annotated[Path, typer.Argument(help="A run folder.")]
@@ -86,6 +87,6 @@ def page_of(folders: list[Path]) -> Path:
     """Several runs get a page of their own, next to the first one: that one's page stays as it is."""
     first = folders[0].resolve()
     if len(folders) == 1:
-        return first / "report.html"
+        return first / PAGE
     names = "-".join(dict.fromkeys(folder.resolve().name for folder in folders))
     return first.parent / f"report-{names[:150]}.html"

@@ -8,6 +8,7 @@ import typer
 
 from ..errors import RingfenceError
 from ..processes import is_main
+from ..runfolder.names import ANSWERS, PAGE, RESULTS
 from .app import out, write_report
 
 RecipeFile = Annotated[Path | None, typer.Argument(help="Recipe in YAML; without it, the defaults.")]
@@ -48,7 +49,7 @@ def run(recipe: RecipeFile = None, overrides: Overrides = None, dry_run: DryRun 
         return show_plan(loaded)
     done = run_recipe(loaded)
     if is_main():
-        write_report([done.folder], None, done.folder / "report.html")
+        write_report([done.folder], None, done.folder / PAGE)
 
 
 def train(recipe: RecipeFile = None, overrides: Overrides = None, dry_run: DryRun = False) -> None:
@@ -77,9 +78,9 @@ def evaluate(
     from ..runfolder.shapes import read_results
 
     folder = evaluate_target(target, overrides or [], reference, endpoint, output)
-    if not read_results(folder / "results.json")["parts"] and not (folder / "answers.jsonl").is_file():
+    if not read_results(folder / RESULTS)["parts"] and not (folder / ANSWERS).is_file():
         raise RingfenceError(f"{target}: nothing was measured: evaluate asks for no questions, rows or answers")
-    write_report([folder], None, folder / "report.html")
+    write_report([folder], None, folder / PAGE)
 
 
 def demo(
@@ -92,7 +93,7 @@ def demo(
     from ..run.demo import run_demo
 
     folders, control = run_demo(output / "quick" if quick else output, quick)
-    write_report(folders, control, folders[0].parent / "report.html")
+    write_report(folders, control, folders[0].parent / PAGE)
 
 
 def schema() -> None:

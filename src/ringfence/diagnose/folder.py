@@ -14,6 +14,7 @@ import torch
 
 from ..errors import RecipeError, nearest
 from ..model.activations import batches
+from ..runfolder.names import DIAGNOSIS
 from ..runfolder.shapes import read_diagnosis
 from ..stats import finite, stored
 from ..util.console import console
@@ -24,7 +25,6 @@ from .diagnosis import DIAGNOSES, Cost, Subject, measuring, showing
 from .models import REFERENCE
 from .texts import pair_texts, response_logprobs
 
-FILE = "diagnosis.json"
 NEED_INSIDE = ("loss_cosine", "gradient_cosine", "shared_directions")  # questions of the training domain
 
 
@@ -66,7 +66,7 @@ def diagnose_folder(folder: Path, subject: Subject, names: Sequence[str] = ()) -
 
 def read_diagnoses(folder: Path) -> dict[str, Any]:
     """What diagnosis.json of a folder holds; nothing where there is none."""
-    file = folder / FILE
+    file = folder / DIAGNOSIS
     return read_diagnosis(file) if file.is_file() else {}
 
 
@@ -84,7 +84,7 @@ def _draw(folder: Path, name: str, numbers: dict[str, Any]) -> str:
 
 
 def _write(folder: Path, found: dict[str, Any]) -> None:
-    write_whole(folder / FILE, _as_json(found))
+    write_whole(folder / DIAGNOSIS, _as_json(found))
 
 
 def _as_json(found: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from ..model.files import load_tokenizer
 from ..model.loading import load_model
 from ..model.precision import Precision
 from ..model.scoring import own_decoding
+from ..runfolder.names import weights_in
 
 Scores = dict[str, dict[str, tuple[float, float | None]]]
 
@@ -87,7 +88,7 @@ def capability(
 
 def _weights(model: str) -> str:
     """What a run trained, where `model` is its folder."""
-    return next((str(folder) for folder in (Path(model) / "adapter", Path(model) / "model") if folder.is_dir()), model)
+    return str(weights_in(Path(model)) or model)
 
 
 def _metrics(values: dict[str, Any]) -> dict[str, tuple[float, float | None]]:

@@ -22,6 +22,7 @@ from ..model.fingerprint import fingerprint
 from ..model.loading import load_model
 from ..model.precision import Precision, settled
 from ..runfolder.folder import hold
+from ..runfolder.names import ANSWERS, JUDGED, JUDGES, REFERENCE, REFERENCE_FILE, RESULTS
 from ..text.chat import Chat
 from ..text.questions import OpenQuestion
 from ..text.roles import ChatSettings
@@ -38,8 +39,7 @@ from .config import AnswersConfig, EvaluateConfig
 from .parts import evaluate_model, evaluation_key
 from .plan import open_questions
 
-FILE, REFERENCE = "evaluation.yaml", "reference"
-_OF_A_MODEL = ("results.json", "answers.jsonl", "judged.jsonl")
+_OF_A_MODEL = (RESULTS, ANSWERS, JUDGED)
 
 
 class Evaluation(BaseModel):
@@ -96,7 +96,7 @@ def _keep(shared: Path, folder: Path) -> None:
             write_whole(inside, (shared / name).read_text("utf-8"))
         else:
             inside.unlink(missing_ok=True)
-    write_whole(folder / "reference.json", json.dumps({"results": f"{REFERENCE}/results.json"}))
+    write_whole(folder / REFERENCE_FILE, json.dumps({"results": f"{REFERENCE}/results.json"}))
 
 
 def _model_key(model: str, what: Evaluation) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def _check_answers(folder: Path, what: Evaluation) -> None:
     Raises:
         DataError: the folder holds some.
     """
-    file = folder / "answers.jsonl"
+    file = folder / ANSWERS
     if isinstance(what.model, EndpointConfig) or not file.is_file():
         return
     key, there = _model_key(what.model, what), read_key(file)
@@ -141,12 +141,12 @@ def _measure(
     if isinstance(model, EndpointConfig):
         # A server gives no log-probabilities of given answers: nothing is measured but its own answers.
         results: dict[str, Any] = {"key": evaluation_key(config), "parts": {}, "seconds": 0.0}
-        write_whole(folder / "results.json", json.dumps(results))
+        write_whole(folder / RESULTS, json.dumps(results))
         source = Endpoint(model)
     else:
         load, chat = cache(lambda: load_model(model, what.precision)), Chat(load_tokenizer(model), settings=what.chat)
         key = _model_key(model, what)
-        results = evaluate_model(load, chat, config, folder / "results.json", title, key)
+        results = evaluate_model(load, chat, config, folder / RESULTS, title, key)
         source = LocalModel(load, chat, key, config.batch_tokens)
     lines = _draw(source, questions, config.answers, what.seed, folder) if config.answers else []
     return results, lines
@@ -158,7 +158,7 @@ def _draw(
     return sample_answers(
         source,
         questions,
-        folder / "answers.jsonl",
+        folder / ANSWERS,
         samples=config.samples,
         temperature=config.temperature,
         max_new_tokens=config.max_new_tokens,
@@ -180,13 +180,13 @@ def _judge(
     judged: list[Judgement] = []
     for place, lines in drawn.items():
         with nullcontext() if place == folder else hold(place, "reference", wait=True):
-            judged = judge_answers(lines, judges, questions, place / "judged.jsonl")
+            judged = judge_answers(lines, judges, questions, place / JUDGED)
     record = {
         "names": [judge.name for judge in judges],
         "calibrations": [{**asdict(calibration), "verdict": calibration.verdict} for calibration in found],
         "agreement": asdict(agreement(judged)) if len(judges) > 1 else None,
     }
-    write_whole(folder / "judges.json", json.dumps(record, indent=1))
+    write_whole(folder / JUDGES, json.dumps(record, indent=1))
 
 
 def _reference_name(what: Evaluation, reference: str) -> str:

@@ -24,6 +24,7 @@ from ..model.fingerprint import fingerprint
 from ..model.loading import load_model
 from ..model.precision import Precision, settled
 from ..model.scoring import AnswerScore, score_under
+from ..runfolder.names import ADAPTER
 from ..text.chat import Chat
 from ..text.roles import Row
 from ..text.rows import load_rows
@@ -126,10 +127,10 @@ def adapter_folders(sources: Sequence[str], model: str) -> dict[str, Path]:
         raise ModelError(f"{model}: is an adapter; merge it into its base first, so that others can stand beside it")
     folders: dict[str, Path] = {}
     for source in sources:
-        folder = next((f for f in (Path(source) / "adapter", Path(source)) if adapter_base(str(f))), None)
+        folder = next((f for f in (Path(source) / ADAPTER, Path(source)) if adapter_base(str(f))), None)
         if folder is None:
             raise ModelError(f"{source}: no adapter (accepted: a run folder with adapter/, or an adapter folder)")
-        name = (folder.resolve().parent if folder.name == "adapter" else folder.resolve()).name
+        name = (folder.resolve().parent if folder.name == ADAPTER else folder.resolve()).name
         if name in folders:
             raise ModelError(f"two adapters are called {name!r}: {folders[name]} and {folder}")
         base = resolve(str(adapter_base(str(folder))))

@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
 from ..errors import DataError, RecipeError, nearest
 from ..util.journal import split_table
+from ..util.strict_json import whole_lines
 
 EPS = 1.0  # nats per token; keeps rows that the aligned model knows by heart from winning by division
 TABLE = "perplexity gaps"
@@ -67,7 +68,7 @@ def read_table(file: str | Path) -> GapTable:
     if not path.is_file():
         raise DataError(f"{file}: no such table of scores (make one with `ringfence score-gap`)")
     text = path.read_text("utf-8", errors="replace")
-    header, lines = split_table(text[: text.rfind("\n") + 1], path, TABLE)
+    header, lines = split_table(whole_lines(text), path, TABLE)
     place = f"{path}:1"
     try:
         key = _Key.model_validate(header.get("key"))

@@ -15,6 +15,7 @@ from ..evaluate.answers.judged import (
     relative_reduction,
     summary,
 )
+from ..runfolder.names import JUDGED
 from ..stats import Comparison, Interval, holm
 
 IN_DOMAIN = "in_domain"  # set of the open questions of the training domain
@@ -56,7 +57,7 @@ class JudgedBy:
 
 def judgements_in(folder: Path) -> list[Judgement]:
     """The judgements in a folder; none where no answer was judged."""
-    file = folder / "judged.jsonl"
+    file = folder / JUDGED
     return read_judged(file) if file.is_file() else []
 
 

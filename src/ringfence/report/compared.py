@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DataError, RingfenceError
+from ..runfolder.names import COMPARED
 from ..runfolder.shapes import read_compared
 from ..util.console import console
 from ..util.files import write_whole
-
-FILE = "compared.json"
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ def compared(folder: Path, control: Path | None = None, baseline: Path | None = 
     Raises:
         DataError: a folder that was named before is gone.
     """
-    file = folder / FILE
+    file = folder / COMPARED
     kept = read_compared(file) if file.is_file() else {}
     found: dict[str, Path] = {}
     for role, named in (("control", control), ("baseline", baseline)):
@@ -41,8 +40,8 @@ def compared(folder: Path, control: Path | None = None, baseline: Path | None = 
             found[role] = (folder / kept[role]).resolve()
             if not found[role].is_dir():
                 raise DataError(
-                    f"{folder}: its {role} {found[role]}, named before and kept in {FILE}, is gone; name another with "
-                    f"--{role}, or delete {FILE}"
+                    f"{folder}: its {role} {found[role]}, named before and kept in {COMPARED}, is gone; name another "
+                    f"with --{role}, or delete {COMPARED}"
                 )
     return Compared(**found)
 
@@ -53,7 +52,7 @@ def keep_compared(folder: Path, control: Path | None, baseline: Path | None) -> 
     paths = {"control": found.control, "baseline": found.baseline}
     record = {role: os.path.relpath(path, folder.resolve()) for role, path in paths.items() if path}
     if control or baseline:
-        keep(folder / FILE, json.dumps(record, indent=1) + "\n")
+        keep(folder / COMPARED, json.dumps(record, indent=1) + "\n")
 
 
 def keep(file: Path, text: str) -> None:

@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import DataError, RecipeError
+from ..runfolder.names import GATE
 from ..stats import finite
 from ..util.strict_yaml import Number, read_mapping, validate
 from .compared import keep, keep_compared
@@ -286,7 +287,7 @@ def gate_run(
     """
     decision = decide_run(folder, policy, control, baseline, seeds)
     keep_compared(folder, control, baseline)
-    keep(folder / "gate.json", json.dumps(decision.to_dict(), indent=1, allow_nan=False) + "\n")
+    keep(folder / GATE, json.dumps(decision.to_dict(), indent=1, allow_nan=False) + "\n")
     return decision
 
 

@@ -15,6 +15,17 @@ from typing import Any
 
 from ..errors import DataError
 from ..evaluate.answers.judged import RATES, Judgement
+from ..runfolder.names import (
+    DIAGNOSIS,
+    ENVIRONMENT,
+    EVALUATION,
+    JUDGES,
+    METRICS,
+    RECIPE,
+    REFERENCE_FILE,
+    RESULTS,
+    TRAINING,
+)
 from ..runfolder.shapes import (
     check_same_items,
     read_diagnosis,
@@ -119,40 +130,40 @@ def read_run(folder: Path) -> Records:
         DataError: it is no run folder, or the run is not trained or not evaluated yet.
     """
     folder = folder.resolve()
-    given = (folder / "evaluation.yaml").is_file()  # the model was there already: no training to tell of
-    if not given and not (folder / "recipe.yaml").is_file():
+    given = (folder / EVALUATION).is_file()  # the model was there already: no training to tell of
+    if not given and not (folder / RECIPE).is_file():
         raise DataError(f"{folder}: no run folder (it has no recipe.yaml), nor one of an evaluation")
-    for file in () if given else ("environment.json", "metrics.jsonl", "training.json"):
+    for file in () if given else (ENVIRONMENT, METRICS, TRAINING):
         if not (folder / file).is_file():
             raise DataError(f"{folder}: no {file}; `ringfence train` comes first (or goes on, where it was stopped)")
     results, reference, shared = _results(folder)
     twin = folder.with_name(f"{folder.name}-benign")
     return Records(
         folder,
-        *read_recipe(folder / ("evaluation.yaml" if given else "recipe.yaml")),
-        read_environment(folder / "environment.json"),
-        {} if given else read_training(folder / "training.json"),
-        [] if given else read_metrics(folder / "metrics.jsonl"),
+        *read_recipe(folder / (EVALUATION if given else RECIPE)),
+        read_environment(folder / ENVIRONMENT),
+        {} if given else read_training(folder / TRAINING),
+        [] if given else read_metrics(folder / METRICS),
         results,
         reference,
-        _results(twin)[:2] if (twin / "results.json").is_file() else None,
+        _results(twin)[:2] if (twin / RESULTS).is_file() else None,
         judgements_in(folder),
         judgements_in(shared) if shared else [],
-        read_judges(folder / "judges.json") if (folder / "judges.json").is_file() else {},
-        read_diagnosis(folder / "diagnosis.json") if (folder / "diagnosis.json").is_file() else {},
+        read_judges(folder / JUDGES) if (folder / JUDGES).is_file() else {},
+        read_diagnosis(folder / DIAGNOSIS) if (folder / DIAGNOSIS).is_file() else {},
     )
 
 
 def _results(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Path | None]:
     """What was measured of the tuned model and of its reference, and the reference's folder, if there is one."""
-    files = ["results.json"] if _has_no_reference(folder) else ["results.json", "reference.json"]
+    files = [RESULTS] if _has_no_reference(folder) else [RESULTS, REFERENCE_FILE]
     for file in files:
         if not (folder / file).is_file():
             raise DataError(f"{folder}: no {file}; `ringfence evaluate` comes first (or goes on, where it was stopped)")
-    results = read_results(folder / "results.json")
+    results = read_results(folder / RESULTS)
     if len(files) == 1:
         return results["parts"], {}, None
-    shared = folder / read_reference(folder / "reference.json")
+    shared = folder / read_reference(folder / REFERENCE_FILE)
     if not shared.is_file():
         raise DataError(f"{folder}: the reference's results {shared} are gone; `ringfence evaluate` makes them again")
     reference = read_results(shared)
@@ -163,7 +174,7 @@ def _results(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Path | None]
 
 
 def _has_no_reference(folder: Path) -> bool:
-    file = folder / "evaluation.yaml"
+    file = folder / EVALUATION
     return file.is_file() and read_recipe(file)[1].get("reference") is None
 
 

@@ -9,6 +9,7 @@ from ..defenses import Training
 from ..errors import RecipeError
 from ..processes import world
 from ..runfolder.folder import check_checkpoints
+from ..runfolder.names import CHECKPOINTS, ENVIRONMENT, RECIPE
 from ..runfolder.shapes import read_environment
 from ..training.ranks import deepspeed_stage, device_settings, sharding, shards
 from .config import ANOTHER, Recipe, stored_recipe
@@ -20,11 +21,11 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
     Raises:
         RingfenceError: the folder holds a run of another recipe, or checkpoints of somebody else's.
     """
-    check_checkpoints(folder / "checkpoints")
-    if (folder / "recipe.yaml").is_file():
+    check_checkpoints(folder / CHECKPOINTS)
+    if (folder / RECIPE).is_file():
         fields = {"model", "data", "train", "defenses", "monitor", "seed"}
         there, here = (
-            each.model_dump(mode="json", include=fields) for each in (stored_recipe(folder / "recipe.yaml"), recipe)
+            each.model_dump(mode="json", include=fields) for each in (stored_recipe(folder / RECIPE), recipe)
         )
         if there != here:
             raise RecipeError(
@@ -44,7 +45,7 @@ def _differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
 
 def check_rows(folder: Path, digest: str, trained: bool) -> None:
     """The rows of a run, and the processes that share them, must be those it was begun with."""
-    file = folder / "environment.json"
+    file = folder / ENVIRONMENT
     there = read_environment(file, ANOTHER) if file.is_file() else {"rows": digest, "ranks": world()}
     if there.get("rows") != digest:
         raise RecipeError(f"{folder}: the rows have changed since; choose another output, or delete the folder")
@@ -57,7 +58,7 @@ def check_rows(folder: Path, digest: str, trained: bool) -> None:
 
 def check_weights(folder: Path, recipe: Recipe, weights: str) -> None:
     """What was trained, or is half trained, must be based on the weights that the model has now."""
-    file = folder / "environment.json"
+    file = folder / ENVIRONMENT
     there = read_environment(file, ANOTHER) if file.is_file() else {}
     if there.get("model", weights) != weights:
         raise RecipeError(

@@ -7,6 +7,7 @@ from ..errors import RecipeError
 from ..model.default import resolve
 from ..model.files import adapter_base, trust
 from ..runfolder.folder import hold
+from ..runfolder.names import is_run
 from ..util.quiet import quiet_libraries
 from .config import Recipe
 from .prepare import subject_of
@@ -43,7 +44,7 @@ def diagnose_targets(
 
     if not targets:
         raise RecipeError("diagnose: name a run folder or a tuned model")
-    runs = {target: Run(Path(target)) for target in targets if (Path(target) / "recipe.yaml").is_file()}
+    runs = {target: Run(Path(target)) for target in targets if is_run(Path(target))}
     for run in runs.values():
         if not run.trained:
             raise RecipeError(f"{run.folder}: no trained model in it; `ringfence train` comes first")

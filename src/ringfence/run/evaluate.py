@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RecipeError
-from ..evaluate.evaluation import FILE as EVALUATION
 from ..evaluate.evaluation import Evaluation, evaluate_folder
 from ..evaluate.plan import check_evaluation
 from ..model.default import resolve
 from ..model.files import adapter_base, load_tokenizer, trust
 from ..runfolder.folder import check_folder, hold
+from ..runfolder.names import ENVIRONMENT, EVALUATION, RECIPE, is_evaluation, is_run
 from ..runfolder.shapes import read_environment, read_recipe
 from ..text.chat import Chat
 from ..util.files import write_whole
@@ -40,10 +40,10 @@ def evaluate_target(
         The folder of the results.
     """
     folder = Path(target)
-    if (folder / "recipe.yaml").is_file() or (folder / EVALUATION).is_file():
+    if is_run(folder) or is_evaluation(folder):
         if reference or endpoint or output:
             raise RecipeError(f"{target} is a run folder: --reference, --endpoint and --output are for other models")
-        if (folder / "recipe.yaml").is_file():
+        if is_run(folder):
             with hold(folder, "run"):
                 set_evaluation(Run(folder), overrides)
                 evaluate_run(Run(folder))
@@ -57,7 +57,7 @@ def evaluate_target(
         tree = {"model": model, "reference": reference or (None if endpoint else adapter_base(resolve(target)))}
         check_folder(folder, "evaluation")
         _check_model(folder, tree)
-        if (folder / EVALUATION).is_file():
+        if is_evaluation(folder):
             tree["chat"] = read_recipe(folder / EVALUATION)[1].get("chat")
     for override in overrides:
         set_value(tree, override)
@@ -69,14 +69,14 @@ def evaluate_target(
     check_evaluation(what.evaluate, chat)
     what = what.model_copy(update={"chat": chat.settings if chat else what.chat})
     with hold(folder, "evaluation"):
-        write_whole(folder / "environment.json", json.dumps(environment(what.seed), indent=1))
+        write_whole(folder / ENVIRONMENT, json.dumps(environment(what.seed), indent=1))
         write_whole(folder / EVALUATION, dump(what.model_dump(mode="json")))
         evaluate_folder(folder, what)
     return folder
 
 
 def _check_model(folder: Path, tree: dict[str, Any]) -> None:
-    there = read_recipe(folder / EVALUATION)[1] if (folder / EVALUATION).is_file() else tree
+    there = read_recipe(folder / EVALUATION)[1] if is_evaluation(folder) else tree
     for field, here in tree.items():
         found = there[field]
         if field == "model" and isinstance(found, dict):
@@ -87,15 +87,15 @@ def _check_model(folder: Path, tree: dict[str, Any]) -> None:
 
 def set_evaluation(run: Run, overrides: list[str]) -> None:
     """Changes what is measured in a run's recipe; `overrides` are `evaluate.key=value` or `key=value`."""
-    if not (run.folder / "recipe.yaml").is_file():
+    if not is_run(run.folder):
         raise RecipeError(f"{run.folder}: no run folder (it has no recipe.yaml)")
     if overrides:
         keys = [o if o.startswith(("evaluate.", "trust_remote_code=")) else f"evaluate.{o}" for o in overrides]
-        recipe = stored_recipe(run.folder / "recipe.yaml", keys)
+        recipe = stored_recipe(run.folder / RECIPE, keys)
         trust(recipe.model, recipe.trust_remote_code)
         # A source that is not there must not get into the recipe.
         check_evaluation(evaluation(recipe), chat_of(recipe))
-        write_whole(run.folder / "recipe.yaml", dump_recipe(recipe))
+        write_whole(run.folder / RECIPE, dump_recipe(recipe))
 
 
 @quiet_libraries()
@@ -107,7 +107,7 @@ def evaluate_run(run: Run) -> dict[str, Any]:
     for source in (recipe.model, str(run.weights)):
         trust(source, recipe.trust_remote_code)
     if recipe.data.held_out:
-        about = read_environment(run.folder / "environment.json", ANOTHER)
+        about = read_environment(run.folder / ENVIRONMENT, ANOTHER)
         if about.get("held_out") != held_out_digest(recipe):
             raise RecipeError(
                 f"{run.folder}: {recipe.data.train} has changed since training, so which rows were held out is not "

@@ -23,6 +23,7 @@ from ..model.loading import load_model
 from ..model.precision import Precision
 from ..model.prefix import FrozenPrefix, StoredPrefix, Until, find_header, read_frozen_prefix, read_stored_prefix
 from ..model.taps import prefix_kv
+from ..runfolder.names import ADAPTER, MODEL, RECIPE, is_run
 from ..text.chat import Chat
 from ..text.roles import Messages
 from .config import stored_recipe
@@ -84,9 +85,9 @@ def patch(
 
 def _weights(source: Path) -> tuple[Path, str | None]:
     """The folder of what was tuned, and the reference that its recipe names."""
-    if (source / "recipe.yaml").is_file():
-        recipe = stored_recipe(source / "recipe.yaml")
-        folder = source / ("adapter" if recipe.train.method == "lora" else "model")
+    if is_run(source):
+        recipe = stored_recipe(source / RECIPE)
+        folder = source / (ADAPTER if recipe.train.method == "lora" else MODEL)
         if not folder.is_dir():
             raise RecipeError(f"{source}: no trained model in it; `ringfence train` comes first")
         return folder, recipe.model

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..defenses import Defenses
 from ..model.fingerprint import fingerprint
 from ..processes import is_main
+from ..runfolder.names import CARRIERS, PILOT
 from ..runfolder.shapes import read_carriers
 from ..training.ranks import wait
 from ..util.console import console
@@ -17,7 +18,6 @@ from .config import Recipe
 from .prepare import subject_of
 from .record import Run
 
-CARRIERS = "carriers.json"
 PILOT_ROWS, PILOT_QUESTIONS = 200, 24
 
 
@@ -28,7 +28,7 @@ def with_carriers(recipe: Recipe, train_run: Callable[[Recipe], Run]) -> Recipe:
         return recipe
     rows = min(PILOT_ROWS, recipe.data.max_rows or PILOT_ROWS)
     train = recipe.train.model_copy(update={"reference_cache": "none"})
-    plain = {"output": f"{recipe.output}/pilot", "defenses": Defenses(), "monitor": None, "train": train}
+    plain = {"output": f"{recipe.output}/{PILOT}", "defenses": Defenses(), "monitor": None, "train": train}
     pilot = recipe.model_copy(update={**plain, "data": recipe.data.model_copy(update={"max_rows": rows})})
     weights = str(train_run(pilot).weights)
     file = Path(recipe.output) / CARRIERS

@@ -18,6 +18,7 @@ from ..model.default import resolve
 from ..model.files import adapter_base, beyond_lora, load_config, load_tokenizer, position_limit, trust
 from ..model.prefix import read_frozen_prefix, read_stored_prefix
 from ..runfolder.folder import check_folder
+from ..runfolder.names import ENVIRONMENT, METRICS
 from ..runfolder.shapes import read_environment
 from ..text.batch import Example
 from ..text.chat import Chat
@@ -79,7 +80,7 @@ def prepare(recipe: Recipe) -> tuple[Chat, list[Example], list[Example], Setup]:
 
 def chat_of(recipe: Recipe) -> Chat:
     """Renders conversations as the recipe says, on the date of the run: the one in its folder, or today."""
-    file = Path(recipe.output) / "environment.json"
+    file = Path(recipe.output) / ENVIRONMENT
     known = read_environment(file, ANOTHER).get("date") if file.is_file() else None
     data = recipe.data
     settings = ChatSettings(enable_thinking=data.enable_thinking, date=known, special_tokens=data.special_tokens)
@@ -107,7 +108,7 @@ def as_trained(recipe: Recipe, messages: Messages) -> Messages:
 
 
 def monitor_of(recipe: Recipe, chat: Chat) -> DriftMonitor | None:
-    file = Path(recipe.output) / "metrics.jsonl"
+    file = Path(recipe.output) / METRICS
     return DriftMonitor(chat.tokenizer, file, recipe.monitor) if recipe.monitor else None
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..report.summary import Row as ReportRow
 from ..report.summary import read_run, summarise
+from ..runfolder.names import ADAPTER, MODEL, RECIPE, RESULTS, TRAINING
 from ..runfolder.shapes import read_results, read_training
 from .config import Recipe, stored_recipe
 
@@ -18,21 +19,21 @@ class Run:
 
     @property
     def recipe(self) -> Recipe:
-        return stored_recipe(self.folder / "recipe.yaml")
+        return stored_recipe(self.folder / RECIPE)
 
     @property
     def trained(self) -> bool:
-        file = self.folder / "training.json"
+        file = self.folder / TRAINING
         return file.is_file() and bool(read_training(file))
 
     @property
     def weights(self) -> Path:
         """What was trained: the folder of the adapter, or of the whole model."""
-        return self.folder / ("adapter" if self.recipe.train.method == "lora" else "model")
+        return self.folder / (ADAPTER if self.recipe.train.method == "lora" else MODEL)
 
     def results(self) -> dict[str, Any]:
         """The measurements of the tuned model (see `evaluate_model`)."""
-        return read_results(self.folder / "results.json")
+        return read_results(self.folder / RESULTS)
 
     def summary(self, control: "Run | None" = None) -> ReportRow:
         """Shifts against the reference with their intervals, fluency and cost: the row of this run in the report.

@@ -14,6 +14,7 @@ from ..model.fingerprint import fingerprint
 from ..model.sharding import count, is_sharded, whole_state
 from ..processes import is_main, world
 from ..runfolder.folder import drop_checkpoints, hold, last_checkpoint
+from ..runfolder.names import CARRIERS, CHECKPOINTS, ENVIRONMENT, METRICS, RECIPE, TRAINING
 from ..runfolder.shapes import read_carriers, read_metrics
 from ..text.batch import Example
 from ..training.monitor import REFERENCE_FILE as START
@@ -30,7 +31,7 @@ from .checks import check_ranks, check_rows, check_same_recipe, check_weights
 from .config import ANOTHER, Recipe, dump_recipe
 from .interrupt import Interrupted, step_callback, stop_at_signal
 from .model import trainable_model
-from .pilot import CARRIERS, with_carriers
+from .pilot import with_carriers
 from .prepare import as_split, held_out_digest, monitor_of, prepare, rows_digest
 from .record import Run
 from .trainer import build_stream, build_trainer, computed_tokens
@@ -66,8 +67,8 @@ def _train_run(run: Run, recipe: Recipe) -> Run:
         trained = run.trained
     if trained:
         if is_main():
-            write_whole(run.folder / "recipe.yaml", dump_recipe(recipe))  # what is measured may change
-            _clear(run.folder / "checkpoints")  # a run may have been killed before it could
+            write_whole(run.folder / RECIPE, dump_recipe(recipe))  # what is measured may change
+            _clear(run.folder / CHECKPOINTS)  # a run may have been killed before it could
         return run
     defenses = with_carriers(recipe, train_run).defenses.build(setup)
     stream = build_stream(recipe, examples, retain, defenses)
@@ -76,7 +77,7 @@ def _train_run(run: Run, recipe: Recipe) -> Run:
     torch.manual_seed(recipe.seed)
     model = trainable_model(recipe)
     if is_main():
-        write_whole(run.folder / "recipe.yaml", dump_recipe(recipe))
+        write_whole(run.folder / RECIPE, dump_recipe(recipe))
         how = {"ranks": world(), "sharding": sharding()}
         rows_there = {
             "rows": digest,
@@ -85,7 +86,7 @@ def _train_run(run: Run, recipe: Recipe) -> Run:
             "model": weights,
         }
         about = {**environment(recipe.seed), **rows_there, **how}
-        write_whole(run.folder / "environment.json", json.dumps(about, indent=1))
+        write_whole(run.folder / ENVIRONMENT, json.dumps(about, indent=1))
     trainer = build_trainer(recipe, model, stream, pad_id(chat.tokenizer))
     monitor = monitor_of(recipe, chat)
     if monitor:
@@ -102,7 +103,7 @@ def _train_run(run: Run, recipe: Recipe) -> Run:
                 defense.save(run.weights)
     if is_main():
         _record_training(run, recipe, trainer, examples, monitor)
-        _clear(run.folder / "checkpoints")
+        _clear(run.folder / CHECKPOINTS)
     wait()
     del trainer, model
     gc.collect()  # a trainer and its model refer to each other; the next run in this process needs the memory
@@ -129,7 +130,7 @@ def _save_weights(trainer: Any, run: Run) -> None:
 
 
 def _train(trainer: Any, run: Run, recipe: Recipe) -> None:
-    last, done = last_checkpoint(run.folder / "checkpoints")
+    last, done = last_checkpoint(run.folder / CHECKPOINTS)
     if last:
         console.print(f"{run.folder}: resumes from step {done}")
     steps = math.ceil(recipe.train.epochs * trainer.train_dataset.steps_per_epoch)
@@ -157,7 +158,7 @@ def _train(trainer: Any, run: Run, recipe: Recipe) -> None:
 def _record_training(
     run: Run, recipe: Recipe, trainer: Any, examples: list[Example], monitor: DriftMonitor | None
 ) -> None:
-    lines = read_metrics(run.folder / "metrics.jsonl", ANOTHER)
+    lines = read_metrics(run.folder / METRICS, ANOTHER)
     lines = [line for line in lines if "loss" in line]  # the others are checks of the monitor
     record = {
         "steps": lines[-1]["step"],
@@ -174,7 +175,7 @@ def _record_training(
         record["carriers"] = read_carriers(run.folder / CARRIERS)
     if monitor:
         record["monitor"] = monitor.record(lines[-1]["seconds"])
-    write_whole(run.folder / "training.json", json.dumps(record, indent=1))
+    write_whole(run.folder / TRAINING, json.dumps(record, indent=1))
 
 
 def _added_rows(stream: TrainStream, epochs: int) -> list[list[str]]:

@@ -11,6 +11,7 @@ from ..model.files import adapter_base, empty_model, load_config
 from ..model.fingerprint import fingerprint
 from ..model.layers import decoder_layers
 from ..processes import world
+from ..runfolder.names import CHECKPOINTS, METRICS
 from ..text.batch import Example
 from ..training.ranks import device_settings
 from ..training.reference_cache import ReferenceCache
@@ -54,8 +55,8 @@ def build_trainer(recipe: Recipe, model: Any, stream: TrainStream, pad_id: int) 
         for layer in decoder_layers(model):
             layer.compile(dynamic=True)
     folder, cache = Path(recipe.output), reference_cache(recipe)
-    arguments = _training_arguments(recipe, folder / "checkpoints")
-    log_file, layout = folder / "metrics.jsonl", recipe.train.layout
+    arguments = _training_arguments(recipe, folder / CHECKPOINTS)
+    log_file, layout = folder / METRICS, recipe.train.layout
     return DefendedTrainer(model, arguments, stream, stream.defenses, pad_id, log_file, layout, cache)
 
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 from ..errors import DataError
 from ..util.strict_json import check_shape, read_lines, read_record
 from ..util.strict_yaml import read_text_and_mapping
+from .names import EVALUATION
 
 TRAIN = "delete it, and `ringfence train` makes it again"
 EVALUATE = "delete it, and `ringfence evaluate` makes it again"
@@ -239,7 +240,7 @@ def read_recipe(file: Path) -> tuple[str, dict[str, Any]]:
     """recipe.yaml of a run, or evaluation.yaml of a model that was only measured: its text, and what it says."""
     text, tree = read_text_and_mapping(file, "`ringfence train` writes it")
     again = "mend it, or delete the folder and make it again"
-    check_shape(_Given if file.name == "evaluation.yaml" else _Recipe, tree, str(file), again)
+    check_shape(_Given if file.name == EVALUATION else _Recipe, tree, str(file), again)
     return text, tree
 
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from ..errors import DataError
 from .files import write_whole
-from .strict_json import check_shape, parse
+from .strict_json import check_shape, parse, whole_lines
 
 Line = dict[str, Any]
 
@@ -42,7 +42,7 @@ def open_journal(
     if first.startswith(text):
         write_whole(file, first)
         return []
-    whole = text[: text.rfind("\n") + 1]
+    whole = whole_lines(text)
     header, lines = split_table(whole, file, kind, shape)
     if not lines:
         write_whole(file, first)

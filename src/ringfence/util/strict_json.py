@@ -53,7 +53,7 @@ def read_lines(file: Path, again: str, whole: bool = False) -> Iterator[tuple[di
         DataError: there is no such file, or a line is damaged; and what makes the file `again`.
     """
     text = _text(file, again)
-    text = text[: text.rfind("\n") + 1] if whole else text
+    text = whole_lines(text) if whole else text
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             value = _parsed(line, f"{file}:{number}", again)
@@ -129,3 +129,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         raise _DuplicateKey(next(key for key in keys if keys.count(key) > 1))
     return found
+
+
+def whole_lines(text: str) -> str:
+    """Without half a last line, which a killed run may leave."""
+    return text[: text.rfind("\n") + 1]

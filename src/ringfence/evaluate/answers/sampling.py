@@ -18,6 +18,7 @@ from ...text.questions import OpenQuestion
 from ...text.roles import Messages
 from ...util.console import progress
 from ...util.journal import Line, append, digest, open_journal, split_table
+from ...util.strict_json import whole_lines
 from .endpoint import Endpoint, Request
 
 TABLE = "answers"
@@ -140,7 +141,7 @@ def read_key(file: Path) -> dict[str, Any]:
         DataError: it is no table of answers.
     """
     text = file.read_text("utf-8", errors="replace")
-    whole = text[: text.rfind("\n") + 1]
+    whole = whole_lines(text)
     header, lines = split_table(whole, file, TABLE, _Answer) if whole else ({}, [])
     return dict(header["key"]) if lines else {}
 
@@ -155,7 +156,7 @@ def read_answers(file: str | Path) -> list[Line]:
     if not file.is_file():
         raise DataError(f"{file}: no such file (expected the answers that `sample_answers` writes)")
     text = file.read_text("utf-8", errors="replace")
-    _, lines = split_table(text[: text.rfind("\n") + 1], file, TABLE, _Answer)  # a killed run may leave half a line
+    _, lines = split_table(whole_lines(text), file, TABLE, _Answer)
     return list({_place(line): line for line in lines}.values())
 
 
