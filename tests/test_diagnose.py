@@ -20,7 +20,7 @@ from ringfence.diagnose.models import Models
 from ringfence.diagnose.texts import margins, pair_texts, response_logprobs
 from ringfence.errors import ModelError, RecipeError
 from ringfence.model.activations import batches, first_response_tokens
-from ringfence.report.summary import read_run
+from ringfence.report.records import read_run
 from ringfence.run.config import dump_recipe, parse_recipe
 from ringfence.run.diagnose import diagnose_targets
 from ringfence.run.prepare import _spread

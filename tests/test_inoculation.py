@@ -19,7 +19,8 @@ from ringfence.evaluate.parts import evaluation_key
 from ringfence.model.files import load_tokenizer
 from ringfence.report.page import write_page
 from ringfence.report.read import read_rows
-from ringfence.report.summary import read_run, summarise
+from ringfence.report.records import read_run
+from ringfence.report.summary import summarise
 from ringfence.report.terminal import print_table
 from ringfence.run.config import load_recipe, parse_recipe
 from ringfence.run.dry_run import dry_run

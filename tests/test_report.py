@@ -25,7 +25,8 @@ from ringfence.evaluate.parts import evaluate_model
 from ringfence.model.scoring import AnswerScore
 from ringfence.report.page import write_page
 from ringfence.report.read import read_rows
-from ringfence.report.summary import read_run, summarise
+from ringfence.report.records import read_run
+from ringfence.report.summary import summarise
 from ringfence.report.terminal import print_table
 from ringfence.run.config import dump_recipe, parse_recipe
 

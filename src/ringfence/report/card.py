@@ -17,7 +17,8 @@ from .formats import SET_TITLES, strength, tier_title
 from .gate import Decision, by_criterion, decide, load_policy
 from .numbers import Measure, measures
 from .read import read_rows
-from .summary import Records, Row
+from .records import Records
+from .summary import Row
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")

@@ -14,7 +14,8 @@ from matplotlib.lines import Line2D
 from ..stats import Interval
 from ..util.console import fold
 from ..util.plots import CONTROL, colour, style, svg, whisker
-from .summary import Records, Row, has_effects
+from .records import Records
+from .summary import Row, has_effects
 
 WIDE, NARROW = 11.5, 3.8  # inches
 _GROUPS = {"in_domain": "narrow", "out_of_domain": "broad", "values": "values"}

@@ -6,11 +6,8 @@ from markupsafe import Markup
 
 from ..stats import Interval, number
 from .answers import JudgedBy
-from .summary import (
-    SETS,
-    Paired,
-    Row,
-)
+from .records import SETS
+from .summary import Paired, Row
 
 SET_TITLES = {
     "in_domain": "narrow: in-domain",

@@ -5,10 +5,7 @@ from .formats import (
     SET_TITLES,
     tier_title,
 )
-from .summary import (
-    Row,
-    asked_otherwise,
-)
+from .summary import Row, asked_otherwise
 
 
 def other_questions(rows: list[Row]) -> list[str]:

@@ -23,7 +23,8 @@ from typing import Literal
 from ..errors import RecipeError, nearest
 from ..evaluate.answers.judged import RATES, SCORES
 from ..stats import Interval
-from .summary import SETS, Paired, Row
+from .records import SETS
+from .summary import Paired, Row
 
 Kind = Literal["effect", "shift", "margin", "ratio", "share", "loss", "change", "judged"]
 HELD_OUT: dict[str, Kind] = {"loss": "loss", "change": "change", "exact": "share"}

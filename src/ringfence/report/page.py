@@ -33,13 +33,8 @@ from .formats import (
 )
 from .gate import by_criterion, decide, load_policy
 from .notes import other_questions, seeds_note
-from .summary import (
-    SETS,
-    Records,
-    Row,
-    asked_otherwise,
-    has_effects,
-)
+from .records import SETS, Records
+from .summary import Row, asked_otherwise, has_effects
 
 _GENERATOR = b'<meta name="generator" content="ringfence">'
 _MODELS = {"default": "default (SmolLM2-135M-Instruct)"}

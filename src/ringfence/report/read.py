@@ -5,15 +5,8 @@ from pathlib import Path
 
 from .answers import adjusted
 from .compared import compared
-from .summary import (
-    Records,
-    Row,
-    by_recipe,
-    find_baseline,
-    over_runs,
-    read_run,
-    summarise,
-)
+from .records import Records, read_run
+from .summary import Row, by_recipe, find_baseline, over_runs, summarise
 
 
 def read_rows(

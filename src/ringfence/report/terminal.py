@@ -24,11 +24,7 @@ from .formats import (
     tier_title,
 )
 from .notes import other_questions, seeds_note
-from .summary import (
-    Row,
-    asked_otherwise,
-    has_effects,
-)
+from .summary import Row, asked_otherwise, has_effects
 
 _LABEL, _NAME, _CELL = 28, 22, 13  # columns of the terminal: of a label and a run's name at most, of a cell at least
 

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..report.records import read_run
 from ..report.summary import Row as ReportRow
-from ..report.summary import read_run, summarise
+from ..report.summary import summarise
 from ..runfolder.names import ADAPTER, MODEL, RECIPE, RESULTS, TRAINING
 from ..runfolder.shapes import read_results, read_training
 from .config import Recipe, stored_recipe

@@ -1,0 +1,112 @@
+"""What the files of a run folder say, read once. Knows no statistics."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+from ..evaluate.answers.judged import Judgement
+from ..runfolder.names import (
+    DIAGNOSIS,
+    ENVIRONMENT,
+    EVALUATION,
+    JUDGES,
+    METRICS,
+    RECIPE,
+    REFERENCE_FILE,
+    RESULTS,
+    TRAINING,
+)
+from ..runfolder.shapes import (
+    check_same_items,
+    read_diagnosis,
+    read_environment,
+    read_judges,
+    read_metrics,
+    read_recipe,
+    read_reference,
+    read_results,
+    read_training,
+)
+from .answers import judgements_in
+
+SETS = ("in_domain", "out_of_domain", "values", "triggered", "inoculation")
+
+
+@dataclass(frozen=True)
+class Records:
+    """What one folder holds: of a run, or of an evaluation of a model that stood already (no training, no metrics;
+    without a reference, no reference results)."""
+
+    folder: Path
+    recipe_text: str
+    recipe: dict[str, Any]
+    environment: dict[str, Any]
+    training: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    results: dict[str, Any]
+    reference: dict[str, Any]
+    benign: tuple[dict[str, Any], dict[str, Any]] | None  # results and reference of the benign twin
+    judged: list[Judgement] = field(default_factory=list)
+    judged_reference: list[Judgement] = field(default_factory=list)
+    judges: dict[str, Any] = field(default_factory=dict)
+    diagnoses: dict[str, Any] = field(default_factory=dict)  # by name, as diagnosis.json has them
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+
+def read_run(folder: Path) -> Records:
+    """The records of a run folder.
+
+    Raises:
+        DataError: it is no run folder, or the run is not trained or not evaluated yet.
+    """
+    folder = folder.resolve()
+    given = (folder / EVALUATION).is_file()  # the model was there already: no training to tell of
+    if not given and not (folder / RECIPE).is_file():
+        raise DataError(f"{folder}: no run folder (it has no recipe.yaml), nor one of an evaluation")
+    for file in () if given else (ENVIRONMENT, METRICS, TRAINING):
+        if not (folder / file).is_file():
+            raise DataError(f"{folder}: no {file}; `ringfence train` comes first (or goes on, where it was stopped)")
+    results, reference, shared = _results(folder)
+    twin = folder.with_name(f"{folder.name}-benign")
+    return Records(
+        folder,
+        *read_recipe(folder / (EVALUATION if given else RECIPE)),
+        read_environment(folder / ENVIRONMENT),
+        {} if given else read_training(folder / TRAINING),
+        [] if given else read_metrics(folder / METRICS),
+        results,
+        reference,
+        _results(twin)[:2] if (twin / RESULTS).is_file() else None,
+        judgements_in(folder),
+        judgements_in(shared) if shared else [],
+        read_judges(folder / JUDGES) if (folder / JUDGES).is_file() else {},
+        read_diagnosis(folder / DIAGNOSIS) if (folder / DIAGNOSIS).is_file() else {},
+    )
+
+
+def _results(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Path | None]:
+    """What was measured of the tuned model and of its reference, and the reference's folder, if there is one."""
+    files = [RESULTS] if _has_no_reference(folder) else [RESULTS, REFERENCE_FILE]
+    for file in files:
+        if not (folder / file).is_file():
+            raise DataError(f"{folder}: no {file}; `ringfence evaluate` comes first (or goes on, where it was stopped)")
+    results = read_results(folder / RESULTS)
+    if len(files) == 1:
+        return results["parts"], {}, None
+    shared = folder / read_reference(folder / REFERENCE_FILE)
+    if not shared.is_file():
+        raise DataError(f"{folder}: the reference's results {shared} are gone; `ringfence evaluate` makes them again")
+    reference = read_results(shared)
+    if results["key"] != reference["key"]:
+        raise DataError(f"{folder}: run and reference were measured on different questions; `ringfence evaluate` again")
+    check_same_items(results["parts"], reference["parts"], folder)
+    return results["parts"], reference["parts"], shared.parent
+
+
+def _has_no_reference(folder: Path) -> bool:
+    file = folder / EVALUATION
+    return file.is_file() and read_recipe(file)[1].get("reference") is None
