@@ -17,12 +17,14 @@ import torch
 import ringfence
 from ringfence.defenses import Setup
 from ringfence.model.taps import forward
+from ringfence.run.config import load_recipe
 from ringfence.text.batch import collate
 from ringfence.text.roles import Role
 from ringfence.training.reference import Reference
 from test_run import small_model, write_rows
 
 README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+EXAMPLES = Path(__file__).parents[1] / "examples" / "recipes"
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 # What is measured is not what is shown.
@@ -104,3 +106,14 @@ def test_a_defense_is_a_file_an_import_and_a_line(tmp_path: Path) -> None:
     assert first["anchor"] == 0 < last["anchor"]
     assert last["loss"] == pytest.approx(last["ce"] + 0.5 * last["anchor"], rel=1e-3)
     assert "anchor:" in (tmp_path / "run" / "recipe.yaml").read_text()
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_example_recipes_are_recipes(file: Path) -> None:
+    recipe = load_recipe(file)
+    assert recipe.output == f"runs/{file.stem}"
+    assert recipe.defenses.configs()
+
+
+def test_there_are_examples() -> None:
+    assert len(list(EXAMPLES.glob("*.yaml"))) >= 4
