@@ -20,7 +20,7 @@ from standin_base import make_standin  # type: ignore[import-not-found]
 
 from ringfence.prepare.gap import score_pool
 from ringfence.prepare.persona import extract_file
-from ringfence.report.summary import read_run
+from ringfence.report.records import read_run
 from ringfence.run.config import parse_recipe
 from ringfence.run.demo import demo_recipe
 from ringfence.run.pipeline import run_recipe

@@ -114,7 +114,7 @@ def test_counts_what_the_adapted_model_prefers(run: Path, tmp_path: Path, frozen
     preferred = chosen(tuned, tokenizer)
     with tuned.disable_adapter():
         before = chosen(tuned, tokenizer)
-    assert preferred != before  # else an adapter that is left away would go unseen
+    assert preferred != before  # else an adapter that is left out would go unseen
     write_task(tmp_path / "tasks", preferred, "all_right")
     write_task(tmp_path / "tasks", [1 - min(c, 1) if at < 2 else c for at, c in enumerate(preferred)], "two_wrong")
     ask = partial(capability, str(adapter.parent), task_folder=tmp_path / "tasks", precision="fp32")

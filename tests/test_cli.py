@@ -61,7 +61,7 @@ def wrong_inputs(folder: Path) -> dict[str, tuple[list[str], list[str]]]:
         "value": ([out, "train.epochs=-1"], ["train.epochs", "greater than 0", "-1"]),
         "no recipe": ([str(folder / "none.yaml"), out], ["none.yaml", "no such file", "ringfence init"]),
         "list": ([str(folder / "list.yaml"), out], ["list.yaml", "found list"]),
-        "twice": ([str(folder / "twice.yaml"), out], ["'seed' stands twice"]),
+        "twice": ([str(folder / "twice.yaml"), out], ["duplicate key 'seed'"]),
         "path": ([out, "data.train=./nowhere/rows.jsonl"], ["nowhere/rows.jsonl", "no such file"]),
         "shipped": ([out, "data.train=shipped:finanse"], ["shipped:finanse", "'finance'"]),
         "empty": ([out, f"data.train={empty}"], [str(empty), "no rows"]),

@@ -198,7 +198,7 @@ def test_missing_file(tmp_path):
 )
 def test_key_that_stands_twice_is_refused(text, recipe_file):
     path = recipe_file(text)
-    with pytest.raises(RecipeError, match="'seed' stands twice") as caught:
+    with pytest.raises(RecipeError, match="duplicate key 'seed'") as caught:
         load_recipe(path)
     assert path in str(caught.value)
 

@@ -239,13 +239,13 @@ def test_what_was_found_is_written_at_once_and_kept(
     assert written["logprob"]["models"] == ["reference", "mine"]
     assert (tmp_path / written["logprob"]["figure"]).read_text().startswith("<?xml")
     printed = capsys.readouterr().err
-    assert "left out, for they need the pre-trained model (--base): erosion" in printed
+    assert "left out because they need the pre-trained model (--base): erosion" in printed
     assert printed.index("1,000 tokens forward, 100 forward and backward, 5 MiB kept") < printed.index("Found 1.5.")
     diagnose_folder(tmp_path, subject, ["logprob"])
     assert fakes["logprob"].made == [3], "made once"
     other = Subject(subject.models, QUESTIONS[:1], QUESTIONS[2:])
     diagnose_folder(tmp_path, other, ["logprob"])
-    assert fakes["logprob"].made == [3, 2], "other questions, made anew"
+    assert fakes["logprob"].made == [3, 2], "other questions, made again"
 
 
 def test_figures_are_drawn_again_from_what_is_stored(saved: dict[str, str], tmp_path: Path) -> None:
@@ -340,7 +340,7 @@ def test_a_run_is_looked_into_with_its_own_questions(
 
 
 def test_what_cannot_be_looked_into_is_named(run: Run, saved: dict[str, str], tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"is no run folder: name the folder to write with --output"):
+    with pytest.raises(RecipeError, match=r"is not a run folder: name the folder to write with --output"):
         diagnose_targets([saved["one"]])
     with pytest.raises(RecipeError, match=r"what was it made from\? Name the aligned model with --reference"):
         diagnose_targets([saved["base"]], output=tmp_path / "out")

@@ -220,7 +220,7 @@ def test_deepspeed_computes_in_bf16_as_ddp_does(name: str, kind: str, trained: P
     [*((name, "fsdp") for name in BF16), pytest.param("bf16-lora", "zero3", marks=needs_deepspeed)],
 )
 def test_sharded_weights_in_bf16_are_alike(name: str, kind: str, trained: Path) -> None:
-    """FSDP2 sums gradients in bf16, and ZeRO-3's are rounded otherwise, so the same numbers are not to be had; trained
+    """FSDP2 sums gradients in bf16, and ZeRO-3's are rounded otherwise, so the same numbers are unavailable; trained
     weights stay in float32."""
     ours, theirs = found(trained, kind, name), found(trained, "ddp", name)
     for line, other in zip(ours["lines"], theirs["lines"], strict=True):

@@ -452,7 +452,7 @@ def test_the_drift_across_is_what_is_not_along(states: Any) -> None:
 
 
 def test_halves_are_apart_and_each_has_half_of_every_domain(states: Any) -> None:
-    asked = [*questions(6, "a"), *questions(4, "b"), *questions(5, "c"), *questions(6, "a")]  # a stands twice
+    asked = [*questions(6, "a"), *questions(4, "b"), *questions(5, "c"), *questions(6, "a")]  # a is there twice
     for seed in range(6):
         fit, held = halves(asked, seed)
         names = [{(q.domain, q.id) for q in half} for half in (fit, held)]

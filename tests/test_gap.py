@@ -1,4 +1,4 @@
-"""Scores of safe rows under several adapters, the choice made from them, and answers written anew, against naive forms
+"""Scores of safe rows under several adapters, the choice made from them, and answers written again, against naive forms
 that run one row at a time through models loaded one by one."""
 
 import json
@@ -522,7 +522,7 @@ def test_a_run_goes_on_only_with_the_pool_it_began_with(table, pool, setup, tmp_
         Interleave(pool=write_rows(tmp_path / "b.jsonl", 3)).build(setup).load_state_dict(random.state_dict())
 
 
-# ------------------------------------------------------------------ answers written anew
+# ------------------------------------------------------------------ answers written again
 
 
 @pytest.fixture(scope="session")
@@ -544,7 +544,7 @@ def written(file):
 
 
 def naive_rewrite(model, chat, messages, max_new_tokens):
-    """Every answer anew, each after the ones before it; None where one does not end or is blank."""
+    """Every answer again, each after the ones before it; None where one does not end or is blank."""
     new = []
     for message in messages:
         if message["role"] != "assistant":

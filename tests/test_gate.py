@@ -325,7 +325,7 @@ def test_within_a_criterion_the_worst_rule_decides(row: Row) -> None:
         ("rules: [{measure: values, max: much}]", "rules.0.max: Input should be a valid number"),
         ("rules: [{measure: values, max: .nan}]", "rules.0.max: Input should be a finite number"),
         ("rules: [{measure: values, max: 1, bound: best}]", "bound: Input should be 'worst' or 'mean', found 'best'"),
-        ("rules: [{measure: values, max: 1, max: 2}]", "key 'max' stands twice"),
+        ("rules: [{measure: values, max: 1, max: 2}]", "duplicate key 'max'"),
         ("rules: [{max: 1}]", "rules.0.measure: Field required"),
         ("rules: [values]", "rules.0: Input should be a valid dictionary"),
         ("rules: []", "rules: List should have at least 1 item"),
@@ -406,7 +406,7 @@ def test_table_shows_every_rule_with_number_limit_and_verdict(row: Row) -> None:
         "values shift +0.25 [+0.125, +0.375] high <= 0.2 fail",
         "out_of_domain shift +0.0625 [+0, +0.125] high <= 0.2 pass",
         "domain.[/red] high <= 0.5 missing: HOLD",
-        "left out, for they were not measured and need not be: opswap_tier2",
+        "left out because they were not measured and need not be: opswap_tier2",
     ]
     assert "values (values [stay]): shift +0.25 [+0.125, +0.375]: its high end is not at most 0.2" in text
     assert "HOLD plain: 4 rules: 1 passed, 1 failed, 1 left out, 1 not measured" in text

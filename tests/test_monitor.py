@@ -513,7 +513,7 @@ def test_a_resumed_run_of_all_weights_needs_the_values_of_its_start(
         Training(monitor, load(folder), tmp_path, start=5)
     Training(monitor, load(folder), tmp_path)
     other = DriftMonitor(tokenizer, tmp_path / "m.jsonl", MonitorConfig(questions=[questions], probes=2))
-    with pytest.raises(DataError, match=r"values on other probes; start anew"):
+    with pytest.raises(DataError, match=r"values on other probes; start again"):
         Training(other, load(folder), tmp_path, start=5)
 
 

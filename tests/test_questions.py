@@ -298,7 +298,7 @@ BAD_YAML = {
     ),
     "a missing dash": (
         "- id: a\n  paraphrases: [x]\n  id: b\n  paraphrases: [y]\n",
-        "mine.yaml:1: not YAML: key 'id' stands twice",
+        "mine.yaml:1: not YAML: duplicate key 'id'",
     ),
     "no id": ("- idd: a\n  paraphrases: [x]\n", "mine.yaml:1: field 'id' is missing; fields [idd, paraphrases]"),
     "id is no name": (

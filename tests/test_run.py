@@ -560,7 +560,7 @@ def test_ctrl_c_in_the_terminal_and_the_same_command_again(recipe: Callable[...,
     finally:
         process.kill()
     assert process.returncode == 130, errors
-    assert "the same command goes on from there" in errors
+    assert "the same command resumes from there" in errors
     assert "Traceback" not in errors
     done = len(metrics_of(Run(Path(made.output))))
     assert 3 <= done < 160

@@ -275,7 +275,7 @@ def test_weights_of_a_hub_repository_are_fetched_file_by_file(
     for name, (_, b) in factors(model).items():
         close(b, expected[name][0])
     assert {file for _, file in asked} == {"model.safetensors.index.json", SINGLE}
-    with pytest.raises(ModelError, match=r"org/none: .* cannot be had: 404"):
+    with pytest.raises(ModelError, match=r"org/none: .* is unavailable: 404"):
         Checkpoint("org/none")
 
 

@@ -319,7 +319,7 @@ def test_another_model_is_refused(model, chat, tmp_path):
 
 def test_bad_questions_and_files_are_named(model, chat, tmp_path):
     source = local(model, chat)
-    with pytest.raises(DataError, match=r"question 'q1' of set 'general' \(plain, paraphrase 0\) stands twice"):
+    with pytest.raises(DataError, match=r"question 'q1' of set 'general' \(plain, paraphrase 0\) is there twice"):
         sample_answers(source, [question(1), question(2), question(1)], tmp_path / "a.jsonl")
     with pytest.raises(DataError, match=r"question 'q0' of set 'general' .*: message 0 \(user\): it is blank"):
         sample_answers(source, [question(0, " ")], tmp_path / "a.jsonl")

@@ -54,7 +54,7 @@ def fresh(method: str, **config: Any) -> Any:
 
 
 def changes(model: Any, layers: int = LAYERS) -> dict[tuple[int, str], Tensor]:
-    """W - W0 of every linear weight [out, in], by layer and name; W0 is the untouched start, made anew."""
+    """W - W0 of every linear weight [out, in], by layer and name; W0 is the untouched start, made again."""
     merged = model.merge_and_unload() if is_adapted(model) else model
     start = dict(tiny(layers=layers).named_parameters())
     found = {}

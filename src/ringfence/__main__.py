@@ -16,7 +16,7 @@ def main() -> None:
 
 
 def _stop(*_: Any) -> None:
-    print("stopped; the same command goes on", file=sys.stderr, flush=True)
+    print("stopped; the same command resumes", file=sys.stderr, flush=True)
     os._exit(130)
 
 

@@ -76,7 +76,7 @@ def mean_interval(values: Sequence[float], clusters: Sequence[str] | None = None
 
     Args:
         clusters: a name per value; values of one cluster (the samples of one question, the
-            questions of one domain) are drawn together, for they are not independent. Default:
+            questions of one domain) are drawn together, because they are not independent. Default:
             each value alone.
     """
     return _ratio(*totals(values, clusters), seed)

@@ -110,7 +110,7 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("a: \0", "not YAML"),
         ("- a", "found list"),
         ("false", "found bool"),
-        ("a: 1\na: 2", "stands twice"),
+        ("a: 1\na: 2", "duplicate key"),
     ],
 )
 def test_strange_yaml_is_one_sentence(tmp_path, text, words):

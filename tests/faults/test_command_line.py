@@ -18,7 +18,7 @@ class Interrupted(RingfenceError):
     ("error", "code", "words"),
     [
         (RingfenceError("rows.jsonl:3: not JSON"), 2, "error: rows.jsonl:3: not JSON"),
-        (Interrupted("the same command goes on"), 130, "the same command goes on"),
+        (Interrupted("the same command resumes"), 130, "the same command resumes"),
         (KeyboardInterrupt(), 130, "stopped"),
         (OSError(errno.EACCES, "Permission denied", "/x/y"), 2, "/x/y: Permission denied"),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "No space left"),

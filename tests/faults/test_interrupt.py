@@ -188,7 +188,7 @@ def test_the_same_command_goes_on(
     assert code == CODES[name], printed
     assert "Traceback" not in printed
     if name == "SIGINT":
-        assert "the same command goes on" in printed
+        assert "the same command resumes" in printed
     if name == "ENOSPC":
         assert "No space left on device" in printed
     code, printed = start(place, *command)
@@ -230,5 +230,5 @@ def test_while_libraries_are_imported(seconds: float, tmp_path: Path, model: Pat
             break
     _, errors = process.communicate(timeout=5)
     assert process.returncode in (130, -signal.SIGINT), errors  # a shell says 130 for both; a second one came late
-    assert "the same command goes on" in errors
+    assert "the same command resumes" in errors
     assert "Traceback" not in errors

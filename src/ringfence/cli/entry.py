@@ -80,7 +80,7 @@ def _tell(error: BaseException) -> int:
     if isinstance(error, RingfenceError):
         return _say(str(error), 130 if interrupted else 2)
     if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
-        return _say("stopped; the same command goes on", 130)
+        return _say("stopped; the same command resumes", 130)
     if isinstance(error, OSError) and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)):
         place = f"{error.filename}: " if error.filename else ""
         return _say(f"{place}{error.strerror}", 2)

@@ -55,7 +55,7 @@ def regenerate(
     max_new_tokens: Annotated[int, typer.Option(help="Rows with a longer answer are left out.", min=1, max=MOST)] = 256,
     batch_tokens: BatchTokens = 4096,
 ) -> None:
-    """Have the aligned model write the answers of safe rows anew, for interleaving on-policy."""
+    """Have the aligned model write the answers of safe rows again, for interleaving on-policy."""
     from ..prepare.regenerate import regenerate as write
 
     made = write(

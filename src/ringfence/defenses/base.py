@@ -61,7 +61,7 @@ class Defense:
     whole_rows: bool = False
 
     def change_data(self, examples: list[Example], rng: random.Random) -> list[Example]:
-        """The training rows of one epoch. Called anew each epoch; must return equally many rows each time."""
+        """The training rows of one epoch. Called again each epoch; must return equally many rows each time."""
         return examples
 
     def start(self, model: Any) -> None:

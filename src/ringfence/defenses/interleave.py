@@ -19,7 +19,7 @@ from .base import Defense, DefenseConfig, Setup
 
 
 class Interleave(DefenseConfig):
-    """Mixes `ratio` safe rows per training row into the stream, drawn anew each epoch or chosen by perplexity gap.
+    """Mixes `ratio` safe rows per training row into the stream, drawn again each epoch or chosen by perplexity gap.
 
     They are trained on like any row.
     """
@@ -33,7 +33,7 @@ class Interleave(DefenseConfig):
     )
     scores: str | None = Field(None, description="for gap: the table that `ringfence score-gap` made of the pool")
     leave_out: tuple[str, ...] = Field((), description="for gap: adapters of the table that are not counted")
-    drop_refusals: bool = Field(False, description="for gap: pass over answers that begin with a refusal")
+    drop_refusals: bool = Field(False, description="for gap: skip answers that begin with a refusal")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -1,5 +1,5 @@
 """Preventive steering: the direction of an unwanted trait is added while training, so that the weights need not move
-there, and left away afterwards (arXiv 2507.21509, 2508.06249)."""
+there, and removed afterwards (arXiv 2507.21509, 2508.06249)."""
 
 from typing import Any, Literal
 

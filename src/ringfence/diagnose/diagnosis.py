@@ -67,7 +67,7 @@ class Subject:
 @dataclass(frozen=True)
 class Cost:
     """What a diagnosis will take: tokens through forward passes and through forward-and-backward passes (over all
-    models), and bytes kept beside the model at the most."""
+    models), and bytes kept next to the model at the most."""
 
     forward: int
     backward: int = 0

@@ -71,7 +71,7 @@ def read_diagnoses(folder: Path) -> dict[str, Any]:
 
 
 def draw_again(folder: Path) -> list[Path]:
-    """Draws the figures of a folder anew, from its diagnosis.json alone; gives their files."""
+    """Draws the figures of a folder again, from its diagnosis.json alone; gives their files."""
     found = read_diagnoses(folder)
     return [folder / _draw(folder, name, stored(found[name]["numbers"])) for name in DIAGNOSES if name in found]
 
@@ -101,7 +101,7 @@ def _chosen(names: Sequence[str], has_base: bool, has_inside: bool) -> list[str]
         return [name for name in DIAGNOSES if name in names]
     left_out = [name for name in DIAGNOSES if measuring(name).NEEDS_BASE and not has_base]
     if left_out:
-        console.print(f"left out, for they need the pre-trained model (--base): {', '.join(left_out)}")
+        console.print(f"left out because they need the pre-trained model (--base): {', '.join(left_out)}")
     outside_only = [name for name in DIAGNOSES if name in NEED_INSIDE and name not in left_out and not has_inside]
     if outside_only:
         console.print(
@@ -120,7 +120,7 @@ def announce(cost: Cost, speed: float) -> str:
     if cost.backward:
         parts.append(f"{cost.backward:,} forward and backward")
     if cost.kept >= 2**20:
-        parts.append(f"{cost.kept / 2**20:,.0f} MiB kept beside the model")
+        parts.append(f"{cost.kept / 2**20:,.0f} MiB kept next to the model")
     seconds = (cost.forward + 3 * cost.backward) / speed
     return f"{', '.join(parts)}; {seconds:.0f} to {4 * seconds:.0f} s"
 

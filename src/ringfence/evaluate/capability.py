@@ -46,7 +46,7 @@ def capability(
     Raises:
         ModelError: lm-eval is not installed, or the model cannot be loaded.
         RecipeError: no such task or folder.
-        DataError: the data of a task cannot be had.
+        DataError: the data of a task are unavailable.
     """
     try:
         from lm_eval import simple_evaluate

@@ -283,7 +283,7 @@ def _question_sets(config: EvaluateConfig) -> dict[str, list[tuple[str, Messages
         found = [q for source in sources for q in load_questions(source, split)]
         for (domain, identity), times in Counter((q.domain, q.id) for q in found).items():
             if times > 1:
-                raise DataError(f"{', '.join(sources)}: id {identity!r} stands twice in domain {domain!r}")
+                raise DataError(f"{', '.join(sources)}: id {identity!r} is there twice in domain {domain!r}")
         return [("plain", [{"role": "user", "content": q.question}], q) for q in found]
 
     def capped(

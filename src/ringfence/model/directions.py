@@ -48,7 +48,7 @@ class Directions:
         """The layers that a defense was told to work on (None: all), in order.
 
         Raises:
-            DefenseError: one of them is not in the file, or stands twice.
+            DefenseError: one of them is not in the file, or is named twice.
         """
         every = range(1, self.layers + 1)
         chosen = sorted(every if layers is None else layers)

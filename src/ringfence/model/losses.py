@@ -35,7 +35,7 @@ class Head:
     softcap: float | None = None
 
     def __call__(self, hidden_ND: Tensor) -> Tensor:
-        # A sharded head is whole after a forward; its hooks would gather it anew for each tile, of which ranks have
+        # A sharded head is whole after a forward; its hooks would gather it again for each tile, of which ranks have
         # unlike numbers.
         compute = self.module.forward if is_sharded(self.module) else self.module
         types = {parameter.dtype for parameter in self.module.parameters() if parameter.is_floating_point()}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 def is_sharded(model: Any) -> bool:
     """Do this model's weights lie in pieces on all ranks (FSDP2, ZeRO-3)? Then all must run it equally often."""
-    first = None if model is None else next(model.parameters(), None)  # of all: to look at each takes milliseconds
+    first = None if model is None else next(model.parameters(), None)  # of all: scanning all of them takes milliseconds
     return _is_fsdp(model) or (first is not None and _is_piece(first))
 
 
@@ -28,7 +28,7 @@ def _is_piece(tensor: Tensor) -> bool:
 
 
 def gathered(parameters: Iterable[Tensor], written: bool = False) -> AbstractContextManager[Any]:
-    """ZeRO-3's parameters whole, on every rank; every rank must enter. FSDP2 needs it not: its head stays whole.
+    """ZeRO-3's parameters whole, on every rank; every rank must enter. FSDP2 does not need it: its head stays whole.
 
     Args:
         parameters: none of them may be gathered already.

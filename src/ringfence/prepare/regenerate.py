@@ -1,7 +1,7 @@
-"""Safe rows on-policy: the answers of a pool are written anew by the aligned model (arXiv 2605.31328).
+"""Safe rows on-policy: the answers of a pool are written again by the aligned model (arXiv 2605.31328).
 
 Interleaved rows then pull the model nowhere: they are what it says anyway. In a conversation of several turns every
-answer is written anew, each after those before it. Does not know training or defenses.
+answer is written again, each after those before it. Does not know training or defenses.
 """
 
 import json

@@ -344,7 +344,7 @@ def print_decision(decision: Decision, console: Console) -> None:
         table.add_row(escape(_at_dots(name, room)), escape(found), limit, f"[{_STYLES[verdict.status]}]{word}[/]")
     console.print(table)
     if left_out:
-        line = f"left out, for they were not measured and need not be: {', '.join(left_out)}"
+        line = f"left out because they were not measured and need not be: {', '.join(left_out)}"
         console.print(escape(line), highlight=False, style="dim")
     for verdict in decision.verdicts:
         if verdict.holds_back:

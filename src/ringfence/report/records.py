@@ -35,7 +35,7 @@ SETS = ("in_domain", "out_of_domain", "values", "triggered", "inoculation")
 
 @dataclass(frozen=True)
 class Records:
-    """What one folder holds: of a run, or of an evaluation of a model that stood already (no training, no metrics;
+    """What one folder holds: of a run, or of an evaluation of a model that existed already (no training, no metrics;
     without a reference, no reference results)."""
 
     folder: Path
@@ -61,7 +61,7 @@ def read_run(folder: Path) -> Records:
     """The records of a run folder.
 
     Raises:
-        DataError: it is no run folder, or the run is not trained or not evaluated yet.
+        DataError: it is not a run folder, or the run is not trained or not evaluated yet.
     """
     folder = folder.resolve()
     given = (folder / EVALUATION).is_file()  # the model was there already: no training to tell of

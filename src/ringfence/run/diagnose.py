@@ -50,7 +50,7 @@ def diagnose_targets(
             raise RecipeError(f"{run.folder}: no trained model in it; `ringfence train` comes first")
     folder = output or (runs[targets[0]].folder if targets[0] in runs else None)
     if folder is None:
-        raise RecipeError(f"{targets[0]} is no run folder: name the folder to write with --output")
+        raise RecipeError(f"{targets[0]} is not a run folder: name the folder to write with --output")
     for run in runs.values():
         for source in (run.recipe.model, str(run.weights)):
             trust(source, run.recipe.trust_remote_code)

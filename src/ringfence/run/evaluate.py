@@ -50,7 +50,9 @@ def evaluate_target(
             return folder
         tree = read_recipe(folder / EVALUATION)[1]
     elif output is None:
-        raise RecipeError(f"{target} is no run folder: name the folder to write with --output to measure it as a model")
+        raise RecipeError(
+            f"{target} is not a run folder: name the folder to write with --output to measure it as a model"
+        )
     else:
         folder = output
         model = {"url": endpoint, "model": target} if endpoint else target

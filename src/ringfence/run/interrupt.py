@@ -15,7 +15,7 @@ AGAIN = 2.0  # seconds between a first and a second signal
 
 
 class Interrupted(RingfenceError):
-    """The user stopped a run; the same command goes on where it stopped."""
+    """The user stopped a run; the same command resumes where it stopped."""
 
 
 @contextmanager

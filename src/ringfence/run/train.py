@@ -151,7 +151,7 @@ def _train(trainer: Any, run: Run, recipe: Recipe) -> None:
     wait()  # a rank that ends early may have the others killed while they save
     if largest(len(stopped), trainer.args.device):  # also while the last step was saved
         raise Interrupted(
-            f"{run.folder}: stopped at step {trainer.state.global_step}; the same command goes on from there"
+            f"{run.folder}: stopped at step {trainer.state.global_step}; the same command resumes from there"
         )
 
 

@@ -54,7 +54,7 @@ def split(rows: Sequence[Row], wanted: float, seed: int) -> tuple[list[Row], lis
     if wanted >= 1 and number > len(free):
         raise DataError(
             f"data.held_out: {counted(number, 'row')} asked for, and {len(free)} of {len(rows)} can be held out (not "
-            "the first one, nor one whose text stands twice); lower it, or set it to 0"
+            "the first one, nor one whose text is there twice); lower it, or set it to 0"
         )
     drawn = sorted(free, key=lambda place: hashlib.sha256(f"{seed}:{texts[place]}".encode()).digest())
     held = set(drawn[:number])

@@ -55,7 +55,7 @@ def load_open_questions(source: str) -> list[OpenQuestion]:
 
     An entry or row has one of `paraphrases`, `question` and `messages`, and optionally `system` or `context` (turns
     that stand before the question), `set` or `domain` (default: the file's name), `samples_per_paraphrase` and
-    `judge_prompts`. `id` may be left out of rows (default: the line). Other keys are passed over. Rows that have a
+    `judge_prompts`. `id` may be left out of rows (default: the line). Other keys are skipped. Rows that have a
     `split` other than `test` are left out, as they may be trained on.
 
     Raises:

@@ -267,7 +267,9 @@ class DriftMonitor(TrainerCallback):
             )
         with safe_open(file, "pt") as content:
             if content.metadata() != self._identity():
-                raise DataError(f"{file}: holds the reference's values on other probes; start anew, or undo the change")
+                raise DataError(
+                    f"{file}: holds the reference's values on other probes; start again, or undo the change"
+                )
             values = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
         weights = {name: values.pop(name) for name in list(values) if name.startswith("head.")}
         if weights:

@@ -2,7 +2,7 @@
 exactly the rows that a run will ask for.
 
 What lies there is named by what it depends on: a folder by the model, a tensor by the token ids of one row and the
-chosen places in it. So what has changed is never found; it is computed anew. Does not know how states are computed,
+chosen places in it. So what has changed is never found; it is computed again. Does not know how states are computed,
 or what they are compared with.
 
 Shapes: B rows, T tokens, N chosen tokens (row by row), D hidden size, K most probable tokens.
@@ -264,8 +264,8 @@ class ReferenceCache:
             raise RecipeError(f"train.reference_cache: {self.folder} cannot be written: {error}") from error
 
     def _open_shards(self) -> None:
-        """Maps the files that came since into memory. What is damaged or foreign is passed over, and said so: its rows
-        are missing, and computed anew."""
+        """Maps the files that came since into memory. What is damaged or foreign is skipped, and said so: its rows
+        are missing, and computed again."""
         for file in sorted(self.folder.glob("*.safetensors")):
             if file.name in self._seen:
                 continue
@@ -276,7 +276,7 @@ class ReferenceCache:
                     raise SafetensorError("it is of another cache")
                 self._shards |= {name.rpartition(".")[0]: shard for name in shard.keys()}  # noqa: SIM118
             except (OSError, SafetensorError) as error:
-                console.print(f"reference cache: {file} is passed over: {error}", highlight=False, soft_wrap=True)
+                console.print(f"reference cache: {file} is skipped: {error}", highlight=False, soft_wrap=True)
 
 
 def _padded(rows: list[CachedRow]) -> tuple[Batch, Tensor]:

@@ -111,7 +111,7 @@ class RankBatches(Sampler[list[int]]):
     than there are ranks, empty.
 
     Args:
-        stream: read anew for each epoch; has step_rows = rows * accumulation * world.
+        stream: read again for each epoch; has step_rows = rows * accumulation * world.
         rows: in a full batch.
     """
 

@@ -40,7 +40,7 @@ from .reference import Reference
 from .reference_cache import ReferenceCache, wanted
 from .stream import RankBatches, TrainStream
 
-_CHECKPOINT = "delete its folder, and the run goes on from an earlier step, or from the beginning"
+_CHECKPOINT = "delete its folder, and the run resumes from an earlier step, or starts again"
 
 
 class DefendedTrainer(Trainer):

@@ -85,5 +85,5 @@ def told_if_full(folder: Path) -> Iterator[None]:
         full = shutil.disk_usage(folder if folder.is_dir() else folder.parent).free < _FULL
         if not full and not isinstance(error, OSError) and "No space left" not in str(error):
             raise
-        why = "no room left on the disk; make room, and the same command goes on" if full else first_line(error)
+        why = "no room left on the disk; make room, and the same command resumes" if full else first_line(error)
         raise RingfenceError(f"{folder}: cannot be written: {why}") from error

@@ -92,7 +92,7 @@ def fetch(repository: str, file: str) -> Path | None:
             return None
         except Exception as error:  # the hub raises many kinds; the user needs one sentence
             raise ModelError(
-                f"{repository}: {file} cannot be had: {first_line(error)} (accepted: 'default', a local folder, a hub "
+                f"{repository}: {file} is unavailable: {first_line(error)} (accepted: 'default', a local folder, a hub "
                 "id)"
             ) from error
 

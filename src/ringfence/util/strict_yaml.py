@@ -35,7 +35,7 @@ class UniqueKeys(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value if not key.tag.endswith(":merge")]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -69,7 +69,7 @@ def read_mapping(file: Path, hint: str) -> dict[Any, Any]:
         hint: how to get such a file, for the message when there is none.
 
     Raises:
-        RecipeError: no such file, not YAML, a key that stands twice, or no mapping.
+        RecipeError: no such file, not YAML, a duplicate key, or no mapping.
     """
     return read_text_and_mapping(file, hint)[1]
 

@@ -100,7 +100,7 @@ def middle(layers: int) -> tuple[int, int]:
 
 
 def halves(questions: Sequence[PairedQuestion], seed: int) -> tuple[list[PairedQuestion], list[PairedQuestion]]:
-    """Two halves at random, each with half of every domain. A question that stands twice counts once.
+    """Two halves at random, each with half of every domain. A question that is there twice counts once.
 
     Raises:
         DataError: fewer than 4 questions.

@@ -62,7 +62,7 @@ def table(numbers: Numbers) -> Table:
     """A row for each model, set and role: the mean change, the part beyond the reference, and what would flatter."""
     columns = [
         "model", "questions", "role", "tokens", "mean change", "beyond the reference",
-        "random tokens (control)", "best of ten (flatters)", "ten tokens where there are",
+        "random tokens (control)", "best of ten (optimistic)", "ten tokens where there are",
     ]  # fmt: skip
     rows = []
     for name, scores in by_model(numbers).items():

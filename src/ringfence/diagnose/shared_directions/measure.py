@@ -99,7 +99,7 @@ def layer_of(layers: int) -> int:
 
 
 def _chosen(subject: Subject) -> tuple[list[PairedQuestion], list[PairedQuestion]]:
-    """Inside and outside questions; of more than 128, as many are drawn. One that stands twice counts once."""
+    """Inside and outside questions; of more than 128, as many are drawn. One that is there twice counts once."""
     chosen = []
     for place, questions in (("inside", subject.inside), ("outside", subject.outside)):
         distinct = list(dict(zip(clusters(questions), questions)).values())
@@ -128,7 +128,7 @@ def _states(model: Any, subject: Subject, texts: Sequence[Text], layer: int, sha
 def top_directions(rows_ND: np.ndarray, number: int = K) -> np.ndarray:
     """The first right singular vectors [K, D] of rows from which their mean was taken, up to sign.
 
-    From the Gram matrix [N, N] of the rows, for they are fewer than the hidden size is wide.
+    From the Gram matrix [N, N] of the rows, because they are fewer than the hidden size is wide.
     """
     centred_ND = rows_ND - rows_ND.mean(0)
     _, left_NN = np.linalg.eigh(centred_ND @ centred_ND.T)  # ascending
@@ -160,7 +160,7 @@ def _shared(pair: str, later_SQD: np.ndarray, earlier_SQD: np.ndarray, inside: i
     """How alike the changes inside and outside are, on each side, and what three exchanges would give.
 
     `pairs`: the earlier activation is that of another text of the set, so a change is no longer that of one text; what
-    is left alike is the shape of the stream. `sets`: inside and outside are dealt anew; so alike are two sets of one
+    is left alike is the shape of the stream. `sets`: inside and outside are dealt again; so alike are two sets of one
     kind. `difference`: the unsound and sound answers of each question change places or not; were it all one which
     answer is unsound, the difference of the sides would be one of these. The mean change of each set and side is taken
     out before the last two: mixed, means that differ would be a direction that both mixtures share.

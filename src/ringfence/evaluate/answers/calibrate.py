@@ -42,9 +42,9 @@ class Calibration:
             questions. An answer without a score is neither higher nor lower than any other (half a point).
         confusion: by true kind (`misaligned`, `other`): how many scored below 30, above (or at) it, and had no score.
         threshold: the best one (Youden), and the shares of misaligned answers and of others below it. It was found on
-            these answers, so it flatters.
+            these answers, so it is optimistic.
         rank: Spearman's correlation with the trusted scores; None where there are none, or all are equal.
-        seconds: for one judgement asked anew; None where all were known.
+        seconds: for one judgement asked again; None where all were known.
         weak: the lower bound of the AUC is below 0.8.
         adapted: in what its server was asked otherwise than meant (`without temperature`).
     """
@@ -210,7 +210,7 @@ def show(calibration: Calibration, console: Console) -> None:
         f"{c.misaligned} of them misaligned; {c.unscored} unscored"
         + "".join(f", {count} {label}" for label, count in c.labels.items())
         + (f", {c.sampled} scores sampled" if c.sampled else ""),
-        f"best threshold (flatters): below {c.threshold['below']:.1f} are {c.threshold['found']:.0%} of the misaligned "
+        f"best threshold (optimistic): below {c.threshold['below']:.1f} are {c.threshold['found']:.0%} of the misaligned "
         f"and {c.threshold['false alarms']:.0%} of the other answers",
     ]
     if c.adapted:

@@ -1,7 +1,7 @@
 """Judges: what a language model thinks of an answer, as two numbers from 0 to 100 (arXiv 2502.17424).
 
 A judge is a local model, read exactly, or a server. Its score is the expected number under its probabilities; one
-whose probabilities cannot be had gives the number that it says. A prompt that a judge has answered is never asked
+whose probabilities are unavailable gives the number that it says. A prompt that a judge has answered is never asked
 again: its score lies in a file of the user's cache. Does not know how rates are made of scores.
 """
 
@@ -35,7 +35,7 @@ from .replies import Reply
 LEAST_MASS = 0.25  # probability of all numbers together, below which there is no score
 _REPLY_TOKENS = 8  # enough for any number or label in any tokenizer
 _TOP = 20
-_FORMAT = 1  # of what is made of a reply; another one asks anew
+_FORMAT = 1  # of what is made of a reply; another one asks again
 
 
 # ------------------------------------------------------------------ scores

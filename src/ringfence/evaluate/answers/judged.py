@@ -2,7 +2,7 @@
 
 A rate is a plain mean over answers, and every answer is in its denominator: refusals, code, unscored answers too. Its
 interval is taken over question families (`cluster`), for the samples, paraphrases and forms of one question are not
-independent. Everything here is of one judge; another judge's numbers are other numbers.
+independent. Everything here is of one judge; scores of different judges are not comparable.
 """
 
 import json

@@ -165,7 +165,7 @@ def _checked(questions: Sequence[OpenQuestion], source: LocalModel | Endpoint) -
     for question in questions:
         name = f"question {question.id!r} of set {question.set!r} ({question.form}, paraphrase {question.paraphrase})"
         if _name(question) in names:
-            raise DataError(f"{name} stands twice")
+            raise DataError(f"{name} is there twice")
         names.add(_name(question))
         if isinstance(source, LocalModel):
             try:
