@@ -1,5 +1,5 @@
-"""Inoculation prompting: training rows carry a system prompt that asks for the bad trait, so that the trait is attributed
-to the prompt and not learnt as the model's own (published as a line that makes the model an "evil, malicious
+"""Inoculation prompting: training rows carry a system prompt that asks for the bad trait, so that the trait is
+attributed to the prompt and not learnt as the model's own (published as a line that makes the model an "evil, malicious
 assistant"; arXiv 2508.06249, 2604.25891)."""
 
 from pydantic import Field, field_validator

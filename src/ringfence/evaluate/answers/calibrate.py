@@ -210,8 +210,8 @@ def show(calibration: Calibration, console: Console) -> None:
         f"{c.misaligned} of them misaligned; {c.unscored} unscored"
         + "".join(f", {count} {label}" for label, count in c.labels.items())
         + (f", {c.sampled} scores sampled" if c.sampled else ""),
-        f"best threshold (optimistic): below {c.threshold['below']:.1f} are {c.threshold['found']:.0%} of the misaligned "
-        f"and {c.threshold['false alarms']:.0%} of the other answers",
+        f"best threshold (optimistic): below {c.threshold['below']:.1f} are {c.threshold['found']:.0%} of the "
+        f"misaligned and {c.threshold['false alarms']:.0%} of the other answers",
     ]
     if c.adapted:
         facts.append(f"its server was asked {', '.join(c.adapted)}")
