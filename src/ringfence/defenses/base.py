@@ -22,9 +22,9 @@ from ..text.chat import Chat
 from ..text.roles import Messages
 from ..util.strict_yaml import Number, Whole
 
-# Why defenses that read the base's weights refuse an adapter that is trained further.
-# Why DeepSpeed, which keeps weights of its own, refuses those that change them between steps.
+# Of defenses that change weights between steps: DeepSpeed keeps weights of its own.
 UNDONE = "DeepSpeed would undo it after each step; accepted: DDP, FSDP2"
+# Of defenses that read the base's weights, where an adapter is trained further.
 TAKES_THE_BASE = "would take its base for the reference"
 
 
@@ -155,6 +155,7 @@ class DefenseConfig(BaseModel):
         return None
 
     def build(self, setup: Setup) -> Defense:
+        """The defense. Raises DefenseError where it cannot do its work with these rows or this template."""
         raise NotImplementedError
 
     def refuses(self, training: Training) -> str | None:

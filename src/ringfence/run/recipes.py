@@ -1,6 +1,6 @@
 """The recipe that `ringfence init` writes, made from the schema so that it cannot drift from it.
 
-Shipped data are in `data/`.
+Shipped data are in `shipped/`.
 """
 
 import math
