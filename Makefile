@@ -4,11 +4,12 @@
 #             on two quiet CPU cores); with QUICK=1 a small version into runs/bench, which shows that all of it runs
 # make test-oldest, make test-newest   the tests that touch the libraries, with the oldest and newest releases allowed
 # make constraints   pin the newest releases (docs/development.md)
+# make docs   build the site of docs/ into site/, and fail on a page or link that is not there
 VENV := .venv
 PYTHON ?= python3
 RINGFENCE := $(VENV)/bin/ringfence
 
-.PHONY: demo demo-quick test test-oldest test-newest constraints check bench clean
+.PHONY: demo demo-quick docs test test-oldest test-newest constraints check bench clean
 
 demo: $(VENV)/installed
 	$(RINGFENCE) demo
@@ -27,6 +28,10 @@ check: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+docs: $(VENV)/installed
+	$(VENV)/bin/python -m pip install --quiet -r requirements-docs.txt
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 ifdef QUICK
 RESULTS := runs/bench
