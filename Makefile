@@ -30,7 +30,7 @@ check: $(VENV)/installed
 	$(VENV)/bin/mypy
 
 docs: $(VENV)/installed
-	$(VENV)/bin/python -m pip install --quiet -r requirements-docs.txt
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -r requirements-docs.txt
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 ifdef QUICK
