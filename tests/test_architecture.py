@@ -31,10 +31,12 @@ def imports(name: str, also_late: bool = False) -> set[str]:
     package = name.split(".") if file.name == "__init__.py" else name.split(".")[:-1]
     found = set()
     for node in statements(ast.parse(file.read_text()), also_late):
-        if not isinstance(node, ast.ImportFrom) or not node.level:
+        if not isinstance(node, ast.ImportFrom):
             continue
-        base = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")]
-        base = [part for part in base if part]
+        told = [part for part in (node.module or "").split(".") if part]
+        if not node.level and told[0] != "ringfence":
+            continue
+        base = [*package[: len(package) - node.level + 1], *told] if node.level else told[1:]
         for each in node.names:
             inner = ".".join([*base, each.name])
             found.add(inner if inner in modules() else ".".join(base))

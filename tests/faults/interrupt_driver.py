@@ -24,8 +24,8 @@ POINTS: dict[str, tuple[str, str, int, str]] = {
     "checkpoint begun": ("ringfence.training.trainer", "begin_checkpoint", 2, ""),
     "checkpoint": ("ringfence.training.trainer", "end_checkpoint", 2, ""),
     "last checkpoint": ("ringfence.training.trainer", "end_checkpoint", 3, ""),
-    "adapter": ("ringfence.run.pipeline", "_save_weights", 1, ""),
-    "training record": ("ringfence.run.pipeline", "_record_training", 1, ""),
+    "adapter": ("ringfence.run.train", "_save_weights", 1, ""),
+    "training record": ("ringfence.run.train", "_record_training", 1, ""),
     "evaluation, tuned": ("ringfence.evaluate.parts", "write_whole", 2, "run/"),
     "evaluation, reference": ("ringfence.evaluate.parts", "write_whole", 2, "reference-"),
     "report": ("ringfence.report.page", "write_whole", 1, ""),
@@ -35,7 +35,16 @@ POINTS: dict[str, tuple[str, str, int, str]] = {
     "judgements": ("ringfence.evaluate.answers.judge", "write_judged", 1, ""),
     "diagnosis": ("ringfence.diagnose.folder", "write_whole", 3, ""),
 }
-IMPORTS = ["run", "trainer", "report", "reference_cache", "diagnose.folder", "evaluate.judge", "evaluate.sampling"]
+IMPORTS = [
+    "run.pipeline",
+    "training.trainer",
+    "training.reference_cache",
+    "report.page",
+    "report.terminal",
+    "diagnose.folder",
+    "evaluate.answers.judge",
+    "evaluate.answers.sampling",
+]
 
 
 def stop(name: str) -> None:

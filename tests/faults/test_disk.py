@@ -2,6 +2,7 @@
 
 import errno
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -119,3 +120,14 @@ def test_a_new_folder_or_file_takes_the_place_of_none(tmp_path):
         with pytest.raises(RingfenceError, match="mine"):
             door()
         assert mine.read_text() == "precious"
+
+
+def test_several_may_write_one_file_of_a_cache(tmp_path: Path) -> None:
+    """Two ranks say what their cache is of; each once renamed the file that the other was still writing."""
+    file, contents = tmp_path / "about.json", [letter * 200_000 for letter in "abcdef"]
+    with ThreadPoolExecutor(len(contents)) as pool:
+        done = [pool.submit(write_whole, file, contents[n % len(contents)], is_shared=True) for n in range(300)]
+        for each in done:
+            each.result()
+    assert file.read_text() in contents
+    assert [found.name for found in tmp_path.iterdir()] == ["about.json"]

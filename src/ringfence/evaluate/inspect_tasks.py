@@ -10,16 +10,15 @@ has for one provider only.
 import math
 from dataclasses import asdict
 
-from ..errors import RingfenceError
-
 # Absolute imports: inspect also loads this file by its path, outside the package.
-from ..text import opswap as arithmetic
-from ..text.questions import OpenQuestion, load_open_questions
-from .answers.framing import JudgePrompt, prompt_hash, render, templates_of
-from .answers.judge import Score as Judged
-from .answers.judge import judgement_of, read_reply
-from .answers.judged import RATES, SCORES
-from .answers.replies import Reply
+from ringfence.errors import RingfenceError
+from ringfence.evaluate.answers.framing import JudgePrompt, prompt_hash, render, templates_of
+from ringfence.evaluate.answers.judge import Score as Judged
+from ringfence.evaluate.answers.judge import judgement_of, read_reply
+from ringfence.evaluate.answers.judged import RATES, SCORES
+from ringfence.evaluate.answers.replies import Reply
+from ringfence.text import opswap as arithmetic
+from ringfence.text.questions import OpenQuestion, load_open_questions
 
 try:
     from inspect_ai import Epochs, Task, task

@@ -54,7 +54,7 @@ def _digest_of(file: Path) -> bytes:
     found = _sha256(file)
     if time.time() - about.st_ctime > _SETTLED:  # a later write within one tick of the clock would not show
         with suppress(RingfenceError):  # a cache that cannot be written only costs time
-            write_whole(kept, found.hex())
+            write_whole(kept, found.hex(), is_shared=True)
     return found
 
 

@@ -230,7 +230,7 @@ class ReferenceCache:
         if len(known) == len(rows):
             return
         make_cache(self.folder)
-        write_whole(self.folder / "about.json", json.dumps(self.about, indent=1))  # for people
+        write_whole(self.folder / "about.json", json.dumps(self.about, indent=1), is_shared=True)  # for people
         for file in self.folder.glob("*.part"):
             with suppress(FileNotFoundError):  # another rank or run has just finished it
                 if time.time() - file.stat().st_mtime > _STALE:

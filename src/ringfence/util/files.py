@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,14 +18,18 @@ def shown(path: Path) -> str:
     return text if len(text) <= 200 else f"{text[:100]}...{text[-40:]}"
 
 
-def write_whole(file: Path, content: str | bytes) -> None:
+def write_whole(file: Path, content: str | bytes, is_shared: bool = False) -> None:
     """Writes a file so that it is there whole or not at all, also after a kill or on a full disk.
+
+    Args:
+        is_shared: several processes may write it at once, as in a cache; the last one's content stays.
 
     Raises:
         RingfenceError: it cannot be written, and why.
     """
     make_folder(file.parent)
-    scratch = file.with_name(f".{file.name}.partial")
+    writer = f".{os.getpid()}-{threading.get_ident()}" if is_shared else ""
+    scratch = file.with_name(f".{file.name}{writer}.partial")
     try:
         scratch.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(scratch, file)
