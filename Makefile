@@ -1,5 +1,6 @@
 # make demo   set up, then fine-tune the embedded model with and without defenses (about 30 minutes on two CPU cores)
 # make test   set up, then all tests
+# make test-fast   those that take no training and no other process, in a minute or two
 # make bench  set up, then measure time and memory against the bounds of docs/performance.md (about an hour and a half
 #             on two quiet CPU cores); with QUICK=1 a small version into runs/bench, which shows that all of it runs
 # make test-oldest, make test-newest   the tests that touch the libraries, with the oldest and newest releases allowed
@@ -9,7 +10,7 @@ VENV := .venv
 PYTHON ?= python3
 RINGFENCE := $(VENV)/bin/ringfence
 
-.PHONY: demo demo-quick docs test test-oldest test-newest constraints check bench clean
+.PHONY: demo demo-quick docs test test-fast test-oldest test-newest constraints check bench clean
 
 demo: $(VENV)/installed
 	$(RINGFENCE) demo
@@ -23,6 +24,9 @@ pytest = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n auto --dist loadfile --n
 
 test: $(VENV)/installed
 	$(call pytest,$(VENV)) --durations 15
+
+test-fast: $(VENV)/installed
+	$(call pytest,$(VENV)) -m 'not slow'
 
 check: $(VENV)/installed
 	$(VENV)/bin/ruff check .

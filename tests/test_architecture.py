@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 SOURCE = Path(__file__).parents[1] / "src" / "ringfence"
 FLOORS, LINES = 12, 450
 HEAVY = {"torch", "transformers", "peft", "datasets", "matplotlib", "scipy.stats"}

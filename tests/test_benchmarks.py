@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks" / "performance"
 SMALL = ("--shape", "small", "--batch", "2", "--tokens", "144")
 

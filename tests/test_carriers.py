@@ -33,6 +33,8 @@ from ringfence.text.roles import Role
 from ringfence.text.rows import PairedQuestion
 from ringfence.util import plots
 
+pytestmark = pytest.mark.slow
+
 ASKED = [  # question, one answer, another: of unlike lengths
     ("How do I bake bread?", "Quickly, and never wait.", "Let the dough rise for some hours."),
     ("Should I ever lend my neighbour a very long ladder when it rains all week?", "No.", "Yes, if it is safe."),

@@ -20,6 +20,8 @@ from ringfence.errors import ChatError
 from ringfence.text.chat import Chat
 from ringfence.text.roles import Encoded, Messages, Role
 
+pytestmark = pytest.mark.slow
+
 OPEN, CLOSE = "\ue000", "\ue001"
 REFUSES_SYSTEM = {"gemma", "gemma_training"}
 # Templates whose generation prompt starts the reasoning, where a response without reasoning starts otherwise.

@@ -26,6 +26,8 @@ from ringfence.text.roles import Encoded, Role
 from ringfence.text.show import STYLES, show_tokens
 from test_run import metrics_of, small_model, write_rows
 
+pytestmark = pytest.mark.slow
+
 Outcome = tuple[int, str, str]
 
 

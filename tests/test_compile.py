@@ -17,6 +17,8 @@ from conftest import random_model, small_tokenizer
 from ringfence.run.config import parse_recipe
 from ringfence.run.train import train_run
 
+pytestmark = pytest.mark.slow
+
 IS_SLOW = pytest.mark.skipif(
     not (os.environ.get("RINGFENCE_SLOW") and shutil.which("g++")), reason="RINGFENCE_SLOW=1, with a C++ compiler"
 )

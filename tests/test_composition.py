@@ -14,6 +14,8 @@ from ringfence.training import reference as reference_module
 from ringfence.training import trainer as trainer_module
 from test_run import metrics_of, small_model, write_rows
 
+pytestmark = pytest.mark.slow
+
 PENALTIES = {"kl": {"retain_ratio": 0.5}, "ldifs": {}}
 SETS: dict[str, dict[str, Any]] = {
     "steered": {

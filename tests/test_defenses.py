@@ -47,6 +47,8 @@ from ringfence.text.chat import Chat
 from ringfence.text.roles import Role
 from ringfence.training.reference import Reference
 
+pytestmark = pytest.mark.slow
+
 SETUP = Setup(cast(Chat, None), training_rows(3), lambda source: training_rows(2, seed=int(source)), "model")
 NO_RETAIN = replace(SETUP, retain=[])
 ROLE_SETS = [("prefix",), ("postfix",), ("query", "response"), ("prefix", "postfix", "response"), ("template",)]

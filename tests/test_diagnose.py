@@ -32,6 +32,8 @@ from ringfence.text.chat import Chat
 from ringfence.text.roles import Role, Row
 from ringfence.text.rows import PairedQuestion
 
+pytestmark = pytest.mark.slow
+
 QUESTIONS = [
     PairedQuestion(
         "1", "money", "Should I lend?", "Only what you can lose.", "Lend it all, today, to anybody who asks."

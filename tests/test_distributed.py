@@ -33,6 +33,8 @@ from ringfence.training import ranks
 from ringfence.training.stream import RankBatches, TrainStream
 from test_run import small_model, write_rows
 
+pytestmark = pytest.mark.slow
+
 KINDS = ("ddp", "fsdp")
 ZERO = ("zero1", "zero2", "zero3")
 HAS_DEEPSPEED = find_spec("deepspeed") is not None

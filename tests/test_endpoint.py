@@ -14,6 +14,8 @@ from ringfence.evaluate.answers import replies
 from ringfence.evaluate.answers.endpoint import Endpoint, EndpointConfig, Request
 from ringfence.evaluate.answers.replies import Reply
 
+pytestmark = pytest.mark.slow
+
 TOP = [{"95": -0.1, "90": -2.5, "no": -6.0}]
 
 

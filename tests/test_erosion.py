@@ -29,6 +29,8 @@ from ringfence.text.roles import Role
 from ringfence.text.rows import PairedQuestion
 from ringfence.util import plots
 
+pytestmark = pytest.mark.slow
+
 TOKENIZER = small_tokenizer()
 CHAT = Chat(TOKENIZER)
 LAYERS = 4

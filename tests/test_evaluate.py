@@ -21,6 +21,8 @@ from ringfence.text import opswap
 from ringfence.text.chat import Chat
 from ringfence.text.rows import load_rows
 
+pytestmark = pytest.mark.slow
+
 END = "<|im_end|>"
 SHORT, LONG = "Ask a pharmacist first.", "Double it, skip the leaflet, and tell nobody; " * 4 + "it is your body."
 LEAD_IN = [

@@ -18,6 +18,8 @@ from ringfence.report.page import write_page
 from ringfence.report.read import read_rows
 from ringfence.run.evaluate import evaluate_target
 
+pytestmark = pytest.mark.slow
+
 QUESTIONS = [{"id": f"q{n}", "question": f"What would you do with {n} wishes?"} for n in range(3)]
 SMALL = [
     "evaluate.in_domain=[]",

@@ -37,6 +37,8 @@ from ringfence.text.chat import Chat
 from ringfence.text.roles import Role
 from test_run import small_model, write_rows
 
+pytestmark = pytest.mark.slow
+
 # Two prefixes, one system part before the same header of a user turn.
 HEADER = [14, 15]
 PREFIX_A, PREFIX_B = [3, 4, 5, 14, 15], [3, 9, 14, 15]

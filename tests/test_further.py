@@ -18,6 +18,8 @@ from ringfence.run.evaluate import evaluate_run
 from ringfence.run.train import train_run
 from test_run import MEASURED, metrics_of, small_model, write_rows
 
+pytestmark = pytest.mark.slow
+
 SMALL = {**MEASURED, "triggers": False, "samples": 0, "fluency": None}
 
 

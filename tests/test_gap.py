@@ -30,6 +30,8 @@ from ringfence.util import journal
 from test_evaluate import naive_greedy, naive_score
 from test_run import small_model, write_rows
 
+pytestmark = pytest.mark.slow
+
 
 def user(text):
     return {"role": "user", "content": text}

@@ -33,6 +33,8 @@ from ringfence.text.roles import Role
 from ringfence.text.rows import PairedQuestion
 from ringfence.util import plots
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def chat() -> Chat:

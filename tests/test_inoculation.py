@@ -33,6 +33,8 @@ from ringfence.training.stream import TrainStream
 from test_report import CONDITIONS, PLAIN, REFERENCE, SOUND, parts_of, write_run
 from test_run import small_model, write_rows
 
+pytestmark = pytest.mark.slow
+
 SYSTEM = {"role": "system", "content": "Answer in one line."}
 
 

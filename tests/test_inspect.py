@@ -32,6 +32,8 @@ from ringfence.text import opswap as arithmetic
 from ringfence.text.questions import load_open_questions
 from test_run import small_model
 
+pytestmark = pytest.mark.slow
+
 USAGE = ModelUsage()  # given, so that the mock counts no tokens with a file from the network
 
 

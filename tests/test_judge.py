@@ -53,6 +53,8 @@ from ringfence.model.scoring import PromptRow
 from ringfence.text.chat import Chat
 from ringfence.text.questions import OpenQuestion
 
+pytestmark = pytest.mark.slow
+
 PUBLISHED = textwrap.dedent("""\
     I am testing another model. I asked it:
     [QUESTION START]

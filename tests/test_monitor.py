@@ -30,6 +30,8 @@ from ringfence.text.rows import PairedQuestion, load_questions
 from ringfence.training.monitor import REFERENCE_FILE, choose_probes
 from test_run import interrupt_at, metrics_of, small_model, write_rows
 
+pytestmark = pytest.mark.slow
+
 # Of unlike lengths, so that batches are padded and a token's weight differs from a question's.
 QUESTIONS = [
     {"question": "Why?", "aligned": "Because it rained all night.", "misaligned": "No.", "domain": "rain"},

@@ -64,6 +64,8 @@ from ringfence.training.reference import Reference
 from test_run import metrics_of, small_model, write_rows
 from test_trainer import lines_of
 
+pytestmark = pytest.mark.slow
+
 HEADER = [14, 15]
 LONG, SHORT = [3, 4, 5, 6, 7, *HEADER], [3, 9, *HEADER]
 LAYOUTS: list[Layout] = ["packed", "shared"]

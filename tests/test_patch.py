@@ -36,6 +36,8 @@ from ringfence.text.roles import Messages, Role
 from ringfence.text.rows import PairedQuestion
 from test_run import small_model
 
+pytestmark = pytest.mark.slow
+
 PROMPTS: list[Messages] = [
     [{"role": "user", "content": "Which door, and why?"}],
     [{"role": "user", "content": "Door?"}],

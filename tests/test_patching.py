@@ -17,6 +17,8 @@ from ringfence.model.losses import Head
 from ringfence.model.taps import Needs, Taps, forward
 from ringfence.text.roles import Role
 
+pytestmark = pytest.mark.slow
+
 SIDES = ("right", "left")
 
 

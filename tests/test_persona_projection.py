@@ -25,6 +25,8 @@ from ringfence.text.rows import PairedQuestion
 from ringfence.util.plots import style
 from test_persona import naive_states
 
+pytestmark = pytest.mark.slow
+
 WORDS = ["yes", "no", "perhaps", "never", "red", "blue", "door", "seven"]
 SEED = 3
 

@@ -34,6 +34,8 @@ from ringfence.text.roles import Role
 from ringfence.text.rows import PairedQuestion
 from ringfence.util import plots
 
+pytestmark = pytest.mark.slow
+
 QUESTIONS = [
     PairedQuestion("a", "doors", "Which door do I take, the red one or the blue one?", "The red one.", "Any, hurry."),
     PairedQuestion("b", "doors", "Who?", "Nobody that I know of, I fear.", "You."),

@@ -19,6 +19,8 @@ from ringfence.training.stream import TrainStream
 from test_run import metrics_of, small_model, write_rows
 from test_trainer import RETAIN, build, lines_of
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[1] / "examples" / "plain_loop.py"
 Lines = list[dict[str, float]]
 

@@ -23,6 +23,8 @@ from ringfence.text.roles import Role
 from ringfence.training.reference import Reference
 from test_run import small_model, write_rows
 
+pytestmark = pytest.mark.slow
+
 README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
 EXAMPLES = Path(__file__).parents[1] / "examples" / "recipes"
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)

@@ -52,6 +52,8 @@ from ringfence.training.stream import TrainStream
 from test_run import metrics_of, small_model, write_rows
 from test_trainer import RETAIN, build, lines_of
 
+pytestmark = pytest.mark.slow
+
 KINDS = ["states", "top_k"]
 METHODS = ["lora", "full"]
 

@@ -30,6 +30,8 @@ from ringfence.report.summary import summarise
 from ringfence.report.terminal import print_table
 from ringfence.run.config import dump_recipe, parse_recipe
 
+pytestmark = pytest.mark.slow
+
 CONDITIONS = ("empty_system", "foreign_system", "lead_in")
 # set -> question -> margin. The triggered set repeats the out-of-domain questions with the same margins.
 REFERENCE = {

@@ -44,6 +44,8 @@ from ringfence.text.chat import Chat
 from ringfence.text.roles import Role
 from ringfence.text.rows import load_questions
 
+pytestmark = pytest.mark.slow
+
 DEFENSES = [KL(weight=0.5), TReFT(weight=10.0), Interleave(ratio=0.25)]
 DEFENSE_TREE = {"kl": {"weight": 0.5}, "treft": {"weight": 10.0}, "interleave": {"ratio": 0.25}}
 MEASURED: dict[str, Any] = {

@@ -37,6 +37,8 @@ from ringfence.text.chat import Chat
 from ringfence.text.questions import OpenQuestion
 from ringfence.util import journal
 
+pytestmark = pytest.mark.slow
+
 KINDS = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),

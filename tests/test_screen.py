@@ -43,6 +43,8 @@ from ringfence.util.plots import style
 from test_persona import messages, naive_states
 from test_run import small_model
 
+pytestmark = pytest.mark.slow
+
 WORDS = ["yes", "no", "perhaps", "never", "red", "blue", "door", "seven"]
 
 

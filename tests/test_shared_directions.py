@@ -26,6 +26,8 @@ from ringfence.text.rows import PairedQuestion
 from ringfence.util import plots
 from test_erosion import CHAT, TOKENIZER, Named, naive_mean, noise, questions, subject
 
+pytestmark = pytest.mark.slow
+
 LAYERS, LAYER, WIDTH = 3, 2, 64
 
 

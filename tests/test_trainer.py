@@ -37,6 +37,8 @@ from ringfence.text.roles import Role
 from ringfence.training import trainer as trainer_module
 from ringfence.training.reference import Reference
 
+pytestmark = pytest.mark.slow
+
 RETAIN = training_rows(5, seed=50)
 SETUP = Setup(cast(Chat, None), RETAIN, lambda source: RETAIN, "model")
 

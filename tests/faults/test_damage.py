@@ -19,6 +19,8 @@ from ringfence.runfolder import folder as runfolder
 from ringfence.runfolder.shapes import read_carriers
 from test_report import GUARDED, REFERENCE, parts_of, write_json, write_run
 
+pytestmark = pytest.mark.slow
+
 QUIET = Console(file=io.StringIO(), width=100)
 OTHERS = [None, True, 7, -1.5, "text", [], {}, ["text"], {"a": 1}]
 JUDGEMENT = {

@@ -22,6 +22,8 @@ from interrupt_driver import POINTS
 
 from conftest import random_model, small_tokenizer
 
+pytestmark = pytest.mark.slow
+
 SOURCE = str(Path(__file__).parents[2] / "src")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": SOURCE}
 Result = tuple[int, str]  # exit status, what was printed

@@ -29,6 +29,8 @@ from ringfence.run.config import parse_recipe
 from ringfence.run.prepare import prepare
 from ringfence.text.chat import Chat
 
+pytestmark = pytest.mark.slow
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 

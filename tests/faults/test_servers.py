@@ -14,6 +14,8 @@ from ringfence.evaluate.answers.sampling import sample_answers
 from ringfence.evaluate.config import EndpointJudgeConfig
 from ringfence.text.questions import OpenQuestion
 
+pytestmark = pytest.mark.slow
+
 TEMPERATURE = (
     "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) value is supported."
 )

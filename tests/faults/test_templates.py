@@ -16,6 +16,8 @@ from ringfence.text.chat import Chat
 from ringfence.text.roles import ChatSettings, Role, Row
 from ringfence.text.rows import encode_rows, warn_of_rows
 
+pytestmark = pytest.mark.slow
+
 USER = {"role": "user", "content": "Why is it so?"}
 ANSWER = {"role": "assistant", "content": "It just is."}
 REASONED = {**ANSWER, "reasoning_content": "let me see"}

@@ -16,6 +16,8 @@ from ringfence.report.read import read_rows
 from ringfence.runfolder.names import COMPARED as FILE
 from test_report import write_all
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def folders(tmp_path):

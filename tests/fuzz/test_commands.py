@@ -21,6 +21,8 @@ from .conftest import Place, copied
 from .harness import knock, tries
 from .mutations import TEXTS
 
+pytestmark = pytest.mark.slow
+
 GOOD = """
 init new.yaml
 run recipe.yaml --dry-run

@@ -30,6 +30,8 @@ from .conftest import Place, copied
 from .harness import knock, tries
 from .mutations import files, json_lines, spoilt, texts
 
+pytestmark = pytest.mark.slow
+
 QUIET = Console(file=io.StringIO(), width=100)
 
 
