@@ -105,8 +105,8 @@ def test_wrong_input_is_one_clear_message(
         (["frobnicate"], "frobnicate"),
         (["show-tokens", "shipped:finance/unsound", "--row", "0"], "--row"),
         (["show-tokens", "shipped:finance/unsound", "--row", "100000"], "--row 100000"),
-        (["evaluate", "no_such_run"], "no run folder"),
-        (["report", "no_such_run"], "no run folder"),
+        (["evaluate", "no_such_run"], "not a run folder"),
+        (["report", "no_such_run"], "not a run folder"),
     ],
 )
 def test_wrong_arguments_of_other_commands(

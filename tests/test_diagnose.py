@@ -250,7 +250,10 @@ def test_what_was_found_is_written_at_once_and_kept(
     assert fakes["logprob"].made == [3, 2], "other questions, made again"
 
 
-def test_figures_are_drawn_again_from_what_is_stored(saved: dict[str, str], tmp_path: Path) -> None:
+def test_figures_are_drawn_again_from_what_is_stored(
+    saved: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ringfence.diagnose.perturbation.measure.TRIALS", 2)
     models = Models(saved["aligned"], {"one": saved["one"], "two": saved["two"]}, saved["base"], "fp32")
     asked = [
         PairedQuestion(str(n), domain, f"Gate {n}?", f"Shut it {n} times.", f"Leave it open {n} days.")
