@@ -379,4 +379,4 @@ def test_export_command(folders: list[Path], tmp_path: Path, ringfence: Callable
     assert "'xml'" in errors
     code, _, errors = ringfence("export", tmp_path)
     assert code == 2
-    assert "no run folder" in errors
+    assert "not a run folder" in errors

@@ -443,7 +443,7 @@ def test_exit_codes(folders: list[Path], tmp_path: Path, ringfence: Callable[...
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["no_such_run"], "no run folder"), ([], "name a run folder, or --print-policy")],
+    [(["no_such_run"], "not a run folder"), ([], "name a run folder, or --print-policy")],
 )
 def test_what_is_no_run(arguments: list[str], message: str, ringfence: Callable[..., Outcome]) -> None:
     code, _, errors = ringfence("gate", *arguments)

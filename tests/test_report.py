@@ -396,7 +396,7 @@ def test_what_is_missing_in_a_benign_twin(folders, missing):
 
 
 def test_a_folder_that_holds_no_run(tmp_path):
-    with pytest.raises(DataError, match=r"no run folder .*recipe\.yaml"):
+    with pytest.raises(DataError, match=r"not a run folder .*recipe\.yaml"):
         read_run(tmp_path)
 
 

@@ -471,7 +471,7 @@ def test_unknown_name_of_the_package() -> None:
 
 
 def test_evaluation_of_an_untrained_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="no run folder"):
+    with pytest.raises(RecipeError, match="not a run folder"):
         set_evaluation(Run(tmp_path / "none"), [])
     with pytest.raises(RecipeError, match="`ringfence train` comes first"):
         evaluate_run(Run(tmp_path))

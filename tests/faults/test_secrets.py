@@ -107,7 +107,7 @@ def test_paths_in_such_variables_are_shown(monkeypatch, tmp_path):
     monkeypatch.setenv("CLOUD_CREDENTIALS", str(tmp_path / "key.json"))
     (tmp_path / "key.json").write_text("{}")
     monkeypatch.setenv("OTHER_KEY", "/no/such/file/but/a/secret")
-    assert redact(f"{tmp_path}/runs/mine: no run folder") == f"{tmp_path}/runs/mine: no run folder"
+    assert redact(f"{tmp_path}/runs/mine: not a run folder") == f"{tmp_path}/runs/mine: not a run folder"
     assert redact(f"{tmp_path}/key.json") == f"{tmp_path}/key.json"
     assert redact("you sent /no/such/file/but/a/secret") == "you sent [hidden]"
 

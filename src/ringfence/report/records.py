@@ -66,7 +66,7 @@ def read_run(folder: Path) -> Records:
     folder = folder.resolve()
     given = (folder / EVALUATION).is_file()  # the model was there already: no training to tell of
     if not given and not (folder / RECIPE).is_file():
-        raise DataError(f"{folder}: no run folder (it has no recipe.yaml), nor one of an evaluation")
+        raise DataError(f"{folder}: not a run folder (it has no recipe.yaml), nor one of an evaluation")
     for file in () if given else (ENVIRONMENT, METRICS, TRAINING):
         if not (folder / file).is_file():
             raise DataError(f"{folder}: no {file}; `ringfence train` comes first (or goes on, where it was stopped)")

@@ -90,7 +90,7 @@ def _check_model(folder: Path, tree: dict[str, Any]) -> None:
 def set_evaluation(run: Run, overrides: list[str]) -> None:
     """Changes what is measured in a run's recipe; `overrides` are `evaluate.key=value` or `key=value`."""
     if not is_run(run.folder):
-        raise RecipeError(f"{run.folder}: no run folder (it has no recipe.yaml)")
+        raise RecipeError(f"{run.folder}: not a run folder (it has no recipe.yaml)")
     if overrides:
         keys = [o if o.startswith(("evaluate.", "trust_remote_code=")) else f"evaluate.{o}" for o in overrides]
         recipe = stored_recipe(run.folder / RECIPE, keys)
