@@ -127,6 +127,7 @@ class Case:
 
 
 ONE_PREFIX = [example(PREFIX_A, [2 + at % 4, 1 + at % 3], at) for at in range(10)]
+# LDIFS, TReFT on the postfix and interleaving have no case of their own: they are in this one.
 EVERYTHING = (KL(weight=0.5), LDIFS(layers=2), TReFT(tokens=("prefix", "postfix")), Interleave(ratio=0.4))
 CASES: dict[str, Case] = {
     "plain": Case(rows=9),
@@ -137,11 +138,8 @@ CASES: dict[str, Case] = {
     "kl-every": Case((KL(weight=0.5, every=2), TReFT(every=3)), rows=14),
     "kl-head": Case((KL(weight=0.5),), lora={"target_modules": ["q_proj", "lm_head"]}),
     "kl-continued": Case((KL(weight=0.5), TReFT(tokens=("response",))), continued=True),
-    "ldifs": Case((LDIFS(layers=2),), rows=9),
     "treft-prefix": Case((TReFT(),), rows=9),
-    "treft-postfix": Case((TReFT(tokens=("postfix",)),)),
     "treft-response": Case((TReFT(tokens=("response",)),), arguments=CHECKPOINTING),
-    "interleave": Case((Interleave(ratio=0.4),)),
     "steering": Case((Steering(units="norm", coefficient=0.5), KL(weight=0.5))),
     "ablation": Case((Ablation(),), method="full"),
     "safelora-end": Case((SafeLoRA(threshold=None, lowest=3),)),
