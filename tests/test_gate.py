@@ -33,6 +33,8 @@ from ringfence.report.summary import Paired, Row
 from ringfence.stats import Interval, rate_change
 from test_report import REFERENCE, parts_of, write_all, write_run
 
+pytestmark = pytest.mark.slow
+
 Outcome = tuple[int, str, str]
 
 

@@ -29,6 +29,8 @@ from ringfence.model.losses import (
     weighted_sum,
 )
 
+pytestmark = pytest.mark.slow
+
 N, D, V = 36, 16, 50
 TILES = [1, 7, 9, 35, 36, 1000]  # 1, 9 and 36 divide the number of tokens
 

@@ -37,6 +37,8 @@ from ringfence.text.batch import Example
 from ringfence.text.roles import Role
 from test_trainer import lines_of, step_items
 
+pytestmark = pytest.mark.slow
+
 RETAIN = training_rows(5, seed=50)
 SETUP = Setup(None, RETAIN, lambda source: RETAIN, "tiny")  # type: ignore[arg-type]
 LAYERS = 3

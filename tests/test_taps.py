@@ -30,6 +30,8 @@ from ringfence.model.taps import Needs, Taps, forward, prefix_kv
 from ringfence.text.roles import Role
 from ringfence.training.reference import ADAPTER, Reference
 
+pytestmark = pytest.mark.slow
+
 
 def taps_of(model: Any, items: Items, side: str = "right", kv: bool = True) -> Taps:
     batch = batch_of(items, side)
