@@ -296,7 +296,7 @@ def test_each_tuned_model_is_measured_against_the_same_reference(chat: Chat, tok
 
 
 def only_in(role: Role, questions: list[PairedQuestion], chat: Chat) -> list[int]:
-    """Tokens that stand in one role alone, in all texts."""
+    """Tokens that are in one role alone, in all texts."""
     at: dict[Role, set[int]] = {}
     for text in pair_texts(chat, questions):
         for token, found in zip(text.example.input_ids, text.example.roles):

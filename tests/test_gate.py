@@ -40,7 +40,7 @@ Outcome = tuple[int, str, str]
 
 @pytest.fixture
 def folders(tmp_path: Path) -> list[Path]:
-    """Control, undefended and defended run; effects and shifts of them stand in test_report."""
+    """Control, undefended and defended run; effects and shifts of them are in test_report."""
     return write_all(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Gradient cosines: against the full gradients of autograd, whatever stands in the batch; and groups against loops."""
+"""Gradient cosines: against the full gradients of autograd, whatever is in the batch; and groups against loops."""
 
 from contextlib import nullcontext
 from typing import Any

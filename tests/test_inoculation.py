@@ -1,4 +1,4 @@
-"""The inoculation prompt stands in every training row and nowhere else, is not learnt itself, and is measured as a
+"""The inoculation prompt is in every training row and nowhere else, is not learnt itself, and is measured as a
 trigger."""
 
 import io

@@ -321,7 +321,7 @@ def test_the_tree_is_small(chat, whole_chat, mixed_chat):
 
 
 def test_the_prompt_is_computed_once(chat):
-    """All branches stand in one row behind it."""
+    """All branches are in one row behind it."""
     model = numerate(random_model(len(chat.tokenizer)), chat)
     tree = ReplyTree(chat, NUMBERS)
     rows = [PromptRow(judge_tokens(chat, text), [list(branch) for branch in tree.branches]) for text in PROMPTS]

@@ -66,7 +66,7 @@ def user(text):
 @pytest.fixture(scope="module")
 def chat():
     tokenizer = load_tokenizer("default")
-    tokenizer.pad_token_id = 0  # below the first token, so that padded rows do not stand in order by chance
+    tokenizer.pad_token_id = 0  # below the first token, so that padded rows are not in order by chance
     return Chat(tokenizer)
 
 

@@ -31,7 +31,7 @@ WRITERS = ("o_proj", "down_proj")
 
 
 def orthonormal() -> list[Tensor]:
-    """[D, K] for each layer, all unlike; what stands in the file is a mixture of them, not of unit length."""
+    """[D, K] for each layer, all unlike; what is in the file is a mixture of them, not of unit length."""
     generator = torch.Generator().manual_seed(11)
     return [torch.linalg.qr(torch.randn(32, NUMBER, generator=generator))[0] for _ in range(LAYERS)]
 

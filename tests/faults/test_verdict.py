@@ -13,7 +13,7 @@ from ringfence.report.export import export_runs
 from ringfence.report.gate import Decision, decide_run, gate_run, load_policy, print_decision
 from ringfence.report.page import write_page
 from ringfence.report.read import read_rows
-from ringfence.runfolder.names import COMPARED as FILE
+from ringfence.runfolder.names import COMPARED
 from test_report import write_all
 
 pytestmark = pytest.mark.slow
@@ -73,7 +73,7 @@ def test_an_export_has_the_verdict_of_the_gate(folders):
 def test_what_was_named_is_kept_relative_and_moves_with_the_runs(folders, tmp_path):
     control, plain, guarded = folders
     gate_run(guarded, control=control, baseline=plain)
-    kept = json.loads((guarded / FILE).read_text())
+    kept = json.loads((guarded / COMPARED).read_text())
     assert kept == {"control": f"../{control.name}", "baseline": f"../{plain.name}"}
     assert decide_run(guarded).against == f"control {control.name}, undefended run {plain.name}"
 

@@ -17,7 +17,7 @@ Path = tuple[Any, ...]
 
 
 class Raw(str):
-    """A text that stands in the file without quotes."""
+    """A text that is in the file without quotes."""
 
 
 class Pairs(list[tuple[str, Any]]):

@@ -8,9 +8,7 @@ from typing import Any
 import pytest
 
 from conftest import small_tokenizer
-from ringfence.errors import LONGEST_LINE as LONGEST
-from ringfence.errors import MOST_LINES as MOST
-from ringfence.errors import DataError, ModelError, RingfenceError
+from ringfence.errors import LONGEST_LINE, MOST_LINES, DataError, ModelError, RingfenceError
 from ringfence.evaluate.answers.framing import LABELS, JudgePrompt
 from ringfence.evaluate.answers.judge import Score, ScoreCache, read_reply
 from ringfence.evaluate.answers.replies import Reply
@@ -29,8 +27,8 @@ from .test_replies import Named
 def test_messages_are_short_and_print(text: str) -> None:
     shown = str(DataError(f"rows.jsonl:1: found {text}, expected a text"))
     check_message(shown, ["rows.jsonl:1"])
-    assert max(map(len, shown.split("\n"))) <= LONGEST
-    assert len(shown.split("\n")) <= MOST
+    assert max(map(len, shown.split("\n"))) <= LONGEST_LINE
+    assert len(shown.split("\n")) <= MOST_LINES
     assert str(DataError("a: b\nc: é")) == "a: b\nc: é"
 
 

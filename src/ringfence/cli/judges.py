@@ -24,7 +24,7 @@ def judge_calibrate(
         str, typer.Option(help="Words before the number, for a local model that would chat first: 'Number: '.")
     ] = "",
     rows: Annotated[
-        int | None, typer.Option(help="Judge only so many answers, drawn at random.", min=2, max=MOST)
+        int | None, typer.Option(help="Judge this number of answers, drawn at random.", min=2, max=MOST)
     ] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file to write too.")] = None,
 ) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from ..errors import RecipeError, nearest
 from ..model.activations import batches
-from ..runfolder.names import DIAGNOSIS
+from ..runfolder.names import DIAGNOSIS, FIGURES
 from ..runfolder.shapes import read_diagnosis
 from ..stats import finite, stored
 from ..util.console import console
@@ -58,7 +58,7 @@ def diagnose_folder(folder: Path, subject: Subject, names: Sequence[str] = ()) -
             "models": subject.models.names,
             "seconds": round(time.monotonic() - started, 1),
         }
-        _write(folder, {name: found[name] for name in DIAGNOSES if name in found})
+        write_whole(folder / DIAGNOSIS, _as_json({name: found[name] for name in DIAGNOSES if name in found}))
         console.print(f"{found[name]['sentence']} ({found[name]['seconds']:.0f} s)\n", highlight=False, soft_wrap=True)
         gc.collect()
     return {name: found[name] for name in chosen}
@@ -77,14 +77,10 @@ def draw_again(folder: Path) -> list[Path]:
 
 
 def _draw(folder: Path, name: str, numbers: dict[str, Any]) -> str:
-    figure = f"figures/{name}.svg"
+    figure = f"{FIGURES}/{name}.svg"
     with style():
         write_whole(folder / figure, svg(showing(name).draw(numbers)))
     return figure
-
-
-def _write(folder: Path, found: dict[str, Any]) -> None:
-    write_whole(folder / DIAGNOSIS, _as_json(found))
 
 
 def _as_json(found: dict[str, Any]) -> str:

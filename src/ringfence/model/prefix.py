@@ -84,7 +84,7 @@ class FrozenPrefix:
         return self.mask(padded)[padded != -1][None]
 
     def times(self, ids_T: Tensor) -> int:
-        """How often the header stands in a row."""
+        """How often the header is in a row."""
         return int((ids_T.unfold(0, len(self.header), 1) == ids_T.new_tensor(self.header)).all(-1).sum())
 
     def attach(self, model: Any) -> None:

@@ -303,7 +303,7 @@ def project_updates(
 
 
 def _project_update(update: Update, base: Checkpoint, aligned: Checkpoint, rule: Rule) -> tuple[Tensor, float, float]:
-    """What would stand in the update's place after projection, the cosine, and the share of the norm that is kept."""
+    """What would be in the update's place after projection, the cosine, and the share of the norm that is kept."""
     place = update.tensor_OX.device
     aligned_OI, base_OI = (
         weight.T if update.transposed else weight

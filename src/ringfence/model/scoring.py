@@ -53,7 +53,7 @@ def score_answers(
 ) -> list[list[AnswerScore]]:
     """Scores the given answers to each prompt.
 
-    The answers to one prompt stand in one row after it, each seeing the prompt and itself alone, so the prompt is
+    The answers to one prompt are in one row after it, each seeing the prompt and itself alone, so the prompt is
     computed once. Models that cannot do that (checked on the first prompt) get a row per answer.
 
     Args:
@@ -91,7 +91,7 @@ def score_under(
 
     Args:
         settings: each makes a context in which the model is as it is to be scored.
-        skip: places of rows that need no score. The other rows stand in the batches in which they stand without
+        skip: places of rows that need no score. The other rows are in the batches in which they stand without
             `skip`, so that a resumed pass computes what a whole one does.
 
     Yields:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def is_sharded(model: Any) -> bool:
-    """Do this model's weights lie in pieces on all ranks (FSDP2, ZeRO-3)? Then all must run it equally often."""
+    """Do this model's weights are in pieces on all ranks (FSDP2, ZeRO-3)? Then all must run it equally often."""
     first = None if model is None else next(model.parameters(), None)  # not all: that takes milliseconds
     return _is_fsdp(model) or (first is not None and _is_piece(first))
 

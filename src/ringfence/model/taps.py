@@ -8,7 +8,7 @@ defenses.
 
 A batch is padded; how it is computed is a *layout*, and what a forward gives is the same in each:
 padded: as it is. packed: all rows one after another in one row, without padding. shared: the same, and the tokens that
-all rows begin with stand in it once. Attention alone is computed row by row.
+all rows begin with are in it once. Attention alone is computed row by row.
 
 Shapes: B rows, T tokens, D hidden size, N chosen tokens (row by row), E = key heads x head size.
 """
@@ -117,7 +117,7 @@ class Flat:
     """The tokens of a batch that are computed, one after another.
 
     Attributes:
-        index_N: where each of them stands in the batch, counted row by row.
+        index_N: where each of them is in the batch, counted row by row.
         at_BT: which of them each token of the batch is; at padding, the first.
         shared: so many tokens, the first, begin every row.
     """

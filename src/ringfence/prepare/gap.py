@@ -1,7 +1,7 @@
 """The perplexity gap: which safe rows would a misaligned model find strange? (Interleaving+, arXiv 2508.06249)
 
 Every row of a pool is scored by the aligned model and by K deliberately misaligned adapters of it, in one pass over
-the rows and with one base model in memory. The scores stand in a table, a line of JSON per row:
+the rows and with one base model in memory. The scores are in a table, a line of JSON per row:
 
     origin, digest (of the messages), tokens (of the answer, its end of turn included), aligned (mean negative
     log-probability per token, nats), misaligned (the same, by adapter), refusal

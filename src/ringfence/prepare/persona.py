@@ -333,7 +333,7 @@ def extract_file(
 ) -> Extraction:
     """Makes a file of directions, from a trait file (default: the shipped one) or from given pairs.
 
-    Answers that the model gives stand in `OUTPUT.answers.jsonl`; they are read from there the next time.
+    Answers that the model gives are in `OUTPUT.answers.jsonl`; they are read from there the next time.
 
     Args:
         keep: which pairs count (see `shown_by_margin`, `shown_by_scores`); default: margin, with given pairs none.

@@ -177,7 +177,7 @@ class Scored:
 
     @cached_property
     def order(self) -> np.ndarray:
-        """Places of the rows, riskiest first; rows of like score as they stand in the file."""
+        """Places of the rows, riskiest first; rows of like score as they are in the file."""
         return np.argsort(-self.scores_R, kind="stable")
 
     def top(self, number: int) -> list[dict[str, Any]]:

@@ -71,9 +71,7 @@ def rate(interval: Interval) -> str:
 
 def percents(interval: Interval) -> str:
     """`[2.1, 8.0]`, in per cent or points"""
-    if interval.n == 1:
-        return "[one alone]"
-    return f"[{number(100 * interval.low, 1)}, {number(100 * interval.high, 1)}]"
+    return _ends(interval, 100, 1)
 
 
 def level(interval: Interval) -> str:
@@ -88,9 +86,13 @@ def score(interval: Interval) -> str:
 
 def plain(interval: Interval) -> str:
     """`[1.02, 1.35]`, of what is never below 0"""
+    return _ends(interval)
+
+
+def _ends(interval: Interval, scale: int = 1, digits: int = 2) -> str:
     if interval.n == 1:
         return "[one alone]"
-    return f"[{number(interval.low)}, {number(interval.high)}]"
+    return f"[{number(scale * interval.low, digits)}, {number(scale * interval.high, digits)}]"
 
 
 def tier_title(tier: str) -> str:

@@ -154,7 +154,7 @@ def _by_judge(records: list[Records], rows: list[Row]) -> list[dict[str, object]
 
 
 def _diagnoses(run: Records) -> list[dict[str, Any]]:
-    """What was found inside, with the figures as they stand in the run's folder."""
+    """What was found inside, with the figures as they are in the run's folder."""
     return [found | {"image": _embed(_figure(run.folder / found["figure"]))} for found in run.diagnoses.values()]
 
 

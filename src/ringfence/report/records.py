@@ -16,6 +16,8 @@ from ..runfolder.names import (
     REFERENCE_FILE,
     RESULTS,
     TRAINING,
+    is_evaluation,
+    is_run,
 )
 from ..runfolder.shapes import (
     check_same_items,
@@ -64,8 +66,8 @@ def read_run(folder: Path) -> Records:
         DataError: it is not a run folder, or the run is not trained or not evaluated yet.
     """
     folder = folder.resolve()
-    given = (folder / EVALUATION).is_file()  # the model was there already: no training to tell of
-    if not given and not (folder / RECIPE).is_file():
+    given = is_evaluation(folder)  # the model was there already: no training to tell of
+    if not given and not is_run(folder):
         raise DataError(f"{folder}: not a run folder (it has no recipe.yaml), nor one of an evaluation")
     for file in () if given else (ENVIRONMENT, METRICS, TRAINING):
         if not (folder / file).is_file():

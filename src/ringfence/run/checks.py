@@ -9,7 +9,7 @@ from ..defenses import Training
 from ..errors import RecipeError
 from ..processes import world
 from ..runfolder.folder import check_checkpoints
-from ..runfolder.names import CHECKPOINTS, ENVIRONMENT, RECIPE
+from ..runfolder.names import CHECKPOINTS, ENVIRONMENT, RECIPE, is_run
 from ..runfolder.shapes import read_environment
 from ..training.ranks import deepspeed_stage, device_settings, sharding, shards
 from .config import ANOTHER, Recipe, stored_recipe
@@ -22,7 +22,7 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
         RingfenceError: the folder holds a run of another recipe, or checkpoints of somebody else's.
     """
     check_checkpoints(folder / CHECKPOINTS)
-    if (folder / RECIPE).is_file():
+    if is_run(folder):
         fields = {"model", "data", "train", "defenses", "monitor", "seed"}
         there, here = (
             each.model_dump(mode="json", include=fields) for each in (stored_recipe(folder / RECIPE), recipe)

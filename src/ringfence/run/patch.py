@@ -23,10 +23,10 @@ from ..model.loading import load_model
 from ..model.precision import Precision
 from ..model.prefix import FrozenPrefix, StoredPrefix, Until, find_header, read_frozen_prefix, read_stored_prefix
 from ..model.taps import prefix_kv
-from ..runfolder.names import ADAPTER, MODEL, RECIPE, is_run
+from ..runfolder.names import is_run
 from ..text.chat import Chat
 from ..text.roles import Messages
-from .config import stored_recipe
+from .record import Run
 
 _WEIGHTS = "adapter_model.safetensors"
 # Adapters of these kinds change more than B A adds, so they cannot be turned off token by token.
@@ -86,11 +86,10 @@ def patch(
 def _weights(source: Path) -> tuple[Path, str | None]:
     """The folder of what was tuned, and the reference that its recipe names."""
     if is_run(source):
-        recipe = stored_recipe(source / RECIPE)
-        folder = source / (ADAPTER if recipe.train.method == "lora" else MODEL)
-        if not folder.is_dir():
+        run = Run(source)
+        if not run.weights.is_dir():
             raise RecipeError(f"{source}: no trained model in it; `ringfence train` comes first")
-        return folder, recipe.model
+        return run.weights, run.recipe.model
     return source, None
 
 

@@ -62,9 +62,9 @@ def _train_run(run: Run, recipe: Recipe) -> Run:
         chat, examples, retain, setup = prepare(recipe)
         digest = rows_digest(examples + retain)
         weights = fingerprint(recipe.model)
-        check_rows(run.folder, digest, run.trained)
-        check_weights(run.folder, recipe, weights)
         trained = run.trained
+        check_rows(run.folder, digest, trained)
+        check_weights(run.folder, recipe, weights)
     if trained:
         if is_main():
             write_whole(run.folder / RECIPE, dump_recipe(recipe))  # what is measured may change

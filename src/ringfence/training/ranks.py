@@ -23,7 +23,7 @@ WAIT = timedelta(hours=1)  # the main process may measure a pilot while the othe
 
 
 def shards() -> bool:
-    """Was this process started to train a model whose weights lie in pieces on all ranks (FSDP2, ZeRO-3)?"""
+    """Was this process started to train a model whose weights are in pieces on all ranks (FSDP2, ZeRO-3)?"""
     return fsdp() or deepspeed_stage() == 3
 
 

@@ -59,7 +59,7 @@ class Reference:
         self._prefixes: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
 
     def fill(self, wanted: Wanted) -> None:
-        """Before training: what is wanted is computed, unless it lies in the cache; prefixes' keys and values are kept.
+        """Before training: what is wanted is computed, unless it is in the cache; prefixes' keys and values are kept.
 
         Raises:
             RecipeError: the disk has too little space, or a fully tuned model has more prefixes than are kept.

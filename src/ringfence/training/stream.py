@@ -1,4 +1,4 @@
-"""The order of training: which rows stand in which batch, epoch by epoch, as a function of the seed alone.
+"""The order of training: which rows are in which batch, epoch by epoch, as a function of the seed alone.
 
 So a resumed run sees exactly the rows that an uninterrupted one would.
 """

@@ -291,7 +291,7 @@ class DefendedTrainer(Trainer):
                     raise DataError(f"{found}; {_CHECKPOINT}") from error
 
     def fill_cache(self) -> None:
-        """Computes what the run will ask of its reference, unless it lies in the cache. Once, before training."""
+        """Computes what the run will ask of its reference, unless it is in the cache. Once, before training."""
         if self.cache is None or self._cache_filled:
             return
         stream = cast(TrainStream, self.train_dataset)

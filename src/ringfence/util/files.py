@@ -28,6 +28,7 @@ def write_whole(file: Path, content: str | bytes, is_shared: bool = False) -> No
         RingfenceError: it cannot be written, and why.
     """
     make_folder(file.parent)
+    # A writer that is alone takes the same name again, so that a kill leaves nothing that stays.
     writer = f".{os.getpid()}-{threading.get_ident()}" if is_shared else ""
     scratch = file.with_name(f".{file.name}{writer}.partial")
     try:

@@ -26,7 +26,7 @@ class _Header(BaseModel):
 def open_journal(
     file: Path, kind: str, key: dict[str, Any], about: dict[str, Any], shape: Any = dict[str, Any]
 ) -> list[Line]:
-    """The whole lines that stand in a table; where there is none, it is made. Half a last line is cut off.
+    """The whole lines that are in a table; where there is none, it is made. Half a last line is cut off.
 
     Args:
         kind: what kind of table it is.

@@ -43,7 +43,7 @@ def _say_one(name: str, values: dict[str, Any], numbers: Numbers) -> str:
     ]
     if ceiling["high"] < 0.5:
         sentences.append(
-            "Most of the shift stays even with the whole prompt patched: it lies in how the answer's own tokens are "
+            "Most of the shift stays even with the whole prompt patched: it is in how the answer's own tokens are "
             "computed, not in what they read of the prompt."
         )
     if outside["by_layer"]:

@@ -1,4 +1,4 @@
-"""What a judge is asked: a prompt in which question and answer stand in a frame that they cannot leave.
+"""What a judge is asked: a prompt in which question and answer are in a frame that they cannot leave.
 
 An answer under judgement is data. Substitution is done once, so an answer that holds `{question}` stays as it is. What
 would close the frame, or open a turn of a chat, is spelled out with dots (`[·A·N·S·W·E·R· ·E·N·D·]`), so that a judge

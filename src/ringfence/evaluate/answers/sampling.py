@@ -89,7 +89,7 @@ def sample_answers(
     max_new_tokens: int = MAX_NEW_TOKENS,
     seed: int = 0,
 ) -> list[Line]:
-    """Draws answers to each question. What stands in `file` already is kept; more questions or samples may be asked
+    """Draws answers to each question. What is in `file` already is kept; more questions or samples may be asked
     for later, and an answer that an endpoint never gave is asked for again.
 
     Args:
