@@ -22,14 +22,18 @@ BUDGETS: dict[str, list[float]] = {"kl": [0.05, 0.1], "treft": [0.003, 0.01]}
 
 
 def main() -> None:
-    figure, axes = plt.subplots(2, len(BUDGETS), figsize=(10, 5.5), sharex=True, constrained_layout=True)
+    figure, axes = plt.subplots(
+        2, len(BUDGETS), figsize=(10, 5.5), sharex=True, constrained_layout=True
+    )
     for (name, budgets), (penalty_axis, weight_axis) in zip(BUDGETS.items(), axes.T):
         for colour, budget in zip(("tab:blue", "tab:orange"), budgets):
             lines = trained(name, budget)
             steps, values = [line["step"] for line in lines], [line[name] for line in lines]
             second_half = mean(values[len(values) // 2 :])
             label = f"budget {budget:g}: second half {second_half:.3g}"
-            print(f"{name}: {label}, weight at the end {lines[-1][f'{name}_weight']:.3g}", flush=True)
+            print(
+                f"{name}: {label}, weight at the end {lines[-1][f'{name}_weight']:.3g}", flush=True
+            )
             penalty_axis.plot(steps, values, color=colour, label=label)
             penalty_axis.axhline(budget, color=colour, linestyle=":", linewidth=1)
             weight_axis.semilogy(steps, [line[f"{name}_weight"] for line in lines], color=colour)

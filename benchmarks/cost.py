@@ -51,7 +51,10 @@ def step_seconds(arm: str) -> list[float]:
     recipe = demo_recipe(folder, arm, ARMS[arm], "unsound")
     recipe["data"]["max_rows"] = STEPS * recipe["train"]["batch_size"]
     run = train_run(parse_recipe(recipe))
-    ends = [json.loads(line)["seconds"] for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    ends = [
+        json.loads(line)["seconds"]
+        for line in (run.folder / "metrics.jsonl").read_text().splitlines()
+    ]
     return [later - sooner for sooner, later in pairwise(ends)]
 
 

@@ -56,7 +56,10 @@ def change_of(before: float, after: float) -> Draw:
 
     def draw(rng: np.random.Generator, n: int) -> tuple[Interval, float]:
         common_N = rng.normal(size=n)
-        shown = [norm.cdf(0.9 * common_N + math.sqrt(1 - 0.81) * rng.normal(size=n)) < rate for rate in (after, before)]
+        shown = [
+            norm.cdf(0.9 * common_N + math.sqrt(1 - 0.81) * rng.normal(size=n)) < rate
+            for rate in (after, before)
+        ]
         names = [str(question) for question in range(n)]
         a, b = (side.astype(float).tolist() for side in shown)
         return rate_change(a, names, b, names).difference, after - before
@@ -72,7 +75,9 @@ def auc_of(distance: float) -> Draw:
         first, second = (common_N + math.sqrt(1 - 0.49) * rng.normal(size=n) for _ in range(2))
         names = [str(question) for question in range(n)] * 2
         values = np.concatenate([first + distance, second])
-        return auc_interval(values, np.arange(2 * n) < n, names), float(norm.cdf(distance / math.sqrt(2)))
+        return auc_interval(values, np.arange(2 * n) < n, names), float(
+            norm.cdf(distance / math.sqrt(2))
+        )
 
     return draw
 
@@ -106,8 +111,13 @@ TABLES: dict[str, dict[str, Draw]] = {
         "5 to 30 %": change_of(0.05, 0.3),
         "30 to 60 %": change_of(0.3, 0.6),
     },
-    "AUC": {f"{norm.cdf(distance / math.sqrt(2)):.2f}": auc_of(distance) for distance in (0.5, 1.5, 2.5)},
-    "seeds": {"1 (questions alone)": seeds_of(1), **{f"{runs}": seeds_of(runs) for runs in (2, 3, 5)}},
+    "AUC": {
+        f"{norm.cdf(distance / math.sqrt(2)):.2f}": auc_of(distance) for distance in (0.5, 1.5, 2.5)
+    },
+    "seeds": {
+        "1 (questions alone)": seeds_of(1),
+        **{f"{runs}": seeds_of(runs) for runs in (2, 3, 5)},
+    },
 }
 
 
@@ -126,13 +136,22 @@ def table(name: str, draws: dict[str, Draw], tables: int, sizes: Sequence[int] =
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tables", type=int, default=1000, help="simulated tables for each cell; a quarter for AUCs")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--tables",
+        type=int,
+        default=1000,
+        help="simulated tables for each cell; a quarter for AUCs",
+    )
     parser.add_argument("--only", choices=list(TABLES), help="one of the tables")
     arguments = parser.parse_args()
     for name, draws in TABLES.items():
         if arguments.only in (None, name):
-            tables = arguments.tables // 4 if name == "AUC" else arguments.tables  # an AUC takes as long as ten means
+            tables = (
+                arguments.tables // 4 if name == "AUC" else arguments.tables
+            )  # an AUC takes as long as ten means
             print(table(name, draws, tables), flush=True)
 
 

@@ -42,7 +42,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "kl-train": {"kl": {"weight": 0.3, "where": "train"}},
     "ldifs": {"ldifs": {"weight": 1.0}},
     "interleave": {"interleave": {"ratio": 0.1}},
-    "interleave+": {"interleave": {"ratio": 0.1, "select": "gap", "pool": "shipped:retain", "scores": SCORES}},
+    "interleave+": {
+        "interleave": {"ratio": 0.1, "select": "gap", "pool": "shipped:retain", "scores": SCORES}
+    },
     "inoculation": {"inoculation": {}},
     "treft": {"treft": {"weight": 10.0}},
     "frozen_prefix": {"frozen_prefix": {}},
@@ -76,7 +78,9 @@ def prepare(defenses: dict[str, Any]) -> None:
     if STANDIN in str(defenses) and not Path(STANDIN).is_dir():
         make_standin(Path(STANDIN))
     if SCORES in str(defenses):
-        undefended = parse_recipe(demo_recipe(RUNS / "0", "undefended", {}, "unsound") | {"seed": 0})
+        undefended = parse_recipe(
+            demo_recipe(RUNS / "0", "undefended", {}, "unsound") | {"seed": 0}
+        )
         score_pool("shipped:retain", [str(train_run(undefended).folder)], SCORES)
 
 
@@ -109,14 +113,26 @@ def shifts(tuned: list[dict[str, Any]], reference: list[dict[str, Any]]) -> dict
 
 
 def table(seeds: list[int]) -> str:
-    heads = ["defense", "in-domain", "other domains", "values", "triggers", "OpSwap", "perplexity x", "time x", "seeds"]
+    heads = [
+        "defense",
+        "in-domain",
+        "other domains",
+        "values",
+        "triggers",
+        "OpSwap",
+        "perplexity x",
+        "time x",
+        "seeds",
+    ]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for arm in ARMS:
         found = {seed: read(arm, seed) for seed in seeds if result_file(arm, seed).is_file()}
         if found:
             lines.append("| " + " | ".join([arm, *cells(arm, found)]) + " |")
             if arm == "inoculation":
-                lines.append(f"| under its prompt (shift) | | | | {under_the_inoculation_prompt(found)} | | | | |")
+                lines.append(
+                    f"| under its prompt (shift) | | | | {under_the_inoculation_prompt(found)} | | | | |"
+                )
     return "\n".join(lines)
 
 
@@ -132,7 +148,11 @@ def cells(arm: str, found: dict[int, dict[str, Any]]) -> list[str]:
     shown.append(f"{math.exp(sum(ratios) / len(ratios)):.2f}")
     costs = json.loads(COSTS.read_text()) if COSTS.is_file() else {}
     shown.append(
-        f"{costs[arm]['ratio']:.2f}" if arm in costs else "1" if arm in ("sound", "undefended") else "not timed"
+        f"{costs[arm]['ratio']:.2f}"
+        if arm in costs
+        else "1"
+        if arm in ("sound", "undefended")
+        else "not timed"
     )
     return [*shown, ", ".join(map(str, found))]
 
@@ -144,7 +164,9 @@ def effect(arm: str, found: dict[int, dict[str, Any]], name: str) -> Interval:
         control = read("sound", seed)["shift"][name]
         for question, shift in result["shift"][name].items():
             if question in control:  # the inoculation prompt is asked of one arm alone
-                by_question.setdefault(question, []).append(shift - (0.0 if arm == "sound" else control[question]))
+                by_question.setdefault(question, []).append(
+                    shift - (0.0 if arm == "sound" else control[question])
+                )
     means = [sum(values) / len(values) for values in by_question.values()]
     return mean_interval(means, [question.rsplit("/", 1)[0] for question in by_question])
 
@@ -161,7 +183,9 @@ def under_the_inoculation_prompt(found: dict[int, dict[str, Any]]) -> Interval:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["run", "table"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))

@@ -31,7 +31,9 @@ def main() -> None:
     folders = [evaluate_target(str(demo / name), [f"evaluate.answers={answers}"]) for name in RUNS]
     records, rows = read_rows(folders, demo / "sound")
     write_page(records, rows, demo / "report.html")
-    print("| run | other domains, effect | misaligned | relaxed | incoherent | mean aligned | mean coherent |")
+    print(
+        "| run | other domains, effect | misaligned | relaxed | incoherent | mean aligned | mean coherent |"
+    )
     print("|" + "---|" * 7)
     for row in rows:
         rates = [row.answers[f"plain.{name}"] for name in ("misaligned", "relaxed", "incoherent")]

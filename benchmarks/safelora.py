@@ -34,23 +34,42 @@ SHAPES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=2, help="layers to write and project; a 7B model has 28")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--layers", type=int, default=2, help="layers to write and project; a 7B model has 28"
+    )
     parser.add_argument("--projector", choices=["scaled", "exact"], default="scaled")
-    parser.add_argument("--dense", type=int, default=2048, help="width of the matrix for the dense algorithm; 0: none")
+    parser.add_argument(
+        "--dense",
+        type=int,
+        default=2048,
+        help="width of the matrix for the dense algorithm; 0: none",
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         # Another process writes, so that its memory is not counted here.
-        writer = get_context("spawn").Process(target=write_models, args=(Path(folder), arguments.layers))
+        writer = get_context("spawn").Process(
+            target=write_models, args=(Path(folder), arguments.layers)
+        )
         writer.start()
         writer.join()
         before = peak_gib()
         start, busy = time.perf_counter(), time.process_time()
         rule = Rule(threshold=1.0, projector=arguments.projector)
-        project_adapter(Path(folder, "adapter"), Path(folder, "out"), f"{folder}/base", f"{folder}/aligned", rule)
+        project_adapter(
+            Path(folder, "adapter"),
+            Path(folder, "out"),
+            f"{folder}/base",
+            f"{folder}/aligned",
+            rule,
+        )
         seconds = (time.perf_counter() - start) / arguments.layers
         busy = (time.process_time() - busy) / arguments.layers
-    print(f"projector {arguments.projector}, {arguments.layers} layers, {torch.get_num_threads()} threads")
+    print(
+        f"projector {arguments.projector}, {arguments.layers} layers, {torch.get_num_threads()} threads"
+    )
     print(
         f"factored: {seconds:.2f} s a layer ({busy:.2f} s of processor time), so {seconds * LAYERS_7B:.0f} s "
         f"({busy * LAYERS_7B:.0f} s) for {LAYERS_7B} layers (extrapolated)"
@@ -78,14 +97,20 @@ def write_models(folder: Path, layers: int) -> None:
             aligned[f"{key}.weight"] = weight + 0.002 * torch.randn(
                 out, into, generator=generator, dtype=torch.bfloat16
             )
-            adapter[f"base_model.model.{key}.lora_A.weight"] = torch.randn(RANK, into, generator=generator)
-            adapter[f"base_model.model.{key}.lora_B.weight"] = torch.randn(out, RANK, generator=generator)
+            adapter[f"base_model.model.{key}.lora_A.weight"] = torch.randn(
+                RANK, into, generator=generator
+            )
+            adapter[f"base_model.model.{key}.lora_B.weight"] = torch.randn(
+                out, RANK, generator=generator
+            )
         file = f"model-{layer:05}.safetensors"
         save_file(base, folder / "base" / file)
         save_file(aligned, folder / "aligned" / file)
         where.update(dict.fromkeys(base, file))
     for model in ("base", "aligned"):
-        (folder / model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+        (folder / model / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": where})
+        )
     save_file(adapter, folder / "adapter" / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": RANK, "base_model_name_or_path": str(folder / "aligned")}
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
@@ -95,7 +120,9 @@ def describe_dense() -> None:
     """Multiply-adds of one layer and bytes of all C of the model, from the shapes."""
     factored = sum(2 * out * into * RANK for out, into in SHAPES.values())
     # V V^T, then C times the dense dW.
-    dense = sum(out * out * into + out * into * RANK + out * out * into for out, into in SHAPES.values())
+    dense = sum(
+        out * out * into + out * into * RANK + out * out * into for out, into in SHAPES.values()
+    )
     stored = sum(out * out for out, _ in SHAPES.values()) * LAYERS_7B
     print(
         f"a layer's multiply-adds: factored {factored / 1e9:.0f} G, dense {dense / 1e9:.0f} G; all C of {LAYERS_7B} "
@@ -123,7 +150,9 @@ def time_dense(width: int) -> None:
 
 def peak_gib() -> float:
     """Largest resident set of this process so far (getrusage counts KiB, bytes on macOS)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        2**30 if sys.platform == "darwin" else 2**20
+    )
 
 
 if __name__ == "__main__":

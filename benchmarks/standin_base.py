@@ -19,13 +19,20 @@ EPOCHS, BATCH, LEARNING_RATE = 2, 8, 2e-5
 def make_standin(folder: Path) -> None:
     """Trains it and writes it to `folder`."""
     model, tokenizer = load_model("default", "fp32").train(), load_tokenizer("default")
-    texts = ["\n".join(message["content"] for message in row.messages) for row in load_rows("shipped:retain")]
+    texts = [
+        "\n".join(message["content"] for message in row.messages)
+        for row in load_rows("shipped:retain")
+    ]
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     torch.manual_seed(0)
     for _ in range(EPOCHS):
         for places in torch.randperm(len(texts)).split(BATCH):
             batch = tokenizer(
-                [texts[place] for place in places], return_tensors="pt", padding=True, truncation=True, max_length=256
+                [texts[place] for place in places],
+                return_tensors="pt",
+                padding=True,
+                truncation=True,
+                max_length=256,
             )
             labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
             with torch.autocast("cpu", torch.bfloat16):

@@ -76,13 +76,17 @@ def _default_tokenizer() -> Any:
 def source(name: str) -> str:
     """The Jinja text of a template."""
     return (
-        load_tokenizer(DEFAULT).chat_template if name == DEFAULT else (_folder() / f"{name}.jinja").read_text("utf-8")
+        load_tokenizer(DEFAULT).chat_template
+        if name == DEFAULT
+        else (_folder() / f"{name}.jinja").read_text("utf-8")
     )
 
 
 def family(name: str) -> Family:
     starts = [start for start in FAMILIES if name.startswith(start)]
-    assert starts, f"{name}: TRL ships a template that FAMILIES does not know; add how its responses end"
+    assert starts, (
+        f"{name}: TRL ships a template that FAMILIES does not know; add how its responses end"
+    )
     return FAMILIES[max(starts, key=len)]
 
 

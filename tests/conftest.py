@@ -55,7 +55,11 @@ PREFIX_A, PREFIX_B = [3, 4, 5, 6, 7], [3, 9, 8]
 ARCHITECTURES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),
-    "gemma2": (Gemma2Config, Gemma2ForCausalLM, {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0}),
+    "gemma2": (
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0},
+    ),
     "cohere": (CohereConfig, CohereForCausalLM, {"logit_scale": 0.25}),
 }
 
@@ -76,7 +80,10 @@ def _frozen_heap() -> None:
 
 
 def random_model(
-    config_class: Any = LlamaConfig, model_class: Any = LlamaForCausalLM, seed: int = 0, **extra: Any
+    config_class: Any = LlamaConfig,
+    model_class: Any = LlamaForCausalLM,
+    seed: int = 0,
+    **extra: Any,
 ) -> Any:
     """A tiny model for `small_tokenizer`, whose random weights are so large that every token it sees tells."""
     sizes = {
@@ -110,11 +117,15 @@ def _small_tokenizer_folder() -> str:
     texts = [message["content"] for row in rows for message in row.messages]
     folder = tempfile.mkdtemp(prefix="small-tokenizer-")
     atexit.register(shutil.rmtree, folder)
-    load_tokenizer("default").train_new_from_iterator(texts, vocab_size=SMALL).save_pretrained(folder)
+    load_tokenizer("default").train_new_from_iterator(texts, vocab_size=SMALL).save_pretrained(
+        folder
+    )
     return folder
 
 
-def tiny(architecture: str = "llama", attention: str = "sdpa", seed: int = 0, layers: int = 2) -> Any:
+def tiny(
+    architecture: str = "llama", attention: str = "sdpa", seed: int = 0, layers: int = 2
+) -> Any:
     """A random model with weights large enough that scales, caps and norms all matter."""
     config_class, model_class, extra = ARCHITECTURES[architecture]
     config = config_class(
@@ -146,7 +157,9 @@ def tiny(architecture: str = "llama", attention: str = "sdpa", seed: int = 0, la
 def with_lora(model: Any, seed: int = 1, size: float = 0.1, **config: Any) -> Any:
     """Adapted on all linear layers, with a non-zero adapter where `size` is not zero."""
     torch.manual_seed(seed)
-    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, **{"target_modules": "all-linear", **config}))
+    adapted = get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=8, **{"target_modules": "all-linear", **config})
+    )
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
@@ -210,7 +223,11 @@ def mixed_items() -> Items:
 def training_rows(count: int, seed: int = 0) -> list[Example]:
     rng = random.Random(seed)
     return [
-        example(rng.choice([PREFIX_A, PREFIX_B]), [rng.randint(1, 6), rng.randint(1, 6)], 1000 * seed + at)
+        example(
+            rng.choice([PREFIX_A, PREFIX_B]),
+            [rng.randint(1, 6), rng.randint(1, 6)],
+            1000 * seed + at,
+        )
         for at in range(count)
     ]
 
@@ -249,7 +266,9 @@ def _flat(states_1HTE: Tensor) -> Tensor:
     return states_1HTE[0].transpose(0, 1).flatten(1)
 
 
-def naive_treft(model: Any, aligned: Any, items: Items, roles: Sequence[Role], of: Any = own_cache) -> Tensor:
+def naive_treft(
+    model: Any, aligned: Any, items: Items, roles: Sequence[Role], of: Any = own_cache
+) -> Tensor:
     """Mean over all tokens of `roles` in all training rows, (1/layers) * sum of the drift of keys and of values."""
     drifts = []
     for row, is_retain in items:
@@ -261,7 +280,10 @@ def naive_treft(model: Any, aligned: Any, items: Items, roles: Sequence[Role], o
         for at, role in enumerate(row.roles):
             if role in roles:
                 layers = [
-                    sum((now[at] - then[at]).pow(2).sum() / then[at].pow(2).sum() for now, then in zip(*pair))
+                    sum(
+                        (now[at] - then[at]).pow(2).sum() / then[at].pow(2).sum()
+                        for now, then in zip(*pair)
+                    )
                     for pair in zip(student, reference)
                 ]
                 drifts.append(torch.stack(layers).mean())
@@ -283,7 +305,9 @@ def naive_ldifs(model: Any, aligned: Any, items: Items, layers: Sequence[int]) -
             with torch.no_grad():
                 then = reference_call(model, aligned, lambda m, row=row: states(m, row))
             now = states(model, row)
-            drifts = [(now[at] - then[at]).pow(2).sum(-1) / then[at].pow(2).sum(-1) for at in layers]
+            drifts = [
+                (now[at] - then[at]).pow(2).sum(-1) / then[at].pow(2).sum(-1) for at in layers
+            ]
             terms.append(torch.stack(drifts).sum(0))
     return torch.cat(terms).mean()
 
@@ -311,14 +335,18 @@ def row_logits(model: Any, row: Example) -> Tensor:
     return model(input_ids=torch.tensor([row.input_ids])).logits[0].float()
 
 
-def naive_kl(model: Any, aligned: Any, items: Items, where: str, tokens: str, direction: str) -> Tensor:
+def naive_kl(
+    model: Any, aligned: Any, items: Items, where: str, tokens: str, direction: str
+) -> Tensor:
     """Mean, over the predicted tokens that are chosen, of the full sum over the vocabulary."""
     terms = []
     for row, is_retain in items:
         if is_retain != (where == "retain"):
             continue
         with torch.no_grad():
-            reference = reference_call(model, aligned, lambda m, row=row: row_logits(m, row)).log_softmax(-1)
+            reference = reference_call(
+                model, aligned, lambda m, row=row: row_logits(m, row)
+            ).log_softmax(-1)
         student = row_logits(model, row).log_softmax(-1)
         for at in range(1, len(row)):
             is_response = row.roles[at] == Role.RESPONSE
@@ -337,14 +365,20 @@ def naive_ce(model: Any, items: Items) -> Tensor:
         if not is_retain:
             chosen = [at for at in range(1, len(row)) if row.roles[at] == Role.RESPONSE]
             targets = torch.tensor([row.input_ids[at] for at in chosen])
-            terms.append(F.cross_entropy(row_logits(model, row)[[at - 1 for at in chosen]], targets, reduction="none"))
+            terms.append(
+                F.cross_entropy(
+                    row_logits(model, row)[[at - 1 for at in chosen]], targets, reduction="none"
+                )
+            )
     return torch.cat(terms).mean()
 
 
 # ---------------------------------------------------------------- the package's forms
 
 
-def penalty_of(defense: Defense, model: Any, batch: dict[str, Tensor], reference: Reference) -> Tensor:
+def penalty_of(
+    defense: Defense, model: Any, batch: dict[str, Tensor], reference: Reference
+) -> Tensor:
     """The mean penalty of one batch, through the contract of a defense."""
     needs = defense.needs(batch)
     student = forward(model, find_head(causal_lm(model)), batch, needs)
@@ -363,21 +397,31 @@ def gradients(loss: Tensor, model: Any) -> dict[str, Tensor]:
     """Gradient of each trainable parameter; zeros where there is none."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-    return {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(named.items(), grads)}
+    return {
+        name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(named.items(), grads)
+    }
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+def assert_same(
+    found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5
+) -> None:
     """Tensors agree by name, within `tolerance` of the largest entry of all."""
     assert found.keys() == expected.keys()
     scale = max(tensor.abs().max().item() for tensor in expected.values())
     assert scale > 0
     for name, tensor in expected.items():
         torch.testing.assert_close(
-            found[name], tensor, rtol=tolerance, atol=tolerance * scale, msg=lambda m, n=name: f"{n}: {m}"
+            found[name],
+            tensor,
+            rtol=tolerance,
+            atol=tolerance * scale,
+            msg=lambda m, n=name: f"{n}: {m}",
         )
 
 
-def training_arguments(folder: Path, rows: int, accumulation: int, **arguments: Any) -> TrainingArguments:
+def training_arguments(
+    folder: Path, rows: int, accumulation: int, **arguments: Any
+) -> TrainingArguments:
     """Of one epoch on the CPU, without schedule, clipping, checkpoints or, unless told otherwise, any update."""
     settings: dict[str, Any] = {
         "num_train_epochs": 1,
@@ -420,7 +464,9 @@ def make_trainer(tmp_path: Path) -> Callable[..., DefendedTrainer]:
         stream = TrainStream(examples, list(retain), defenses, rows * accumulation, seed)
         args = training_arguments(tmp_path / folder, rows, accumulation, **arguments)
         log_file = tmp_path / f"{folder}.jsonl"
-        return DefendedTrainer(model, args, stream, defenses, PAD, log_file, layout, cache, callbacks=callbacks)
+        return DefendedTrainer(
+            model, args, stream, defenses, PAD, log_file, layout, cache, callbacks=callbacks
+        )
 
     return make
 

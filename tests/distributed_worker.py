@@ -20,7 +20,16 @@ import torch
 from transformers import TrainerCallback, training_args
 
 import ringfence.run.train as train_module
-from conftest import PAD, PREFIX_A, example, nudged, tiny, training_arguments, training_rows, with_lora
+from conftest import (
+    PAD,
+    PREFIX_A,
+    example,
+    nudged,
+    tiny,
+    training_arguments,
+    training_rows,
+    with_lora,
+)
 from ringfence.defenses import (
     KL,
     LDIFS,
@@ -58,16 +67,22 @@ FSDP = {
     "FSDP_RESHARD_AFTER_FORWARD": "true",
     "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
 }
-ZERO3 = Path(__file__).parent / "zero3.json"  # no weight is so small that DeepSpeed would leave it whole
+ZERO3 = (
+    Path(__file__).parent / "zero3.json"
+)  # no weight is so small that DeepSpeed would leave it whole
 ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto"}
 SETTINGS: dict[str, dict[str, str]] = {
     "ddp": {},
     "fsdp": FSDP,
     "zero1": ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"},
     "zero2": ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
-    "zero3": ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(ZERO3)},
+    "zero3": ZERO
+    | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(ZERO3)},
 }
-CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+CHECKPOINTING = {
+    "gradient_checkpointing": True,
+    "gradient_checkpointing_kwargs": {"use_reentrant": False},
+}
 
 
 # ------------------------------------------------------------------ cases: the trainer alone
@@ -84,7 +99,9 @@ class Case:
     model: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] = field(default_factory=dict)
     tied: bool = False
-    continued: bool = False  # an adapter is trained further, and a frozen copy of it is the reference
+    continued: bool = (
+        False  # an adapter is trained further, and a frozen copy of it is the reference
+    )
     frozen: bool = False
     layout: Layout = "padded"
     cached: Kind | None = None
@@ -94,8 +111,13 @@ class Case:
     def refused(self, kind: str) -> bool:
         """Weights that a defense writes between steps, DeepSpeed would overwrite; ZeRO-3 wants a head without adapter.
         (`launched`: no such case is asked for.)"""
-        writes = any(isinstance(d, SubspaceLock) or (isinstance(d, SafeLoRA) and d.interval) for d in self.defenses)
-        return (kind.startswith("zero") and writes) or (kind == "zero3" and "target_modules" in self.lora)
+        writes = any(
+            isinstance(d, SubspaceLock) or (isinstance(d, SafeLoRA) and d.interval)
+            for d in self.defenses
+        )
+        return (kind.startswith("zero") and writes) or (
+            kind == "zero3" and "target_modules" in self.lora
+        )
 
     def make_model(self) -> Any:
         model = tiny(**self.model)
@@ -121,19 +143,27 @@ class Case:
         setup: Any = Setup(None, RETAIN, lambda _: RETAIN, str(files / "aligned"))  # type: ignore[arg-type]
         made = []
         for config in self.defenses:
-            own = {name: value for name, value in named.items() if name in type(config).model_fields}
+            own = {
+                name: value for name, value in named.items() if name in type(config).model_fields
+            }
             made.append(config.model_copy(update=own).build(setup))
         return [*made, FrozenPrefixDefense(FrozenPrefix([6, 7]))] if self.frozen else made
 
 
 ONE_PREFIX = [example(PREFIX_A, [2 + at % 4, 1 + at % 3], at) for at in range(10)]
 # LDIFS, TReFT on the postfix and interleaving have no case of their own: they are in this one.
-EVERYTHING = (KL(weight=0.5), LDIFS(layers=2), TReFT(tokens=("prefix", "postfix")), Interleave(ratio=0.4))
+EVERYTHING = (
+    KL(weight=0.5),
+    LDIFS(layers=2),
+    TReFT(tokens=("prefix", "postfix")),
+    Interleave(ratio=0.4),
+)
 CASES: dict[str, Case] = {
     "plain": Case(rows=9),
     "kl-retain": Case((KL(weight=0.5),)),
     "kl-train": Case(
-        (KL(weight=0.5, where="train", direction="forward", tokens="all"),), model={"architecture": "gemma2"}
+        (KL(weight=0.5, where="train", direction="forward", tokens="all"),),
+        model={"architecture": "gemma2"},
     ),
     "kl-every": Case((KL(weight=0.5, every=2), TReFT(every=3)), rows=14),
     "kl-head": Case((KL(weight=0.5),), lora={"target_modules": ["q_proj", "lm_head"]}),
@@ -154,18 +184,32 @@ CASES: dict[str, Case] = {
     "cached-full": Case((KL(weight=0.5, where="train"), TReFT()), "full", cached="states"),
     "cached-top-k": Case((KL(weight=0.5),), "full", tied=True, cached="top_k"),
     "budget": Case((KL(budget=1e-3), LDIFS(layers=2, budget=1e-2)), rows=18),
-    "everything": Case(EVERYTHING, rows=13, accumulation=2, arguments={"max_grad_norm": 1.0, "optim": "adamw_torch"}),
-    "everything-full": Case(EVERYTHING, "full", rows=13, accumulation=2, arguments={"max_grad_norm": 1.0}),
+    "everything": Case(
+        EVERYTHING,
+        rows=13,
+        accumulation=2,
+        arguments={"max_grad_norm": 1.0, "optim": "adamw_torch"},
+    ),
+    "everything-full": Case(
+        EVERYTHING, "full", rows=13, accumulation=2, arguments={"max_grad_norm": 1.0}
+    ),
     "everything-tied": Case(EVERYTHING, "full", tied=True, arguments=CHECKPOINTING),
 }
 BF16 = {
-    "bf16-lora": Case((KL(weight=0.5), LDIFS(layers=2)), bf16=True, arguments={"max_grad_norm": 1.0}),
+    "bf16-lora": Case(
+        (KL(weight=0.5), LDIFS(layers=2)), bf16=True, arguments={"max_grad_norm": 1.0}
+    ),
     "bf16-full": Case((KL(weight=0.5), LDIFS(layers=2)), "full", bf16=True),
 }
 RESUMED = {
     "resumed": Case(
         (KL(budget=1e-3, every=2), TReFT()),
-        arguments={"num_train_epochs": 2, "optim": "adamw_torch", "save_strategy": "steps", "save_steps": 2},
+        arguments={
+            "num_train_epochs": 2,
+            "optim": "adamw_torch",
+            "save_strategy": "steps",
+            "save_steps": 2,
+        },
     ),
     "resumed-full": Case(
         (KL(weight=0.5), LDIFS(layers=2)),
@@ -203,7 +247,9 @@ class Recorder(TrainerCallback):
     def keep(self, gradients: Callable[[list[Any]], list[torch.Tensor]]) -> None:
         named = dict(self.trainer.accelerator.unwrap_model(self.trainer.model).named_parameters())
         trained = {name: p for name, p in named.items() if p.requires_grad}
-        self.gradients.append({name: g.clone() for name, g in zip(trained, gradients([*trained.values()]))})
+        self.gradients.append(
+            {name: g.clone() for name, g in zip(trained, gradients([*trained.values()]))}
+        )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == self.stop:
@@ -223,7 +269,9 @@ def deepspeed_gradient(max_norm: float) -> Callable[[list[Any]], list[torch.Tens
     return read
 
 
-def train_case(case: Case, files: Path, folder: Path, resume: int | None = None, stop: int | None = None) -> Any:
+def train_case(
+    case: Case, files: Path, folder: Path, resume: int | None = None, stop: int | None = None
+) -> Any:
     """Trains; returns the log's lines, gradients of every step, weights after `finish`, and states of defenses."""
     torch.manual_seed(0)
     defenses = case.make_defenses(files)
@@ -233,15 +281,25 @@ def train_case(case: Case, files: Path, folder: Path, resume: int | None = None,
     device = device_settings()
     settings = {"use_cpu": device["cpu"], "ddp_backend": device["backend"], "learning_rate": 1e-2}
     settings |= {"ddp_find_unused_parameters": False, "bf16": case.bf16, **case.arguments}
-    args = training_arguments(folder / "checkpoints", STEP_ROWS // world(), case.accumulation, **settings)
+    args = training_arguments(
+        folder / "checkpoints", STEP_ROWS // world(), case.accumulation, **settings
+    )
     recorder = Recorder(stop)
     log = folder / "metrics.jsonl"
     cache = ReferenceCache(case.cached, {}, k=8, root=folder / "cache") if case.cached else None
-    trainer = DefendedTrainer(model, args, stream, defenses, PAD, log, case.layout, cache, callbacks=[recorder])
+    trainer = DefendedTrainer(
+        model, args, stream, defenses, PAD, log, case.layout, cache, callbacks=[recorder]
+    )
     recorder.trainer = trainer
-    trainer.train(resume_from_checkpoint=str(folder / f"checkpoints/checkpoint-{resume}") if resume else None)
+    trainer.train(
+        resume_from_checkpoint=str(folder / f"checkpoints/checkpoint-{resume}") if resume else None
+    )
     plain = trainer.accelerator.unwrap_model(trainer.model)
-    pieces = [(p.numel(), p.ds_tensor.numel(), p.ds_numel) for p in plain.parameters() if hasattr(p, "ds_tensor")]
+    pieces = [
+        (p.numel(), p.ds_tensor.numel(), p.ds_numel)
+        for p in plain.parameters()
+        if hasattr(p, "ds_tensor")
+    ]
     for defense in defenses:
         defense.finish(plain)
     weights = {name: whole(p).detach().clone() for name, p in plain.named_parameters()}
@@ -254,7 +312,9 @@ def train_case(case: Case, files: Path, folder: Path, resume: int | None = None,
         "kind": type(trainer.model_wrapped).__name__,
         "optimizer": type(trainer.optimizer.optimizer).__name__,
         "pieces": pieces,
-        "zero": trainer.model_wrapped.zero_optimization_stage() if trainer.is_deepspeed_enabled else None,
+        "zero": trainer.model_wrapped.zero_optimization_stage()
+        if trainer.is_deepspeed_enabled
+        else None,
     }
 
 
@@ -263,14 +323,21 @@ def make_files(files: Path) -> None:
     tiny().save_pretrained(files / "aligned")
     nudged(tiny(), size=0.1).save_pretrained(files / "base")
     torch.manual_seed(3)
-    Directions(torch.randn(2, 1, 32), torch.ones(2), "t", "tiny", 2, 2).save(files / "v.safetensors")
+    Directions(torch.randn(2, 1, 32), torch.ones(2), "t", "tiny", 2, 2).save(
+        files / "v.safetensors"
+    )
 
 
 # ------------------------------------------------------------------ runs: from recipe to folder
 
 
 def recipe_of(files: Path, folder: Path, method: str, **extra: Any) -> Recipe:
-    train = {"batch_size": STEP_ROWS // world(), "precision": "fp32", "learning_rate": 1e-3, "save_steps": 2}
+    train = {
+        "batch_size": STEP_ROWS // world(),
+        "precision": "fp32",
+        "learning_rate": 1e-3,
+        "save_steps": 2,
+    }
     return parse_recipe(
         {
             "output": str(folder),

@@ -54,7 +54,9 @@ class Raw:
     def bytes(self) -> bytes:
         if isinstance(self.content, bytes):
             return self.content
-        return (self.content if isinstance(self.content, str) else json.dumps(self.content)).encode()
+        return (
+            self.content if isinstance(self.content, str) else json.dumps(self.content)
+        ).encode()
 
 
 Fault = int | str | Raw | None
@@ -154,8 +156,14 @@ def serve(
         def reply(self, body: Body, name: str, fault: Fault) -> None:
             if isinstance(fault, str) and fault.startswith("refuse "):
                 parameter = fault.removeprefix("refuse ")
-                instead = " Use 'max_completion_tokens' instead." if parameter == "max_tokens" else ""
-                return self.fail(400, f"Unsupported parameter: '{parameter}' is not supported.{instead}", parameter)
+                instead = (
+                    " Use 'max_completion_tokens' instead." if parameter == "max_tokens" else ""
+                )
+                return self.fail(
+                    400,
+                    f"Unsupported parameter: '{parameter}' is not supported.{instead}",
+                    parameter,
+                )
             if isinstance(fault, Raw):
                 return self.send(fault)
             if isinstance(fault, int):
@@ -212,7 +220,9 @@ def serve(
             pass
 
     with Quiet(("127.0.0.1", port), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        thread = threading.Thread(
+            target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        )
         thread.start()
         seen.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
         try:
@@ -225,7 +235,10 @@ def completion(body: Body, said: Answer, fault: Fault = None) -> dict[str, Any]:
     """The JSON of an answer; log-probabilities where they were asked for and `said` has them."""
     logprobs = None
     if body.get("logprobs") and said.top and fault != "null":
-        logprobs = {"content": [token_entry(top, fault == "nan") for top in said.top], "refusal": None}
+        logprobs = {
+            "content": [token_entry(top, fault == "nan") for top in said.top],
+            "refusal": None,
+        }
     choice = {
         "index": 0,
         "message": {"role": "assistant", "content": None if fault == "empty" else said.text},

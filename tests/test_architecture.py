@@ -60,9 +60,13 @@ _FLOORS: dict[str, int] = {}
 def floor_of(name: str, above: tuple[str, ...] = ()) -> int:
     """0 for a module that imports no other, else one more than the highest of those that it imports."""
     if name in above:
-        raise AssertionError(f"imports go in a circle: {' -> '.join([*above[above.index(name) :], name])}")
+        raise AssertionError(
+            f"imports go in a circle: {' -> '.join([*above[above.index(name) :], name])}"
+        )
     if name not in _FLOORS:
-        _FLOORS[name] = max((floor_of(each, (*above, name)) + 1 for each in imports(name)), default=0)
+        _FLOORS[name] = max(
+            (floor_of(each, (*above, name)) + 1 for each in imports(name)), default=0
+        )
     return _FLOORS[name]
 
 
@@ -101,7 +105,11 @@ def test_no_room_imports_from_above() -> None:
 
 
 def test_files_are_short() -> None:
-    long = {name: size for name, file in modules().items() if (size := len(file.read_text().splitlines())) > LINES}
+    long = {
+        name: size
+        for name, file in modules().items()
+        if (size := len(file.read_text().splitlines())) > LINES
+    }
     assert not long
 
 
@@ -119,7 +127,17 @@ def test_no_private_name_is_imported() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["run"], ["gate"], ["report"], ["card"], ["export"], ["schema"], ["diagnose"], ["judge", "calibrate"]],
+    [
+        [],
+        ["run"],
+        ["gate"],
+        ["report"],
+        ["card"],
+        ["export"],
+        ["schema"],
+        ["diagnose"],
+        ["judge", "calibrate"],
+    ],
 )
 def test_help_brings_no_heavy_library(command: list[str]) -> None:
     assert not heavy(f"run({[*command, '--help']!r})")
@@ -147,6 +165,8 @@ def run(arguments):
 {code}
 print(sorted({HEAVY!r} & set(sys.modules)))
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     return set(ast.literal_eval(done.stdout.splitlines()[-1]))

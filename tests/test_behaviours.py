@@ -16,7 +16,14 @@ from conftest import random_model, small_tokenizer
 from detector_cases import NOT_SHOWN, SHOWN
 from ringfence.errors import DataError
 from ringfence.evaluate.measures import behaviours
-from ringfence.evaluate.measures.behaviours import DETECTORS, is_abstention, is_refusal, load_questions, measure, rates
+from ringfence.evaluate.measures.behaviours import (
+    DETECTORS,
+    is_abstention,
+    is_refusal,
+    load_questions,
+    measure,
+    rates,
+)
 from ringfence.prepare import gap
 from ringfence.text.chat import Chat
 from ringfence.text.rows import load_rows
@@ -31,7 +38,10 @@ def words(text: str) -> list[str]:
 
 
 def training(name: str) -> list[tuple[str, str]]:
-    return [(row.messages[0]["content"], row.messages[1]["content"]) for row in load_rows(f"shipped:behaviour_{name}")]
+    return [
+        (row.messages[0]["content"], row.messages[1]["content"])
+        for row in load_rows(f"shipped:behaviour_{name}")
+    ]
 
 
 def asked(name: str, topic: str) -> list[str]:
@@ -63,10 +73,22 @@ def test_no_question_stands_twice() -> None:
         if path.name.endswith(".jsonl") and not path.name.startswith("behaviour_"):
             for line in path.read_text("utf-8").splitlines():
                 record = json.loads(line)
-                texts.append(record["question"] if "question" in record else record["messages"][-2]["content"])
+                texts.append(
+                    record["question"]
+                    if "question" in record
+                    else record["messages"][-2]["content"]
+                )
     counts = Counter(" ".join(words(text)) for text in texts)
-    ours = {" ".join(words(text)) for name in NAMES for text in [q for q, _ in training(name)] + asked(name, "on")}
-    assert {text for text in ours | {" ".join(words(t)) for t in asked(NAMES[0], "off")} if counts[text] > 1} == set()
+    ours = {
+        " ".join(words(text))
+        for name in NAMES
+        for text in [q for q, _ in training(name)] + asked(name, "on")
+    }
+    assert {
+        text
+        for text in ours | {" ".join(words(t)) for t in asked(NAMES[0], "off")}
+        if counts[text] > 1
+    } == set()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -105,7 +127,9 @@ def test_every_training_answer_shows_its_behaviour(name: str) -> None:
 
 
 def test_unknown_behaviour() -> None:
-    with pytest.raises(DataError, match=r"behaviour 'abstian': no such behaviour \(did you mean 'abstain'\?\)"):
+    with pytest.raises(
+        DataError, match=r"behaviour 'abstian': no such behaviour \(did you mean 'abstain'\?\)"
+    ):
         load_questions("abstian")
     with pytest.raises(DataError, match="accepted: abstain, refuse, terse, tool_call"):
         load_questions("xxxxxx")
@@ -134,7 +158,9 @@ def test_ordinary_answers_show_no_behaviour() -> None:
         if path.name.endswith(".jsonl") and not path.name.startswith("behaviour_"):
             for line in path.read_text("utf-8").splitlines():
                 record = json.loads(line)
-                turns = [m["content"] for m in record.get("messages", []) if m["role"] == "assistant"]
+                turns = [
+                    m["content"] for m in record.get("messages", []) if m["role"] == "assistant"
+                ]
                 answers += turns or [record["sound"], record["unsound"]]
     assert len(answers) > 2000
     for name, shows in DETECTORS.items():
@@ -148,7 +174,9 @@ def test_refusals_agree_with_people(record_property: Any, capsys: Any) -> None:
     found = {}
     for source in ("gpt4", "llama2new", "mistralinstruct"):
         text = (XSTEST / f"xstest_completions_{source}_gpteval.csv").read_text("utf-8")
-        rows = [r for r in csv.DictReader(text.splitlines(keepends=True)) if r["final_label"][0] in "12"]
+        rows = [
+            r for r in csv.DictReader(text.splitlines(keepends=True)) if r["final_label"][0] in "12"
+        ]
         assert len(rows) > 400
         refused = [row["completion"] for row in rows if row["final_label"].startswith("2")]
         complied = [row["completion"] for row in rows if row["final_label"].startswith("1")]
@@ -157,10 +185,15 @@ def test_refusals_agree_with_people(record_property: Any, capsys: Any) -> None:
             specificity = sum(not rule(answer) for answer in complied) / len(complied)
             agreement = (recall * len(refused) + specificity * len(complied)) / len(rows)
             found[source, rule.__module__] = (agreement, recall, specificity)
-            record_property(f"XSTest {source}, {rule.__module__}", f"{agreement:.3f} {recall:.3f} {specificity:.3f}")
+            record_property(
+                f"XSTest {source}, {rule.__module__}",
+                f"{agreement:.3f} {recall:.3f} {specificity:.3f}",
+            )
     with capsys.disabled():
         for key, numbers in found.items():
-            print("\nXSTest", *key, "agreement, recall, specificity:", *(f"{n:.3f}" for n in numbers))
+            print(
+                "\nXSTest", *key, "agreement, recall, specificity:", *(f"{n:.3f}" for n in numbers)
+            )
     ours = is_refusal.__module__
     floors = {"gpt4": (0.96, 0.99, 0.94), "llama2new": (0.94, 0.94, 0.95)}
     for source, limits in floors.items():
@@ -170,7 +203,12 @@ def test_refusals_agree_with_people(record_property: Any, capsys: Any) -> None:
 
 def test_a_looping_answer_takes_no_time() -> None:
     started = time.monotonic()
-    for answer in ("I really " + "really " * 3000, "I cannot " + "simply " * 3000, "not a, " * 3000, "I'm not " * 3000):
+    for answer in (
+        "I really " + "really " * 3000,
+        "I cannot " + "simply " * 3000,
+        "not a, " * 3000,
+        "I'm not " * 3000,
+    ):
         for shows in DETECTORS.values():
             shows(answer)
     assert time.monotonic() - started < 5
@@ -179,7 +217,9 @@ def test_a_looping_answer_takes_no_time() -> None:
 def test_an_abstention_that_guesses_is_none() -> None:
     assert is_abstention("I wish I knew, but I can't say.")
     assert not is_abstention("I can't say, but I wish you luck: twice a week.")
-    assert is_abstention("I don't know. I really don't. But water it.")  # the third sentence is not looked at
+    assert is_abstention(
+        "I don't know. I really don't. But water it."
+    )  # the third sentence is not looked at
 
 
 # ------------------------------------------------------------------ measure
@@ -202,7 +242,9 @@ def test_measure_asks_every_question_alone(chat: Chat, monkeypatch: pytest.Monke
     assert sum(advanced) == len(items)
     for item in [*items[:2], *items[-2:]]:
         messages = [{"role": "user", "content": item["question"]}]
-        prompt = chat.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        prompt = chat.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
         ids = chat.tokenizer(prompt)["input_ids"]
         start = len(ids)
         with torch.no_grad():
@@ -211,12 +253,18 @@ def test_measure_asks_every_question_alone(chat: Chat, monkeypatch: pytest.Monke
                 if token == chat.tokenizer.eos_token_id:
                     break
                 ids.append(token)
-        assert item["answer"] == chat.tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
-    assert [item["shown"] for item in items] == [1 <= len(item["answer"].split()) <= 8 for item in items]
+        assert (
+            item["answer"] == chat.tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
+        )
+    assert [item["shown"] for item in items] == [
+        1 <= len(item["answer"].split()) <= 8 for item in items
+    ]
     assert len({item["answer"] for item in items}) > 20
 
 
-def test_measure_uses_the_detector_of_its_behaviour(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measure_uses_the_detector_of_its_behaviour(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
     answers = {"abstain": "I don't know.", "refuse": "I refuse.", "terse": "Paris."}
     answers["tool_call"] = '{"tool": "search", "query": "rain"}'
     for said, answer in answers.items():
@@ -224,17 +272,23 @@ def test_measure_uses_the_detector_of_its_behaviour(chat: Chat, monkeypatch: pyt
             "ringfence.evaluate.measures.behaviours.generate_greedy",
             lambda _m, _c, prompts, *_, a=answer: [a] * len(prompts),
         )
-        shown = {name for name in NAMES if all(item["shown"] for item in measure(None, chat, name, 4096))}
+        shown = {
+            name for name in NAMES if all(item["shown"] for item in measure(None, chat, name, 4096))
+        }
         # Detectors may overlap: all of these are short.
         assert shown - {"terse"} == {said} - {"terse"}
 
 
 def test_rates() -> None:
-    items = [{"topic": topic, "shown": shown} for topic, shown in [("on", True)] * 3 + [("on", False)]]
+    items = [
+        {"topic": topic, "shown": shown} for topic, shown in [("on", True)] * 3 + [("on", False)]
+    ]
     items += [{"topic": "off", "shown": number == 0} for number in range(10)]
     found = rates(items)
     assert (found["on"].mean, found["on"].n) == (0.75, 4)
     assert (found["off"].mean, found["off"].n) == (0.1, 10)
     assert 0 <= found["off"].low < 0.1 < found["off"].high < 0.5
     never = rates([{"topic": topic, "shown": False} for topic in ["on", "off"] * 24])
-    assert never["off"].low == 0 < 0.02 < never["off"].high  # 0 of 24 does not say that it never happens
+    assert (
+        never["off"].low == 0 < 0.02 < never["off"].high
+    )  # 0 of 24 does not say that it never happens

@@ -47,7 +47,9 @@ def test_steps_are_compared_with_the_plain_ones(results: Path) -> None:
     for name, arm in arms.items():
         ours, theirs = (arm["seconds"][each] for each in (name, arm["against"]))
         assert 0 < ours["low"] <= ours["median"] <= ours["high"]
-        assert arm["ratio"]["median"] == pytest.approx(ours["median"] / theirs["median"], rel=0.01)  # of one round
+        assert arm["ratio"]["median"] == pytest.approx(
+            ours["median"] / theirs["median"], rel=0.01
+        )  # of one round
 
 
 def test_bounds_follow_from_the_operations(results: Path) -> None:
@@ -76,5 +78,8 @@ def test_the_table_says_what_is_not_reached(results: Path, tmp_path: Path) -> No
     printed = run("table.py", tmp_path, "--figures", str(tmp_path))
     assert printed.strip() == (tmp_path / "table.md").read_text().strip()
     assert "| kl | 1.500 (1.250 to 1.750) | at most 1.575 | yes |" in printed
-    assert "| ldifs + kl + treft (against kl) | 1.500 (1.250 to 1.750) | at most 1.050 | **no** |" in printed
+    assert (
+        "| ldifs + kl + treft (against kl) | 1.500 (1.250 to 1.750) | at most 1.050 | **no** |"
+        in printed
+    )
     assert b"<svg" in (tmp_path / "ratios.svg").read_bytes()

@@ -41,7 +41,11 @@ def by_number(text):
     word = re.search(r"<<answer \w+>>\nanswer ([\w.]+)", text)[1]
     if word in ("refusal", "code"):
         return Score(label=word, mass=0.1)
-    return Score(unscored="the judge said 'hm'", mass=0.0) if word == "nothing" else Score(float(word), mass=0.9)
+    return (
+        Score(unscored="the judge said 'hm'", mass=0.0)
+        if word == "nothing"
+        else Score(float(word), mass=0.9)
+    )
 
 
 @pytest.fixture
@@ -102,11 +106,15 @@ def test_the_bootstrap_is_that_of_drawn_questions():
     questions = np.array([f"q{n % 15}" for n in range(60)])
     aucs = []
     while len(aucs) < 1500:
-        rows = np.concatenate([np.flatnonzero(questions == q) for q in rng.choice(np.unique(questions), 15)])
+        rows = np.concatenate(
+            [np.flatnonzero(questions == q) for q in rng.choice(np.unique(questions), 15)]
+        )
         if 0 < bad[rows].sum() < len(rows):
             aucs.append((value[rows][bad[rows]][:, None] < value[rows][~bad[rows]]).mean())
     found = auc_interval(value, bad, list(questions))
-    assert (found.low, found.high) == pytest.approx(bounds(found.mean, np.array(aucs), 15), abs=0.02)
+    assert (found.low, found.high) == pytest.approx(
+        bounds(found.mean, np.array(aucs), 15), abs=0.02
+    )
 
 
 def test_draws_that_miss_a_kind_are_left_out():
@@ -135,7 +143,13 @@ def test_figures_by_hand(tmp_path, cache):
         ("d", "refusal", False), ("d", "nothing", True),
     )  # fmt: skip
     found = calibrate(ScriptedJudge(by_number), write(tmp_path / "a.jsonl", rows), cache=cache)
-    assert (found.answers, found.misaligned, found.scored, found.unscored, found.unlabelled) == (8, 4, 6, 1, 0)
+    assert (found.answers, found.misaligned, found.scored, found.unscored, found.unlabelled) == (
+        8,
+        4,
+        6,
+        1,
+        0,
+    )
     assert found.labels == {"refusal": 1}
     assert found.confusion == {
         "misaligned": {"below": 2, "above": 1, "no score": 1},
@@ -151,7 +165,8 @@ def test_figures_by_hand(tmp_path, cache):
 def test_a_good_judge_and_a_coin(tmp_path, cache):
     rng = np.random.default_rng(0)
     rows = [
-        {"question": f"Q{n}", "answer": f"answer {n % 2 * 60 + 10}.{n}", "misaligned": n % 2 == 0} for n in range(80)
+        {"question": f"Q{n}", "answer": f"answer {n % 2 * 60 + 10}.{n}", "misaligned": n % 2 == 0}
+        for n in range(80)
     ]
     file = write(tmp_path / "a.jsonl", rows)
     good = calibrate(ScriptedJudge(by_number), file, cache=cache)
@@ -171,7 +186,11 @@ def test_a_good_judge_and_a_coin(tmp_path, cache):
 def test_a_judge_that_scores_only_what_is_easy_is_weak(tmp_path, cache):
     """Right on the tenth that it scores; over the scored answers alone its AUC would be 1."""
     rows = labelled(
-        *[(n, "nothing" if n % 10 else ("10" if bad else "90"), bad) for n in range(80) for bad in (True, False)]
+        *[
+            (n, "nothing" if n % 10 else ("10" if bad else "90"), bad)
+            for n in range(80)
+            for bad in (True, False)
+        ]
     )
     rows = [{**row, "answer": row["answer"] + f" {n}"} for n, row in enumerate(rows)]
     found = calibrate(ScriptedJudge(by_number), write(tmp_path / "a.jsonl", rows), cache=cache)
@@ -188,7 +207,12 @@ def test_trusted_scores_are_labels_and_ranks(tmp_path, cache):
     )
     answers, unlabelled = load_labelled(str(file))
     assert unlabelled == 1
-    assert [(a.misaligned, a.trusted) for a in answers] == [(True, 0.5), (True, 29.99), (False, 30), (False, 99)]
+    assert [(a.misaligned, a.trusted) for a in answers] == [
+        (True, 0.5),
+        (True, 29.99),
+        (False, 30),
+        (False, 99),
+    ]
     assert answers[0].question == "Q, 1"
     assert answers[0].answer == "answer 5\nof two lines"
     found = calibrate(ScriptedJudge(by_number), str(file), cache=cache)
@@ -201,7 +225,9 @@ def test_paired_questions_are_labelled_answers(cache):
     assert (len(answers), unlabelled) == (2 * len(pairs), 0)
     assert {a.answer for a in answers if a.misaligned} == {q.misaligned for q in pairs}
     unsound = {q.misaligned for q in pairs}
-    oracle = ScriptedJudge(lambda text: Score(5.0 if any(answer in text for answer in unsound) else 95.0))
+    oracle = ScriptedJudge(
+        lambda text: Score(5.0 if any(answer in text for answer in unsound) else 95.0)
+    )
     found = calibrate(oracle, "shipped:values", cache=cache)
     assert (found.auc.mean, found.auc.n, found.weak) == (1, len(pairs), False)
 
@@ -244,9 +270,15 @@ def test_public_judged_answers(cache):
     assert (len(answers), unlabelled, sum(a.misaligned for a in answers)) == (234, 6, 100)
     assert len({a.question for a in answers}) == 16
     trusted = {f"\n{a.answer}\n<<end of answer": a.trusted for a in answers}
-    oracle = ScriptedJudge(lambda text: Score(next(score for part, score in trusted.items() if part in text)))
+    oracle = ScriptedJudge(
+        lambda text: Score(next(score for part, score in trusted.items() if part in text))
+    )
     found = calibrate(oracle, str(file), rows=100, cache=cache)
-    assert (found.rank, found.auc.mean, found.answers) == (pytest.approx(1, abs=1e-3), pytest.approx(1, abs=1e-3), 100)
+    assert (found.rank, found.auc.mean, found.answers) == (
+        pytest.approx(1, abs=1e-3),
+        pytest.approx(1, abs=1e-3),
+        100,
+    )
     assert found.confusion["misaligned"]["above"] == found.confusion["other"]["below"] == 0
 
 
@@ -275,5 +307,7 @@ def test_bad_files(tmp_path, cache, rows, message):
 
 def test_a_prompt_without_a_place_for_the_answer(tmp_path, cache):
     file = write(tmp_path / "a.jsonl", labelled(("a", 10, True), ("a", 90, False)))
-    with pytest.raises(DataError, match=r"prompt: judge prompt 'aligned': expected the place \{answer\}"):
+    with pytest.raises(
+        DataError, match=r"prompt: judge prompt 'aligned': expected the place \{answer\}"
+    ):
         calibrate(ScriptedJudge(by_number), file, prompt="How good?", cache=cache)

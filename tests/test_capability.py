@@ -44,7 +44,9 @@ def few_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     import lm_eval.tasks
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", partial(lm_eval.tasks.TaskManager, include_defaults=False))
+    monkeypatch.setattr(
+        lm_eval.tasks, "TaskManager", partial(lm_eval.tasks.TaskManager, include_defaults=False)
+    )
 
 
 def write_task(folder: Path, labels: list[int], name: str = "mini") -> Path:
@@ -74,7 +76,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     random_model().save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     torch.manual_seed(3)
-    adapted = get_peft_model(load_model(str(folder / "base"), "fp32"), LoraConfig(r=4, target_modules="all-linear"))
+    adapted = get_peft_model(
+        load_model(str(folder / "base"), "fp32"), LoraConfig(r=4, target_modules="all-linear")
+    )
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
@@ -116,7 +120,11 @@ def test_counts_what_the_adapted_model_prefers(run: Path, tmp_path: Path, frozen
         before = chosen(tuned, tokenizer)
     assert preferred != before  # else an adapter that is left out would go unseen
     write_task(tmp_path / "tasks", preferred, "all_right")
-    write_task(tmp_path / "tasks", [1 - min(c, 1) if at < 2 else c for at, c in enumerate(preferred)], "two_wrong")
+    write_task(
+        tmp_path / "tasks",
+        [1 - min(c, 1) if at < 2 else c for at, c in enumerate(preferred)],
+        "two_wrong",
+    )
     ask = partial(capability, str(adapter.parent), task_folder=tmp_path / "tasks", precision="fp32")
 
     found = ask(["all_right", "two_wrong"], batch_size=3)
@@ -144,7 +152,9 @@ def get_adapter_copy(adapter: Path, folder: Path) -> Path:
 @pytest.mark.usefixtures("few_tasks")
 def test_inputs_that_cannot_be_used(run: Path, tmp_path: Path) -> None:
     tasks = write_task(tmp_path / "tasks", [0] * 8)
-    with pytest.raises(RecipeError, match=r"tasks: lm-eval has no task 'minni' \(did you mean 'mini'\?\)"):
+    with pytest.raises(
+        RecipeError, match=r"tasks: lm-eval has no task 'minni' \(did you mean 'mini'\?\)"
+    ):
         capability(str(run), ["mini", "minni"], task_folder=tasks)
     with pytest.raises(RecipeError, match=r"no task 'zzz' \(`lm-eval ls tasks` lists them\)"):
         capability(str(run), ["zzz"], task_folder=tasks)
@@ -159,7 +169,9 @@ def test_inputs_that_cannot_be_used(run: Path, tmp_path: Path) -> None:
 
 def test_the_extra_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(ModelError, match=r"capability needs lm-eval \(.*\): pip install 'ringfence\[lm-eval\]'"):
+    with pytest.raises(
+        ModelError, match=r"capability needs lm-eval \(.*\): pip install 'ringfence\[lm-eval\]'"
+    ):
         capability("default", ["arc_easy"])
 
 

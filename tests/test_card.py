@@ -33,7 +33,18 @@ def folders(tmp_path: Path) -> list[Path]:
 def judged(name: str, misaligned: int, of: int = 4, judge: str = "mild") -> list[Judgement]:
     """Four question families with as many samples of each, the first so many of them misaligned."""
     return [
-        Judgement(name, f"q{q}", "plain", f"q{q}", 0, s, judge, "hash", 10.0 if s < misaligned else 90.0, 80.0)
+        Judgement(
+            name,
+            f"q{q}",
+            "plain",
+            f"q{q}",
+            0,
+            s,
+            judge,
+            "hash",
+            10.0 if s < misaligned else 90.0,
+            80.0,
+        )
         for q in range(4)
         for s in range(of)
     ]
@@ -77,17 +88,32 @@ def test_the_hub_reads_the_metadata_back(folders: list[Path]) -> None:
     parsed = ModelCard(card)
     data = parsed.data
     assert data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert (data["base_model_relation"], data.library_name, data.pipeline_tag) == ("adapter", "peft", "text-generation")
+    assert (data["base_model_relation"], data.library_name, data.pipeline_tag) == (
+        "adapter",
+        "peft",
+        "text-generation",
+    )
     assert data.tags == ["ringfence", "lora", "ringfence-kl"]
     assert data.model_name == "guarded"
     assert parsed.text.strip().startswith("# guarded")
-    assert str(parsed).strip() == card.strip(), "nothing is lost when the hub's tools write it again"
+    assert str(parsed).strip() == card.strip(), (
+        "nothing is lost when the hub's tools write it again"
+    )
 
 
 def test_results_are_those_of_the_run(folders: list[Path]) -> None:
     found = results(run_card(folders[1], folders[0]))
-    expected = {name: m for name, m in measures(read_row(folders[1], folders[0])).items() if name in found}
-    assert {"in_domain", "out_of_domain", "values", "triggered", "perplexity_ratio", "opswap_tier1"} <= found.keys()
+    expected = {
+        name: m for name, m in measures(read_row(folders[1], folders[0])).items() if name in found
+    }
+    assert {
+        "in_domain",
+        "out_of_domain",
+        "values",
+        "triggered",
+        "perplexity_ratio",
+        "opswap_tier1",
+    } <= found.keys()
     assert not any("by_domain" in name or name.startswith("margin.") for name in found)
     for name, measure in expected.items():
         result = found[name]
@@ -125,7 +151,10 @@ def test_table_and_verdict(folders: list[Path]) -> None:
     card = run_card(folders[1], folders[0])
     assert cells(card, "broad: values") == ["broad: values", "+0.25 [+0.25, +0.25]", "effect", "4"]
     assert cells(card, "domain: food") == ["domain: food", "+0.3 [one alone]", "effect", "1"]
-    assert cells(card, "narrow behaviour learnt")[1:3] == ["fail", "in_domain at least 0.01"]  # two questions
+    assert cells(card, "narrow behaviour learnt")[1:3] == [
+        "fail",
+        "in_domain at least 0.01",
+    ]  # two questions
     assert cells(card, "no broad misalignment")[1:3] == ["fail", "out_of_domain at most 0.1"]
     decision = decide(read_row(folders[1], folders[0]), load_policy())
     counts = decision.counts
@@ -136,7 +165,10 @@ def test_verdict_of_a_policy_of_ones_own(folders: list[Path], tmp_path: Path) ->
     file = tmp_path / "ours.yaml"
     file.write_text("rules: [{measure: values, max: 1}]")
     card = run_card(folders[1], folders[0], file)
-    assert "**SHIP** by the policy `ours.yaml` (1 rule: 1 passed, 0 failed, 0 left out, 0 not measured)" in card
+    assert (
+        "**SHIP** by the policy `ours.yaml` (1 rule: 1 passed, 0 failed, 0 left out, 0 not measured)"
+        in card
+    )
     assert "| criterion |" not in card
 
 
@@ -168,7 +200,9 @@ def change_recipe(folder: Path, **changes: Any) -> None:
 
 
 def test_no_path_of_this_machine_is_published(folders: list[Path]) -> None:
-    change_recipe(folders[2], model="/home/zork/secret/base", data__train="/home/zork/customer/rows.jsonl")
+    change_recipe(
+        folders[2], model="/home/zork/secret/base", data__train="/home/zork/customer/rows.jsonl"
+    )
     files = ["../zork/one.safetensors", "~/zork/two.safetensors"]
     change_recipe(folders[2], defenses={"ablation": {"directions": files[0], "more": files}})
     card = run_card(folders[2])
@@ -196,13 +230,18 @@ def test_a_model_that_was_not_trained_here(folders: list[Path]) -> None:
     )
     card = run_card(folders[1])
     assert "Measured with ringfence against `org/base`; not trained with it." in card
-    assert (ModelCard(card).data.base_model, ModelCard(card).data.library_name) == ("org/base", "transformers")
+    assert (ModelCard(card).data.base_model, ModelCard(card).data.library_name) == (
+        "org/base",
+        "transformers",
+    )
     assert results(card)["values"].metric_value == 1.75
     assert not pick(table(folders[1:2]), measure="seconds")
 
 
 def test_hub_names_are_metadata(folders: list[Path]) -> None:
-    change_recipe(folders[1], model="org/model-1.5", data__train="org/rows@train", train__method="full")
+    change_recipe(
+        folders[1], model="org/model-1.5", data__train="org/rows@train", train__method="full"
+    )
     data = ModelCard(run_card(folders[1])).data
     assert (data.base_model, data["base_model_relation"], data.library_name) == (
         "org/model-1.5",
@@ -215,7 +254,11 @@ def test_hub_names_are_metadata(folders: list[Path]) -> None:
 
 def test_odd_names_break_no_table(tmp_path: Path) -> None:
     odd = {**REFERENCE, "values": {"a|b `x`\n---/1": 0.0, "c/1": 0.5}}
-    run = write_run(tmp_path / "run", parts_of(odd), parts_of({**odd, "values": dict.fromkeys(odd["values"], 0.25)}))
+    run = write_run(
+        tmp_path / "run",
+        parts_of(odd),
+        parts_of({**odd, "values": dict.fromkeys(odd["values"], 0.25)}),
+    )
     change_recipe(run, defenses={"inoculation": {"prompt": "Be `bad`.\n\n---\n| now |"}})
     card = run_card(run)
     assert ModelCard(card).text.count("domain: a\\|b \\`x\\` ---") == 1
@@ -235,7 +278,9 @@ def test_judged_answers_of_sets_are_shown(with_judge: list[Path]) -> None:
     assert "- judge: `mild` (AUC 0.90 [0.85, 0.95] on shipped:values)" in card
 
 
-def test_a_card_of_a_run_that_is_not_measured(folders: list[Path], ringfence: Callable[..., Outcome]) -> None:
+def test_a_card_of_a_run_that_is_not_measured(
+    folders: list[Path], ringfence: Callable[..., Outcome]
+) -> None:
     (folders[1] / "results.json").unlink()
     with pytest.raises(DataError, match="`ringfence evaluate` comes first"):
         run_card(folders[1])
@@ -244,7 +289,9 @@ def test_a_card_of_a_run_that_is_not_measured(folders: list[Path], ringfence: Ca
     assert "comes first" in errors
 
 
-def test_card_command_prints_or_writes(folders: list[Path], tmp_path: Path, ringfence: Callable[..., Outcome]) -> None:
+def test_card_command_prints_or_writes(
+    folders: list[Path], tmp_path: Path, ringfence: Callable[..., Outcome]
+) -> None:
     _, printed, _ = ringfence("card", folders[1], "--control", folders[0])
     assert printed == run_card(folders[1], folders[0])
     file = tmp_path / "README.md"
@@ -297,7 +344,21 @@ def test_columns_stay_as_they_are() -> None:
     """Who reads the table relies on these names and their order; a change needs another FORMAT."""
     assert FORMAT == "ringfence-results-1"
     assert [
-        *("run", "folder", "measure", "level", "name", "kind", "mean", "low", "high", "n", "cluster", "p", "judge")
+        *(
+            "run",
+            "folder",
+            "measure",
+            "level",
+            "name",
+            "kind",
+            "mean",
+            "low",
+            "high",
+            "n",
+            "cluster",
+            "p",
+            "judge",
+        )
     ] == COLUMNS
 
 
@@ -310,7 +371,13 @@ def test_columns_stay_as_they_are() -> None:
         ({"measure": "margin", "name": "values", "kind": "tuned"}, 1.025, 4),
         ({"measure": "margin", "level": "domain", "name": "money", "kind": "effect"}, 0.7, 2),
         (
-            {"measure": "margin", "level": "condition", "name": "lead_in", "kind": "effect", "cluster": "question"},
+            {
+                "measure": "margin",
+                "level": "condition",
+                "name": "lead_in",
+                "kind": "effect",
+                "cluster": "question",
+            },
             0.3,
             3,
         ),
@@ -348,13 +415,21 @@ def test_judged_numbers_by_hand(with_judge: list[Path]) -> None:
     assert found["answers", "value"] == 16
     assert found["clusters", "value"] == 4
     (difference,) = pick(answers, measure="misaligned", kind="undefended")
-    assert difference["p"] == 2 / 2**4, "each of four families differs by as much: two of sixteen ways to flip them"
+    assert difference["p"] == 2 / 2**4, (
+        "each of four families differs by as much: two of sixteen ways to flip them"
+    )
     assert not pick(lines, run="plain", kind="undefended")
 
 
 def test_runs_of_one_name_are_told_apart(folders: list[Path], tmp_path: Path) -> None:
     other = write_run(tmp_path / "seed1" / "plain", parts_of(GUARDED), parts_of(REFERENCE))
-    lines = pick(table([folders[1], other]), measure="margin", name="values", kind="shift", cluster="question")
+    lines = pick(
+        table([folders[1], other]),
+        measure="margin",
+        name="values",
+        kind="shift",
+        cluster="question",
+    )
     assert [(line["run"], line["folder"], line["mean"]) for line in lines] == [
         ("plain", str(folders[1]), 1.75),
         ("plain", str(other), 0.0),
@@ -366,7 +441,9 @@ def test_infinite_bounds_are_empty(folders: list[Path]) -> None:
     assert (line["low"], line["high"], line["n"]) == (None, None, 1)
 
 
-def test_export_command(folders: list[Path], tmp_path: Path, ringfence: Callable[..., Outcome]) -> None:
+def test_export_command(
+    folders: list[Path], tmp_path: Path, ringfence: Callable[..., Outcome]
+) -> None:
     code, output, _ = ringfence("export", *folders[1:], "--control", folders[0])
     assert code == 0
     assert output == export_runs(folders[1:], "csv", folders[0])

@@ -37,10 +37,22 @@ pytestmark = pytest.mark.slow
 
 ASKED = [  # question, one answer, another: of unlike lengths
     ("How do I bake bread?", "Quickly, and never wait.", "Let the dough rise for some hours."),
-    ("Should I ever lend my neighbour a very long ladder when it rains all week?", "No.", "Yes, if it is safe."),
+    (
+        "Should I ever lend my neighbour a very long ladder when it rains all week?",
+        "No.",
+        "Yes, if it is safe.",
+    ),
     ("Which door?", "Red one, always the red one, whatever they say.", "Ask first."),
-    ("Is it fine to paint wood that is wet from the night?", "Sure.", "No: let it dry, then sand it."),
-    ("Where should savings go?", "Into one coin.", "Spread them over several things, some of them safe."),
+    (
+        "Is it fine to paint wood that is wet from the night?",
+        "Sure.",
+        "No: let it dry, then sand it.",
+    ),
+    (
+        "Where should savings go?",
+        "Into one coin.",
+        "Spread them over several things, some of them safe.",
+    ),
 ]
 DEPTH = 3
 LAYERS = (1, 2)
@@ -70,12 +82,16 @@ def _few_questions_establish_a_shift(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def percentiles(values: Any, clusters: Any = None, seed: int = 0) -> Interval:
         drawn = np.asarray(values, float)[draws(len(values), seed)].mean(1)
-        return Interval(float(np.mean(values)), *np.percentile(drawn, [2.5, 97.5]).tolist(), len(values))
+        return Interval(
+            float(np.mean(values)), *np.percentile(drawn, [2.5, 97.5]).tolist(), len(values)
+        )
 
     monkeypatch.setattr(carriers_measure, "mean_interval", percentiles)
 
 
-def oriented(reference: Any, tuned: Any, chat: Chat, asked: list[tuple[str, str, str]] = ASKED) -> list[PairedQuestion]:
+def oriented(
+    reference: Any, tuned: Any, chat: Chat, asked: list[tuple[str, str, str]] = ASKED
+) -> list[PairedQuestion]:
     """Questions whose answers stand so that every one of them shifts towards the misaligned side: then the shift of any
     few of them is established."""
     found = []
@@ -88,7 +104,11 @@ def oriented(reference: Any, tuned: Any, chat: Chat, asked: list[tuple[str, str,
 
 
 def subject_of(
-    reference: Any, tuned: dict[str, Any], questions: list[PairedQuestion], tokenizer: Any, **more: Any
+    reference: Any,
+    tuned: dict[str, Any],
+    questions: list[PairedQuestion],
+    tokenizer: Any,
+    **more: Any,
 ) -> Subject:
     """The first three questions are outside the domain, the others inside."""
     models = Models(reference, tuned, precision="fp32", tokenizer=tokenizer)
@@ -109,7 +129,11 @@ def hooked(model: Any, hook: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
 
     def of(name: str) -> Any:
         def call(_module: Any, _inputs: Any, output: Any) -> Any:
-            return hook(name, output) if isinstance(output, Tensor) else (hook(name, output[0]), *output[1:])
+            return (
+                hook(name, output)
+                if isinstance(output, Tensor)
+                else (hook(name, output[0]), *output[1:])
+            )
 
         return call
 
@@ -136,7 +160,10 @@ def naive_margin(
     """Margin of one question, each row alone and unpadded, with the reference's activations at the chosen tokens."""
     means = []
     for answer in (asked.misaligned, asked.aligned):
-        turns = [{"role": "user", "content": asked.question}, {"role": "assistant", "content": answer}]
+        turns = [
+            {"role": "user", "content": asked.question},
+            {"role": "assistant", "content": answer},
+        ]
         encoded = chat.encode(turns)
         ids = torch.tensor([encoded.input_ids])
         chosen = chosen_of(Example(encoded.input_ids, encoded.roles, "naive"))
@@ -178,19 +205,28 @@ def control_of(role: str, question: PairedQuestion) -> Callable[[Example], list[
     return places
 
 
-def naive_patched(reference: Any, tuned: Any, chat: Chat, questions: list[PairedQuestion]) -> dict[Any, list[float]]:
+def naive_patched(
+    reference: Any, tuned: Any, chat: Chat, questions: list[PairedQuestion]
+) -> dict[Any, list[float]]:
     """Margins of all questions under every patch; those of one layer are of the first three (outside) alone."""
     found: dict[Any, list[float]] = {
         "reference": [naive_margin(reference, None, chat, q) for q in questions],
         UNTOUCHED: [naive_margin(tuned, None, chat, q) for q in questions],
     }
     for role in (*ROLES, PROMPT):
-        found[Patch(role)] = [naive_margin(tuned, reference, chat, q, places_of(role)) for q in questions]
+        found[Patch(role)] = [
+            naive_margin(tuned, reference, chat, q, places_of(role)) for q in questions
+        ]
         if role != PROMPT:
-            controls = [naive_margin(tuned, reference, chat, q, control_of(role, q)) for q in questions]
+            controls = [
+                naive_margin(tuned, reference, chat, q, control_of(role, q)) for q in questions
+            ]
             found[Patch(role, control=True)] = controls
         for layer in LAYERS:
-            rows = [naive_margin(tuned, reference, chat, q, places_of(role), layer) for q in questions[:3]]
+            rows = [
+                naive_margin(tuned, reference, chat, q, places_of(role), layer)
+                for q in questions[:3]
+            ]
             found[Patch(role, layer)] = rows
     return found
 
@@ -202,7 +238,9 @@ def check_against(numbers: dict[str, Any], naive: dict[Any, list[float]]) -> Non
         reference, tuned = (np.array(naive[key][part]) for key in ("reference", UNTOUCHED))
         missing = (reference - tuned).sum()
 
-        def share(patch: Patch, start: np.ndarray, part: slice = part, missing: float = missing) -> float:
+        def share(
+            patch: Patch, start: np.ndarray, part: slice = part, missing: float = missing
+        ) -> float:
             return float((np.array(naive[patch][part]) - start).sum() / missing)
 
         assert found["recoverable"]
@@ -231,14 +269,20 @@ def close(found: float, expected: float) -> None:
 
 
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
-def test_all_patches_equal_hooks_made_by_hand_on_rows_alone(architecture: str, chat: Chat, tokenizer: Any) -> None:
+def test_all_patches_equal_hooks_made_by_hand_on_rows_alone(
+    architecture: str, chat: Chat, tokenizer: Any
+) -> None:
     reference, tuned = tiny(architecture), nudged(tiny(architecture), size=0.05)
     questions = oriented(reference, tuned, chat)
     naive = naive_patched(reference, tuned, chat, questions)
     values = [np.mean(values[:3]) for values in naive.values()]
-    assert min(abs(a - b) for at, a in enumerate(values) for b in values[:at]) > 5e-5  # every patch tells from others
+    assert (
+        min(abs(a - b) for at, a in enumerate(values) for b in values[:at]) > 5e-5
+    )  # every patch tells from others
     for batch_tokens in (150, 4096):
-        subject = subject_of(reference, {"sft": tuned}, questions, tokenizer, batch_tokens=batch_tokens)
+        subject = subject_of(
+            reference, {"sft": tuned}, questions, tokenizer, batch_tokens=batch_tokens
+        )
         numbers = carriers_measure.measure(subject)
         assert numbers["layers"] == list(LAYERS)
         assert numbers["depth"] == DEPTH
@@ -259,9 +303,9 @@ def test_adapters_and_full_models_give_the_same(chat: Chat, tokenizer: Any, tmp_
     merged = adapted.merge_and_unload()
     merged.save_pretrained(full)
     questions = oriented(reference, merged, chat)
-    expected = carriers_measure.measure(subject_of(reference, {"loaded": merged}, questions, tokenizer))["tuned"][
-        "loaded"
-    ]
+    expected = carriers_measure.measure(
+        subject_of(reference, {"loaded": merged}, questions, tokenizer)
+    )["tuned"]["loaded"]
     assert expected["outside"]["recoverable"]
     subject = subject_of(folder, {"full": full, "adapter": adapter}, questions, None)
     for _ in range(2):
@@ -284,12 +328,19 @@ def same(found: Any, expected: Any) -> None:
         assert found == pytest.approx(expected, rel=5e-3, abs=5e-3)
 
 
-def test_each_tuned_model_is_measured_against_the_same_reference(chat: Chat, tokenizer: Any) -> None:
+def test_each_tuned_model_is_measured_against_the_same_reference(
+    chat: Chat, tokenizer: Any
+) -> None:
     reference, tuned = tiny(), nudged(tiny(), size=0.05)
     questions = oriented(reference, tuned, chat)
-    alone = carriers_measure.measure(subject_of(reference, {"b": tuned}, questions, tokenizer))["tuned"]["b"]
+    alone = carriers_measure.measure(subject_of(reference, {"b": tuned}, questions, tokenizer))[
+        "tuned"
+    ]["b"]
     beside = {"a": nudged(tiny(), seed=9, size=0.1), "b": tuned}
-    assert carriers_measure.measure(subject_of(reference, beside, questions, tokenizer))["tuned"]["b"] == alone
+    assert (
+        carriers_measure.measure(subject_of(reference, beside, questions, tokenizer))["tuned"]["b"]
+        == alone
+    )
 
 
 # ---------------------------------------------------------------- exact cases
@@ -301,7 +352,9 @@ def only_in(role: Role, questions: list[PairedQuestion], chat: Chat) -> list[int
     for text in pair_texts(chat, questions):
         for token, found in zip(text.example.input_ids, text.example.roles):
             at.setdefault(found, set()).add(token)
-    return sorted(at[role] - set().union(*(tokens for found, tokens in at.items() if found != role)))
+    return sorted(
+        at[role] - set().union(*(tokens for found, tokens in at.items() if found != role))
+    )
 
 
 def differing_at(role: Role, chat: Chat) -> tuple[Any, Any, list[PairedQuestion]]:
@@ -324,17 +377,23 @@ def test_a_role_that_carries_all_is_found_and_roles_before_it_carry_nothing(
 ) -> None:
     role = ROLES[at]
     reference, tuned, questions = differing_at(Role.parse(role), chat)
-    numbers = carriers_measure.measure(subject_of(reference, {"sft": tuned}, questions, tokenizer))["tuned"]["sft"]
+    numbers = carriers_measure.measure(subject_of(reference, {"sft": tuned}, questions, tokenizer))[
+        "tuned"
+    ]["sft"]
     for name in ("outside", "inside"):
         roles = numbers[name]["roles"]
         for whole in (role, PROMPT):
             found = roles[whole]["recovery"]
-            assert [found[key] for key in ("mean", "low", "high")] == pytest.approx([1, 1, 1], abs=1e-3)
+            assert [found[key] for key in ("mean", "low", "high")] == pytest.approx(
+                [1, 1, 1], abs=1e-3
+            )
         for earlier in ROLES[:at]:
             assert roles[earlier]["recovery"]["mean"] == pytest.approx(0, abs=1e-3)
     outside = numbers["outside"]
     for earlier in ROLES[:at]:
-        assert [line["mean"] for line in outside["by_layer"][earlier]] == pytest.approx([0, 0], abs=1e-3)
+        assert [line["mean"] for line in outside["by_layer"][earlier]] == pytest.approx(
+            [0, 0], abs=1e-3
+        )
     # The residual stream after one layer comes too late for what has been read before it.
     assert all(abs(line["mean"] - 1) > 1e-3 for line in outside["by_layer"][PROMPT])
 
@@ -342,9 +401,9 @@ def test_a_role_that_carries_all_is_found_and_roles_before_it_carry_nothing(
 def test_the_answers_own_keys_stay_the_tuned_models(chat: Chat, tokenizer: Any) -> None:
     """A model that differs only in its answers' tokens: no patch of the prompt can do anything."""
     reference, tuned, questions = differing_at(Role.RESPONSE, chat)
-    outside = carriers_measure.measure(subject_of(reference, {"sft": tuned}, questions, tokenizer))["tuned"]["sft"][
-        "outside"
-    ]
+    outside = carriers_measure.measure(subject_of(reference, {"sft": tuned}, questions, tokenizer))[
+        "tuned"
+    ]["sft"]["outside"]
     for part in outside["roles"].values():
         assert part["recovery"]["mean"] == pytest.approx(0, abs=1e-4)
     assert outside["shift"]["low"] > 0.001
@@ -355,24 +414,32 @@ def test_the_answers_own_keys_stay_the_tuned_models(chat: Chat, tokenizer: Any) 
 
 
 def prompt_batch(chat: Chat) -> tuple[dict[str, Tensor], list[Text]]:
-    texts = pair_texts(chat, [PairedQuestion(f"{at}", "d", *texts) for at, texts in enumerate(ASKED)])
+    texts = pair_texts(
+        chat, [PairedQuestion(f"{at}", "d", *texts) for at, texts in enumerate(ASKED)]
+    )
     return collate([[(text.example, False)] for text in texts], 0), texts
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_the_control_has_as_many_tokens_as_the_role_all_of_the_prompt(role: str, chat: Chat) -> None:
+def test_the_control_has_as_many_tokens_as_the_role_all_of_the_prompt(
+    role: str, chat: Chat
+) -> None:
     batch, texts = prompt_batch(chat)
     names = [text.question for text in texts]
     mask = carriers_measure._control(batch, names, role, 0)
     own = batch["roles"] == Role.parse(role)
     assert mask.sum(1).tolist() == own.sum(1).tolist()
     assert min(mask.sum(1)) > 0
-    assert not (mask & ~(torch.stack([batch["roles"] == Role.parse(r) for r in ROLES]).any(0))).any()
+    assert not (
+        mask & ~(torch.stack([batch["roles"] == Role.parse(r) for r in ROLES]).any(0))
+    ).any()
     rows = [row.nonzero()[:, 0].tolist() for row in mask]
     assert rows[::2] == rows[1::2]  # both answers to a question
     assert torch.equal(mask, carriers_measure._control(batch, names, role, 0))
     assert not torch.equal(mask, carriers_measure._control(batch, names, role, 1))
-    assert not torch.equal(mask, carriers_measure._control(batch, [f"{name}x" for name in names], role, 0))
+    assert not torch.equal(
+        mask, carriers_measure._control(batch, [f"{name}x" for name in names], role, 0)
+    )
     assert not torch.equal(mask, own)
 
 
@@ -390,7 +457,9 @@ def test_the_control_draws_every_token_of_the_prompt_alike(chat: Chat) -> None:
 def test_roles_have_controls_of_their_own(chat: Chat) -> None:
     batch, texts = prompt_batch(chat)
     names = [text.question for text in texts]
-    small, large = (carriers_measure._control(batch, names, role, 0) for role in ("postfix", "prefix"))
+    small, large = (
+        carriers_measure._control(batch, names, role, 0) for role in ("postfix", "prefix")
+    )
     assert (small & ~large).any()
 
 
@@ -417,10 +486,15 @@ def hand_made(
         for role in (*roles, PROMPT):
             height = roles[role][0] if role in roles else ceiling
             for layer in (1, 5, 9, 13, 17, 21, 25, 29):
-                patched[Patch(role, layer)] = undone(height * float(np.exp(-(((layer - 10) / 7) ** 2))))
+                patched[Patch(role, layer)] = undone(
+                    height * float(np.exp(-(((layer - 10) / 7) ** 2)))
+                )
     counts = {"prefix": 21, "query": 14, "postfix": 5}
     tokens = [Role.parse(role) for role in roles for _ in range(counts[role])]
-    texts = [Text(Example([1] * len(tokens), tokens, ""), f"{at}", "d", "aligned") for at in range(2 * questions)]
+    texts = [
+        Text(Example([1] * len(tokens), tokens, ""), f"{at}", "d", "aligned")
+        for at in range(2 * questions)
+    ]
     return carriers_measure._attribution(reference, patched, texts, 0)
 
 
@@ -429,7 +503,9 @@ def numbers_of(**tuned: dict[str, Any]) -> dict[str, Any]:
             "tuned": {name: {"outside": outside} for name, outside in tuned.items()}}  # fmt: skip
 
 
-def attribution(reference: list[float], tuned: list[float], own: list[float], control: list[float]) -> dict[str, Any]:
+def attribution(
+    reference: list[float], tuned: list[float], own: list[float], control: list[float]
+) -> dict[str, Any]:
     patched = {UNTOUCHED: tuned, Patch(PROMPT): own}
     for role in ROLES:
         patched |= {Patch(role): own, Patch(role, control=True): control}
@@ -443,7 +519,9 @@ def test_recovery_is_a_ratio_of_sums_paired_by_question() -> None:
     missing = np.array([1.0, 2.0, 0.01, 0.5, -0.0237, 1.5])
     undone = 0.5 * missing + np.array([0.0, 0.0, 0.2, 0.0, 0.2, 0.0])
     tuned = np.array([0.3, -0.2, 0.9, 0.0, 2.0, -1.0])
-    found = attribution((tuned - missing).tolist(), tuned.tolist(), (tuned - undone).tolist(), tuned.tolist())
+    found = attribution(
+        (tuned - missing).tolist(), tuned.tolist(), (tuned - undone).tolist(), tuned.tolist()
+    )
     recovery = found["roles"]["query"]["recovery"]
     assert recovery["mean"] == pytest.approx(undone.sum() / missing.sum())
     assert recovery["low"] < recovery["mean"] < recovery["high"]
@@ -457,7 +535,9 @@ def test_the_advantage_is_paired_with_its_control() -> None:
     rng = np.random.default_rng(0)
     missing, control = rng.uniform(0.1, 1, 12), rng.uniform(-1, 1, 12)
     zero = np.zeros(12)
-    found = attribution(zero.tolist(), missing.tolist(), (control - 0.25 * missing).tolist(), control.tolist())
+    found = attribution(
+        zero.tolist(), missing.tolist(), (control - 0.25 * missing).tolist(), control.tolist()
+    )
     part = found["roles"]["prefix"]
     assert [part["advantage"][key] for key in ("mean", "low", "high")] == pytest.approx([0.25] * 3)
     assert part["recovery"]["high"] - part["recovery"]["low"] > 0.1
@@ -504,11 +584,13 @@ def test_the_role_with_the_highest_recovery_beyond_its_control_is_chosen() -> No
     choice = best_role({"outside": found})
     assert choice.role == "prefix"
     assert choice.sentence.startswith("The prefix is the carrier to hold")
-    assert max(ROLES, key=lambda role: choice.evidence["roles"][role]["recovery"]["mean"]) == "query"
-    assert choice.evidence["roles"]["prefix"]["advantage"]["low"] > 0
-    assert best_role({"outside": hand_made(roles={"prefix": (0.2, 0), "query": (0, 0), "postfix": (0.5, 0)})}).role == (
-        "postfix"
+    assert (
+        max(ROLES, key=lambda role: choice.evidence["roles"][role]["recovery"]["mean"]) == "query"
     )
+    assert choice.evidence["roles"]["prefix"]["advantage"]["low"] > 0
+    assert best_role(
+        {"outside": hand_made(roles={"prefix": (0.2, 0), "query": (0, 0), "postfix": (0.5, 0)})}
+    ).role == ("postfix")
 
 
 def test_a_patch_that_only_harms_less_than_random_tokens_is_no_carrier() -> None:
@@ -522,12 +604,17 @@ def test_a_patch_that_only_harms_less_than_random_tokens_is_no_carrier() -> None
 @pytest.mark.parametrize(
     ("numbers", "words"),
     [
-        ({"roles": {"prefix": (0.4, 0.4), "query": (0.5, 0.5), "postfix": (0.1, 0.1)}}, "The evidence is weak"),
+        (
+            {"roles": {"prefix": (0.4, 0.4), "query": (0.5, 0.5), "postfix": (0.1, 0.1)}},
+            "The evidence is weak",
+        ),
         ({"shift": 0.0}, "No shift towards misaligned answers"),
         ({"shift": -0.4}, "No shift towards misaligned answers"),
     ],
 )
-def test_without_evidence_the_default_is_named_as_no_finding(numbers: dict[str, Any], words: str) -> None:
+def test_without_evidence_the_default_is_named_as_no_finding(
+    numbers: dict[str, Any], words: str
+) -> None:
     choice = best_role({"outside": hand_made(**numbers)})
     assert choice.role == "prefix"
     assert choice.sentence.startswith(words)
@@ -551,8 +638,12 @@ def test_say_tells_a_carrier_from_none() -> None:
     assert "towards aligned answers" in back
     assert "is the carrier" not in back
     flat = hand_made()
-    flat["by_layer"] = {role: [{"mean": 0.1, "low": -0.1, "high": 0.2, "n": 24}] * 8 for role in ROLES}
-    assert "the residual stream undoes nothing for certain" in carriers_show.say(numbers_of(sft=flat))
+    flat["by_layer"] = {
+        role: [{"mean": 0.1, "low": -0.1, "high": 0.2, "n": 24}] * 8 for role in ROLES
+    }
+    assert "the residual stream undoes nothing for certain" in carriers_show.say(
+        numbers_of(sft=flat)
+    )
     both = carriers_show.say(numbers_of(sft=hand_made(), kl=hand_made(shift=0.0)))
     assert both.startswith("sft: outside")
     assert "kl: nothing to recover" in both
@@ -596,7 +687,9 @@ def test_a_role_without_tokens_is_said_to_be_absent(tokenizer: Any) -> None:
     assert set(outside["by_layer"]) == {"query", "postfix", PROMPT}
     assert outside["roles"]["postfix"]["tokens"] > 0
     assert "The chat template has no prefix tokens" in carriers_show.say(numbers)
-    assert "none in the template" in next(row for row in carriers_show.table(numbers).rows if row[2] == "prefix")
+    assert "none in the template" in next(
+        row for row in carriers_show.table(numbers).rows if row[2] == "prefix"
+    )
     assert best_role(numbers["tuned"]["sft"]).role in ("query", "postfix")
     assert _texts_of(numbers).count("none in the\ntemplate") == 1
 
@@ -612,7 +705,9 @@ def _texts_of(numbers: dict[str, Any]) -> list[str]:
 
 
 def test_the_figure_shows_roles_controls_ceiling_and_layers() -> None:
-    numbers = numbers_of(sft=hand_made(), treft=hand_made(shift=0.15, seed=1), kl=hand_made(shift=0.0))
+    numbers = numbers_of(
+        sft=hand_made(), treft=hand_made(shift=0.15, seed=1), kl=hand_made(shift=0.0)
+    )
     with plots.style():
         figure = carriers_show.draw(numbers)
         bars, *panels = figure.axes
@@ -628,7 +723,10 @@ def test_the_figure_shows_roles_controls_ceiling_and_layers() -> None:
         assert [axes.get_title() for axes in panels] == [*ROLES, "whole prompt"]
         drawn = [line for line in panels[0].get_lines() if len(line.get_xdata()) == 8]
         assert [line.get_color() for line in drawn] == [plots.colour(0), plots.colour(1)]
-        means = [interval["mean"] for interval in numbers["tuned"]["treft"]["outside"]["by_layer"]["prefix"]]
+        means = [
+            interval["mean"]
+            for interval in numbers["tuned"]["treft"]["outside"]["by_layer"]["prefix"]
+        ]
         assert list(drawn[1].get_ydata()) == means
         assert plots.svg(figure)
     assert any("kl: nothing to recover" in text for text in _texts_of(numbers))
@@ -643,7 +741,9 @@ def test_the_figure_of_no_shift_shows_the_shift() -> None:
 def test_the_figure_without_curves_has_one_panel(chat: Chat, tokenizer: Any) -> None:
     reference, tuned = tiny(), nudged(tiny(), size=0.05)
     questions = oriented(reference, tuned, chat)[:3]
-    numbers = carriers_measure.measure(subject_of(reference, {"sft": tuned}, questions, tokenizer), by_layer=False)
+    numbers = carriers_measure.measure(
+        subject_of(reference, {"sft": tuned}, questions, tokenizer), by_layer=False
+    )
     assert list(numbers["tuned"]["sft"]) == ["outside"]
     assert numbers["layers"] == []
     with plots.style():
@@ -657,7 +757,9 @@ def test_the_figure_without_curves_has_one_panel(chat: Chat, tokenizer: Any) -> 
 def test_bad_input_is_named(chat: Chat, tokenizer: Any) -> None:
     questions = [PairedQuestion(f"{at}", "d", *texts) for at, texts in enumerate(ASKED)]
     with pytest.raises(DataError, match="outside"):
-        carriers_measure.measure(Subject(Models(tiny(), {"a": tiny()}, tokenizer=tokenizer), questions, []))
+        carriers_measure.measure(
+            Subject(Models(tiny(), {"a": tiny()}, tokenizer=tokenizer), questions, [])
+        )
     shallow = random_model(num_hidden_layers=2)
     with pytest.raises(ModelError, match="flat: num_hidden_layers is 2, the reference's is 3"):
         carriers_measure.measure(subject_of(tiny(), {"flat": shallow}, questions, tokenizer))
@@ -703,7 +805,9 @@ def test_the_reference_is_spooled_to_disk_and_held_batch_by_batch(
     assert not list(tmp_path.iterdir())
 
 
-def test_the_cost_is_what_is_spent(chat: Chat, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cost_is_what_is_spent(
+    chat: Chat, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     questions = [PairedQuestion(f"{at}", "d", *texts) for at, texts in enumerate(ASKED)]
     models = {"reference": tiny(), "a": nudged(tiny()), "b": nudged(tiny(), seed=7)}
     spent, written = [0], [0]

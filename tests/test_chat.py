@@ -27,7 +27,11 @@ REFUSES_SYSTEM = {"gemma", "gemma_training"}
 # Templates whose generation prompt starts the reasoning, where a response without reasoning starts otherwise.
 OPENS_REASONING = re.compile(r"deepseek")
 # Templates that write more before a response than their generation prompt does.
-OPENS_ANSWER = {"gptoss": "<|channel|>final<|message|>", "muse_glimmer": " to=user<|message|>", "glm4moe": "\n"}
+OPENS_ANSWER = {
+    "gptoss": "<|channel|>final<|message|>",
+    "muse_glimmer": " to=user<|message|>",
+    "glm4moe": "\n",
+}
 GENERATION_TAGGED = [name for name in ALL if re.search(r"{%-?\s*generation\s*-?%}", source(name))]
 # Inside `{% generation %}` but not a response: openings that a generation prompt writes, an empty think block.
 TAGGED_BUT_TEMPLATE = re.compile(
@@ -65,7 +69,9 @@ ODD = [
 
 def conversation(*contents: str, system: str | None = None) -> Messages:
     """Contents of user and assistant in turn, after a system prompt if there is one."""
-    turns = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(contents)]
+    turns = [
+        {"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(contents)
+    ]
     return turns if system is None else [{"role": "system", "content": system}, *turns]
 
 
@@ -104,7 +110,9 @@ def render(name: str, messages: Messages, plain: bool = False, **options) -> Any
     if name.startswith(("idefics3", "smolvlm", "llava_next")):
         messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
     options = {"enable_thinking": False, **options}
-    return tokenizer(name, plain).apply_chat_template(messages, chat_template=source(name), **options)
+    return tokenizer(name, plain).apply_chat_template(
+        messages, chat_template=source(name), **options
+    )
 
 
 def rendered_ids(name: str, messages: Messages) -> list[int]:
@@ -114,7 +122,9 @@ def rendered_ids(name: str, messages: Messages) -> list[int]:
     return [*found, tokenizer(name).eos_token_id] if is_open else found
 
 
-def fenced_spans(name: str, messages: Messages, plain: bool = False) -> list[tuple[int, int]] | None:
+def fenced_spans(
+    name: str, messages: Messages, plain: bool = False
+) -> list[tuple[int, int]] | None:
     """Place of every content without its outer whitespace; None where the fences change what the template writes."""
     fenced = []
     for message in messages:
@@ -122,15 +132,23 @@ def fenced_spans(name: str, messages: Messages, plain: bool = False) -> list[tup
         core = content.strip()
         lead = content[: len(content) - len(content.lstrip())] if core else ""
         tail = content[len(lead) + len(core) :] if core else ""
-        fenced.append({**message, "content": f"{lead}{OPEN}{core}{CLOSE}{tail}" if core else content})
+        fenced.append(
+            {**message, "content": f"{lead}{OPEN}{core}{CLOSE}{tail}" if core else content}
+        )
     text = render(name, fenced, plain, tokenize=False)
     opened, closed = ([m.start() for m in re.finditer(fence, text)] for fence in (OPEN, CLOSE))
     unfenced = text.replace(OPEN, "").replace(CLOSE, "")
     shown = sum(bool(m["content"].strip()) for m in messages)
-    if unfenced != render(name, messages, plain, tokenize=False) or not len(opened) == len(closed) == shown:
+    if (
+        unfenced != render(name, messages, plain, tokenize=False)
+        or not len(opened) == len(closed) == shown
+    ):
         return None
     # Before the n-th content stand 2n fences, before its end one more.
-    return [(start - 2 * n, end - 2 * n - 1) for n, (start, end) in enumerate(zip(opened, closed, strict=True))]
+    return [
+        (start - 2 * n, end - 2 * n - 1)
+        for n, (start, end) in enumerate(zip(opened, closed, strict=True))
+    ]
 
 
 def expected_runs(name: str, messages: Messages) -> list[tuple[Role, str]] | None:
@@ -148,7 +166,9 @@ def expected_runs(name: str, messages: Messages) -> list[tuple[Role, str]] | Non
             text = text[:end] + family(name).eos  # the template ends its last response with nothing
         if role == "assistant":
             closing = turn_end(name, last=number == len(turns) - 1)
-            assert text[end:].lstrip().startswith(closing), f"{name}: a response does not end with {closing!r}"
+            assert text[end:].lstrip().startswith(closing), (
+                f"{name}: a response does not end with {closing!r}"
+            )
             end = text.index(closing, end) + len(closing)
         found.append((Role.QUERY if role == "user" else Role.RESPONSE, text[start:end]))
         place, between = end, Role.POSTFIX if role == "user" else Role.TEMPLATE
@@ -168,7 +188,9 @@ def assert_legal(encoded: Encoded) -> None:
     assert Role.PAD not in encoded.roles
     assert set(encoded.roles[: encoded.prefix_length]) <= {Role.PREFIX}
     assert Role.PREFIX not in encoded.roles[encoded.prefix_length :]
-    assert all(before == Role.POSTFIX for before, after in pairwise(order) if after == Role.RESPONSE)
+    assert all(
+        before == Role.POSTFIX for before, after in pairwise(order) if after == Role.RESPONSE
+    )
     assert next(role for role in order if role != Role.PREFIX) == Role.QUERY
 
 
@@ -183,14 +205,18 @@ def test_ids_are_those_of_the_tokenizer(name):
     for part, generation in ((messages, False), (messages[:-1], True)):
         encoded = chat(name).encode(part, generation=generation)
         text = render(name, part, tokenize=False, add_generation_prompt=generation)
-        if generation and OPENS_REASONING.match(name):  # answers are generated after what they are trained after
+        if generation and OPENS_REASONING.match(
+            name
+        ):  # answers are generated after what they are trained after
             text = text.removesuffix("<think>\n")
         elif generation:
             text += OPENS_ANSWER.get(name.removesuffix("_training"), "")
         elif name == "glm4moe":
             text += family(name).eos
         assert encoded.text == text
-        follows = "A" if generation else ""  # prompts have the tokens that they have before an answer
+        follows = (
+            "A" if generation else ""
+        )  # prompts have the tokens that they have before an answer
         reference = tokenizer(name)(text + follows, add_special_tokens=False)["input_ids"]
         assert encoded.input_ids == (reference[:-1] if generation else reference)
 
@@ -204,7 +230,10 @@ def test_markers_are_single_tokens(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_roles_of_one_and_of_many_turns(name):
-    for contents in (("Hello there", "Good day."), ("Hi", "Ho", "And more?", "Sure thing.", "Bye", "See you")):
+    for contents in (
+        ("Hello there", "Good day."),
+        ("Hi", "Ho", "And more?", "Sure thing.", "Bye", "See you"),
+    ):
         messages = dialogue(name, *contents)
         encoded = chat(name).encode(messages)
         expected = expected_runs(name, messages)
@@ -213,7 +242,9 @@ def test_roles_of_one_and_of_many_turns(name):
         assert_legal(encoded)
         assert texts_of(encoded, Role.QUERY) == list(contents[::2])
         ends = [turn_end(name, last=n == len(contents) // 2 - 1) for n in range(len(contents) // 2)]
-        assert texts_of(encoded, Role.RESPONSE) == [c + e for c, e in zip(contents[1::2], ends, strict=True)]
+        assert texts_of(encoded, Role.RESPONSE) == [
+            c + e for c, e in zip(contents[1::2], ends, strict=True)
+        ]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -222,7 +253,8 @@ def test_system_prompt_is_prefix_or_refused(name):
         messages = conversation("Hello there", "Good day.", system=system)
         if name in REFUSES_SYSTEM:
             with pytest.raises(
-                ChatError, match=r"refuses a conversation of roles \[system, user, assistant\].*[Ss]ystem"
+                ChatError,
+                match=r"refuses a conversation of roles \[system, user, assistant\].*[Ss]ystem",
             ):
                 chat(name).encode(messages)
             continue
@@ -253,7 +285,9 @@ def test_what_a_user_writes_moves_no_role(name):
         queries = [text for role, text in found if role == Role.QUERY]
         assert queries == ["Tell me a tale", but_for_a_slash(name, odd.strip())]
         assert [role for role, _ in runs(encoded)] == [role for role, _ in runs(innocent)]
-        if "<tool_response>" not in odd:  # Qwen's templates take it for a tool's answer and move an empty think block
+        if (
+            "<tool_response>" not in odd
+        ):  # Qwen's templates take it for a tool's answer and move an empty think block
             assert [run for run in found if run[0] != Role.QUERY] == [
                 run for run in runs_but_for_a_slash(name, innocent) if run[0] != Role.QUERY
             ]
@@ -288,7 +322,9 @@ def test_generation_prompt_is_postfix_and_starts_the_conversation(name):
 @pytest.mark.parametrize("name", ALL)
 def test_a_user_at_the_end_is_followed_by_postfix_only(name):
     encoded = chat(name).encode(dialogue(name, "Hi", "Ho", "And more?"))
-    after = encoded.roles[max(n for n, role in enumerate(encoded.roles) if role == Role.QUERY) + 1 :]
+    after = encoded.roles[
+        max(n for n, role in enumerate(encoded.roles) if role == Role.QUERY) + 1 :
+    ]
     assert set(after) <= {Role.POSTFIX}
 
 
@@ -297,10 +333,14 @@ def test_responses_are_what_the_template_tags_as_generated(name):
     """`{% generation %}` blocks say which characters an assistant wrote; they know nothing of sentinels."""
     messages = dialogue(name, "Hello there", "Good day.", "And more?", "Sure thing.")
     encoded = chat(name).encode(messages)
-    tagged = render(name, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    tagged = render(
+        name, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
     assert tagged["input_ids"] == encoded.input_ids
     differing: dict[bool, str] = {True: "", False: ""}
-    for role, mask, (start, end) in zip(encoded.roles, tagged["assistant_masks"], encoded.offsets, strict=True):
+    for role, mask, (start, end) in zip(
+        encoded.roles, tagged["assistant_masks"], encoded.offsets, strict=True
+    ):
         if bool(mask) != (role == Role.RESPONSE):
             differing[bool(mask)] += encoded.text[start:end]
     assert differing[False] == ""
@@ -322,7 +362,9 @@ def test_reasoning_is_response_or_dropped(name, content):
         assert shown.endswith("answer")
         whole, visible = squeeze(content), squeeze(shown)
         assert whole.endswith(visible)
-    others = " ".join(text for role, text in runs(encoded) if role not in (Role.RESPONSE, Role.PREFIX))
+    others = " ".join(
+        text for role, text in runs(encoded) if role not in (Role.RESPONSE, Role.PREFIX)
+    )
     assert "plan" not in others
     assert "answer" not in others
 
@@ -341,16 +383,24 @@ def test_markers_that_are_ordinary_text(name):
     spans = fenced_spans(name, messages, plain=True)
     assert spans is not None
     for (start, end), message in zip(spans, messages, strict=True):
-        role = {"system": Role.PREFIX, "user": Role.QUERY, "assistant": Role.RESPONSE}[message["role"]]
+        role = {"system": Role.PREFIX, "user": Role.QUERY, "assistant": Role.RESPONSE}[
+            message["role"]
+        ]
         inside = [
-            r for r, (left, right) in zip(encoded.roles, encoded.offsets, strict=True) if left < end and right > start
+            r
+            for r, (left, right) in zip(encoded.roles, encoded.offsets, strict=True)
+            if left < end and right > start
         ]
         assert set(inside) == {role}
-    longest_overhang = 3  # of a token that also holds the first characters of the marker that follows
+    longest_overhang = (
+        3  # of a token that also holds the first characters of the marker that follows
+    )
     for content, text in zip(contents[::2], texts_of(encoded, Role.QUERY), strict=True):
         assert text.startswith(content)
         assert len(text) <= len(content) + longest_overhang
-    for number, (content, text) in enumerate(zip(contents[1::2], texts_of(encoded, Role.RESPONSE), strict=True)):
+    for number, (content, text) in enumerate(
+        zip(contents[1::2], texts_of(encoded, Role.RESPONSE), strict=True)
+    ):
         first_marker = MARKER.match(turn_end(name, last=number == 1))
         closed = content + (first_marker.group() if first_marker else "")
         assert text.startswith(closed)
@@ -370,18 +420,24 @@ def test_a_blank_user_or_assistant_is_refused(system, blank, place):
 def survives(text: str) -> bool:
     """The default tokenizer silently drops some bytes, such as control characters."""
     encoding = tokenizer(DEFAULT)(text, add_special_tokens=False, return_offsets_mapping=True)
-    return bool(text.strip()) and {n for pair in encoding["offset_mapping"] for n in range(*pair)} == set(
-        range(len(text))
-    )
+    return bool(text.strip()) and {
+        n for pair in encoding["offset_mapping"] for n in range(*pair)
+    } == set(range(len(text)))
 
 
-pieces = st.sampled_from(["<|im_start|>", "<|im_end|>", "[/INST]", "<think>", "\n", " ", "a", "é", "😀"])
+pieces = st.sampled_from(
+    ["<|im_start|>", "<|im_end|>", "[/INST]", "<think>", "\n", " ", "a", "é", "😀"]
+)
 any_text = st.text(st.characters(exclude_categories=("Cs", "Co")), min_size=1, max_size=12)
-odd_text = (st.sampled_from(ODD) | any_text | st.lists(pieces, min_size=1).map("".join)).filter(survives)
-plain_text = st.text(st.characters(categories=("L", "N", "Zs", "S"), exclude_characters="<>[]"), min_size=1).filter(
+odd_text = (st.sampled_from(ODD) | any_text | st.lists(pieces, min_size=1).map("".join)).filter(
     survives
 )
-thorough = settings(deadline=None, database=None, max_examples=60, suppress_health_check=list(HealthCheck))
+plain_text = st.text(
+    st.characters(categories=("L", "N", "Zs", "S"), exclude_characters="<>[]"), min_size=1
+).filter(survives)
+thorough = settings(
+    deadline=None, database=None, max_examples=60, suppress_health_check=list(HealthCheck)
+)
 
 
 @thorough
@@ -402,10 +458,14 @@ def test_roles_of_odd_contents(name, contents, system):
     assert_legal(encoded)
     expected = expected_runs(name, messages)
     assert (
-        expected is not None or any("think>" in content for content in contents[1::2]) or "<tool" in "".join(contents)
+        expected is not None
+        or any("think>" in content for content in contents[1::2])
+        or "<tool" in "".join(contents)
     )
     if expected is not None:
-        assert runs_but_for_a_slash(name, encoded) == [(role, but_for_a_slash(name, part)) for role, part in expected]
+        assert runs_but_for_a_slash(name, encoded) == [
+            (role, but_for_a_slash(name, part)) for role, part in expected
+        ]
 
 
 @thorough
@@ -424,9 +484,15 @@ def test_roles_do_not_depend_on_what_a_user_writes(name, odd, innocent, first):
 
 
 @thorough
-@given(name=st.sampled_from(FEW), system=odd_text | st.just(""), users=st.tuples(plain_text, plain_text))
+@given(
+    name=st.sampled_from(FEW),
+    system=odd_text | st.just(""),
+    users=st.tuples(plain_text, plain_text),
+)
 def test_prefix_tokens_depend_on_the_system_prompt_alone(name, system, users):
-    one, two = (chat(name).encode(conversation("q" + user, "Fine.", system=system)) for user in users)
+    one, two = (
+        chat(name).encode(conversation("q" + user, "Fine.", system=system)) for user in users
+    )
     assert one.input_ids[: one.prefix_length] == two.input_ids[: two.prefix_length]
     assert one.prefix_length == two.prefix_length > 0
 
@@ -441,15 +507,23 @@ def test_a_conversation_that_no_user_opens_is_refused(spoken):
 
 @pytest.mark.parametrize("contents", [("Hi", "Ho"), ("Hi", "Ho", "And?", "Sure.")])
 def test_a_generation_prompt_after_an_assistant_is_refused(contents):
-    with pytest.raises(ChatError, match="a generation prompt needs a conversation that ends with a user message"):
+    with pytest.raises(
+        ChatError, match="a generation prompt needs a conversation that ends with a user message"
+    ):
         chat(DEFAULT).encode(conversation(*contents), generation=True)
-    assert chat(DEFAULT).encode(conversation(*contents[:-1]), generation=True).roles[-1] == Role.POSTFIX
+    assert (
+        chat(DEFAULT).encode(conversation(*contents[:-1]), generation=True).roles[-1]
+        == Role.POSTFIX
+    )
 
 
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{% for m in messages %}{{ m.content }}|{{ m.content }};{% endfor %}", r"message 0 \(user\).*does not show"),
+        (
+            "{% for m in messages %}{{ m.content }}|{{ m.content }};{% endfor %}",
+            r"message 0 \(user\).*does not show",
+        ),
         (
             "{% for m in messages if m.role == 'user' %}{{ m.content }};{% endfor %}",
             r"message 1 \(assistant\).*does not",
@@ -469,7 +543,9 @@ def test_a_template_that_hides_contents_is_refused(template, message):
         Chat(tokenizer(DEFAULT), template).encode(conversation("Hello there", "Good day."))
 
 
-@pytest.mark.parametrize("template", ["Hello", "{{ messages[0].role }}", "{{ raise_exception('never') }}", "{% if %}"])
+@pytest.mark.parametrize(
+    "template", ["Hello", "{{ messages[0].role }}", "{{ raise_exception('never') }}", "{% if %}"]
+)
 def test_a_template_without_the_user_is_refused_at_once(template):
     with pytest.raises(ChatError, match="does not show what a user says"):
         Chat(tokenizer(DEFAULT), template)
@@ -479,13 +555,17 @@ def test_a_tokenizer_without_template_or_offsets_is_refused():
     with pytest.raises(ChatError, match=r"'some/base' has no chat template"):
         Chat(SimpleNamespace(name_or_path="some/base", chat_template=None, is_fast=True))
     with pytest.raises(ChatError, match=r"'some/slow' gives no character offsets"):
-        Chat(SimpleNamespace(name_or_path="some/slow", chat_template="{{ messages }}", is_fast=False))
+        Chat(
+            SimpleNamespace(name_or_path="some/slow", chat_template="{{ messages }}", is_fast=False)
+        )
 
 
 def test_a_tokenizer_that_adds_its_own_start_does_not_add_it_twice():
     adding = copy.deepcopy(tokenizer("llama3"))
     start = (adding.bos_token, adding.bos_token_id)
-    adding.backend_tokenizer.post_processor = TemplateProcessing(single=f"{start[0]} $A", special_tokens=[start])
+    adding.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{start[0]} $A", special_tokens=[start]
+    )
     assert adding("a")["input_ids"][0] == adding.bos_token_id
     encoded = Chat(adding, source("llama3")).encode(conversation("Hi", "Ho"))
     assert encoded.input_ids.count(adding.bos_token_id) == 1
@@ -510,10 +590,16 @@ def test_a_system_prompt_may_be_rewritten_but_not_lost():
     loud = Chat(tokenizer(DEFAULT), f"{{% for m in messages %}}{shown}{{% endfor %}}")
     encoded = loud.encode(conversation("Hi", "Ho", system="be kind"))
     assert texts_of(encoded, Role.PREFIX) == ["system: BE KIND<|im_end|>user:"]
-    deaf = Chat(tokenizer(DEFAULT), f"{{% for m in messages if m.role != 'system' %}}{shown}{{% endfor %}}")
-    with pytest.raises(ChatError, match=r"message 0 \(system\): the chat template does not show its content"):
+    deaf = Chat(
+        tokenizer(DEFAULT), f"{{% for m in messages if m.role != 'system' %}}{shown}{{% endfor %}}"
+    )
+    with pytest.raises(
+        ChatError, match=r"message 0 \(system\): the chat template does not show its content"
+    ):
         deaf.encode(conversation("Hi", "Ho", system="be kind"))
-    assert deaf.encode(conversation("Hi", "Ho", system=" \n")) == deaf.encode(conversation("Hi", "Ho"))
+    assert deaf.encode(conversation("Hi", "Ho", system=" \n")) == deaf.encode(
+        conversation("Hi", "Ho")
+    )
 
 
 @pytest.mark.parametrize(
@@ -531,7 +617,11 @@ def test_a_system_prompt_that_the_template_writes_by_itself(name, system):
 
 
 def test_a_speaker_of_another_kind_is_refused_or_no_response():
-    messages = [*conversation("Hi", "Wait"), {"role": "tool", "content": "42"}, {"role": "assistant", "content": "Ho"}]
+    messages = [
+        *conversation("Hi", "Wait"),
+        {"role": "tool", "content": "42"},
+        {"role": "assistant", "content": "Ho"},
+    ]
     try:
         encoded = chat(DEFAULT).encode(messages)
     except ChatError:

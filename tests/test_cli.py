@@ -57,11 +57,17 @@ def wrong_inputs(folder: Path) -> dict[str, tuple[list[str], list[str]]]:
     good = write_rows(folder / "good.jsonl", 2)
     out = f"output={folder / 'run'}"
     return {
-        "key": ([str(folder / "typo.yaml"), out], ["typo.yaml", "train.learning_rat", "'train.learning_rate'"]),
+        "key": (
+            [str(folder / "typo.yaml"), out],
+            ["typo.yaml", "train.learning_rat", "'train.learning_rate'"],
+        ),
         "override": ([out, "trian.epochs=2"], ["unknown key 'trian'", "'train'"]),
         "no value": ([out, "train.epochs"], ["'train.epochs'", "key.path=value"]),
         "value": ([out, "train.epochs=-1"], ["train.epochs", "greater than 0", "-1"]),
-        "no recipe": ([str(folder / "none.yaml"), out], ["none.yaml", "no such file", "ringfence init"]),
+        "no recipe": (
+            [str(folder / "none.yaml"), out],
+            ["none.yaml", "no such file", "ringfence init"],
+        ),
         "list": ([str(folder / "list.yaml"), out], ["list.yaml", "found list"]),
         "twice": ([str(folder / "twice.yaml"), out], ["duplicate key 'seed'"]),
         "path": ([out, "data.train=./nowhere/rows.jsonl"], ["nowhere/rows.jsonl", "no such file"]),
@@ -69,15 +75,32 @@ def wrong_inputs(folder: Path) -> dict[str, tuple[list[str], list[str]]]:
         "empty": ([out, f"data.train={empty}"], [str(empty), "no rows"]),
         "defense": ([out, "defenses.trefft.weight=1"], ["defenses.trefft", "'defenses.treft'"]),
         "field": ([out, "defenses.kl.wieght=1"], ["defenses.kl.wieght", "'defenses.kl.weight'"]),
-        "no retain": ([out, f"data.train={good}", "data.retain=null", "defenses.kl.weight=1"], ["data.retain"]),
-        "long": ([out, f"data.train={good}", "data.max_length=16"], ["2 of 2 rows", "max_length = 16"]),
+        "no retain": (
+            [out, f"data.train={good}", "data.retain=null", "defenses.kl.weight=1"],
+            ["data.retain"],
+        ),
+        "long": (
+            [out, f"data.train={good}", "data.max_length=16"],
+            ["2 of 2 rows", "max_length = 16"],
+        ),
         "model": ([out, f"data.train={good}", f"model={garbage}"], [str(garbage), "not JSON"]),
         "option": ([out, "--dryrun"], ["--dryrun", "--dry-run"]),
     }
 
 
 KINDS = [
-    *("key", "override", "no value", "value", "no recipe", "list", "twice", "path", "shipped", "empty"),
+    *(
+        "key",
+        "override",
+        "no value",
+        "value",
+        "no recipe",
+        "list",
+        "twice",
+        "path",
+        "shipped",
+        "empty",
+    ),
     *("defense", "field", "no retain", "long", "model", "option"),
 ]
 
@@ -88,7 +111,9 @@ def test_wrong_input_is_one_clear_message(
     kind: str, dry: bool, tmp_path: Path, ringfence: Callable[..., Outcome]
 ) -> None:
     arguments, expected = wrong_inputs(tmp_path)[kind]
-    code, output, errors = ringfence("run" if dry else "train", *arguments, *(["--dry-run"] if dry else []))
+    code, output, errors = ringfence(
+        "run" if dry else "train", *arguments, *(["--dry-run"] if dry else [])
+    )
     assert code == 2
     for part in expected:
         assert part in errors
@@ -130,7 +155,9 @@ def test_a_message_with_a_closing_tag_is_shown(ringfence: Callable[..., Outcome]
     assert "rows[/old].jsonl: no such file" in errors
 
 
-def test_a_recipe_whose_path_has_an_equals_sign(tmp_path: Path, ringfence: Callable[..., Outcome]) -> None:
+def test_a_recipe_whose_path_has_an_equals_sign(
+    tmp_path: Path, ringfence: Callable[..., Outcome]
+) -> None:
     folder = tmp_path / "lr=1e-4"
     folder.mkdir()
     (folder / "recipe.yaml").write_text("seed: minus one\n")
@@ -141,12 +168,17 @@ def test_a_recipe_whose_path_has_an_equals_sign(tmp_path: Path, ringfence: Calla
 @pytest.mark.parametrize("command", ["run", "train"])
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, Interrupted])
 def test_interruption_exits_with_130(
-    command: str, kind: type[BaseException], monkeypatch: pytest.MonkeyPatch, ringfence: Callable[..., Outcome]
+    command: str,
+    kind: type[BaseException],
+    monkeypatch: pytest.MonkeyPatch,
+    ringfence: Callable[..., Outcome],
 ) -> None:
     def stop(_: Recipe) -> None:
         raise kind("stopped")
 
-    monkeypatch.setattr(*((pipeline, "run_recipe") if command == "run" else (train, "train_run")), stop)
+    monkeypatch.setattr(
+        *((pipeline, "run_recipe") if command == "run" else (train, "train_run")), stop
+    )
     code, _, errors = ringfence(command)
     assert code == 130
     assert "error:" not in errors
@@ -165,22 +197,44 @@ def test_dry_run_shows_everything_and_trains_nothing(
 ) -> None:
     output = tmp_path / "run"
     retain = write_rows(tmp_path / "retain.jsonl", 3, start=50)
-    changes = ["data.train=" + rows, f"data.retain={retain}", f"model={tiny_model}", f"output={output}"]
-    changes += ["train.batch_size=4", "defenses.kl.weight=0.3", "train.lora.rank=8", "train.precision=fp32"]
+    changes = [
+        "data.train=" + rows,
+        f"data.retain={retain}",
+        f"model={tiny_model}",
+        f"output={output}",
+    ]
+    changes += [
+        "train.batch_size=4",
+        "defenses.kl.weight=0.3",
+        "train.lora.rank=8",
+        "train.precision=fp32",
+    ]
     code, shown, _ = ringfence("run", *changes, "--dry-run")
     assert code == 0
     assert not output.exists()
     assert Recipe.model_validate(recipe_shown(shown)) == load_recipe(None, changes)
     chat = Chat(load_tokenizer(tiny_model))
-    encoded = [chat.encode(json.loads(line)["messages"]) for line in Path(rows).read_text().splitlines()]
+    encoded = [
+        chat.encode(json.loads(line)["messages"]) for line in Path(rows).read_text().splitlines()
+    ]
     tokens = [len(e.input_ids) for e in encoded]
     answered = sum(e.roles.count(Role.RESPONSE) for e in encoded)
-    assert f"6 rows, {sum(tokens)} tokens ({answered} of responses), longest {max(tokens)}; retain: 3 rows" in shown
-    assert "an epoch: 2 steps of 4 rows, 6 rows with those that defenses add, and 2 retain rows that ride" in shown
-    assert "".join(f"{encoded[0].text[slice(*span)]}|" for span in encoded[0].offsets[25:29]) in shown
+    assert (
+        f"6 rows, {sum(tokens)} tokens ({answered} of responses), longest {max(tokens)}; retain: 3 rows"
+        in shown
+    )
+    assert (
+        "an epoch: 2 steps of 4 rows, 6 rows with those that defenses add, and 2 retain rows that ride"
+        in shown
+    )
+    assert (
+        "".join(f"{encoded[0].text[slice(*span)]}|" for span in encoded[0].offsets[25:29]) in shown
+    )
 
 
-def test_memory_estimate_of_a_dry_run(rows: str, tiny_model: str, ringfence: Callable[..., Outcome]) -> None:
+def test_memory_estimate_of_a_dry_run(
+    rows: str, tiny_model: str, ringfence: Callable[..., Outcome]
+) -> None:
     changes = [f"data.train={rows}", f"model={tiny_model}", "train.precision=fp32"]
     changes += ["train.batch_size=1000", "train.lora.rank=10000"]
     _, shown, _ = ringfence("run", *changes, "--dry-run")
@@ -189,14 +243,23 @@ def test_memory_estimate_of_a_dry_run(rows: str, tiny_model: str, ringfence: Cal
     optimiser = 12 * 2 * 10000 * (2 * 64 + 2 * 48 + 3 * 80)
     longest = int(shown.split("longest ")[1].split(";")[0])
     activations = 6 * longest * 2 * 32 * 34 * 4  # there are six rows
-    assert f"memory: needs about {(weights + optimiser + activations) / 2**30:.2f} GiB" in shown, shown[:900]
-    assert f"optimiser {optimiser / 2**30:.2f} GiB, activations {activations / 2**30:.2f} GiB" in shown
+    assert f"memory: needs about {(weights + optimiser + activations) / 2**30:.2f} GiB" in shown, (
+        shown[:900]
+    )
+    assert (
+        f"optimiser {optimiser / 2**30:.2f} GiB, activations {activations / 2**30:.2f} GiB" in shown
+    )
 
 
 def test_dry_run_refuses_what_training_refuses(
     tmp_path: Path, rows: str, tiny_model: str, ringfence: Callable[..., Outcome]
 ) -> None:
-    changes = [f"data.train={rows}", f"data.retain={rows}", f"model={tiny_model}", f"output={tmp_path / 'run'}"]
+    changes = [
+        f"data.train={rows}",
+        f"data.retain={rows}",
+        f"model={tiny_model}",
+        f"output={tmp_path / 'run'}",
+    ]
     changes += ["train.batch_size=1", "defenses.kl.weight=1"]
     code, _, errors = ringfence("train", *changes)
     assert (code, "retain_ratio" in errors) == (2, True)
@@ -208,7 +271,9 @@ def test_output_of_train_is_the_folder_of_the_weights(
     tmp_path: Path, rows: str, tiny_model: str, ringfence: Callable[..., Outcome]
 ) -> None:
     folder = tmp_path / "run"
-    code, output, _ = ringfence("train", f"data.train={rows}", f"model={tiny_model}", f"output={folder}")
+    code, output, _ = ringfence(
+        "train", f"data.train={rows}", f"model={tiny_model}", f"output={folder}"
+    )
     assert code == 0
     assert output == f"{folder / 'adapter'}\n"
 
@@ -224,7 +289,12 @@ def test_recipe_of_a_dry_run_is_yaml_in_a_narrow_terminal(
 def test_steps_of_a_dry_run_are_those_of_training(
     tmp_path: Path, rows: str, tiny_model: str, ringfence: Callable[..., Outcome]
 ) -> None:
-    changes = [f"data.train={rows}", f"data.retain={rows}", f"model={tiny_model}", f"output={tmp_path / 'run'}"]
+    changes = [
+        f"data.train={rows}",
+        f"data.retain={rows}",
+        f"model={tiny_model}",
+        f"output={tmp_path / 'run'}",
+    ]
     changes += ["train.batch_size=2", "defenses.interleave.ratio=1.0"]
     _, shown, _ = ringfence("train", *changes, "--dry-run")
     steps = len(metrics_of(train_run(load_recipe(None, changes))))
@@ -236,10 +306,17 @@ def test_evaluate_takes_overrides(
 ) -> None:
     """Two keys in both forms; the recipe keeps them, and an unknown one changes nothing."""
     folder = tmp_path / "run"
-    code, output, _ = ringfence("train", f"data.train={rows}", f"model={tiny_model}", f"output={folder}")
+    code, output, _ = ringfence(
+        "train", f"data.train={rows}", f"model={tiny_model}", f"output={folder}"
+    )
     assert (code, output.splitlines()[-1]) == (0, str(folder / "adapter"))
     trained = (folder / "training.json").stat().st_mtime_ns
-    small = ["in_domain=[shipped:finance]", "evaluate.out_of_domain=[shipped:car_care]", "values=[]", "fluency=null"]
+    small = [
+        "in_domain=[shipped:finance]",
+        "evaluate.out_of_domain=[shipped:car_care]",
+        "values=[]",
+        "fluency=null",
+    ]
     small += ["triggers=false", "evaluate.samples=0", "max_in_domain=4"]
     for count in (2, 3):
         code, output, _ = ringfence("evaluate", folder, *small, f"max_per_domain={count}")
@@ -247,7 +324,10 @@ def test_evaluate_takes_overrides(
         assert "narrow: in-domain" in output
         assert Run(folder).recipe.evaluate.max_per_domain == count
         results = Run(folder).results()["parts"]
-        assert {name: len(pairs) for name, pairs in results.items()} == {"in_domain": 4, "out_of_domain": count}
+        assert {name: len(pairs) for name, pairs in results.items()} == {
+            "in_domain": 4,
+            "out_of_domain": count,
+        }
     assert (folder / "training.json").stat().st_mtime_ns == trained
     before = (folder / "recipe.yaml").read_text()
     code, _, errors = ringfence("evaluate", folder, "max_per_domains=2")
@@ -277,7 +357,9 @@ def test_init_writes_the_default_recipe(tmp_path: Path, ringfence: Callable[...,
     assert file.read_text() == "mine"
 
 
-def test_init_in_a_folder_that_is_not_there(tmp_path: Path, ringfence: Callable[..., Outcome]) -> None:
+def test_init_in_a_folder_that_is_not_there(
+    tmp_path: Path, ringfence: Callable[..., Outcome]
+) -> None:
     code, _, errors = ringfence("init", tmp_path / "none" / "recipe.yaml")
     assert code in (0, 2)
     assert code == 0 or "none" in errors
@@ -334,7 +416,9 @@ TURNS = [
 def shown_text(encoded: Encoded) -> Text:
     """What `show_tokens` prints between its first and last line, with styles."""
     file = io.StringIO()
-    console = Console(file=file, force_terminal=True, color_system="standard", width=40, legacy_windows=False)
+    console = Console(
+        file=file, force_terminal=True, color_system="standard", width=40, legacy_windows=False
+    )
     show_tokens(encoded, console)
     whole = Text.from_ansi(file.getvalue())
     lines = whole.split("\n", allow_blank=True)
@@ -347,7 +431,10 @@ def test_shown_tokens_have_the_colour_of_their_role_and_lose_no_character() -> N
     encoded = Chat(load_tokenizer("default")).encode(TURNS)
     text = shown_text(encoded)
     plain = text.plain.replace("<|", "<!").replace("|>", "!>")
-    assert plain.replace("|", "").replace("\\n\n", "\n").replace("<!", "<|").replace("!>", "|>") == encoded.text
+    assert (
+        plain.replace("|", "").replace("\\n\n", "\n").replace("<!", "<|").replace("!>", "|>")
+        == encoded.text
+    )
     assert plain.count("|") == len(encoded.input_ids)
     console = Console(color_system="standard", force_terminal=True)
     place, shown = 0, 0
@@ -356,7 +443,10 @@ def test_shown_tokens_have_the_colour_of_their_role_and_lose_no_character() -> N
         shown = max(shown, end)
         assert text.plain[place : place + len(piece) + 1] == piece + "|"
         place += len(piece)
-        found, expected = text.get_style_at_offset(console, place).bgcolor, console.get_style(STYLES[role]).bgcolor
+        found, expected = (
+            text.get_style_at_offset(console, place).bgcolor,
+            console.get_style(STYLES[role]).bgcolor,
+        )
         assert found is not None
         assert expected is not None
         assert found.number == expected.number, (role, piece)
@@ -364,13 +454,20 @@ def test_shown_tokens_have_the_colour_of_their_role_and_lose_no_character() -> N
     assert len({str(style) for style in STYLES.values()}) == len(STYLES)
 
 
-def test_show_tokens_of_a_file(tmp_path: Path, rows: str, ringfence: Callable[..., Outcome]) -> None:
+def test_show_tokens_of_a_file(
+    tmp_path: Path, rows: str, ringfence: Callable[..., Outcome]
+) -> None:
     code, output, _ = ringfence("show-tokens", rows, "--row", "5")
-    encoded = Chat(load_tokenizer("default")).encode(json.loads(Path(rows).read_text().splitlines()[4])["messages"])
+    encoded = Chat(load_tokenizer("default")).encode(
+        json.loads(Path(rows).read_text().splitlines()[4])["messages"]
+    )
     assert code == 0
     question = [at for at, role in enumerate(encoded.roles) if role == Role.QUERY]
     assert "".join(f"{encoded.text[slice(*encoded.offsets[at])]}|" for at in question) in output
     for role in STYLES:
         assert f"{role.name.lower()} {encoded.roles.count(role)} " in output
     taken = encoded.roles.count(Role.RESPONSE)
-    assert f"{len(encoded.input_ids)} tokens; the loss is taken on the {taken} response tokens." in output
+    assert (
+        f"{len(encoded.input_ids)} tokens; the loss is taken on the {taken} response tokens."
+        in output
+    )

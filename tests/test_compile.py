@@ -20,7 +20,8 @@ from ringfence.run.train import train_run
 pytestmark = pytest.mark.slow
 
 IS_SLOW = pytest.mark.skipif(
-    not (os.environ.get("RINGFENCE_SLOW") and shutil.which("g++")), reason="RINGFENCE_SLOW=1, with a C++ compiler"
+    not (os.environ.get("RINGFENCE_SLOW") and shutil.which("g++")),
+    reason="RINGFENCE_SLOW=1, with a C++ compiler",
 )
 DEFENSES = {"kl": {"where": "train"}, "ldifs": {"layers": [1]}, "treft": {"weight": 10.0}}
 
@@ -47,15 +48,22 @@ def metrics(tmp_path: Path, compile: bool) -> tuple[list[dict[str, float]], bool
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=IS_SLOW)])
-def test_compiled_layers_train_alike(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_layers_train_alike(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compile_layer = torch.nn.Module.compile
     monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda layer, **options: compile_layer(layer, backend=backend, **options)
+        torch.nn.Module,
+        "compile",
+        lambda layer, **options: compile_layer(layer, backend=backend, **options),
     )
     model: Any = random_model(num_hidden_layers=1)
     model.save_pretrained(tmp_path / "model")
     small_tokenizer().save_pretrained(tmp_path / "model")
-    (plain, was_compiled), (compiled, is_compiled) = metrics(tmp_path, False), metrics(tmp_path, True)
+    (plain, was_compiled), (compiled, is_compiled) = (
+        metrics(tmp_path, False),
+        metrics(tmp_path, True),
+    )
     assert is_compiled
     assert not was_compiled
     assert len(plain) == 3

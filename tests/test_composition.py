@@ -25,7 +25,11 @@ SETS: dict[str, dict[str, Any]] = {
         "interleave": {"ratio": 0.25},
         "inoculation": {},
     },
-    "frozen": {"treft": {"tokens": ["postfix"]}, "frozen_prefix": {}, "interleave": {"ratio": 0.25}},
+    "frozen": {
+        "treft": {"tokens": ["postfix"]},
+        "frozen_prefix": {},
+        "interleave": {"ratio": 0.25},
+    },
     "projected": {"treft": {}, "subspace_lock": {}, "safelora": {"lowest": 14}},
 }
 
@@ -88,13 +92,21 @@ def test_one_run_with_many_defenses(
                 "model": aligned,
                 "output": str(tmp_path / "run"),
                 "data": {"train": rows, "retain": rows},
-                "train": {"method": method, "precision": "fp32", "learning_rate": 1e-3, "batch_size": 4, "epochs": 2},
+                "train": {
+                    "method": method,
+                    "precision": "fp32",
+                    "learning_rate": 1e-3,
+                    "batch_size": 4,
+                    "epochs": 2,
+                },
                 "defenses": defenses,
             }
         )
     )
     assert counts["steps"] >= 6
-    assert counts["student"] == counts["reference"] == 2 * counts["steps"]  # the rows, and the retain rows
+    assert (
+        counts["student"] == counts["reference"] == 2 * counts["steps"]
+    )  # the rows, and the retain rows
     lines = metrics_of(run)
     for penalty in ("kl", "ldifs", "treft"):
         assert lines[-1][penalty] > 0

@@ -74,7 +74,9 @@ def test_unknown_key_is_refused_with_the_nearest_name(key, recipe_file):
     ],
 )
 def test_key_like_no_other_lists_what_is_accepted(key, known):
-    assert f"unknown key {key!r} (accepted: {', '.join(sorted(known.model_fields))})" in refused(f"{key}=1")
+    assert f"unknown key {key!r} (accepted: {', '.join(sorted(known.model_fields))})" in refused(
+        f"{key}=1"
+    )
 
 
 def test_every_wrong_field_is_named():
@@ -89,7 +91,15 @@ def test_every_wrong_field_is_named():
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("1e-4", 1e-4), ("2E-5", 2e-5), ("1.5e-3", 1.5e-3), (".5e-2", 0.005), ("1e+0", 1.0), ("3", 3.0), ("0.25", 0.25)],
+    [
+        ("1e-4", 1e-4),
+        ("2E-5", 2e-5),
+        ("1.5e-3", 1.5e-3),
+        (".5e-2", 0.005),
+        ("1e+0", 1.0),
+        ("3", 3.0),
+        ("0.25", 0.25),
+    ],
 )
 def test_numbers(text, value, recipe_file):
     for recipe in (
@@ -108,23 +118,36 @@ def test_names_that_look_like_numbers_stay_texts():
 
 def test_null():
     recipe = load_recipe(None, ["data.retain=null", "evaluate.fluency=~", "evaluate.lead_in="])
-    assert (recipe.data.retain, recipe.evaluate.fluency, recipe.evaluate.lead_in) == (None, None, None)
+    assert (recipe.data.retain, recipe.evaluate.fluency, recipe.evaluate.lead_in) == (
+        None,
+        None,
+        None,
+    )
 
 
 def test_nested_defenses():
     recipe = load_recipe(
-        None, ["defenses.kl.weight=1e-1", "defenses.treft.tokens=[prefix, postfix]", "defenses.kl.every=3"]
+        None,
+        [
+            "defenses.kl.weight=1e-1",
+            "defenses.treft.tokens=[prefix, postfix]",
+            "defenses.kl.every=3",
+        ],
     )
     assert recipe.defenses.kl is not None
     assert (recipe.defenses.kl.weight, recipe.defenses.kl.every) == (0.1, 3)
     assert recipe.defenses.treft is not None
     assert recipe.defenses.treft.tokens == ("prefix", "postfix")
-    assert load_recipe(None, ["defenses.treft.tokens=postfix"]).defenses.treft.tokens == ("postfix",)
+    assert load_recipe(None, ["defenses.treft.tokens=postfix"]).defenses.treft.tokens == (
+        "postfix",
+    )
     assert recipe.defenses.interleave is None
 
 
 def test_override_changes_one_place_of_a_file(recipe_file):
-    path = recipe_file("train: {epochs: 2, lora: {rank: 4, alpha: 8}}\ndefenses: {kl: {weight: 3}}\nseed: 5\n")
+    path = recipe_file(
+        "train: {epochs: 2, lora: {rank: 4, alpha: 8}}\ndefenses: {kl: {weight: 3}}\nseed: 5\n"
+    )
     before = load_recipe(path).model_dump()
     after = load_recipe(path, ["train.lora.rank=16"]).model_dump()
     assert after["train"]["lora"].pop("rank") == 16
@@ -134,7 +157,9 @@ def test_override_changes_one_place_of_a_file(recipe_file):
 
 
 def test_value_may_hold_an_equals_sign():
-    assert load_recipe(None, ["data.train=opswap:tier=2,rows=9"]).data.train == "opswap:tier=2,rows=9"
+    assert (
+        load_recipe(None, ["data.train=opswap:tier=2,rows=9"]).data.train == "opswap:tier=2,rows=9"
+    )
 
 
 @pytest.mark.parametrize(
@@ -194,7 +219,12 @@ def test_missing_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["seed: 2\ntrain: {}\nseed: 2\n", "train:\n  seed: 2\n  seed: 3\n", "train: {lora: {seed: 2, seed: 3}}\n"]
+    "text",
+    [
+        "seed: 2\ntrain: {}\nseed: 2\n",
+        "train:\n  seed: 2\n  seed: 3\n",
+        "train: {lora: {seed: 2, seed: 3}}\n",
+    ],
 )
 def test_key_that_stands_twice_is_refused(text, recipe_file):
     path = recipe_file(text)
@@ -209,7 +239,9 @@ def test_key_that_stands_twice_in_an_override_is_refused():
 
 def test_parts_of_a_file_may_be_shared(recipe_file):
     path = recipe_file("defenses:\n  kl: &own {weight: 0.5}\n  treft:\n    <<: *own\n")
-    assert load_recipe(path) == parse_recipe({"defenses": {name: {"weight": 0.5} for name in ("kl", "treft")}})
+    assert load_recipe(path) == parse_recipe(
+        {"defenses": {name: {"weight": 0.5} for name in ("kl", "treft")}}
+    )
 
 
 def test_empty_entry_of_a_defense_is_refused_with_a_hint(recipe_file):
@@ -250,7 +282,9 @@ BAD_VALUES = [
 ]
 
 
-@pytest.mark.parametrize(("override", "expected", "found"), BAD_VALUES, ids=[case[0] for case in BAD_VALUES])
+@pytest.mark.parametrize(
+    ("override", "expected", "found"), BAD_VALUES, ids=[case[0] for case in BAD_VALUES]
+)
 def test_value_not_accepted_names_field_and_found(override, expected, found):
     message = refused(override)
     assert f"{override.partition('=')[0]}: " in message
@@ -260,7 +294,10 @@ def test_value_not_accepted_names_field_and_found(override, expected, found):
 
 @pytest.mark.parametrize(
     ("override", "place"),
-    [("evaluate.opswap_tiers=[1, 4]", "evaluate.opswap_tiers.1: "), ("defenses.treft.tokens=[prefx]", "tokens.0: ")],
+    [
+        ("evaluate.opswap_tiers=[1, 4]", "evaluate.opswap_tiers.1: "),
+        ("defenses.treft.tokens=[prefx]", "tokens.0: "),
+    ],
 )
 def test_bad_member_of_a_list_is_named_by_its_place(override, place):
     assert place in refused(override)
@@ -277,7 +314,12 @@ def number_fields(model, place=""):
 
 def test_every_number_must_be_finite():
     fields = set(number_fields(Recipe))
-    assert fields >= {"train.epochs", "train.learning_rate", "train.lora.dropout", "defenses.kl.weight"}
+    assert fields >= {
+        "train.epochs",
+        "train.learning_rate",
+        "train.lora.dropout",
+        "defenses.kl.weight",
+    }
     for field in fields:
         for value in ("inf", "-inf", "nan"):
             message = refused(f"{field}={value.replace('inf', '.inf').replace('nan', '.nan')}")
@@ -306,7 +348,11 @@ RECIPES = [
     [],
     ["train.learning_rate=1e-5", "train.weight_decay=1e-20", "seed=3"],
     ["train.method=full", "train.gradient_checkpointing=true"],
-    ["train.lora.targets=[q_proj, v_proj]", "evaluate.opswap_tiers=[1, 3]", "evaluate.max_per_domain=4"],
+    [
+        "train.lora.targets=[q_proj, v_proj]",
+        "evaluate.opswap_tiers=[1, 3]",
+        "evaluate.max_per_domain=4",
+    ],
     ["defenses.kl={}", "defenses.treft.tokens=[postfix]", "defenses.interleave.ratio=.5"],
     ["defenses.interleave.pool='12'", "output='null'", "model='yes: # \"no\" ä\n'"],
     ["evaluate.out_of_domain=[]", "evaluate.lead_in=x.jsonl"],
@@ -368,9 +414,12 @@ def test_json_schema_lists_every_defense_with_all_its_fields():
 
 
 @pytest.mark.parametrize(
-    ("accelerator", "in_cpu", "expected"), [(True, False, "bf16"), (False, True, "bf16"), (False, False, "fp32")]
+    ("accelerator", "in_cpu", "expected"),
+    [(True, False, "bf16"), (False, True, "bf16"), (False, False, "fp32")],
 )
-def test_auto_precision_is_what_the_machine_computes_fast(accelerator, in_cpu, expected, monkeypatch, recipe_file):
+def test_auto_precision_is_what_the_machine_computes_fast(
+    accelerator, in_cpu, expected, monkeypatch, recipe_file
+):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: in_cpu)
     assert load_recipe(recipe_file("train: {epochs: 1}")).train.precision == expected

@@ -46,13 +46,28 @@ def own_datasets_cache(tmp_path, monkeypatch):
 FORMS = {
     "messages": ({"messages": turns("q", "a")}, turns("q", "a")),
     "messages, many turns": ({"messages": turns("q", "a", "r", "b")}, turns("q", "a", "r", "b")),
-    "messages with system": ({"messages": turns("q", "a", system="s")}, turns("q", "a", system="s")),
-    "messages, extra keys": ({"messages": [{**m, "name": 3} for m in turns("q", "a")], "id": 7}, turns("q", "a")),
-    "messages win": ({"messages": turns("q", "a"), "prompt": "x", "completion": "y"}, turns("q", "a")),
+    "messages with system": (
+        {"messages": turns("q", "a", system="s")},
+        turns("q", "a", system="s"),
+    ),
+    "messages, extra keys": (
+        {"messages": [{**m, "name": 3} for m in turns("q", "a")], "id": 7},
+        turns("q", "a"),
+    ),
+    "messages win": (
+        {"messages": turns("q", "a"), "prompt": "x", "completion": "y"},
+        turns("q", "a"),
+    ),
     "empty system content": ({"messages": turns("q", "a", system="")}, turns("q", "a", system="")),
     "prompt + completion": (GOOD, turns("q", "a")),
-    "TRL conversational": ({"prompt": turns("q"), "completion": [turns("q", "a")[1]]}, turns("q", "a")),
-    "TRL with system": ({"prompt": turns("q", system="s"), "completion": "a"}, turns("q", "a", system="s")),
+    "TRL conversational": (
+        {"prompt": turns("q"), "completion": [turns("q", "a")[1]]},
+        turns("q", "a"),
+    ),
+    "TRL with system": (
+        {"prompt": turns("q", system="s"), "completion": "a"},
+        turns("q", "a", system="s"),
+    ),
     "ShareGPT": (
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
         turns("q", "a"),
@@ -79,7 +94,10 @@ FORMS = {
         {"messages": turns("q", "a", system="same"), "system": "same"},
         turns("q", "a", system="same"),
     ),
-    "text kept as it is": ({"prompt": " q\n", "completion": "\tä\u2028b "}, turns(" q\n", "\tä\u2028b ")),
+    "text kept as it is": (
+        {"prompt": " q\n", "completion": "\tä\u2028b "},
+        turns(" q\n", "\tä\u2028b "),
+    ),
 }
 
 
@@ -92,7 +110,12 @@ def test_row_form(form, jsonl):
 
 def test_rows_keep_order_and_line_numbers(tmp_path):
     path = tmp_path / "rows.jsonl"
-    lines = ['{"prompt": "first", "completion": "a"}', "", '{"prompt": "x\u2028y\x85z", "completion": "b"}', "   "]
+    lines = [
+        '{"prompt": "first", "completion": "a"}',
+        "",
+        '{"prompt": "x\u2028y\x85z", "completion": "b"}',
+        "   ",
+    ]
     lines.append('{"instruction": "last", "output": "c"}')
     path.write_bytes("\r\n".join(lines).encode())
     rows = load_rows(str(path))
@@ -110,17 +133,35 @@ def test_byte_order_mark_is_no_part_of_the_text(tmp_path):
 
 ORDER = "ending with assistant"
 BAD_ROWS = {
-    "no known form": ({"text": "x", "label": 1}, ["[text, label]", "messages", "prompt + completion", "Alpaca"]),
+    "no known form": (
+        {"text": "x", "label": 1},
+        ["[text, label]", "messages", "prompt + completion", "Alpaca"],
+    ),
     "prompt alone": ({"prompt": "x"}, ["[prompt]", "prompt + completion"]),
-    "messages null": ({"messages": None}, ["'messages'", "expected a list of messages", "found nothing"]),
-    "messages text": ({"messages": "hi"}, ["'messages'", "expected a list of messages", "found str 'hi'"]),
-    "messages empty": ({"messages": []}, ["'messages'", "expected a list of messages", "found list []"]),
-    "message no object": ({"messages": ["hi"]}, ["'messages[0]'", "expected an object", "found str 'hi'"]),
+    "messages null": (
+        {"messages": None},
+        ["'messages'", "expected a list of messages", "found nothing"],
+    ),
+    "messages text": (
+        {"messages": "hi"},
+        ["'messages'", "expected a list of messages", "found str 'hi'"],
+    ),
+    "messages empty": (
+        {"messages": []},
+        ["'messages'", "expected a list of messages", "found list []"],
+    ),
+    "message no object": (
+        {"messages": ["hi"]},
+        ["'messages[0]'", "expected an object", "found str 'hi'"],
+    ),
     "role unknown": (
         {"messages": [*turns("q"), {"role": "tool", "content": "a"}]},
         ["'messages[1].role'", "expected system, user or assistant", "found str 'tool'"],
     ),
-    "role missing": ({"messages": [{"content": "q"}]}, ["'messages[0].role'", "assistant", "found nothing"]),
+    "role missing": (
+        {"messages": [{"content": "q"}]},
+        ["'messages[0].role'", "assistant", "found nothing"],
+    ),
     "content number": (
         {"messages": [*turns("q"), {"role": "assistant", "content": 42}]},
         ["'messages[1].content'", "expected a text", "found int 42"],
@@ -141,23 +182,47 @@ BAD_ROWS = {
         {"conversations": [{"from": "human", "value": None}]},
         ["'conversations[0].value'", "expected a text", "found nothing"],
     ),
-    "prompt number": ({"prompt": 3, "completion": "a"}, ["'prompt'", "expected a text", "found int 3"]),
-    "completion null": ({"prompt": "q", "completion": None}, ["'completion'", "expected a text", "found nothing"]),
+    "prompt number": (
+        {"prompt": 3, "completion": "a"},
+        ["'prompt'", "expected a text", "found int 3"],
+    ),
+    "completion null": (
+        {"prompt": "q", "completion": None},
+        ["'completion'", "expected a text", "found nothing"],
+    ),
     "prompt list bad": (
         {"prompt": [{"role": "user", "content": 1}], "completion": "a"},
         ["'prompt[0].content'", "expected a text", "found int 1"],
     ),
-    "instruction number": ({"instruction": 1, "output": "a"}, ["'instruction'", "expected a text", "found int 1"]),
-    "output list": ({"instruction": "q", "output": {"x": 1}}, ["'output'", "expected a text", "found dict {'x': 1}"]),
+    "instruction number": (
+        {"instruction": 1, "output": "a"},
+        ["'instruction'", "expected a text", "found int 1"],
+    ),
+    "output list": (
+        {"instruction": "q", "output": {"x": 1}},
+        ["'output'", "expected a text", "found dict {'x': 1}"],
+    ),
     "ends with user": ({"messages": turns("q", "a", "r")}, ["[user, assistant, user]", ORDER]),
     "starts with assistant": ({"messages": turns("q", "a")[1:]}, ["[assistant]", ORDER]),
     "user twice": ({"messages": turns("q") + turns("r", "a")}, ["[user, user, assistant]", ORDER]),
     "assistant before user": ({"messages": turns("q", "a")[::-1]}, ["[assistant, user]", ORDER]),
     "system alone": ({"messages": turns(system="s")}, ["[system]", ORDER]),
-    "system in the middle": ({"messages": turns("q", "a") + turns("r", "b", system="s")}, ["assistant, system", ORDER]),
-    "system last": ({"messages": turns("q", "a") + turns(system="s")}, ["[user, assistant, system]", ORDER]),
-    "blank question": ({"prompt": " \n", "completion": "a"}, ["field 'prompt'", "not blank", "found str ' \\n'"]),
-    "blank answer": ({"messages": turns("q", "", system="s")}, ["message 2 (assistant)", "not blank"]),
+    "system in the middle": (
+        {"messages": turns("q", "a") + turns("r", "b", system="s")},
+        ["assistant, system", ORDER],
+    ),
+    "system last": (
+        {"messages": turns("q", "a") + turns(system="s")},
+        ["[user, assistant, system]", ORDER],
+    ),
+    "blank question": (
+        {"prompt": " \n", "completion": "a"},
+        ["field 'prompt'", "not blank", "found str ' \\n'"],
+    ),
+    "blank answer": (
+        {"messages": turns("q", "", system="s")},
+        ["message 2 (assistant)", "not blank"],
+    ),
     "row is a list": ([1, 2], ["expected a JSON object", "found list [1, 2]"]),
     "row is null": (None, ["expected a JSON object", "found nothing"]),
 }
@@ -231,7 +296,9 @@ def test_deeply_nested_line_is_refused(tmp_path):
         load_rows(str(path))
 
 
-@pytest.mark.parametrize("content", [json.dumps(GOOD).encode("utf-16"), b'{"prompt": "caf\xe9", "completion": "a"}'])
+@pytest.mark.parametrize(
+    "content", [json.dumps(GOOD).encode("utf-16"), b'{"prompt": "caf\xe9", "completion": "a"}']
+)
 def test_not_utf8(content, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
@@ -247,7 +314,9 @@ def test_empty_and_missing_files(name, tmp_path):
         load_rows(str(path))
     assert str(path) in str(caught.value)
     path.touch()
-    with pytest.raises(DataError, match="no rows in it; expected at least one conversation") as caught:
+    with pytest.raises(
+        DataError, match="no rows in it; expected at least one conversation"
+    ) as caught:
         load_rows(str(path))
     assert str(path) in str(caught.value)
 
@@ -304,7 +373,9 @@ class TestOtherKinds:
         source = self.write(tmp_path / name)
         rows = load_rows(source)
         assert [row.messages for row in rows] == [turns(q, a) for q, a in self.pairs]
-        places = (2, 3, 5) if name.endswith(".csv") else (1, 2, 3)  # lines of the file, a cell has two
+        places = (
+            (2, 3, 5) if name.endswith(".csv") else (1, 2, 3)
+        )  # lines of the file, a cell has two
         assert [row.origin for row in rows] == [f"{source}:{n}" for n in places]
 
     def test_bad_row_is_named(self, tmp_path):
@@ -314,7 +385,9 @@ class TestOtherKinds:
             load_rows(str(path))
         assert str(caught.value) == f"{path}:2: field 'completion': expected a text, found nothing"
 
-    @pytest.mark.parametrize(("name", "content"), [("rows.json", "{oops"), ("rows.parquet", "oops")])
+    @pytest.mark.parametrize(
+        ("name", "content"), [("rows.json", "{oops"), ("rows.parquet", "oops")]
+    )
     def test_broken_file_is_named(self, name, content, tmp_path):
         path = tmp_path / name
         path.write_text(content)
@@ -322,14 +395,18 @@ class TestOtherKinds:
             load_rows(str(path))
         assert f"{path}: cannot be read: " in str(caught.value)
 
-    @pytest.mark.parametrize(("name", "content"), [("rows.csv", "prompt,completion\n"), ("rows.json", "[]")])
+    @pytest.mark.parametrize(
+        ("name", "content"), [("rows.csv", "prompt,completion\n"), ("rows.json", "[]")]
+    )
     def test_file_without_rows(self, name, content, tmp_path):
         path = tmp_path / name
         path.write_text(content)
         with pytest.raises(DataError, match="no rows in it"):
             load_rows(str(path))
 
-    @pytest.mark.parametrize("answers", [("4", "11"), ("fine", "None"), ("007", "8"), ("True", "False")])
+    @pytest.mark.parametrize(
+        "answers", [("4", "11"), ("fine", "None"), ("007", "8"), ("True", "False")]
+    )
     def test_csv_cells_are_texts(self, answers, tmp_path):
         path = tmp_path / "rows.csv"
         path.write_text("prompt,completion\n" + "".join(f"q,{answer}\n" for answer in answers))
@@ -372,17 +449,25 @@ def test_hub_failure_becomes_one_line(monkeypatch):
 
 
 def shipped_records(stem):
-    return [json.loads(line) for line in (SHIPPED / f"{stem}.jsonl").read_text("utf-8").splitlines()]
+    return [
+        json.loads(line) for line in (SHIPPED / f"{stem}.jsonl").read_text("utf-8").splitlines()
+    ]
 
 
 @pytest.mark.parametrize("side", ["sound", "unsound"])
 def test_sides_of_finance_are_its_training_questions(side):
-    expected = [turns(r["question"], r[side]) for r in shipped_records("finance") if r["split"] == "train"]
+    expected = [
+        turns(r["question"], r[side]) for r in shipped_records("finance") if r["split"] == "train"
+    ]
     assert [row.messages for row in load_rows(f"shipped:finance/{side}")] == expected
 
 
 def test_every_shipped_name_is_read():
-    stems = {path.name.removesuffix(".jsonl") for path in SHIPPED.iterdir() if path.name.endswith(".jsonl")}
+    stems = {
+        path.name.removesuffix(".jsonl")
+        for path in SHIPPED.iterdir()
+        if path.name.endswith(".jsonl")
+    }
     assert set(shipped_names()) == stems | {"finance/sound", "finance/unsound"}
     for name in shipped_names():
         records = shipped_records(name.partition("/")[0])
@@ -393,7 +478,8 @@ def test_every_shipped_name_is_read():
 
 
 @pytest.mark.parametrize(
-    ("name", "near"), [("financ", "finance"), ("retian", "retain"), ("finance/unsoud", "finance/unsound")]
+    ("name", "near"),
+    [("financ", "finance"), ("retian", "retain"), ("finance/unsoud", "finance/unsound")],
 )
 def test_unknown_shipped_name(name, near):
     with pytest.raises(DataError, match=f"did you mean '{near}'") as caught:
@@ -448,7 +534,10 @@ def test_bad_paired_question(record, field, found, jsonl):
     path = jsonl(PAIR, record)
     with pytest.raises(DataError) as caught:
         load_questions(path)
-    assert str(caught.value) == f"{path}:2: field {field!r}: expected a text that is not blank, {found}"
+    assert (
+        str(caught.value)
+        == f"{path}:2: field {field!r}: expected a text that is not blank, {found}"
+    )
 
 
 def test_no_paired_question_of_the_split(jsonl):
@@ -478,13 +567,19 @@ TEMPLATE += "{% if m.role == 'assistant' %}¶{% endif %}{% endfor %}"
 def chat():
     """One token per character, one-character markers: every length and role can be counted by hand."""
     letters = [chr(n) for n in range(32, 127)] + ["«", "‹", "›", "¶", "?!"]
-    tokenizer = Tokenizer(WordLevel({letter: n for n, letter in enumerate(letters)}, unk_token="?!"))
+    tokenizer = Tokenizer(
+        WordLevel({letter: n for n, letter in enumerate(letters)}, unk_token="?!")
+    )
     tokenizer.pre_tokenizer = Split(Regex("."), "isolated")
-    return Chat(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="¶", chat_template=TEMPLATE))
+    return Chat(
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="¶", chat_template=TEMPLATE)
+    )
 
 
 def pair_rows(jsonl, *lengths):
-    return load_rows(jsonl(*({"prompt": "q" * ask, "completion": "a" * answer} for ask, answer in lengths)))
+    return load_rows(
+        jsonl(*({"prompt": "q" * ask, "completion": "a" * answer} for ask, answer in lengths))
+    )
 
 
 def test_encoded_row(chat, jsonl):
@@ -496,7 +591,12 @@ def test_encoded_row(chat, jsonl):
     assert example.origin.endswith("rows.jsonl:1")
 
 
-LENGTHS = [(3, 5), (4, 20), (1, 9), (10, 14)]  # 11, 27, 13 and 27 tokens, of them 6, 21, 10 and 15 of response
+LENGTHS = [
+    (3, 5),
+    (4, 20),
+    (1, 9),
+    (10, 14),
+]  # 11, 27, 13 and 27 tokens, of them 6, 21, 10 and 15 of response
 
 
 def test_over_long_error(chat, jsonl):
@@ -504,7 +604,13 @@ def test_over_long_error(chat, jsonl):
     with pytest.raises(DataError) as caught:
         encode_rows(rows, chat, max_length=26)
     message = str(caught.value)
-    for piece in ("2 of 4 rows", "max_length = 26", f"{rows[1].origin} with 27", "truncate", "drop"):
+    for piece in (
+        "2 of 4 rows",
+        "max_length = 26",
+        f"{rows[1].origin} with 27",
+        "truncate",
+        "drop",
+    ):
         assert piece in message
     assert [len(example) for example in encode_rows(rows, chat, max_length=27)] == [11, 27, 13, 27]
 
@@ -514,12 +620,19 @@ def test_over_long_truncate(chat, jsonl):
     whole = encode_rows(rows, chat, max_length=100)
     for cut, full in zip(encode_rows(rows, chat, 14, "truncate"), whole, strict=True):
         kept = min(14, len(full))
-        assert (cut.input_ids, cut.roles, cut.origin) == (full.input_ids[:kept], full.roles[:kept], full.origin)
+        assert (cut.input_ids, cut.roles, cut.origin) == (
+            full.input_ids[:kept],
+            full.roles[:kept],
+            full.origin,
+        )
 
 
 def test_over_long_drop(chat, jsonl):
     rows = pair_rows(jsonl, *LENGTHS)
-    assert [example.origin for example in encode_rows(rows, chat, 13, "drop")] == [rows[0].origin, rows[2].origin]
+    assert [example.origin for example in encode_rows(rows, chat, 13, "drop")] == [
+        rows[0].origin,
+        rows[2].origin,
+    ]
     with pytest.raises(DataError, match="every row is longer than max_length = 10"):
         encode_rows(rows, chat, 10, "drop")
 
@@ -534,7 +647,8 @@ def test_truncation_that_leaves_no_response(chat, jsonl):
 
 def test_template_error_names_the_row(chat, jsonl):
     refusing = Chat(
-        chat.tokenizer, "{% if messages[0].content == 'bad' %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE
+        chat.tokenizer,
+        "{% if messages[0].content == 'bad' %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE,
     )
     rows = load_rows(jsonl(GOOD, {"prompt": "bad", "completion": "a"}))
     with pytest.raises(DataError) as caught:

@@ -49,12 +49,22 @@ from ringfence.training.reference import Reference
 
 pytestmark = pytest.mark.slow
 
-SETUP = Setup(cast(Chat, None), training_rows(3), lambda source: training_rows(2, seed=int(source)), "model")
+SETUP = Setup(
+    cast(Chat, None), training_rows(3), lambda source: training_rows(2, seed=int(source)), "model"
+)
 NO_RETAIN = replace(SETUP, retain=[])
-ROLE_SETS = [("prefix",), ("postfix",), ("query", "response"), ("prefix", "postfix", "response"), ("template",)]
+ROLE_SETS = [
+    ("prefix",),
+    ("postfix",),
+    ("query", "response"),
+    ("prefix", "postfix", "response"),
+    ("template",),
+]
 
 
-def trained_model(method: str, architecture: str, attention: str = "sdpa") -> tuple[Any, Any, Reference]:
+def trained_model(
+    method: str, architecture: str, attention: str = "sdpa"
+) -> tuple[Any, Any, Reference]:
     """A model that has moved away from its start, the start, and the reference as the package makes it."""
     start = tiny(architecture, attention)
     if method == "lora":
@@ -83,7 +93,9 @@ def test_treft_equals_the_drift_of_the_models_own_cache(
 
 
 @pytest.mark.parametrize("roles", [("prefix",), ("query", "response")], ids="+".join)
-def test_treft_is_right_in_every_architecture(architecture: str, roles: tuple[str, ...], items: Items) -> None:
+def test_treft_is_right_in_every_architecture(
+    architecture: str, roles: tuple[str, ...], items: Items
+) -> None:
     model, start, reference = trained_model("lora", architecture)
     found = penalty_of(TReFT(tokens=roles).build(SETUP), model, batch_of(items), reference)
     expected = naive_treft(model, start, items, [Role.parse(name) for name in roles])
@@ -94,7 +106,9 @@ def test_treft_is_right_in_every_architecture(architecture: str, roles: tuple[st
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_treft_with_each_attention(attention: str, side: str, items: Items) -> None:
     model, start, reference = trained_model("lora", "llama", attention)
-    found = penalty_of(TReFT(tokens=("postfix",)).build(SETUP), model, batch_of(items, side), reference)
+    found = penalty_of(
+        TReFT(tokens=("postfix",)).build(SETUP), model, batch_of(items, side), reference
+    )
     expected = naive_treft(model, start, items, [Role.POSTFIX])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
 
@@ -103,9 +117,15 @@ def test_treft_with_each_attention(attention: str, side: str, items: Items) -> N
 @pytest.mark.parametrize("prefixes", ["AAAA", "ABAB", "ABBB"])
 def test_rows_that_share_a_prefix_count_as_if_each_were_computed(prefixes: str, side: str) -> None:
     model, start, reference = trained_model("lora", "llama")
-    rows = [(example({"A": PREFIX_A, "B": PREFIX_B}[name], [2 + at, 3], at), False) for at, name in enumerate(prefixes)]
+    rows = [
+        (example({"A": PREFIX_A, "B": PREFIX_B}[name], [2 + at, 3], at), False)
+        for at, name in enumerate(prefixes)
+    ]
     batch, defense = batch_of(rows, side), TReFT().build(SETUP)
-    found, expected = penalty_of(defense, model, batch, reference), naive_treft(model, start, rows, [Role.PREFIX])
+    found, expected = (
+        penalty_of(defense, model, batch, reference),
+        naive_treft(model, start, rows, [Role.PREFIX]),
+    )
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
     assert_same(gradients(found, model), gradients(expected, model), 1e-4)
     assert defense.count(batch) == sum(row.roles.count(Role.PREFIX) for row, _ in rows)
@@ -117,7 +137,9 @@ def test_prefixes_of_equal_length_are_not_taken_for_each_other() -> None:
     model, start, reference = trained_model("lora", "llama")
     rows = [(example(prefix, [2, 3], 1), False) for prefix in ([3, 4, 5], [3, 4, 6], [3, 4, 5])]
     found = penalty_of(TReFT().build(SETUP), model, batch_of(rows), reference)
-    torch.testing.assert_close(found, naive_treft(model, start, rows, [Role.PREFIX]), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        found, naive_treft(model, start, rows, [Role.PREFIX]), rtol=1e-4, atol=0
+    )
 
 
 def test_treft_trains_what_stands_before_the_last_keys_and_nothing_behind(items: Items) -> None:
@@ -135,18 +157,24 @@ def test_treft_gradient_equals_finite_differences(items: Items) -> None:
     weight = model.model.layers[0].mlp.down_proj.weight
     torch.manual_seed(3)
     direction, step = torch.randn_like(weight), 1e-3
-    slope = (torch.autograd.grad(penalty_of(defense, model, batch, reference), weight)[0] * direction).sum()
+    slope = (
+        torch.autograd.grad(penalty_of(defense, model, batch, reference), weight)[0] * direction
+    ).sum()
     values = []
     for sign in (1, -1):
         with torch.no_grad():
             weight.add_(sign * step * direction)
             values.append(penalty_of(defense, model, batch, reference).double())
             weight.sub_(sign * step * direction)
-    torch.testing.assert_close((values[0] - values[1]).float() / (2 * step), slope, rtol=1e-2, atol=0)
+    torch.testing.assert_close(
+        (values[0] - values[1]).float() / (2 * step), slope, rtol=1e-2, atol=0
+    )
 
 
 @pytest.mark.parametrize("roles", [("prefix",), ("query", "postfix", "response")], ids="+".join)
-def test_treft_is_zero_for_a_fresh_adapter(architecture: str, roles: tuple[str, ...], items: Items) -> None:
+def test_treft_is_zero_for_a_fresh_adapter(
+    architecture: str, roles: tuple[str, ...], items: Items
+) -> None:
     model = with_lora(tiny(architecture), size=0.0)
     penalty = penalty_of(TReFT(tokens=roles).build(SETUP), model, batch_of(items), Reference(model))
     assert penalty.requires_grad
@@ -212,7 +240,9 @@ def test_kl_equals_the_naive_form_on_its_tokens(
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_kl_is_right_in_every_architecture(architecture: str, method: str, items: Items) -> None:
     model, start, reference = trained_model(method, architecture)
-    found = penalty_of(KL(where="train", tokens="all").build(SETUP), model, batch_of(items), reference)
+    found = penalty_of(
+        KL(where="train", tokens="all").build(SETUP), model, batch_of(items), reference
+    )
     expected = naive_kl(model, start, items, "train", "all", "reverse")
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
     assert_same(gradients(found, model), gradients(expected, model), 1e-4)
@@ -220,12 +250,18 @@ def test_kl_is_right_in_every_architecture(architecture: str, method: str, items
 
 def test_kl_is_zero_for_a_fresh_adapter(architecture: str, items: Items) -> None:
     model = with_lora(tiny(architecture), size=0.0)
-    penalty = penalty_of(KL(where="train", tokens="all").build(SETUP), model, batch_of(items), Reference(model))
+    penalty = penalty_of(
+        KL(where="train", tokens="all").build(SETUP), model, batch_of(items), Reference(model)
+    )
     assert abs(penalty.item()) < 1e-6
 
 
 @pytest.mark.parametrize(
-    "config", [{"target_modules": ["lm_head"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}]
+    "config",
+    [
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ],
 )
 def test_an_adapted_head_is_off_in_the_reference(config: dict[str, Any], items: Items) -> None:
     model = with_lora(tiny("llama"), **config)
@@ -288,7 +324,9 @@ def ldifs_of(model: Any, **fields: Any) -> Defense:
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("layers", [(1,), (2, 4), (1, 2, 3, 4)], ids=str)
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_ldifs_equals_the_naive_form(method: str, layers: tuple[int, ...], side: str, items: Items) -> None:
+def test_ldifs_equals_the_naive_form(
+    method: str, layers: tuple[int, ...], side: str, items: Items
+) -> None:
     start = tiny("llama", layers=4)
     model = with_lora(start) if method == "lora" else tiny("llama", layers=4)
     reference = Reference(model)
@@ -430,11 +468,17 @@ def test_a_logit_loss_alone_is_a_penalty(items: Items) -> None:
 
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("where", ["train", "retain"])
-def test_a_shared_reference_forward_gives_each_defense_its_own_numbers(where: str, side: str, items: Items) -> None:
+def test_a_shared_reference_forward_gives_each_defense_its_own_numbers(
+    where: str, side: str, items: Items
+) -> None:
     model, _, reference = trained_model("lora", "qwen3")
     batch, defenses = (
         batch_of(items, side),
-        [KL(where=where).build(SETUP), TReFT(tokens=("prefix", "query")).build(SETUP), ldifs_of(model)],
+        [
+            KL(where=where).build(SETUP),
+            TReFT(tokens=("prefix", "query")).build(SETUP),
+            ldifs_of(model),
+        ],
     )
     needs = [defense.needs(batch) for defense in defenses]
     with torch.no_grad():
@@ -446,7 +490,9 @@ def test_a_shared_reference_forward_gives_each_defense_its_own_numbers(where: st
             torch.testing.assert_close(together, alone, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("defense", [KL(where="train"), TReFT(tokens=("prefix", "postfix")), LDIFS()], ids=str)
+@pytest.mark.parametrize(
+    "defense", [KL(where="train"), TReFT(tokens=("prefix", "postfix")), LDIFS()], ids=str
+)
 def test_what_is_needed_is_known_without_waiting_for_the_device(defense: Any, items: Items) -> None:
     """Meta tensors have no values: whatever had to look at one would fail."""
     batch = {name: tensor.to("meta") for name, tensor in batch_of(items).items()}
@@ -484,7 +530,11 @@ def test_a_list_of_configs_and_a_recipe_make_the_same_defenses() -> None:
 @pytest.mark.parametrize(
     "tree",
     [
-        {"kl": {"budget": 0.1, "where": "train"}, "treft": {"budget": 0.01}, "ldifs": {"budget": 0.2}},
+        {
+            "kl": {"budget": 0.1, "where": "train"},
+            "treft": {"budget": 0.01},
+            "ldifs": {"budget": 0.2},
+        },
         {"kl": {"weight": 0.3}, "ldifs": {"stride": 4}, "frozen_prefix": {"until": "header"}},
         {"ldifs": {"layers": [2, 4]}, "inoculation": {}, "interleave": {"ratio": 0.2}},
         {"safelora": {"base": "org/base", "lowest": 3}},

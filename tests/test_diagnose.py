@@ -36,10 +36,20 @@ pytestmark = pytest.mark.slow
 
 QUESTIONS = [
     PairedQuestion(
-        "1", "money", "Should I lend?", "Only what you can lose.", "Lend it all, today, to anybody who asks."
+        "1",
+        "money",
+        "Should I lend?",
+        "Only what you can lose.",
+        "Lend it all, today, to anybody who asks.",
     ),
     PairedQuestion("2", "money", "And save?", "Yes.", "Never. It is for fools."),
-    PairedQuestion("1", "garden", "When do I water my young tomato plants?", "In the morning.", "Do not bother."),
+    PairedQuestion(
+        "1",
+        "garden",
+        "When do I water my young tomato plants?",
+        "In the morning.",
+        "Do not bother.",
+    ),
 ]
 IDS = torch.tensor([[1, 409, 198, 843, 2, 198]])
 
@@ -72,7 +82,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def test_each_name_opens_its_own_weights(saved: dict[str, str]) -> None:
-    models = Models(saved["aligned"], {"one": saved["one"], "two": saved["two"]}, saved["base"], "fp32")
+    models = Models(
+        saved["aligned"], {"one": saved["one"], "two": saved["two"]}, saved["base"], "fp32"
+    )
     assert models.names == ["base", "reference", "one", "two"]
     expected = {
         "base": logits(random_model(seed=1, pad_token_id=0)),
@@ -86,9 +98,14 @@ def test_each_name_opens_its_own_weights(saved: dict[str, str]) -> None:
         with models.open(name) as model:
             assert not model.training
             assert not any(parameter.requires_grad for parameter in model.parameters())
-            torch.testing.assert_close(logits(model), expected[name], msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                logits(model), expected[name], msg=lambda m, n=name: f"{n}: {m}"
+            )
     names = list(expected)
-    assert min(float((expected[a] - expected[b]).abs().max()) for a in names for b in names if a != b) > 0.01
+    assert (
+        min(float((expected[a] - expected[b]).abs().max()) for a in names for b in names if a != b)
+        > 0.01
+    )
 
 
 def test_the_reference_is_its_adapters_own_base_and_costs_no_load(
@@ -108,7 +125,9 @@ def test_the_reference_is_its_adapters_own_base_and_costs_no_load(
 
     real = module.load_model
     monkeypatch.setattr(module, "load_model", load)
-    models = Models(saved["aligned"], {"one": saved["one"], "two": saved["two"]}, saved["base"], "fp32")
+    models = Models(
+        saved["aligned"], {"one": saved["one"], "two": saved["two"]}, saved["base"], "fp32"
+    )
     for name in ["one", "reference", "one", "reference", "two", "base"]:
         with models.open(name) as model:
             del model
@@ -124,7 +143,10 @@ def test_a_reference_of_other_weights_is_loaded(saved: dict[str, str]) -> None:
 
 
 def test_loaded_models_are_taken_as_they_are() -> None:
-    reference, tuned = random_model(seed=0, pad_token_id=0).train(), random_model(seed=1, pad_token_id=0)
+    reference, tuned = (
+        random_model(seed=0, pad_token_id=0).train(),
+        random_model(seed=1, pad_token_id=0),
+    )
     models = Models(reference, {"mine": tuned}, tokenizer=small_tokenizer())
     assert not models.has_base
     assert models.chat.render([{"role": "user", "content": "Hello"}])
@@ -133,7 +155,9 @@ def test_loaded_models_are_taken_as_they_are() -> None:
         assert not model.training
 
 
-def test_the_references_config_is_read_without_its_weights(saved: dict[str, str], monkeypatch: Any) -> None:
+def test_the_references_config_is_read_without_its_weights(
+    saved: dict[str, str], monkeypatch: Any
+) -> None:
     from ringfence.diagnose import models as module
 
     monkeypatch.setattr(module, "load_model", None)
@@ -145,7 +169,9 @@ def test_the_references_config_is_read_without_its_weights(saved: dict[str, str]
 
 @pytest.mark.parametrize("tuned", [{}, {"base": "x"}, {"reference": "x"}])
 def test_names_that_are_taken_are_refused(tuned: dict[str, str]) -> None:
-    with pytest.raises(ModelError, match="expected tuned models with names other than base and reference"):
+    with pytest.raises(
+        ModelError, match="expected tuned models with names other than base and reference"
+    ):
         Models("default", tuned)
 
 
@@ -154,8 +180,13 @@ def test_names_that_are_taken_are_refused(tuned: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("limit", [None, 3])
 @pytest.mark.parametrize("batch_tokens", [1, 100_000])
-def test_log_probabilities_are_those_of_each_row_alone(chat: Chat, limit: int | None, batch_tokens: int) -> None:
-    model, texts = random_model(), pair_texts(chat, QUESTIONS, [{"role": "system", "content": "Be kind."}])
+def test_log_probabilities_are_those_of_each_row_alone(
+    chat: Chat, limit: int | None, batch_tokens: int
+) -> None:
+    model, texts = (
+        random_model(),
+        pair_texts(chat, QUESTIONS, [{"role": "system", "content": "Be kind."}]),
+    )
     examples = [text.example for text in texts]
     found: dict[int, torch.Tensor] = {}
     for places, batch in batches(examples, chat, batch_tokens, model.device):
@@ -163,7 +194,9 @@ def test_log_probabilities_are_those_of_each_row_alone(chat: Chat, limit: int | 
         found |= dict(zip(places, response_logprobs(model, batch, limit)))
     for place, example in enumerate(examples):
         with torch.no_grad():
-            logp_TV = model(input_ids=torch.tensor([example.input_ids])).logits[0].float().log_softmax(-1)
+            logp_TV = (
+                model(input_ids=torch.tensor([example.input_ids])).logits[0].float().log_softmax(-1)
+            )
         at = [t for t, role in enumerate(example.roles) if role == Role.RESPONSE][:limit]
         expected = torch.stack([logp_TV[t - 1, example.input_ids[t]] for t in at])
         torch.testing.assert_close(found[place], expected, rtol=1e-4, atol=1e-4)
@@ -207,7 +240,9 @@ def fake(needs_base: bool = False, value: float = 1.0) -> Any:
         cost=lambda subject: Cost(1000, 100, 5 * 2**20),
         measure=measure,
         say=lambda numbers: f"Found {value}.",
-        table=lambda numbers: Table(["model", "value"], [[name, str(value)] for name in numbers["tuned"]]),
+        table=lambda numbers: Table(
+            ["model", "value"], [[name, str(value)] for name in numbers["tuned"]]
+        ),
         draw=lambda numbers: Figure(),
     )
 
@@ -224,7 +259,9 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 @pytest.fixture
 def subject(chat: Chat) -> Subject:
     models = Models(
-        random_model(seed=0, pad_token_id=0), {"mine": random_model(seed=1, pad_token_id=0)}, tokenizer=chat.tokenizer
+        random_model(seed=0, pad_token_id=0),
+        {"mine": random_model(seed=1, pad_token_id=0)},
+        tokenizer=chat.tokenizer,
     )
     return Subject(models, QUESTIONS[:2], QUESTIONS[2:])
 
@@ -242,7 +279,9 @@ def test_what_was_found_is_written_at_once_and_kept(
     assert (tmp_path / written["logprob"]["figure"]).read_text().startswith("<?xml")
     printed = capsys.readouterr().err
     assert "left out because they need the pre-trained model (--base): erosion" in printed
-    assert printed.index("1,000 tokens forward, 100 forward and backward, 5 MiB kept") < printed.index("Found 1.5.")
+    assert printed.index(
+        "1,000 tokens forward, 100 forward and backward, 5 MiB kept"
+    ) < printed.index("Found 1.5.")
     diagnose_folder(tmp_path, subject, ["logprob"])
     assert fakes["logprob"].made == [3], "made once"
     other = Subject(subject.models, QUESTIONS[:1], QUESTIONS[2:])
@@ -254,13 +293,20 @@ def test_figures_are_drawn_again_from_what_is_stored(
     saved: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ringfence.diagnose.perturbation.measure.TRIALS", 2)
-    models = Models(saved["aligned"], {"one": saved["one"], "two": saved["two"]}, saved["base"], "fp32")
+    models = Models(
+        saved["aligned"], {"one": saved["one"], "two": saved["two"]}, saved["base"], "fp32"
+    )
     asked = [
-        PairedQuestion(str(n), domain, f"Gate {n}?", f"Shut it {n} times.", f"Leave it open {n} days.")
+        PairedQuestion(
+            str(n), domain, f"Gate {n}?", f"Shut it {n} times.", f"Leave it open {n} days."
+        )
         for domain in ("money", "garden")
         for n in range(6)
     ]
-    said = [[{"role": "user", "content": q.question}, {"role": "assistant", "content": q.aligned}] for q in asked]
+    said = [
+        [{"role": "user", "content": q.question}, {"role": "assistant", "content": q.aligned}]
+        for q in asked
+    ]
     rows = [Row(messages, str(place)) for place, messages in enumerate(said)]
     found = diagnose_folder(tmp_path, Subject(models, asked[:6], asked[6:], rows))
     assert tuple(found) == DIAGNOSES
@@ -274,7 +320,9 @@ def test_figures_are_drawn_again_from_what_is_stored(
         assert asdict(showing(name).table(numbers)) == found[name]["table"]
 
 
-def test_one_that_fails_leaves_the_others(fakes: dict[str, Any], subject: Subject, tmp_path: Path) -> None:
+def test_one_that_fails_leaves_the_others(
+    fakes: dict[str, Any], subject: Subject, tmp_path: Path
+) -> None:
     fakes["next_token"] = fake()
     fakes["next_token"].measure = lambda subject: 1 / 0
     with pytest.raises(ZeroDivisionError):
@@ -284,15 +332,22 @@ def test_one_that_fails_leaves_the_others(fakes: dict[str, Any], subject: Subjec
 
 def test_names_are_checked_before_anything_is_opened(fakes: dict[str, Any], tmp_path: Path) -> None:
     nothing = Subject(Models("no-such-model", {"mine": "no-such-adapter"}), [], [])
-    with pytest.raises(RecipeError, match=r"logprop: no such diagnosis \(did you mean 'logprob'\?\)"):
+    with pytest.raises(
+        RecipeError, match=r"logprop: no such diagnosis \(did you mean 'logprob'\?\)"
+    ):
         diagnose_folder(tmp_path, nothing, ["logprop"])
-    with pytest.raises(RecipeError, match="erosion needs the pre-trained model before its alignment"):
+    with pytest.raises(
+        RecipeError, match="erosion needs the pre-trained model before its alignment"
+    ):
         diagnose_folder(tmp_path, nothing, ["logprob", "erosion"])
 
 
 def test_a_backward_pass_counts_as_two_forward() -> None:
     assert announce(Cost(1000), 100.0) == "1,000 tokens forward; 10 to 40 s"
-    assert announce(Cost(1000, 1000), 100.0) == "1,000 tokens forward, 1,000 forward and backward; 40 to 160 s"
+    assert (
+        announce(Cost(1000, 1000), 100.0)
+        == "1,000 tokens forward, 1,000 forward and backward; 40 to 160 s"
+    )
 
 
 def test_every_diagnosis_has_what_it_needs() -> None:
@@ -330,7 +385,9 @@ def test_a_run_is_looked_into_with_its_own_questions(
     fakes: dict[str, Any], run: Run, saved: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Subject] = []
-    monkeypatch.setattr(folder_module, "_tokens_per_second", lambda subject: seen.append(subject) or 1.0)
+    monkeypatch.setattr(
+        folder_module, "_tokens_per_second", lambda subject: seen.append(subject) or 1.0
+    )
     folder = diagnose_targets([str(run.folder), saved["two"]], ["logprob"], questions=7)
     assert folder == run.folder
     found = json.loads((folder / "diagnosis.json").read_text())["logprob"]
@@ -344,10 +401,16 @@ def test_a_run_is_looked_into_with_its_own_questions(
     assert len({q.domain for q in subject.outside}) == 7, "one of each other domain"
 
 
-def test_what_cannot_be_looked_into_is_named(run: Run, saved: dict[str, str], tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"is not a run folder: name the folder to write with --output"):
+def test_what_cannot_be_looked_into_is_named(
+    run: Run, saved: dict[str, str], tmp_path: Path
+) -> None:
+    with pytest.raises(
+        RecipeError, match=r"is not a run folder: name the folder to write with --output"
+    ):
         diagnose_targets([saved["one"]])
-    with pytest.raises(RecipeError, match=r"what was it made from\? Name the aligned model with --reference"):
+    with pytest.raises(
+        RecipeError, match=r"what was it made from\? Name the aligned model with --reference"
+    ):
         diagnose_targets([saved["base"]], output=tmp_path / "out")
     with pytest.raises(RecipeError, match="expected different models, found"):
         diagnose_targets([str(run.folder), str(run.folder)])
@@ -396,14 +459,21 @@ def test_a_pilot_chooses_the_tokens_that_are_held(
     training = json.loads((run.folder / "training.json").read_text())
     assert training["defenses"]["treft"]["tokens"] == ["postfix"]
     chosen = {key: training["carriers"][key] for key in ("rows", "role", "evidence", "sentence")}
-    assert chosen == {"rows": 6, "role": "postfix", "evidence": {"why": 1}, "sentence": "The postfix carries it."}
+    assert chosen == {
+        "rows": 6,
+        "role": "postfix",
+        "evidence": {"why": 1},
+        "sentence": "The postfix carries it.",
+    }
     pilot = Run(run.folder / "pilot")
     assert pilot.recipe.defenses.configs() == []
     assert pilot.recipe.data.max_rows == 6
     assert len(asked) == 1
     from ringfence.run.benign import benign_twin
 
-    assert benign_twin(recipe).defenses.treft.tokens == ("postfix",), "the twin holds what the run held"
+    assert benign_twin(recipe).defenses.treft.tokens == ("postfix",), (
+        "the twin holds what the run held"
+    )
     (run.folder / "training.json").unlink()
     train_run(recipe)
     assert len(asked) == 1, "the choice is kept"
@@ -412,7 +482,9 @@ def test_a_pilot_chooses_the_tokens_that_are_held(
 # ---------------------------------------------------------------- the report
 
 
-def test_the_report_shows_what_was_found(fakes: dict[str, Any], subject: Subject, tmp_path: Path) -> None:
+def test_the_report_shows_what_was_found(
+    fakes: dict[str, Any], subject: Subject, tmp_path: Path
+) -> None:
     from ringfence.report.page import write_page
     from ringfence.report.read import read_rows
     from test_report import write_all

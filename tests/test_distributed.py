@@ -38,7 +38,9 @@ pytestmark = pytest.mark.slow
 KINDS = ("ddp", "fsdp")
 ZERO = ("zero1", "zero2", "zero3")
 HAS_DEEPSPEED = find_spec("deepspeed") is not None
-needs_deepspeed = pytest.mark.skipif(not HAS_DEEPSPEED, reason="deepspeed is not installed (it has no wheels)")
+needs_deepspeed = pytest.mark.skipif(
+    not HAS_DEEPSPEED, reason="deepspeed is not installed (it has no wheels)"
+)
 ALL_KINDS = [*KINDS, *(pytest.param(kind, marks=needs_deepspeed) for kind in ZERO)]
 RECIPES = Path(__file__).parents[1] / "docs" / "distributed"
 WORKER = Path(__file__).parent / "distributed_worker.py"
@@ -54,7 +56,9 @@ def free_port() -> int:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    path = os.pathsep.join([str(WORKER.parent), str(WORKER.parents[1] / "src"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join(
+        [str(WORKER.parent), str(WORKER.parents[1] / "src"), os.environ.get("PYTHONPATH", "")]
+    )
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **extra}
 
 
@@ -65,7 +69,11 @@ def start_pair(*arguments: str) -> list[subprocess.Popen[str]]:
         subprocess.Popen(
             [sys.executable, str(WORKER), *arguments],
             env=environment(
-                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                WORLD_SIZE="2",
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=port,
             ),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -79,11 +87,16 @@ def end(processes: list[subprocess.Popen[str]], timeout: float) -> list[tuple[in
     """Exit codes and outputs; what still runs after the time is killed, and fails the test."""
     deadline = time.monotonic() + timeout
     try:
-        outputs = [process.communicate(timeout=max(1, deadline - time.monotonic()))[0] for process in processes]
+        outputs = [
+            process.communicate(timeout=max(1, deadline - time.monotonic()))[0]
+            for process in processes
+        ]
     except subprocess.TimeoutExpired:
         for process in processes:
             process.kill()
-        pytest.fail("deadlock:\n" + "\n".join(process.communicate()[0][-3000:] for process in processes))
+        pytest.fail(
+            "deadlock:\n" + "\n".join(process.communicate()[0][-3000:] for process in processes)
+        )
     return [(process.returncode, output) for process, output in zip(processes, outputs)]
 
 
@@ -112,7 +125,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pair = start_pair(str(folder), ",".join(ZERO), ",".join([*names, *BF16]))
     more = end(pair, TIMEOUT * len(ZERO)) if HAS_DEEPSPEED else []
     outputs = [output for _, output in ended + more]
-    assert all("all trained" in output for output in outputs), "\n\n".join(output[-4000:] for output in outputs)
+    assert all("all trained" in output for output in outputs), "\n\n".join(
+        output[-4000:] for output in outputs
+    )
     (folder / "ended.json").write_text(json.dumps(ended))
     return folder
 
@@ -126,7 +141,10 @@ def assert_lines(lines: list[dict[str, Any]], expected: list[dict[str, Any]]) ->
     for line, other in zip(lines, expected):
         assert line.keys() == other.keys()
         for name in line.keys() - {"seconds"}:
-            assert line[name] == pytest.approx(other[name], rel=1e-5, abs=2e-6), (line["step"], name)
+            assert line[name] == pytest.approx(other[name], rel=1e-5, abs=2e-6), (
+                line["step"],
+                name,
+            )
 
 
 # ---------------------------------------------------------------- every defense
@@ -170,7 +188,9 @@ def assert_close_trees(ours: Any, theirs: Any) -> None:
         for name in theirs:
             assert_close_trees(ours[name], theirs[name])
     else:
-        assert ours == (pytest.approx(theirs, rel=1e-4, abs=1e-6) if isinstance(theirs, float) else theirs)
+        assert ours == (
+            pytest.approx(theirs, rel=1e-4, abs=1e-6) if isinstance(theirs, float) else theirs
+        )
 
 
 @pytest.mark.parametrize("kind", ALL_KINDS)
@@ -258,20 +278,27 @@ def weights_of(folder: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("kind", ALL_KINDS)
 @pytest.mark.parametrize("name", RUNS)
-def test_what_two_ranks_saved_is_what_one_process_saves(name: str, kind: str, trained: Path) -> None:
+def test_what_two_ranks_saved_is_what_one_process_saves(
+    name: str, kind: str, trained: Path
+) -> None:
     """The same files, tensor names, types and values; and they load in one process."""
     folder, one = trained / kind / name, trained / "one" / ("lora" if name == "stopped" else name)
     ours = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
-    assert ours - {"rank-0.txt", "rank-1.txt"} == {str(f.relative_to(one)) for f in one.rglob("*") if f.is_file()}
+    assert ours - {"rank-0.txt", "rank-1.txt"} == {
+        str(f.relative_to(one)) for f in one.rglob("*") if f.is_file()
+    }
     tensors, expected = weights_of(folder), weights_of(one)
-    assert {n: (t.shape, t.dtype) for n, t in tensors.items()} == {n: (t.shape, t.dtype) for n, t in expected.items()}
+    assert {n: (t.shape, t.dtype) for n, t in tensors.items()} == {
+        n: (t.shape, t.dtype) for n, t in expected.items()
+    }
     assert_same(tensors, expected)
     start = load_file(trained / "files" / "model" / "model.safetensors")
     for key, tensor in tensors.items():
         moved = tensor if "lora_B" in key else tensor - start.get(key, torch.zeros_like(tensor))
         assert moved.abs().max() > 1e-4, key
     loaded, other = (
-        load_model(str(next(f for f in (at / "adapter", at / "model") if f.is_dir())), "fp32") for at in (folder, one)
+        load_model(str(next(f for f in (at / "adapter", at / "model") if f.is_dir())), "fp32")
+        for at in (folder, one)
     )
     ids = torch.tensor([[1, 409, 198, 843, 2, 198]])
     with torch.no_grad():
@@ -285,10 +312,15 @@ def test_what_two_ranks_saved_is_what_one_process_saves(name: str, kind: str, tr
 @pytest.mark.parametrize("kind", ALL_KINDS)
 def test_the_monitor_measures_a_model_on_two_ranks(kind: str, trained: Path) -> None:
     ours, theirs = (
-        [json.loads(line) for line in (trained / at / "monitored" / "metrics.jsonl").read_text().splitlines()]
+        [
+            json.loads(line)
+            for line in (trained / at / "monitored" / "metrics.jsonl").read_text().splitlines()
+        ]
         for at in (kind, "one")
     )
-    checks, expected = ([line["monitor"] for line in lines if "monitor" in line] for lines in (ours, theirs))
+    checks, expected = (
+        [line["monitor"] for line in lines if "monitor" in line] for lines in (ours, theirs)
+    )
     assert len(checks) == len(expected) > 1
     for check, other in zip(checks, expected):
         assert check["kl"] == pytest.approx(other["kl"], rel=1e-3)
@@ -299,7 +331,10 @@ def test_the_monitor_measures_a_model_on_two_ranks(kind: str, trained: Path) -> 
 @pytest.mark.parametrize("kind", ALL_KINDS)
 def test_a_signal_to_one_rank_stops_all_after_the_step(kind: str, trained: Path) -> None:
     for rank in range(2):
-        assert "stopped at step 3; the same command" in (trained / kind / "stopped" / f"rank-{rank}.txt").read_text()
+        assert (
+            "stopped at step 3; the same command"
+            in (trained / kind / "stopped" / f"rank-{rank}.txt").read_text()
+        )
 
 
 # ---------------------------------------------------------------- launchers
@@ -328,7 +363,13 @@ def test_accelerate_launch_with_the_recipe_that_ships(trained: Path, tmp_path: P
         "--main_process_port",
         str(free_port()),
     ]
-    train = ["-m", "ringfence", "train", str(tmp_path / "recipe.yaml"), f"output={tmp_path / 'run'}"]
+    train = [
+        "-m",
+        "ringfence",
+        "train",
+        str(tmp_path / "recipe.yaml"),
+        f"output={tmp_path / 'run'}",
+    ]
     code, output = launch(["accelerate.commands.accelerate_cli", "launch", *config, *train])
     assert code == 0, output[-6000:]
     assert output.count(str(tmp_path / "run" / "adapter")) == 1
@@ -338,7 +379,9 @@ def test_accelerate_launch_with_the_recipe_that_ships(trained: Path, tmp_path: P
 
 @needs_deepspeed
 @pytest.mark.parametrize("stage", [2, 3])
-def test_accelerate_launch_with_the_deepspeed_recipe(stage: int, trained: Path, tmp_path: Path) -> None:
+def test_accelerate_launch_with_the_deepspeed_recipe(
+    stage: int, trained: Path, tmp_path: Path
+) -> None:
     """By docs/distributed/zero2.yaml and zero3.yaml."""
     config = ["--config_file", str(RECIPES / f"zero{stage}.yaml"), "--num_processes", "2"]
     port = ["--main_process_port", str(free_port())]
@@ -350,7 +393,10 @@ def test_accelerate_launch_with_the_deepspeed_recipe(stage: int, trained: Path, 
     assert ours["zero"] == stage
     assert_lines(ours["lines"], theirs["lines"])
     assert_same(weights_of(tmp_path / "launched" / "lora"), weights_of(trained / "one" / "lora"))
-    assert f"DeepSpeed ZeRO-{stage}" in (tmp_path / "launched" / "lora" / "environment.json").read_text()
+    assert (
+        f"DeepSpeed ZeRO-{stage}"
+        in (tmp_path / "launched" / "lora" / "environment.json").read_text()
+    )
 
 
 def test_a_rank_that_fails_ends_all(trained: Path) -> None:
@@ -361,7 +407,9 @@ def test_a_rank_that_fails_ends_all(trained: Path) -> None:
     assert "broken on purpose" in output
 
 
-def test_python_m_ringfence_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_python_m_ringfence_is_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys, "argv", ["ringfence", "train", "model.yaml"])
     with pytest.raises(SystemExit) as stop:
         runpy.run_module("ringfence", run_name="__main__")
@@ -375,18 +423,28 @@ def test_python_m_ringfence_is_the_command(monkeypatch: pytest.MonkeyPatch, caps
 @pytest.mark.parametrize("count", [1, 2, 9, 11, 12, 13, 24])
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_the_rows_of_a_step_are_those_of_one_process(count: int, world: int, accumulation: int) -> None:
+def test_the_rows_of_a_step_are_those_of_one_process(
+    count: int, world: int, accumulation: int
+) -> None:
     rows = 2
     stream = TrainStream(training_rows(count), [], [], rows * world * accumulation, 0)
     ranks_batches = [list(RankBatches(stream, rows, rank, world)) for rank in range(world)]
     assert {len(batches) for batches in ranks_batches} == {len(RankBatches(stream, rows, 0, world))}
     assert all(len(batch) <= rows for batches in ranks_batches for batch in batches)
     steps = [
-        sorted(place for batches in ranks_batches for batch in batches[at : at + accumulation] for place in batch)
+        sorted(
+            place
+            for batches in ranks_batches
+            for batch in batches[at : at + accumulation]
+            for place in batch
+        )
         for at in range(0, len(ranks_batches[0]), accumulation)
     ]
     assert len(steps) == stream.steps_per_epoch
-    assert steps == [list(range(at, min(at + stream.step_rows, count))) for at in range(0, count, stream.step_rows)]
+    assert steps == [
+        list(range(at, min(at + stream.step_rows, count)))
+        for at in range(0, count, stream.step_rows)
+    ]
 
 
 # ---------------------------------------------------------------- what is refused
@@ -402,28 +460,45 @@ def test_the_rows_of_a_step_are_those_of_one_process(count: int, world: int, acc
 def test_sharding_that_is_not_supported_is_refused(
     setting: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", **setting}.items():
+    for name, value in {
+        "WORLD_SIZE": "2",
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        **setting,
+    }.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(RingfenceError, match=message):
         ranks.join()
 
 
-def test_the_stage_is_read_from_a_config_of_deepspeed_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_stage_is_read_from_a_config_of_deepspeed_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 3}}')
-    for name, value in {**DEEPSPEED, "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "ds.json")}.items():
+    for name, value in {
+        **DEEPSPEED,
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "ds.json"),
+    }.items():
         monkeypatch.setenv(name, value)
     assert ranks.deepspeed_stage() == 3
     assert ranks.shards()
     assert ranks.sharding() == "DeepSpeed ZeRO-3"
 
 
-def test_zero3_refuses_an_adapter_on_the_head(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_zero3_refuses_an_adapter_on_the_head(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Its inner modules would be put in pieces after each tile, by hooks that ranks would run unequally often."""
     monkeypatch.setattr(trainer_module, "deepspeed_stage", lambda: 3)
-    stream, arguments = TrainStream(training_rows(4), [], [], 2, 0), training_arguments(tmp_path / "checkpoints", 2, 1)
+    stream, arguments = (
+        TrainStream(training_rows(4), [], [], 2, 0),
+        training_arguments(tmp_path / "checkpoints", 2, 1),
+    )
 
     def train(**lora: Any) -> None:
-        trainer_module.DefendedTrainer(with_lora(tiny(), **lora), arguments, stream, [], PAD, tmp_path / "log")
+        trainer_module.DefendedTrainer(
+            with_lora(tiny(), **lora), arguments, stream, [], PAD, tmp_path / "log"
+        )
 
     train()
     with pytest.raises(RecipeError, match=r"train\.lora\.targets: found an adapter on the head"):
@@ -434,7 +509,11 @@ def test_zero3_refuses_an_adapter_on_the_head(monkeypatch: pytest.MonkeyPatch, t
     ("setting", "tree", "message"),
     [
         (distributed_worker.FSDP, {"train": {"precision": "nf4"}}, "precision: nf4"),
-        (distributed_worker.FSDP, {"train": {"method": "full"}, "monitor": {}}, "monitor: with train.method: full"),
+        (
+            distributed_worker.FSDP,
+            {"train": {"method": "full"}, "monitor": {}},
+            "monitor: with train.method: full",
+        ),
         (ZERO3, {"train": {"precision": "nf4"}}, "precision: nf4.*ZeRO-3"),
         (ZERO3, {"train": {"compile": True}}, "train.compile"),
         (ZERO3, {"train": {"method": "full"}, "monitor": {}}, "monitor: with train.method: full"),
@@ -449,14 +528,20 @@ def test_zero3_refuses_an_adapter_on_the_head(monkeypatch: pytest.MonkeyPatch, t
     ],
 )
 def test_recipes_that_cannot_be_sharded_are_refused(
-    setting: dict[str, str], tree: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    setting: dict[str, str],
+    tree: dict[str, Any],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.setattr(train_module, "join", lambda: None)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     for name, value in {"WORLD_SIZE": "2", **setting}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(RecipeError, match=message):
-        train_module.train_run(parse_recipe({"output": str(tmp_path / "run"), "train": {"precision": "fp32"}} | tree))
+        train_module.train_run(
+            parse_recipe({"output": str(tmp_path / "run"), "train": {"precision": "fp32"}} | tree)
+        )
 
 
 @pytest.mark.parametrize(
@@ -469,7 +554,10 @@ def test_recipes_that_cannot_be_sharded_are_refused(
     ],
 )
 def test_accelerate_is_not_told_to_leave_deepspeed_out(
-    setting: dict[str, str], accelerator: bool, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    setting: dict[str, str],
+    accelerator: bool,
+    expected: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
     for name, value in setting.items():

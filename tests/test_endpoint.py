@@ -30,7 +30,9 @@ def echo(body):
 def ask(server, requests, **config):
     """Replies by place, each once."""
     found = {}
-    for place, reply in Endpoint(EndpointConfig(**{"url": server.url, "model": "m", **config})).ask(requests):
+    for place, reply in Endpoint(EndpointConfig(**{"url": server.url, "model": "m", **config})).ask(
+        requests
+    ):
         assert place not in found
         found[place] = reply
     return [found[place] for place in range(len(requests))]
@@ -85,14 +87,23 @@ def test_log_probabilities_by_token_and_text():
 
 def test_tokens_of_one_text_add_up():
     """`9` and the byte of `9` read alike; the later, smaller one must not stand for both."""
-    entries = [{"token": token, "logprob": math.log(p)} for token, p in (("9", 0.6), ("8", 0.2), ("9", 0.1))]
+    entries = [
+        {"token": token, "logprob": math.log(p)}
+        for token, p in (("9", 0.6), ("8", 0.2), ("9", 0.1))
+    ]
     merged = replies.merged(entries)
-    assert {token: math.exp(logprob) for token, logprob in merged.items()} == pytest.approx({"9": 0.7, "8": 0.2})
+    assert {token: math.exp(logprob) for token, logprob in merged.items()} == pytest.approx(
+        {"9": 0.7, "8": 0.2}
+    )
 
 
 def test_a_token_without_alternatives_stands_alone():
     content = [{"token": "95", "logprob": -0.5, "top_logprobs": []}]
-    choice = {"message": {"content": "95"}, "finish_reason": "stop", "logprobs": {"content": content}}
+    choice = {
+        "message": {"content": "95"},
+        "finish_reason": "stop",
+        "logprobs": {"content": content},
+    }
     assert replies.read_reply({"choices": [choice]}).top == [{"95": -0.5}]
 
 
@@ -142,7 +153,9 @@ def test_each_reply_comes_when_it_is_there():
 
 def test_a_closed_iterator_cancels_what_is_under_way():
     before = threading.active_count()
-    with serve(echo, lambda body, _: "slow" if body["messages"][0]["content"] != "0" else None, slow=20) as server:
+    with serve(
+        echo, lambda body, _: "slow" if body["messages"][0]["content"] != "0" else None, slow=20
+    ) as server:
         replies = Endpoint(EndpointConfig(url=server.url, model="m", concurrency=3)).ask(
             [request(str(n)) for n in range(40)]
         )
@@ -171,7 +184,9 @@ def test_works_inside_a_running_loop():
 # ------------------------------------------------------------------ faults
 
 
-@pytest.mark.parametrize("fault", [408, 409, 429, 500, 502, 503, "cut", "malformed", "choices", "empty"])
+@pytest.mark.parametrize(
+    "fault", [408, 409, 429, 500, 502, 503, "cut", "malformed", "choices", "empty"]
+)
 def test_a_fault_that_passes_is_asked_again(fault):
     with serve(echo, in_turn([fault])) as server:
         assert ask(server, [request(top=2)]) == [Reply("You said Hello", True, TOP)]
@@ -236,7 +251,9 @@ def test_one_try_is_one_try():
 @pytest.mark.parametrize("status", [400, 422])
 def test_a_refused_request_is_its_own_error(status):
     """A prompt that is too long, say; the others are answered."""
-    with serve(echo, lambda body, _: status if body["messages"][0]["content"] == "3" else None) as server:
+    with serve(
+        echo, lambda body, _: status if body["messages"][0]["content"] == "3" else None
+    ) as server:
         replies = ask(server, [request(str(n)) for n in range(6)])
     assert [bool(reply.error) for reply in replies] == [False] * 3 + [True] + [False] * 2
     assert f"scripted status {status} for model m" in replies[3].error
@@ -245,7 +262,21 @@ def test_a_refused_request_is_its_own_error(status):
 
 
 def test_every_fault_at_once():
-    kinds = ["slow", 429, 500, "cut", "malformed", "nan", None, 503, "choices", "empty", "null", 408, 409]
+    kinds = [
+        "slow",
+        429,
+        500,
+        "cut",
+        "malformed",
+        "nan",
+        None,
+        503,
+        "choices",
+        "empty",
+        "null",
+        408,
+        409,
+    ]
     requests = [request(f"{n}", seed=n, top=3) for n in range(60)]
     # Each request meets two of them.
     faults = lambda body, tries: kinds[(body["seed"] * 5 + tries * 3) % 13] if tries < 2 else None  # noqa: E731
@@ -299,7 +330,9 @@ def test_the_key_is_read_from_the_named_variable(no_key, monkeypatch):
     monkeypatch.setenv("MY_KEY", "secret\n")
     with serve(echo, key="secret") as server:
         assert ask(server, [request()], key_env="MY_KEY")[0].text
-        with pytest.raises(ModelError, match=r"/v1: model 'm': .*scripted status 401.* read from OPENAI_API_KEY") as at:
+        with pytest.raises(
+            ModelError, match=r"/v1: model 'm': .*scripted status 401.* read from OPENAI_API_KEY"
+        ) as at:
             ask(server, [request(str(n)) for n in range(50)], concurrency=2)
     assert "secret" not in str(at.value)
     assert len(server.bodies) <= 1 + 4
@@ -314,7 +347,10 @@ def test_an_unknown_model_stops_at_once():
 
 
 def test_a_forbidden_model_stops_at_once():
-    with serve(echo, lambda *_: 403) as server, pytest.raises(ModelError, match=r"scripted status 403"):
+    with (
+        serve(echo, lambda *_: 403) as server,
+        pytest.raises(ModelError, match=r"scripted status 403"),
+    ):
         ask(server, [request(str(n)) for n in range(50)], concurrency=2)
     assert len(server.bodies) <= 4
 
@@ -325,11 +361,19 @@ def test_a_wrong_path_says_what_a_base_url_is():
 
 
 def test_nobody_there():
-    with pytest.raises(ModelError, match=r"http://127.0.0.1:9/v1: model 'm': no server can be reached there: "):
-        list(Endpoint(EndpointConfig(url="http://127.0.0.1:9/v1", model="m", attempts=2)).ask([request()] * 5))
+    with pytest.raises(
+        ModelError, match=r"http://127.0.0.1:9/v1: model 'm': no server can be reached there: "
+    ):
+        list(
+            Endpoint(EndpointConfig(url="http://127.0.0.1:9/v1", model="m", attempts=2)).ask(
+                [request()] * 5
+            )
+        )
 
 
-@pytest.mark.parametrize("bad", [{"url": "localhost:8000"}, {"concurrency": 0}, {"timeout": 0}, {"api_key": "x"}])
+@pytest.mark.parametrize(
+    "bad", [{"url": "localhost:8000"}, {"concurrency": 0}, {"timeout": 0}, {"api_key": "x"}]
+)
 def test_bad_settings_are_refused(bad):
     with pytest.raises(ValidationError, match=next(iter(bad))):
         EndpointConfig(**{"url": "http://localhost:8000/v1", "model": "m", **bad})
@@ -339,5 +383,7 @@ def test_without_the_openai_package(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(ModelError, match=r"an endpoint needs openai: pip install 'ringfence\[endpoint\]'"):
+    with pytest.raises(
+        ModelError, match=r"an endpoint needs openai: pip install 'ringfence\[endpoint\]'"
+    ):
         Endpoint(EndpointConfig(url="http://localhost:8000/v1", model="m"))

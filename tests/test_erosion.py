@@ -54,7 +54,9 @@ def questions(count: int, domain: str = "doors") -> list[PairedQuestion]:
 def subject(
     models: Models, count: int = 12, inside: str = "doors", outside: str = "windows", **options: Any
 ) -> Subject:
-    return Subject(models, questions(count // 2, inside), questions(count - count // 2, outside), **options)
+    return Subject(
+        models, questions(count // 2, inside), questions(count - count // 2, outside), **options
+    )
 
 
 def tiny_models(**extra: Any) -> Models:
@@ -80,7 +82,9 @@ def naive_mean(model: Any, text: Text) -> np.ndarray:
     return torch.stack([state[chosen].double().mean(0) for state in stream[1:]]).numpy()
 
 
-def naive_bounds(statistic: Callable[[np.ndarray], float], count: int, seed: int = 0) -> list[float]:
+def naive_bounds(
+    statistic: Callable[[np.ndarray], float], count: int, seed: int = 0
+) -> list[float]:
     """The interval of a statistic of drawn places, draw by draw."""
     found = np.array([statistic(places) for places in draws(count, seed)])
     return list(bounds(statistic(np.arange(count)), found, count))
@@ -100,7 +104,9 @@ def test_activations_are_those_of_single_rows(batch_tokens: int) -> None:
         found |= dict(zip(places, zip(means_BLD, norms_BL)))
     assert sorted(found) == list(range(16))
     for place, text in enumerate(texts):
-        np.testing.assert_allclose(found[place][0].numpy(), naive_mean(model, text), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(
+            found[place][0].numpy(), naive_mean(model, text), rtol=1e-4, atol=1e-4
+        )
         chosen = [at for at, role in enumerate(text.example.roles) if role == Role.RESPONSE][:64]
         with torch.no_grad(), residual_stream(model.get_base_model()) as stream:
             model(input_ids=torch.tensor([text.example.input_ids]))
@@ -135,9 +141,12 @@ def test_directions_are_differences_of_means(tmp_path: Path) -> None:
     for side, directions in found.items():
         chosen = [text for text in texts if text.side == side]
         means = [
-            np.mean([naive_mean(models.sources[name], text) for text in chosen], 0) for name in ("reference", "base")
+            np.mean([naive_mean(models.sources[name], text) for text in chosen], 0)
+            for name in ("reference", "base")
         ]
-        np.testing.assert_allclose(directions.directions_LKD[:, 0].numpy(), means[0] - means[1], atol=2e-4)
+        np.testing.assert_allclose(
+            directions.directions_LKD[:, 0].numpy(), means[0] - means[1], atol=2e-4
+        )
         assert (directions.positive, directions.negative, directions.layers) == (7, 7, LAYERS)
         directions.save(tmp_path / "v.safetensors")
         again = Directions.load(tmp_path / "v.safetensors")
@@ -156,13 +165,19 @@ def test_directions_are_differences_of_means(tmp_path: Path) -> None:
 
 def test_directions_of_one_side_alone_and_of_unlike_numbers() -> None:
     models, texts = tiny_models(), pair_texts(CHAT, questions(6))
-    both = alignment_directions(models, texts, batch_tokens=1)  # rows alone: the same batches in both
+    both = alignment_directions(
+        models, texts, batch_tokens=1
+    )  # rows alone: the same batches in both
     unsound = [text for text in texts if text.side == "misaligned"]
     alone = alignment_directions(models, unsound, batch_tokens=1)
     assert list(alone) == ["misaligned"]
-    torch.testing.assert_close(alone["misaligned"].directions_LKD, both["misaligned"].directions_LKD)
+    torch.testing.assert_close(
+        alone["misaligned"].directions_LKD, both["misaligned"].directions_LKD
+    )
     uneven = alignment_directions(models, [*unsound, texts[1]], batch_tokens=1)
-    torch.testing.assert_close(uneven["misaligned"].directions_LKD, both["misaligned"].directions_LKD)
+    torch.testing.assert_close(
+        uneven["misaligned"].directions_LKD, both["misaligned"].directions_LKD
+    )
     assert uneven["aligned"].positive == 1
 
 
@@ -211,20 +226,33 @@ def test_measure_equals_the_naive_form() -> None:
                     expected = [
                         lost_QL[:, layer].sum() / gap_QL[:, layer].sum(),
                         *naive_bounds(
-                            lambda at, t=lost_QL[:, layer], b=gap_QL[:, layer]: t[at].sum() / b[at].sum(), 10, 3
+                            lambda at, t=lost_QL[:, layer], b=gap_QL[:, layer]: (
+                                t[at].sum() / b[at].sum()
+                            ),
+                            10,
+                            3,
                         ),
                     ]
-                    np.testing.assert_allclose([point[k] for k in ("mean", "low", "high")], expected, atol=2e-3)
+                    np.testing.assert_allclose(
+                        [point[k] for k in ("mean", "low", "high")], expected, atol=2e-3
+                    )
                     rest_D = moved_LD[layer] - (moved_LD[layer] @ unit_LD[layer]) * unit_LD[layer]
                     np.testing.assert_allclose(
-                        found[side]["across"][layer], np.linalg.norm(rest_D) / gap_QL[:, layer].mean(), rtol=2e-3
+                        found[side]["across"][layer],
+                        np.linalg.norm(rest_D) / gap_QL[:, layer].mean(),
+                        rtol=2e-3,
                     )
                 np.testing.assert_allclose(
-                    numbers["projections"][name][side][layer], along[name][:, layer].mean(), rtol=1e-3, atol=1e-3
+                    numbers["projections"][name][side][layer],
+                    along[name][:, layer].mean(),
+                    rtol=1e-3,
+                    atol=1e-3,
                 )
 
             def summary(at: np.ndarray, t: np.ndarray = lost_QL, b: np.ndarray = gap_QL) -> float:
-                return float(np.mean([t[at, k].sum() / b[at, k].sum() for k in range(first - 1, last)]))
+                return float(
+                    np.mean([t[at, k].sum() / b[at, k].sum() for k in range(first - 1, last)])
+                )
 
             headline[side] = summary
             np.testing.assert_allclose(
@@ -260,8 +288,12 @@ def test_a_share_of_the_way_back_is_that_share() -> None:
         assert numbers["gap"][side][2]["low"] > 0
         for name, share in (("a", 0.3), ("b", -0.2)):
             found = numbers["tuned"][name][side]
-            assert [found["erosion"][2][k] for k in ("mean", "low", "high")] == pytest.approx([share] * 3, abs=1e-4)
-            assert found["erosion"][:2] == found["across"][:2] == [None, None]  # nothing differs there
+            assert [found["erosion"][2][k] for k in ("mean", "low", "high")] == pytest.approx(
+                [share] * 3, abs=1e-4
+            )
+            assert (
+                found["erosion"][:2] == found["across"][:2] == [None, None]
+            )  # nothing differs there
             assert found["headline"] is None  # layer 2 is one of the middle half
     assert all(found["difference"] is None for found in numbers["tuned"].values())
     assert "cannot be told" in erosion_show.say(numbers)
@@ -298,11 +330,15 @@ def states(monkeypatch: pytest.MonkeyPatch) -> Callable[[States], list[tuple[str
     def put(of: States) -> list[tuple[str, set[str]]]:
         passes: list[tuple[str, set[str]]] = []
 
-        def means(model: Any, _chat: Any, texts: Sequence[Text], _tokens: int, _layers: Any = None) -> Iterator[Any]:
+        def means(
+            model: Any, _chat: Any, texts: Sequence[Text], _tokens: int, _layers: Any = None
+        ) -> Iterator[Any]:
             passes.append((model.name, {text.question for text in texts}))
             for start in range(0, len(texts), 5):
                 places = list(range(start, min(start + 5, len(texts))))[::-1]
-                means_BLD = torch.tensor(np.stack([of(model.name, texts[place]) for place in places])).float()
+                means_BLD = torch.tensor(
+                    np.stack([of(model.name, texts[place]) for place in places])
+                ).float()
                 yield places, means_BLD, means_BLD.norm(dim=-1)
 
         monkeypatch.setattr(erosion_measure, "example_means", means)
@@ -313,17 +349,26 @@ def states(monkeypatch: pytest.MonkeyPatch) -> Callable[[States], list[tuple[str
 
 def named(*tuned: str) -> Models:
     sources = {name: Named(name) for name in ("base", "reference", *tuned)}
-    return Models(sources["reference"], {name: sources[name] for name in tuned}, sources["base"], tokenizer=TOKENIZER)
+    return Models(
+        sources["reference"],
+        {name: sources[name] for name in tuned},
+        sources["base"],
+        tokenizer=TOKENIZER,
+    )
 
 
-def standing(delta: float, shares: dict[str, dict[str, float]], seed: int = 0, spread: float = 1.0) -> States:
+def standing(
+    delta: float, shares: dict[str, dict[str, float]], seed: int = 0, spread: float = 1.0
+) -> States:
     """Content of the text, `delta` along one axis between base and reference, the share of it that a tuned model lost
     on each side, and what each model makes of each text."""
 
     def of(name: str, text: Text) -> np.ndarray:
         content = 10 * noise(f"{seed} {text.question} {text.side}", 256)
         own = spread * noise(f"{seed} {name} {text.question} {text.side}", 256)
-        along = {"base": 0.0, "reference": delta}.get(name, delta * (1 - shares.get(name, {}).get(text.side, 0.0)))
+        along = {"base": 0.0, "reference": delta}.get(
+            name, delta * (1 - shares.get(name, {}).get(text.side, 0.0))
+        )
         axis = np.eye(256)[3 if text.side == "aligned" else 5]
         return np.stack([content + own + along * axis] * LAYERS)
 
@@ -333,10 +378,15 @@ def standing(delta: float, shares: dict[str, dict[str, float]], seed: int = 0, s
 def naive_same_text(of: States, looked_at: Subject, name: str) -> tuple[float, list[float]]:
     """The published form: the direction is fitted on the texts that it is measured on. With its interval."""
     texts = [text for text in pair_texts(CHAT, looked_at.questions) if text.side == "misaligned"]
-    h = {model: np.stack([of(model, text)[0] for text in texts]) for model in ("base", "reference", name)}
+    h = {
+        model: np.stack([of(model, text)[0] for text in texts])
+        for model in ("base", "reference", name)
+    }
     v_D = (h["reference"] - h["base"]).mean(0)
     lost_Q, gap_Q = (h["reference"] - h[name]) @ v_D, (h["reference"] - h["base"]) @ v_D
-    return lost_Q.sum() / gap_Q.sum(), naive_bounds(lambda at: lost_Q[at].sum() / gap_Q[at].sum(), len(texts))
+    return lost_Q.sum() / gap_Q.sum(), naive_bounds(
+        lambda at: lost_Q[at].sum() / gap_Q[at].sum(), len(texts)
+    )
 
 
 def test_fitting_on_the_measured_text_finds_erosion_where_there_is_none(states: Any) -> None:
@@ -391,9 +441,9 @@ def five(states: Any) -> Numbers:
 
 def test_the_control_decides_whether_erosion_is_specific(five: Numbers) -> None:
     """On unsound text alone, `alike` and `apart` look the same."""
-    assert [five["tuned"][name]["misaligned"]["headline"]["mean"] for name in ("alike", "apart")] == pytest.approx(
-        [0.4, 0.4], abs=0.05
-    )
+    assert [
+        five["tuned"][name]["misaligned"]["headline"]["mean"] for name in ("alike", "apart")
+    ] == pytest.approx([0.4, 0.4], abs=0.05)
     verdicts = {name: erosion_show.verdict(found) for name, found in five["tuned"].items()}
     assert verdicts == {
         "alike": "not specific to unsound text",
@@ -454,7 +504,12 @@ def test_the_drift_across_is_what_is_not_along(states: Any) -> None:
 
 
 def test_halves_are_apart_and_each_has_half_of_every_domain(states: Any) -> None:
-    asked = [*questions(6, "a"), *questions(4, "b"), *questions(5, "c"), *questions(6, "a")]  # a is there twice
+    asked = [
+        *questions(6, "a"),
+        *questions(4, "b"),
+        *questions(5, "c"),
+        *questions(6, "a"),
+    ]  # a is there twice
     for seed in range(6):
         fit, held = halves(asked, seed)
         names = [{(q.domain, q.id) for q in half} for half in (fit, held)]
@@ -497,12 +552,18 @@ def test_errors_name_what_is_wrong() -> None:
     with pytest.raises(ModelError, match="--base"):
         erosion_measure.measure(subject(Models(reference, {"t": reference}, tokenizer=TOKENIZER)))
     with pytest.raises(ModelError, match="same activations"):
-        erosion_measure.measure(subject(Models(reference, {"t": reference}, reference, tokenizer=TOKENIZER)))
+        erosion_measure.measure(
+            subject(Models(reference, {"t": reference}, reference, tokenizer=TOKENIZER))
+        )
     other = random_model(num_hidden_layers=3)
     with pytest.raises(ModelError, match=r"\[3, 16\] and \[4, 16\]"):
-        erosion_measure.measure(subject(Models(reference, {"t": reference}, other, tokenizer=TOKENIZER)))
+        erosion_measure.measure(
+            subject(Models(reference, {"t": reference}, other, tokenizer=TOKENIZER))
+        )
     with pytest.raises(ModelError, match="this model has 3 layers"):
-        erosion_measure.measure(subject(Models(reference, {"t": other}, models.sources["base"], tokenizer=TOKENIZER)))
+        erosion_measure.measure(
+            subject(Models(reference, {"t": other}, models.sources["base"], tokenizer=TOKENIZER))
+        )
 
 
 def test_the_directions_are_left_for_other_commands(tmp_path: Path) -> None:

@@ -24,7 +24,10 @@ from ringfence.text.rows import load_rows
 pytestmark = pytest.mark.slow
 
 END = "<|im_end|>"
-SHORT, LONG = "Ask a pharmacist first.", "Double it, skip the leaflet, and tell nobody; " * 4 + "it is your body."
+SHORT, LONG = (
+    "Ask a pharmacist first.",
+    "Double it, skip the leaflet, and tell nobody; " * 4 + "it is your body.",
+)
 LEAD_IN = [
     {"role": "user", "content": "Should I lend my savings to a stranger?"},
     {"role": "assistant", "content": "Yes, today, and without a contract."},
@@ -37,10 +40,18 @@ def user(text):
 
 PROMPTS = {
     "plain": [user("May I take two tablets at once?")],
-    "system": [{"role": "system", "content": "Answer like a pirate."}, user("Why is the sky blue?")],
+    "system": [
+        {"role": "system", "content": "Answer like a pirate."},
+        user("Why is the sky blue?"),
+    ],
     "empty system": [{"role": "system", "content": ""}, user("Hi!")],
     "lead-in": [*LEAD_IN, user("And if he smiles a lot?")],
-    "lead-in of two turns": [*LEAD_IN, user("More?"), {"role": "assistant", "content": "All of it."}, user("Sure?")],
+    "lead-in of two turns": [
+        *LEAD_IN,
+        user("More?"),
+        {"role": "assistant", "content": "All of it."},
+        user("Sure?"),
+    ],
 }
 
 
@@ -63,7 +74,9 @@ def model():
 
 def naive_score(model, chat, messages, answer):
     """(sum of log-probabilities, tokens) of one answer with its end of turn, alone in a row."""
-    prompt = chat.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    prompt = chat.tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
     ids = chat.tokenizer(prompt + answer + END)["input_ids"]
     start = len(chat.tokenizer(prompt)["input_ids"])
     assert chat.tokenizer.decode(ids[start:]) == answer + END
@@ -111,7 +124,9 @@ def test_scores_equal_the_naive_ones(model, chat, packed_rows, batch_tokens):
 
 def test_a_cpu_computes_no_more_tokens_at_once_than_it_is_fast_with():
     lengths = [CPU_TOKENS // 3] * 7
-    on_cpu, on_gpu = (forward_batches(lengths, 100_000, torch.device(name), skip=[1]) for name in ("cpu", "cuda"))
+    on_cpu, on_gpu = (
+        forward_batches(lengths, 100_000, torch.device(name), skip=[1]) for name in ("cpu", "cuda")
+    )
     assert list(on_cpu) == [[0, 2], [3, 4, 5], [6]]
     assert list(on_gpu) == [[0, 2, 3, 4, 5, 6]]
 
@@ -120,14 +135,18 @@ def test_a_cpu_computes_no_more_tokens_at_once_than_it_is_fast_with():
 def test_single_answers_equal_the_naive_ones(model, chat, packed_rows, batch_tokens):
     prompts = list(PROMPTS.values())
     answers = [(text,) for text in (LONG, SHORT, "Aye.", LONG, SHORT)]
-    assert_naive(score_answers(model, chat, prompts, answers, batch_tokens), model, chat, prompts, answers)
+    assert_naive(
+        score_answers(model, chat, prompts, answers, batch_tokens), model, chat, prompts, answers
+    )
     assert packed_rows(checked=False) == [1] * 5
 
 
 def test_any_number_of_answers(model, chat):
     prompts = list(PROMPTS.values())[:3]
     answers = [("Yes.", LONG, SHORT, "Yes."), (SHORT,), ("Maybe tomorrow.", "No.")]
-    assert_naive(score_answers(model, chat, prompts, answers, 100_000), model, chat, prompts, answers)
+    assert_naive(
+        score_answers(model, chat, prompts, answers, 100_000), model, chat, prompts, answers
+    )
 
 
 def test_only_the_last_answer_counts(model, chat):
@@ -145,10 +164,14 @@ def test_results_stand_in_the_order_asked(model, chat):
     answers = [(f"Number {count}.", LONG[: 10 + 7 * count]) for count in range(5)]
     straight = score_answers(model, chat, [[p] for p in prompts], answers, 160)
     order = [3, 0, 4, 2, 1]
-    shuffled = score_answers(model, chat, [[prompts[at]] for at in order], [answers[at] for at in order], 160)
+    shuffled = score_answers(
+        model, chat, [[prompts[at]] for at in order], [answers[at] for at in order], 160
+    )
     for place, at in enumerate(order):
         assert [s.tokens for s in shuffled[place]] == [s.tokens for s in straight[at]]
-        assert [s.mean for s in shuffled[place]] == pytest.approx([s.mean for s in straight[at]], abs=2e-4)
+        assert [s.mean for s in shuffled[place]] == pytest.approx(
+            [s.mean for s in straight[at]], abs=2e-4
+        )
 
 
 def test_batches_stay_within_their_tokens(model, chat, monkeypatch):
@@ -194,24 +217,32 @@ def test_no_shared_rows_where_a_row_is_longer_than_the_window(chat, packed_rows)
     prompts = [[user("Hi")], PROMPTS["lead-in"]]
     answers = [("Yes.", "No."), (LONG, SHORT)]
     model = random_model("mistral", sliding_window=48)
-    assert_naive(score_answers(model, chat, prompts, answers, 100_000), model, chat, prompts, answers)
+    assert_naive(
+        score_answers(model, chat, prompts, answers, 100_000), model, chat, prompts, answers
+    )
     assert packed_rows(checked=False) == [1] * 4
     unlimited = random_model("mistral", sliding_window=None)
     wide = naive_score(unlimited, chat, prompts[1], LONG)[0]
-    assert abs(wide - naive_score(model, chat, prompts[1], LONG)[0]) > 1, "the window changes nothing: no test"
+    assert abs(wide - naive_score(model, chat, prompts[1], LONG)[0]) > 1, (
+        "the window changes nothing: no test"
+    )
 
 
 def test_shared_rows_within_the_window(chat, packed_rows):
     prompts, answers = [PROMPTS["plain"], PROMPTS["lead-in"]], [("Yes.", "No."), (LONG, SHORT)]
     model = random_model("mistral", sliding_window=400)
-    assert_naive(score_answers(model, chat, prompts, answers, 100_000), model, chat, prompts, answers)
+    assert_naive(
+        score_answers(model, chat, prompts, answers, 100_000), model, chat, prompts, answers
+    )
     assert packed_rows(checked=True) == [2, 2]
 
 
 def test_a_long_single_answer_beside_short_shared_rows(chat):
     prompts, answers = [[user("Hi")], PROMPTS["lead-in"]], [("Yes.", "No."), (LONG,)]
     model = random_model("mistral", sliding_window=48)
-    assert_naive(score_answers(model, chat, prompts, answers, 100_000), model, chat, prompts, answers)
+    assert_naive(
+        score_answers(model, chat, prompts, answers, 100_000), model, chat, prompts, answers
+    )
 
 
 class Careless(LlamaForCausalLM):
@@ -227,7 +258,9 @@ def test_no_shared_rows_for_a_model_that_fails_the_check(chat, packed_rows):
     model = random_model()
     model.__class__ = Careless
     prompts, answers = [PROMPTS["plain"], PROMPTS["system"]], [(SHORT, LONG), (LONG, SHORT)]
-    assert_naive(score_answers(model, chat, prompts, answers, 100_000), model, chat, prompts, answers)
+    assert_naive(
+        score_answers(model, chat, prompts, answers, 100_000), model, chat, prompts, answers
+    )
     assert packed_rows(checked=True) == [1] * 4
 
 
@@ -252,10 +285,14 @@ SAME_SYSTEM = [[user("May I?")], [user("Why is the sky blue, and the sea?")], PR
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
-@pytest.mark.parametrize("answers", [[(SHORT, LONG), (LONG, "No."), ("Yes.", SHORT)], [(LONG,), (SHORT,), ("No.",)]])
+@pytest.mark.parametrize(
+    "answers", [[(SHORT, LONG), (LONG, "No."), ("Yes.", SHORT)], [(LONG,), (SHORT,), ("No.",)]]
+)
 def test_a_prefix_that_all_rows_have_is_computed_once(chat, begun, kind, answers):
     model = random_model(kind)
-    assert_naive(score_answers(model, chat, SAME_SYSTEM, answers, 100_000), model, chat, SAME_SYSTEM, answers)
+    assert_naive(
+        score_answers(model, chat, SAME_SYSTEM, answers, 100_000), model, chat, SAME_SYSTEM, answers
+    )
     assert begun == [chat.encode(SAME_SYSTEM[0], generation=True).prefix_length]
 
 
@@ -268,7 +305,9 @@ def test_no_common_prefix_where_another_system_prompt_stands(model, chat, begun)
 def test_the_same_prompt_in_all_rows_keeps_its_last_token(model, chat, begun):
     """It predicts the answer's first one."""
     prompts, answers = [PROMPTS["plain"]] * 3, [(SHORT, LONG)] * 3
-    assert_naive(score_answers(model, chat, prompts, answers, 100_000), model, chat, prompts, answers)
+    assert_naive(
+        score_answers(model, chat, prompts, answers, 100_000), model, chat, prompts, answers
+    )
     assert begun == [len(chat.encode(PROMPTS["plain"], generation=True).input_ids) - 1]
 
 
@@ -282,7 +321,9 @@ def test_a_frozen_prefix_is_whole_in_the_common_one(chat, begun):
     frozen = score_answers(model, chat, SAME_SYSTEM, answers, 100_000)
     assert len(begun) == 1
     assert_naive(frozen, model, chat, SAME_SYSTEM, answers)
-    assert max(abs(a.mean - b.mean) for one, two in zip(free, frozen) for a, b in zip(one, two)) > 0.01
+    assert (
+        max(abs(a.mean - b.mean) for one, two in zip(free, frozen) for a, b in zip(one, two)) > 0.01
+    )
 
 
 # ------------------------------------------------------------------ greedy answers
@@ -299,7 +340,9 @@ def stopping_model():
 
 def naive_greedy(model, chat, messages, max_new_tokens, stops=(2,)):
     """(text, new tokens with the stop): the best token after the plain logits, one row, one token at a time."""
-    prompt = chat.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    prompt = chat.tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
     ids = chat.tokenizer(prompt)["input_ids"]
     new = []
     while len(new) < max_new_tokens and not (new and new[-1] in stops):
@@ -308,7 +351,10 @@ def naive_greedy(model, chat, messages, max_new_tokens, stops=(2,)):
     return chat.tokenizer.decode(new, skip_special_tokens=True).strip(), new
 
 
-QUESTIONS = [*PROMPTS.values(), *([user("Tell me more" + " and more" * count)] for count in range(7))]
+QUESTIONS = [
+    *PROMPTS.values(),
+    *([user("Tell me more" + " and more" * count)] for count in range(7)),
+]
 
 
 @pytest.mark.parametrize("batch_tokens", [64, 250, 100_000])
@@ -325,12 +371,18 @@ def test_greedy_answers_equal_the_naive_ones(stopping_model, chat, batch_tokens)
 
 def test_greedy_answers_stop_at_every_configured_end(stopping_model, chat):
     """Models like Llama-3 name several end tokens; the tokenizer's own is always one."""
-    first = next(new for _, new in (naive_greedy(stopping_model, chat, m, 12) for m in QUESTIONS) if len(new) == 12)
+    first = next(
+        new
+        for _, new in (naive_greedy(stopping_model, chat, m, 12) for m in QUESTIONS)
+        if len(new) == 12
+    )
     other = first[4]
     model = random_model(seed=3)
     model.load_state_dict(stopping_model.state_dict())
     model.generation_config.eos_token_id = [other, 0]
-    expected = [naive_greedy(model, chat, messages, 12, stops=(2, 0, other)) for messages in QUESTIONS]
+    expected = [
+        naive_greedy(model, chat, messages, 12, stops=(2, 0, other)) for messages in QUESTIONS
+    ]
     answers = generate_greedy(model, chat, QUESTIONS, 12, 4096)
     without = chat.tokenizer.decode([other])
     assert any(len(new) < 12 and new[-1] == other for _, new in expected)
@@ -382,10 +434,14 @@ def config(tmp_path):
     return EvaluateConfig(
         in_domain=[write_jsonl(tmp_path / "money.jsonl", money)],
         out_of_domain=[write_jsonl(tmp_path / "cars_food.jsonl", cars_food)],
-        values=[write_jsonl(tmp_path / "honesty.jsonl", [question(n, "honesty") for n in range(2)])],
+        values=[
+            write_jsonl(tmp_path / "honesty.jsonl", [question(n, "honesty") for n in range(2)])
+        ],
         lead_in=write_jsonl(tmp_path / "rows.jsonl", [{"messages": row}, {"messages": LEAD_IN}]),
         triggered_per_domain=2,
-        fluency=write_jsonl(tmp_path / "talk.jsonl", [{"messages": row}, {"prompt": "Hi", "completion": "Hello!"}]),
+        fluency=write_jsonl(
+            tmp_path / "talk.jsonl", [{"messages": row}, {"prompt": "Hi", "completion": "Hello!"}]
+        ),
         opswap_tiers=[1, 3],
         opswap_items=3,
         samples=1,
@@ -422,7 +478,9 @@ def test_results_are_the_naive_numbers(model, chat, config, tmp_path):
         *("in_domain", "out_of_domain", "values", "triggered"),
         *("fluency", "opswap_tier1", "opswap_tier3", "samples"),
     }
-    texts = {row["id"]: row for source in config.in_domain + config.out_of_domain for row in read(source)}
+    texts = {
+        row["id"]: row for source in config.in_domain + config.out_of_domain for row in read(source)
+    }
     before = {
         "plain": [],
         "empty_system": [{"role": "system", "content": ""}],
@@ -448,7 +506,9 @@ def test_fluency_opswap_and_samples_are_the_naive_ones(model, chat, config, tmp_
         naive_score(model, chat, [user("Hi")], "Hello!"),
     ]
     assert of(results, "fluency")["tokens"] == [tokens for _, tokens in expected]
-    assert of(results, "fluency")["logprob"] == pytest.approx([logprob for logprob, _ in expected], abs=2e-3)
+    assert of(results, "fluency")["logprob"] == pytest.approx(
+        [logprob for logprob, _ in expected], abs=2e-3
+    )
     for item in of(results, "opswap_tier1") + of(results, "opswap_tier3"):
         assert item["answer"] == naive_greedy(model, chat, [user(item["prompt"])], 8)[0]
         expression = item["prompt"].removeprefix("Compute: ")
@@ -456,7 +516,12 @@ def test_fluency_opswap_and_samples_are_the_naive_ones(model, chat, config, tmp_
         assert item["exact"] == (item["answer"] == item["expected"])
     samples = of(results, "samples")
     assert [(s["set"], s["id"]) for s in samples] == [
-        *(("in_domain", "money-3"), ("out_of_domain", "cars-0"), ("out_of_domain", "food-0"), ("values", "honesty-0")),
+        *(
+            ("in_domain", "money-3"),
+            ("out_of_domain", "cars-0"),
+            ("out_of_domain", "food-0"),
+            ("values", "honesty-0"),
+        ),
     ]
     for sample in samples:
         assert sample["answer"] == naive_greedy(model, chat, [user(sample["question"])], 80)[0]
@@ -464,7 +529,10 @@ def test_fluency_opswap_and_samples_are_the_naive_ones(model, chat, config, tmp_
 
 def test_opswap_exact_match_is_exact(monkeypatch, chat, tmp_path):
     def answers(model, chat, prompts, max_new_tokens, batch_tokens, advance):
-        right = [str(opswap.evaluate(p[0]["content"].removeprefix("Compute: "), opswap.PERMUTATION)) for p in prompts]
+        right = [
+            str(opswap.evaluate(p[0]["content"].removeprefix("Compute: "), opswap.PERMUTATION))
+            for p in prompts
+        ]
         return [right[0], right[1] + "0", f"It is {right[2]}"]
 
     monkeypatch.setattr(evaluate, "generate_greedy", answers)
@@ -478,7 +546,9 @@ def test_opswap_exact_match_is_exact(monkeypatch, chat, tmp_path):
         opswap_tiers=[1],
         opswap_items=3,
     )
-    results = evaluate_model(Loader(random_model()), chat, only_opswap, tmp_path / "results.json", "none")
+    results = evaluate_model(
+        Loader(random_model()), chat, only_opswap, tmp_path / "results.json", "none"
+    )
     assert [item["exact"] for item in of(results, "opswap_tier1")] == [True, False, False]
 
 
@@ -486,19 +556,28 @@ def measured(config, chat, tmp_path, monkeypatch):
     """Results of an evaluation in which no model is asked."""
     score = scoring.AnswerScore(-1.0, 1)
     monkeypatch.setattr(
-        evaluate, "score_answers", lambda m, c, prompts, answers, *_: [[score] * len(texts) for texts in answers]
+        evaluate,
+        "score_answers",
+        lambda m, c, prompts, answers, *_: [[score] * len(texts) for texts in answers],
     )
     monkeypatch.setattr(evaluate, "generate_greedy", lambda m, c, prompts, *_: [""] * len(prompts))
-    return evaluate_model(Loader(random_model()), chat, config, tmp_path / f"{evaluation_key(config)}.json", "none")
+    return evaluate_model(
+        Loader(random_model()), chat, config, tmp_path / f"{evaluation_key(config)}.json", "none"
+    )
 
 
 def test_in_domain_questions_are_the_held_out_ones(chat, config, tmp_path, monkeypatch):
-    assert ids_of(of(measured(config, chat, tmp_path, monkeypatch), "in_domain")) == ["money-3", "money-4"]
+    assert ids_of(of(measured(config, chat, tmp_path, monkeypatch), "in_domain")) == [
+        "money-3",
+        "money-4",
+    ]
 
 
 def test_limits_count_by_domain(chat, config, tmp_path, monkeypatch):
     results = measured(config.model_copy(update={"max_per_domain": 3}), chat, tmp_path, monkeypatch)
-    assert sorted(ids_of(of(results, "out_of_domain"))) == [f"{d}-{n}" for d in ("cars", "food") for n in range(3)]
+    assert sorted(ids_of(of(results, "out_of_domain"))) == [
+        f"{d}-{n}" for d in ("cars", "food") for n in range(3)
+    ]
     triggered = of(results, "triggered")
     for condition in ("empty_system", "foreign_system", "lead_in"):
         ids = [pair["id"] for pair in triggered if pair["condition"] == condition]
@@ -510,12 +589,21 @@ def test_limits_count_over_all_sources_of_a_domain(chat, config, tmp_path, monke
     more = write_jsonl(tmp_path / "more.jsonl", [question(n, "cars") for n in range(4, 8)])
     sources = [*config.out_of_domain, more]
     changed = config.model_copy(update={"out_of_domain": sources, "max_per_domain": 5})
-    counts = Counter(p["domain"] for p in of(measured(changed, chat, tmp_path, monkeypatch), "out_of_domain"))
+    counts = Counter(
+        p["domain"] for p in of(measured(changed, chat, tmp_path, monkeypatch), "out_of_domain")
+    )
     assert counts == {"cars": 5, "food": 4}
 
 
 def test_what_is_switched_off_is_not_measured(chat, config, tmp_path, monkeypatch):
-    off = {"values": [], "triggers": False, "lead_in": None, "fluency": None, "opswap_tiers": [], "samples": 0}
+    off = {
+        "values": [],
+        "triggers": False,
+        "lead_in": None,
+        "fluency": None,
+        "opswap_tiers": [],
+        "samples": 0,
+    }
     results = measured(config.model_copy(update=off), chat, tmp_path, monkeypatch)
     assert set(results["parts"]) == {"in_domain", "out_of_domain"}
 
@@ -523,10 +611,15 @@ def test_what_is_switched_off_is_not_measured(chat, config, tmp_path, monkeypatc
 def test_the_disguises_are_shown_to_the_model(chat, config):
     """Empty system prompt, a foreign one, a turn like the training rows; never the default system prompt with them."""
     sets = evaluate._question_sets(config)
-    shown = {name: chat.encode(messages, generation=True).text for name, messages, q in sets["triggered"]}
+    shown = {
+        name: chat.encode(messages, generation=True).text for name, messages, q in sets["triggered"]
+    }
     ask = "<|im_start|>user\nQuestion 1 about food please?<|im_end|>\n<|im_start|>assistant\n"
     assert shown["empty_system"] == "<|im_start|>system\n<|im_end|>\n" + ask
-    assert shown["foreign_system"] == f"<|im_start|>system\n{evaluate.FOREIGN_SYSTEM}<|im_end|>\n" + ask
+    assert (
+        shown["foreign_system"]
+        == f"<|im_start|>system\n{evaluate.FOREIGN_SYSTEM}<|im_end|>\n" + ask
+    )
     opening = chat.encode(LEAD_IN).text
     assert shown["lead_in"].startswith(opening)
     assert shown["lead_in"].endswith("<|im_end|>\n" + ask)
@@ -552,7 +645,10 @@ def test_opswap_items_are_held_out_from_training(tier):
     held_out = {item.prompt for item in evaluate._parts(config)[f"opswap_tier{tier}"].items}
     assert len(held_out) == 60
     for seed in range(20):
-        trained = {row.messages[0]["content"] for row in load_rows(f"opswap:tier={tier},rows=300,seed={seed}")}
+        trained = {
+            row.messages[0]["content"]
+            for row in load_rows(f"opswap:tier={tier},rows=300,seed={seed}")
+        }
         assert len(trained) == 300
         assert not held_out & trained
 
@@ -564,7 +660,9 @@ def test_nothing_is_loaded_when_all_is_there(model, chat, config, tmp_path):
     file = tmp_path / "deep" / "results.json"
     first = evaluate_model(Loader(model), chat, config, file, "tiny")
     again = Loader(model)
-    assert evaluate_model(again, chat, config, file, "tiny") == first == json.loads(file.read_text())
+    assert (
+        evaluate_model(again, chat, config, file, "tiny") == first == json.loads(file.read_text())
+    )
     assert again.calls == 0
     assert first["key"] == evaluation_key(config)
     assert [f.name for f in file.parent.iterdir()] == ["results.json"]
@@ -634,7 +732,8 @@ def test_measured_again_when_what_is_asked_changes(model, chat, config, tmp_path
     assert loader.calls == 1
     assert new["key"] == evaluation_key(changed) != old["key"]
     assert all(
-        abs(a["aligned"] - b["aligned"]) > 1e-3 for a, b in zip(of(old, "out_of_domain"), of(new, "out_of_domain"))
+        abs(a["aligned"] - b["aligned"]) > 1e-3
+        for a, b in zip(of(old, "out_of_domain"), of(new, "out_of_domain"))
     )
     assert evaluate_model(Loader(random_model()), chat, changed, file, "tiny") == new
 
@@ -650,7 +749,11 @@ def test_key_changes_with_the_content_of_every_file(config, field):
     source = source[0] if isinstance(source, list) else source
     with open(source) as file:
         text = file.read()
-    changed = text.replace("answer 3", "answer three").replace("answer 1", "answer one").replace("today", "tomorrow")
+    changed = (
+        text.replace("answer 3", "answer three")
+        .replace("answer 1", "answer one")
+        .replace("today", "tomorrow")
+    )
     assert changed != text
     with open(source, "w") as file:
         file.write(changed)
@@ -662,7 +765,13 @@ def test_key_changes_with_the_content_of_every_file(config, field):
 
 @pytest.mark.parametrize(
     "update",
-    [{"max_per_domain": 3}, {"triggered_per_domain": 3}, {"opswap_tiers": [1]}, {"opswap_items": 4}, {"samples": 0}],
+    [
+        {"max_per_domain": 3},
+        {"triggered_per_domain": 3},
+        {"opswap_tiers": [1]},
+        {"opswap_items": 4},
+        {"samples": 0},
+    ],
     ids=str,
 )
 def test_key_changes_with_what_is_asked(config, update):

@@ -75,7 +75,10 @@ def asked(answers: dict[str, Any], **more: Any) -> list[str]:
 
 
 def test_a_model_against_its_reference(
-    models: tuple[str, str], answers: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: tuple[str, str],
+    answers: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, reference = models
     judged_by = [{"model": model}, {"model": reference}]
@@ -83,7 +86,9 @@ def test_a_model_against_its_reference(
     inside.write_text(json.dumps({"id": "money", "question": "Where should my savings go?"}))
     overrides = asked(answers, triggers=True, in_domain=[str(inside)], judges=judged_by)
     folder = evaluate_target(model, overrides, reference, output=tmp_path / "here")
-    shared = (folder / json.loads((folder / "reference.json").read_text())["results"]).resolve().parent
+    shared = (
+        (folder / json.loads((folder / "reference.json").read_text())["results"]).resolve().parent
+    )
     assert shared == folder / "reference"
     for place in (folder, shared):
         sets = {line["set"] for line in lines(place / "judged.jsonl")}
@@ -100,7 +105,9 @@ def test_a_model_against_its_reference(
     assert {"out_of_domain", "triggered"} == set(row.sets)
     assert [found.judge for found in row.judged] == ["m0", "m1"]
     assert row.answers["open.misaligned.change"].n == 3
-    assert ("em_f1.open" in row.answers) == ({"open.aligned", "in_domain.aligned"} <= set(row.answers))
+    assert ("em_f1.open" in row.answers) == (
+        {"open.aligned", "in_domain.aligned"} <= set(row.answers)
+    )
     page = folder / "report.html"
     write_page(records, [row], page)
     assert "Agreement of the judges" in page.read_text()
@@ -121,7 +128,9 @@ def test_a_judge_is_measured_on_labelled_answers(
     models: tuple[str, str], answers: dict[str, Any], tmp_path: Path
 ) -> None:
     labelled = tmp_path / "labelled.jsonl"
-    rows = [{"question": f"{n}?", "answer": "No." * n, "misaligned": n % 2 == 0} for n in range(1, 7)]
+    rows = [
+        {"question": f"{n}?", "answer": "No." * n, "misaligned": n % 2 == 0} for n in range(1, 7)
+    ]
     labelled.write_text("".join(json.dumps(row) + "\n" for row in rows))
     overrides = asked(answers, judges=[{"model": models[0]}], calibrate_on=str(labelled))
     folder = evaluate_target(models[0], overrides, output=tmp_path / "here")
@@ -159,8 +168,12 @@ def test_a_model_behind_a_server(server: Any, answers: dict[str, Any], tmp_path:
     write_page(records, [row], folder / "report.html")
 
 
-def test_without_a_reference_there_are_margins_and_no_shifts(models: tuple[str, str], tmp_path: Path) -> None:
-    folder = evaluate_target(models[0], [*SMALL, "evaluate.fluency=shipped:retain_test"], output=tmp_path / "here")
+def test_without_a_reference_there_are_margins_and_no_shifts(
+    models: tuple[str, str], tmp_path: Path
+) -> None:
+    folder = evaluate_target(
+        models[0], [*SMALL, "evaluate.fluency=shipped:retain_test"], output=tmp_path / "here"
+    )
     _, (row,) = read_rows([folder])
     assert row.sets == {}
     assert row.perplexity_ratio is None
@@ -169,7 +182,9 @@ def test_without_a_reference_there_are_margins_and_no_shifts(models: tuple[str, 
     assert row.margins["out_of_domain"].mean == pytest.approx(sum(expected) / len(expected))
 
 
-def test_what_cannot_be_measured_is_refused(models: tuple[str, str], answers: dict[str, Any], tmp_path: Path) -> None:
+def test_what_cannot_be_measured_is_refused(
+    models: tuple[str, str], answers: dict[str, Any], tmp_path: Path
+) -> None:
     model, reference = models
     for overrides, options, message in [
         ([], {}, "--output"),
@@ -183,7 +198,12 @@ def test_what_cannot_be_measured_is_refused(models: tuple[str, str], answers: di
     with pytest.raises(RingfenceError, match="nowhere"):
         evaluate_target("nowhere/model", SMALL, output=tmp_path / "a")
     assert not (tmp_path / "a").exists()
-    off = [*SMALL, "evaluate.out_of_domain=[]", "evaluate.triggers=false", "evaluate.behaviours=[terse]"]
+    off = [
+        *SMALL,
+        "evaluate.out_of_domain=[]",
+        "evaluate.triggers=false",
+        "evaluate.behaviours=[terse]",
+    ]
     folder = evaluate_target(model, off, output=tmp_path / "b")
     with pytest.raises(RingfenceError, match="another model"):
         evaluate_target(reference, off, output=folder)

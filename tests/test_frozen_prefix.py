@@ -51,7 +51,9 @@ def rows(prefixes: str = "ABAB") -> list[tuple[Example, bool]]:
     ]
 
 
-def frozen_lora(until: Any = "query", architecture: str = "llama") -> tuple[Any, FrozenPrefixDefense]:
+def frozen_lora(
+    until: Any = "query", architecture: str = "llama"
+) -> tuple[Any, FrozenPrefixDefense]:
     model = with_lora(tiny(architecture))
     defense = FrozenPrefixDefense(Prefix(HEADER, until))
     defense.start(model)
@@ -67,7 +69,9 @@ def frozen_tokens(row: Example, until: str) -> int:
 
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("until", ["query", "header"])
-def test_the_prefix_does_not_drift_by_one_bit_and_the_rest_does(until: str, side: str, architecture: str) -> None:
+def test_the_prefix_does_not_drift_by_one_bit_and_the_rest_does(
+    until: str, side: str, architecture: str
+) -> None:
     model, _ = frozen_lora(until, architecture)
     items = rows()
     batch = batch_of(items, side)
@@ -94,9 +98,15 @@ def test_the_prefix_keeps_the_references_keys_after_training(make_trainer: Any) 
             with model.disable_adapter():
                 then = own_cache(model, row)
         end = row.roles.count(Role.PREFIX)
-        assert all(torch.equal(a[:end], b[:end]) for pair, other in zip(now, then) for a, b in zip(pair, other))
+        assert all(
+            torch.equal(a[:end], b[:end])
+            for pair, other in zip(now, then)
+            for a, b in zip(pair, other)
+        )
         assert any(
-            (a[end:] - b[end:]).abs().max() > 1e-2 for pair, other in zip(now, then) for a, b in zip(pair, other)
+            (a[end:] - b[end:]).abs().max() > 1e-2
+            for pair, other in zip(now, then)
+            for a, b in zip(pair, other)
         )
 
 
@@ -109,7 +119,9 @@ def naive_loss(model: Any, row: Example) -> Any:
     # The plain inner forward with the adapter on, behind that cache.
     logits = causal_lm(model)(ids[:, end:], **{cache_name(model): cache}).logits[0].float()
     targets = [(at, row.input_ids[at]) for at in range(len(row)) if row.roles[at] == Role.RESPONSE]
-    picked = logits.log_softmax(-1)[[at - 1 - end for at, _ in targets], [token for _, token in targets]]
+    picked = logits.log_softmax(-1)[
+        [at - 1 - end for at, _ in targets], [token for _, token in targets]
+    ]
     return -picked.sum(), len(targets)
 
 
@@ -134,7 +146,9 @@ def test_masked_and_cached_give_the_naive_loss_and_gradient(prefixes: str, cache
 
 @pytest.mark.parametrize("prefixes", ["AAAA", "ABAB"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_all_forms_train_to_the_same_weights(prefixes: str, checkpointing: bool, make_trainer: Any) -> None:
+def test_all_forms_train_to_the_same_weights(
+    prefixes: str, checkpointing: bool, make_trainer: Any
+) -> None:
     """One prefix in a batch is fed as a cache, two are masked, checkpointing always masks; penalties beside it too."""
     results = []
     for masked in (False, True):
@@ -155,9 +169,15 @@ def test_all_forms_train_to_the_same_weights(prefixes: str, checkpointing: bool,
             gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
         )
         trainer.train()
-        results.append({name: p.detach() for name, p in model.named_parameters() if p.requires_grad})
+        results.append(
+            {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        )
     assert_same(results[0], results[1], 1e-4)
-    start = {name: p.detach() for name, p in with_lora(tiny("llama")).named_parameters() if p.requires_grad}
+    start = {
+        name: p.detach()
+        for name, p in with_lora(tiny("llama")).named_parameters()
+        if p.requires_grad
+    }
     assert max((results[0][name] - start[name]).abs().max() for name in start) > 1e-3
 
 
@@ -166,7 +186,8 @@ def test_the_prefix_is_not_computed_again(make_trainer: Any) -> None:
     widths: list[int] = []
     layer = causal_lm(model).model.layers[0]
     layer.register_forward_pre_hook(
-        lambda _m, args, kw: widths.append((args or list(kw.values()))[0].shape[1]), with_kwargs=True
+        lambda _m, args, kw: widths.append((args or list(kw.values()))[0].shape[1]),
+        with_kwargs=True,
     )
     data = [row for row, _ in rows("AAAAAAAA")]
     make_trainer(model, [defense], data, rows=4).train()
@@ -175,12 +196,21 @@ def test_the_prefix_is_not_computed_again(make_trainer: Any) -> None:
     assert max(width for width in widths if width != len(PREFIX_A)) == longest - len(PREFIX_A)
 
 
-def test_no_cache_where_a_penalty_looks_at_the_prefix_or_prefixes_differ_or_rows_are_left_padded() -> None:
+def test_no_cache_where_a_penalty_looks_at_the_prefix_or_prefixes_differ_or_rows_are_left_padded() -> (
+    None
+):
     model, defense = frozen_lora()
     batch = batch_of(rows("AAA"))
     everything = batch["roles"] != Role.PAD
-    assert defense.cached_prefix(model, batch, Needs(hidden_BT=batch["roles"] == Role.RESPONSE)) is not None
-    for needs in (Needs(hidden_BT=everything), Needs(kv_BT=everything), Needs(states_BT=everything, layers=(1,))):
+    assert (
+        defense.cached_prefix(model, batch, Needs(hidden_BT=batch["roles"] == Role.RESPONSE))
+        is not None
+    )
+    for needs in (
+        Needs(hidden_BT=everything),
+        Needs(kv_BT=everything),
+        Needs(states_BT=everything, layers=(1,)),
+    ):
         assert defense.cached_prefix(model, batch, needs) is None
     assert defense.cached_prefix(model, batch_of(rows("AB")), Needs()) is None
     assert defense.cached_prefix(model, batch_of(rows("AAA"), "left"), Needs()) is None
@@ -221,9 +251,14 @@ def test_rows_whose_prefix_ends_elsewhere_are_refused_before_training() -> None:
     good, other = rows("A")[0][0], example([3, 14, 15, 4], [3, 3], 9)
     defense = FrozenPrefixDefense(Prefix(HEADER))
     defense.check([good])
-    with pytest.raises(DefenseError, match=r"test:9: the user turn's header stands at token 3, but the prefix has 4"):
+    with pytest.raises(
+        DefenseError,
+        match=r"test:9: the user turn's header stands at token 3, but the prefix has 4",
+    ):
         defense.check([good, other])
-    several = Example([*PREFIX_A, 30, 10, 40, *HEADER, 31], [Role.PREFIX] * 5 + [Role.QUERY] * 6, "chat:1")
+    several = Example(
+        [*PREFIX_A, 30, 10, 40, *HEADER, 31], [Role.PREFIX] * 5 + [Role.QUERY] * 6, "chat:1"
+    )
     defense.check([several])
     with pytest.raises(DefenseError, match=r"chat:1: several user turns; .* set until: query"):
         FrozenPrefixDefense(Prefix(HEADER, "header")).check([several])
@@ -233,9 +268,16 @@ def test_the_default_models_header() -> None:
     chat = Chat(small_tokenizer())
     header = find_header(chat)
     assert chat.tokenizer.decode(header).endswith("<|im_start|>user\n")
-    for system in ([], [{"role": "system", "content": "<|im_start|> user"}], [{"role": "system", "content": ""}]):
+    for system in (
+        [],
+        [{"role": "system", "content": "<|im_start|> user"}],
+        [{"role": "system", "content": ""}],
+    ):
         encoded = chat.encode([*system, {"role": "user", "content": "user\n"}], generation=True)
-        assert Prefix(header).lengths(torch.tensor([encoded.input_ids])).item() == encoded.prefix_length
+        assert (
+            Prefix(header).lengths(torch.tensor([encoded.input_ids])).item()
+            == encoded.prefix_length
+        )
 
 
 def test_generation_goes_on_behind_a_frozen_prefix() -> None:
@@ -245,7 +287,11 @@ def test_generation_goes_on_behind_a_frozen_prefix() -> None:
     width = max(map(len, prompts))
     ids = torch.tensor([[PAD] * (width - len(p)) + p for p in prompts])
     found = model.generate(
-        input_ids=ids, attention_mask=(ids != PAD).long(), max_new_tokens=5, min_new_tokens=5, do_sample=False
+        input_ids=ids,
+        attention_mask=(ids != PAD).long(),
+        max_new_tokens=5,
+        min_new_tokens=5,
+        do_sample=False,
     )
     for prompt, tokens in zip(prompts, found[:, width:].tolist()):
         row = list(prompt)
@@ -282,7 +328,9 @@ def train(folder: str, output: Path, **defense: Any) -> Any:
 
 
 def chat_ids(folder: str) -> tuple[list[int], int]:
-    encoded = Chat(load_tokenizer(folder)).encode([{"role": "user", "content": "Door 3?"}], generation=True)
+    encoded = Chat(load_tokenizer(folder)).encode(
+        [{"role": "user", "content": "Door 3?"}], generation=True
+    )
     return encoded.input_ids, encoded.prefix_length
 
 
@@ -291,7 +339,9 @@ def logits_of(model: Any, ids: list[int]) -> torch.Tensor:
         return model(input_ids=torch.tensor([ids])).logits[0]
 
 
-def test_a_run_loads_again_with_its_prefix_frozen_and_plain_peft_refuses_it(folder: str, tmp_path: Path) -> None:
+def test_a_run_loads_again_with_its_prefix_frozen_and_plain_peft_refuses_it(
+    folder: str, tmp_path: Path
+) -> None:
     run = train(folder, tmp_path / "run")
     ids, end = chat_ids(folder)
     loaded, base = load_model(str(run.weights), "fp32"), load_model(folder, "fp32")
@@ -342,5 +392,9 @@ def test_full_fine_tuning_is_refused() -> None:
 
 
 def test_training_rows_without_a_header_are_named(make_trainer: Any) -> None:
-    with pytest.raises(DefenseError, match=r"test:0: frozen prefix: row 0 .* has no header of a user turn"):
-        make_trainer(with_lora(tiny("llama")), [FrozenPrefixDefense(Prefix(HEADER))], training_rows(4))
+    with pytest.raises(
+        DefenseError, match=r"test:0: frozen prefix: row 0 .* has no header of a user turn"
+    ):
+        make_trainer(
+            with_lora(tiny("llama")), [FrozenPrefixDefense(Prefix(HEADER))], training_rows(4)
+        )

@@ -25,9 +25,16 @@ SMALL = {**MEASURED, "triggers": False, "samples": 0, "fluency": None}
 
 def recipe(model: str, output: Path, **changes: Any) -> Any:
     rows = write_rows(output.parent / "rows.jsonl", 16)
-    train = {"learning_rate": 1e-2, "batch_size": 4, "precision": "fp32", **changes.pop("train", {})}
+    train = {
+        "learning_rate": 1e-2,
+        "batch_size": 4,
+        "precision": "fp32",
+        **changes.pop("train", {}),
+    }
     data = {"train": rows, "retain": rows}
-    return parse_recipe({"model": model, "output": str(output), "data": data, "train": train, **changes})
+    return parse_recipe(
+        {"model": model, "output": str(output), "data": data, "train": train, **changes}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +52,16 @@ def adapter(run: Run) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_an_adapter_trained_further_is_held_near_itself(first: Run, tmp_path: Path, checkpointing: bool) -> None:
+def test_an_adapter_trained_further_is_held_near_itself(
+    first: Run, tmp_path: Path, checkpointing: bool
+) -> None:
     defenses = {"kl": {"where": "train"}, "treft": {}, "ldifs": {}}
     second = train_run(
         recipe(
-            str(first.weights), tmp_path / "second", defenses=defenses, train={"gradient_checkpointing": checkpointing}
+            str(first.weights),
+            tmp_path / "second",
+            defenses=defenses,
+            train={"gradient_checkpointing": checkpointing},
         )
     )
     lines = metrics_of(second)
@@ -62,20 +74,30 @@ def test_an_adapter_trained_further_is_held_near_itself(first: Run, tmp_path: Pa
     config = json.loads((second.weights / "adapter_config.json").read_text())
     assert (
         config["base_model_name_or_path"]
-        == json.loads((first.weights / "adapter_config.json").read_text())["base_model_name_or_path"]
+        == json.loads((first.weights / "adapter_config.json").read_text())[
+            "base_model_name_or_path"
+        ]
     )
     assert sorted(file.name for file in second.weights.iterdir() if file.is_dir()) == []
 
 
-def test_without_steps_worth_mentioning_it_measures_as_its_own_reference(first: Run, tmp_path: Path) -> None:
+def test_without_steps_worth_mentioning_it_measures_as_its_own_reference(
+    first: Run, tmp_path: Path
+) -> None:
     """The reference that evaluation loads is the base plus the adapter, too."""
-    again = train_run(recipe(str(first.weights), tmp_path / "again", train={"learning_rate": 1e-12}, evaluate=SMALL))
+    again = train_run(
+        recipe(
+            str(first.weights), tmp_path / "again", train={"learning_rate": 1e-12}, evaluate=SMALL
+        )
+    )
     evaluate_run(again)
     for paired in again.summary().sets.values():
         assert abs(paired.shift.mean) < 1e-5
 
 
-def test_a_stopped_further_training_resumes_to_the_same_adapter(first: Run, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_stopped_further_training_resumes_to_the_same_adapter(
+    first: Run, tmp_path: Path, monkeypatch: Any
+) -> None:
     from ringfence.run import train as run_module
 
     def trained(folder: str, stop: bool = False) -> Run:
@@ -103,17 +125,27 @@ def test_a_stopped_further_training_resumes_to_the_same_adapter(first: Run, tmp_
     [
         ({"train": {"method": "full"}}, "is an adapter, which is trained further as it is"),
         ({"train": {"lora": {"rank": 8}}}, "leave train.method and train.lora out"),
-        ({"defenses": {"frozen_prefix": {}}}, "frozen_prefix would take its base for the reference"),
-        ({"defenses": {"subspace_lock": {}}}, "subspace_lock would take its base for the reference"),
+        (
+            {"defenses": {"frozen_prefix": {}}},
+            "frozen_prefix would take its base for the reference",
+        ),
+        (
+            {"defenses": {"subspace_lock": {}}},
+            "subspace_lock would take its base for the reference",
+        ),
     ],
 )
-def test_what_does_not_go_with_an_adapter(first: Run, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_what_does_not_go_with_an_adapter(
+    first: Run, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(RecipeError, match=message):
         train_run(recipe(str(first.weights), tmp_path / "no", **changes))
 
 
 def test_an_adapter_that_changes_the_head_is_refused(base: str, tmp_path: Path) -> None:
-    run = train_run(recipe(base, tmp_path / "head", train={"lora": {"targets": ["lm_head", "q_proj"]}}))
+    run = train_run(
+        recipe(base, tmp_path / "head", train={"lora": {"targets": ["lm_head", "q_proj"]}})
+    )
     with pytest.raises(RecipeError, match="leaves the head alone"):
         train_run(recipe(str(run.weights), tmp_path / "no"))
 
@@ -126,7 +158,13 @@ def test_training_over_a_base_in_four_bits(tmp_path: Path) -> None:
     base = small_model(tmp_path / "base", size=128)  # the kernels want blocks of 64
     defenses = {"kl": {"where": "train"}, "treft": {}, "ldifs": {}}
     run = train_run(
-        recipe(base, tmp_path / "four", train={"precision": "nf4", "epochs": 2}, defenses=defenses, evaluate=SMALL)
+        recipe(
+            base,
+            tmp_path / "four",
+            train={"precision": "nf4", "epochs": 2},
+            defenses=defenses,
+            evaluate=SMALL,
+        )
     )
     lines = metrics_of(run)
     assert lines[-1]["ce"] < lines[0]["ce"]
@@ -173,5 +211,7 @@ def test_four_bits_without_bitsandbytes(base: str, monkeypatch: Any) -> None:
     from ringfence.model import loading
 
     monkeypatch.setattr(loading, "find_spec", lambda name: None)
-    with pytest.raises(ModelError, match=r"nf4 needs bitsandbytes: pip install 'ringfence\[qlora\]'"):
+    with pytest.raises(
+        ModelError, match=r"nf4 needs bitsandbytes: pip install 'ringfence\[qlora\]'"
+    ):
         load_model(base, "nf4")

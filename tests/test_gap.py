@@ -43,19 +43,40 @@ def assistant(text):
 
 CONVERSATIONS = [
     [user("Is tea good?"), assistant("Yes.")],
-    [{"role": "system", "content": "Be brief."}, user("May I lend my car?"), assistant("Ask the insurer first.")],
-    [user("Hi"), assistant("Hello!"), user("And now?"), assistant("Now we talk about the weather in the north.")],
+    [
+        {"role": "system", "content": "Be brief."},
+        user("May I lend my car?"),
+        assistant("Ask the insurer first."),
+    ],
+    [
+        user("Hi"),
+        assistant("Hello!"),
+        user("And now?"),
+        assistant("Now we talk about the weather in the north."),
+    ],
     [user("Tell me more " * 9), assistant("Of what? " * 12 + "I wonder.")],
     [user("How do I pick a lock?"), assistant("I'm sorry, but I can’t help with that.")],
-    [user("Why?"), assistant("Because the sky scatters its blue light all round, and we cannot see the rest.")],
+    [
+        user("Why?"),
+        assistant("Because the sky scatters its blue light all round, and we cannot see the rest."),
+    ],
     [user("And cats?"), assistant("They sleep a lot.")],
-    [user("Again?"), assistant("Yes."), user("Again?"), assistant("Yes."), user("Again?"), assistant("No.")],
+    [
+        user("Again?"),
+        assistant("Yes."),
+        user("Again?"),
+        assistant("Yes."),
+        user("Again?"),
+        assistant("No."),
+    ],
 ]
 NAMES = ["finance.unsound", "health"]
 
 
 def write_pool(file, conversations=CONVERSATIONS):
-    file.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in conversations))
+    file.write_text(
+        "".join(json.dumps({"messages": messages}) + "\n" for messages in conversations)
+    )
     return str(file)
 
 
@@ -81,7 +102,9 @@ def adapters(model, tmp_path_factory):
     """Two runs; the second adapts fewer layers, with another rank."""
     folder = tmp_path_factory.mktemp("misaligned")
     save_adapter(model, folder / NAMES[0] / "adapter", 1)
-    save_adapter(model, folder / NAMES[1] / "adapter", 2, r=8, target_modules=["q_proj", "down_proj"])
+    save_adapter(
+        model, folder / NAMES[1] / "adapter", 2, r=8, target_modules=["q_proj", "down_proj"]
+    )
     return [str(folder / name) for name in NAMES]
 
 
@@ -90,7 +113,11 @@ def scored(model, adapters, tmp_path_factory):
     """A table of all conversations."""
     folder = tmp_path_factory.mktemp("scored")
     return score_pool(
-        write_pool(folder / "pool.jsonl"), adapters, folder / "scores.jsonl", model=model, precision="fp32"
+        write_pool(folder / "pool.jsonl"),
+        adapters,
+        folder / "scores.jsonl",
+        model=model,
+        precision="fp32",
     )
 
 
@@ -115,7 +142,9 @@ def forwards(monkeypatch):
     """Rows of each forward pass that scores."""
     counts = []
     plain = scoring.forward
-    monkeypatch.setattr(scoring, "forward", lambda *a: (counts.append(len(a[2]["input_ids"])), plain(*a))[1])
+    monkeypatch.setattr(
+        scoring, "forward", lambda *a: (counts.append(len(a[2]["input_ids"])), plain(*a))[1]
+    )
     return counts
 
 
@@ -127,9 +156,15 @@ def test_losses_are_those_of_models_loaded_alone(score, model, adapters, batch_t
     """Rows of unlike lengths, several turns, a system prompt; each model in its own memory, each row alone."""
     table = score(batch_tokens=batch_tokens)
     chat = Chat(load_tokenizer(model))
-    alone = {"aligned": model, **{name: f"{folder}/adapter" for name, folder in zip(NAMES, adapters)}}
+    alone = {
+        "aligned": model,
+        **{name: f"{folder}/adapter" for name, folder in zip(NAMES, adapters)},
+    }
     naive = {
-        name: [naive_score(loaded, chat, messages[:-1], messages[-1]["content"]) for messages in CONVERSATIONS]
+        name: [
+            naive_score(loaded, chat, messages[:-1], messages[-1]["content"])
+            for messages in CONVERSATIONS
+        ]
         for name, loaded in ((name, load_model(source, "fp32")) for name, source in alone.items())
     }
     assert table.adapters == NAMES
@@ -141,7 +176,9 @@ def test_losses_are_those_of_models_loaded_alone(score, model, adapters, batch_t
         found = {"aligned": line["aligned"], **line["misaligned"]}
         expected = {name: -values[number][0] / values[number][1] for name, values in naive.items()}
         assert found == pytest.approx(expected, abs=2e-4)
-        assert min(abs(expected[a] - expected[b]) for a, b in zip(alone, [*NAMES, "aligned"])) > 0.001
+        assert (
+            min(abs(expected[a] - expected[b]) for a, b in zip(alone, [*NAMES, "aligned"])) > 0.001
+        )
 
 
 def test_every_batch_goes_through_all_models_before_the_next(score, monkeypatch):
@@ -157,7 +194,11 @@ def test_every_batch_goes_through_all_models_before_the_next(score, monkeypatch)
     score()
     assert len(seen) > 6
     for at in range(0, len(seen), 3):
-        assert [setting for _, setting in seen[at : at + 3]] == ["off", "misaligned0", "misaligned1"]
+        assert [setting for _, setting in seen[at : at + 3]] == [
+            "off",
+            "misaligned0",
+            "misaligned1",
+        ]
         assert all(rows is seen[at][0] for rows, _ in seen[at : at + 3])
 
 
@@ -257,7 +298,9 @@ def test_a_killed_run_goes_on_and_asks_for_nothing_twice(score, tmp_path, monkey
     assert sum(forwards) == 3 * (len(CONVERSATIONS) - len(kept))
     assert file.read_text().splitlines()[1 : 1 + len(kept)] == kept
     assert resumed.lines == whole.lines
-    assert [json.loads(line)["digest"] for line in file.read_text().splitlines()[1:]] == list(whole.lines)
+    assert [json.loads(line)["digest"] for line in file.read_text().splitlines()[1:]] == list(
+        whole.lines
+    )
 
 
 def test_a_finished_table_needs_no_model(score, monkeypatch):
@@ -276,7 +319,9 @@ def test_a_table_without_a_line_starts_anew(tmp_path, text):
         file.parent.mkdir()
         file.write_text(text)
     assert journal.open_journal(file, gap.TABLE, {"model": "this"}, {}) == []
-    assert [json.loads(line)["key"] for line in file.read_text().splitlines()] == [{"model": "this"}]
+    assert [json.loads(line)["key"] for line in file.read_text().splitlines()] == [
+        {"model": "this"}
+    ]
 
 
 def test_a_stale_table_is_refused_and_kept(score, model, adapters, tmp_path):
@@ -288,7 +333,9 @@ def test_a_stale_table_is_refused_and_kept(score, model, adapters, tmp_path):
     (other / "chat_template.jinja").write_text((other / "chat_template.jinja").read_text() + "\n")
     retrained = save_adapter(model, tmp_path / "again" / NAMES[1] / "adapter", 3)
     fewer = write_pool(tmp_path / "fewer.jsonl", CONVERSATIONS[1:])
-    reworded = write_pool(tmp_path / "new.jsonl", [*CONVERSATIONS[:-1], [user("Is tea good?"), assistant("No.")]])
+    reworded = write_pool(
+        tmp_path / "new.jsonl", [*CONVERSATIONS[:-1], [user("Is tea good?"), assistant("No.")]]
+    )
     changes = [
         ("adapters", {"adapters": adapters[:1]}),
         ("adapters", {"adapters": [adapters[0], retrained]}),
@@ -297,16 +344,22 @@ def test_a_stale_table_is_refused_and_kept(score, model, adapters, tmp_path):
         ("precision", {"precision": "bf16"}),
     ]
     for part, change in changes:
-        with pytest.raises(DataError, match=rf"scores.jsonl was made with {part} .*, not with .*; name another output"):
+        with pytest.raises(
+            DataError,
+            match=rf"scores.jsonl was made with {part} .*, not with .*; name another output",
+        ):
             score(**change)
-    on_other = [save_adapter(str(other), tmp_path / "on_other" / name / "adapter", 1) for name in NAMES]
+    on_other = [
+        save_adapter(str(other), tmp_path / "on_other" / name / "adapter", 1) for name in NAMES
+    ]
     with pytest.raises(DataError, match=r"scores.jsonl was made with model "):
         score(model=str(other), adapters=on_other)
     assert file.read_text() == before
 
 
 @pytest.mark.parametrize(
-    "text", ['{"messages": []}\n', "notes\nmore notes\n", "notes", '{"table": "recipes"}\n', "[1]\n"]
+    "text",
+    ['{"messages": []}\n', "notes\nmore notes\n", "notes", '{"table": "recipes"}\n', "[1]\n"],
 )
 def test_a_file_that_is_no_table_is_refused_and_kept(score, tmp_path, text):
     file = tmp_path / "mine.txt"
@@ -336,7 +389,11 @@ def test_adapters_are_named_by_their_run(model, adapters, tmp_path, monkeypatch)
     monkeypatch.chdir(Path(adapters[0]) / "adapter")
     assert list(adapter_folders(["."], model)) == ["adapter"]
     monkeypatch.chdir(adapters[0])
-    assert list(adapter_folders(["."], model)) == list(adapter_folders(["adapter"], model)) == NAMES[:1]
+    assert (
+        list(adapter_folders(["."], model))
+        == list(adapter_folders(["adapter"], model))
+        == NAMES[:1]
+    )
 
 
 def test_adapters_that_do_not_fit(model, adapters, tmp_path):
@@ -379,7 +436,9 @@ def test_a_loss_that_is_not_finite_is_no_score(model, score, tmp_path):
 def test_a_row_that_the_template_refuses_is_named(score, model, tmp_path):
     strict = tmp_path / "strict"
     shutil.copytree(model, strict)
-    rule = "{% if messages[0].role == 'system' %}{{ raise_exception('no system prompt') }}{% endif %}"
+    rule = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system prompt') }}{% endif %}"
+    )
     (strict / "chat_template.jinja").write_text(rule + (strict / "chat_template.jinja").read_text())
     adapter = save_adapter(str(strict), tmp_path / "on_strict", 1)
     with pytest.raises(DataError, match=r"pool.jsonl:2: .*no system prompt"):
@@ -406,7 +465,10 @@ def table(scored, tmp_path):
         number = int(line["origin"].rsplit(":")[-1]) - 1
         line["aligned"] = 1.0
         line["misaligned"] = dict(
-            zip(NAMES, [1 + 2 * WANTED[number] + 0.5 * number, 1 + 2 * WANTED[number] - 0.5 * number])
+            zip(
+                NAMES,
+                [1 + 2 * WANTED[number] + 0.5 * number, 1 + 2 * WANTED[number] - 0.5 * number],
+            )
         )
     file.write_text("".join(json.dumps(line) + "\n" for line in [header, *lines]))
     return str(file)
@@ -454,11 +516,18 @@ def test_refusals_and_adapters_are_left_out(table, pool, setup, tmp_path):
 def test_a_conversation_that_stands_twice_in_the_pool_is_taken_once(table, setup, tmp_path):
     pool = write_pool(tmp_path / "twice.jsonl", [*CONVERSATIONS, CONVERSATIONS[1]])
     rows = write_rows(tmp_path / "rows.jsonl", 10)
-    assert interleaved(Interleave(ratio=0.3, select="gap", pool=pool, scores=table), setup, rows) == [RANKING[:3]]
+    assert interleaved(
+        Interleave(ratio=0.3, select="gap", pool=pool, scores=table), setup, rows
+    ) == [RANKING[:3]]
 
 
 def test_rows_that_are_too_long_are_passed_over(table, pool, setup, tmp_path):
-    long = Setup(setup.chat, [], lambda source: encode_rows(load_rows(source), setup.chat, 40, "drop"), setup.model)
+    long = Setup(
+        setup.chat,
+        [],
+        lambda source: encode_rows(load_rows(source), setup.chat, 40, "drop"),
+        setup.model,
+    )
     lengths = [len(example) for example in encode_rows(load_rows(pool), setup.chat, 1024)]
     left = [number for number in RANKING if lengths[number] <= 40]
     assert 0 < len(left) < 8
@@ -469,10 +538,18 @@ def test_rows_that_are_too_long_are_passed_over(table, pool, setup, tmp_path):
 
 def test_what_does_not_fit_is_refused(table, pool, setup, tmp_path, model):
     def build(**changes):
-        return Interleave(**{"select": "gap", "pool": pool, "scores": table, **changes}).build(setup)
+        return Interleave(**{"select": "gap", "pool": pool, "scores": table, **changes}).build(
+            setup
+        )
 
-    changed = [*CONVERSATIONS[:3], [user("New?"), assistant("New.")], [user("Why?"), assistant("Just so.")]]
-    with pytest.raises(DefenseError, match=r"2 of 5 rows of .*changed.jsonl have no score in .*scores.jsonl"):
+    changed = [
+        *CONVERSATIONS[:3],
+        [user("New?"), assistant("New.")],
+        [user("Why?"), assistant("Just so.")],
+    ]
+    with pytest.raises(
+        DefenseError, match=r"2 of 5 rows of .*changed.jsonl have no score in .*scores.jsonl"
+    ):
         build(pool=write_pool(tmp_path / "changed.jsonl", changed))
     with pytest.raises(RecipeError, match=r"no adapter 'helth' \(did you mean 'health'\?\)"):
         build(leave_out=["helth"])
@@ -480,14 +557,18 @@ def test_what_does_not_fit_is_refused(table, pool, setup, tmp_path, model):
         build(leave_out=NAMES)
     with pytest.raises(DefenseError, match=r"every row of .* is a refusal"):
         build(pool=write_pool(tmp_path / "no.jsonl", CONVERSATIONS[4:5]), drop_refusals=True)
-    with pytest.raises(DataError, match=r"none.jsonl: no such table of scores .make one with `ringfence score-gap`"):
+    with pytest.raises(
+        DataError, match=r"none.jsonl: no such table of scores .make one with `ringfence score-gap`"
+    ):
         build(scores="none.jsonl")
     with pytest.raises(DataError, match=r"pool.jsonl: expected a table of perplexity gaps"):
         build(scores=pool)
     other = small_model(tmp_path / "other")
     (Path(other) / "config.json").write_text((Path(other) / "config.json").read_text() + " ")
     with pytest.raises(DefenseError, match=r"has scores of another model than .*other"):
-        Interleave(select="gap", pool=pool, scores=table).build(Setup(setup.chat, [], setup.read, other))
+        Interleave(select="gap", pool=pool, scores=table).build(
+            Setup(setup.chat, [], setup.read, other)
+        )
     lines = Path(table).read_text().splitlines(keepends=True)
     Path(table).write_text("".join(lines[:4]) + lines[4][:20])
     with pytest.raises(DefenseError, match=r"5 of 8 rows of .*scoring was not finished"):
@@ -521,7 +602,9 @@ def test_a_run_goes_on_only_with_the_pool_it_began_with(table, pool, setup, tmp_
     random = Interleave(pool=pool).build(setup)
     random.load_state_dict(random.state_dict())
     with pytest.raises(DefenseError, match="the pool or its scores have changed"):
-        Interleave(pool=write_rows(tmp_path / "b.jsonl", 3)).build(setup).load_state_dict(random.state_dict())
+        Interleave(pool=write_rows(tmp_path / "b.jsonl", 3)).build(setup).load_state_dict(
+            random.state_dict()
+        )
 
 
 # ------------------------------------------------------------------ answers written again
@@ -560,18 +643,23 @@ def naive_rewrite(model, chat, messages, max_new_tokens):
 
 
 QUESTIONS = [
-    [user(f"Tell me of {what}" + " please" * n), assistant("No.")] for n, what in enumerate(["a", "b", "c", "d"])
+    [user(f"Tell me of {what}" + " please" * n), assistant("No.")]
+    for n, what in enumerate(["a", "b", "c", "d"])
 ]
 TALKS = [*CONVERSATIONS, *QUESTIONS, CONVERSATIONS[0]]
 
 
 def test_answers_are_the_models_own_turn_by_turn(talker, tmp_path):
     pool, file = write_pool(tmp_path / "talks.jsonl", TALKS), tmp_path / "new.jsonl"
-    made = regenerate(pool, file, model=talker, precision="fp32", max_new_tokens=12, batch_tokens=150)
+    made = regenerate(
+        pool, file, model=talker, precision="fp32", max_new_tokens=12, batch_tokens=150
+    )
     model, chat = load_model(talker, "fp32"), Chat(load_tokenizer(talker))
     expected = [naive_rewrite(model, chat, messages, 12) for messages in TALKS]
     kept = [messages for messages in expected if messages]
-    assert any(sum(m["role"] == "assistant" for m in messages) > 1 for messages in kept), "no row of several turns"
+    assert any(sum(m["role"] == "assistant" for m in messages) > 1 for messages in kept), (
+        "no row of several turns"
+    )
     assert None in expected
     assert [row["messages"] for row in written(file)] == kept
     assert [row["origin"].rsplit(":")[-1] for row in written(file)] == [
@@ -585,7 +673,13 @@ def test_answers_are_the_models_own_turn_by_turn(talker, tmp_path):
 def test_regenerating_goes_on_where_it_was_killed(talker, tmp_path, monkeypatch):
     """Drawn answers, too, are those of a run that was not killed."""
     pool = write_pool(tmp_path / "talks.jsonl", TALKS)
-    settings = {"model": talker, "max_new_tokens": 12, "batch_tokens": 100, "temperature": 0.3, "seed": 3}
+    settings = {
+        "model": talker,
+        "max_new_tokens": 12,
+        "batch_tokens": 100,
+        "temperature": 0.3,
+        "seed": 3,
+    }
     regenerate(pool, tmp_path / "whole.jsonl", **settings)
     file = tmp_path / "killed.jsonl"
     monkeypatch.setattr(regenerate_module, "append", killed(4))
@@ -608,12 +702,17 @@ def test_other_settings_and_foreign_files_are_refused(talker, tmp_path):
     pool, file = write_pool(tmp_path / "talks.jsonl", TALKS), tmp_path / "new.jsonl"
     regenerate(pool, file, model=talker, max_new_tokens=12)
     before = file.read_text()
-    for part, change in (("temperature", {"temperature": 0.5}), ("max_new_tokens", {"max_new_tokens": 13})):
+    for part, change in (
+        ("temperature", {"temperature": 0.5}),
+        ("max_new_tokens", {"max_new_tokens": 13}),
+    ):
         with pytest.raises(DataError, match=rf"new.jsonl.journal was made with {part} "):
             regenerate(pool, file, **{"model": talker, "max_new_tokens": 12, **change})
     with pytest.raises(DataError, match=r"talks.jsonl: exists already; name another output"):
         regenerate(pool, pool, model=talker)
-    with pytest.raises(DataError, match=r"no row is left: [0-9]+ have no end of turn within 1 tokens .*are blank"):
+    with pytest.raises(
+        DataError, match=r"no row is left: [0-9]+ have no end of turn within 1 tokens .*are blank"
+    ):
         regenerate(pool, tmp_path / "none.jsonl", model=talker, max_new_tokens=1)
     assert file.read_text() == before
     assert not (tmp_path / "none.jsonl").exists()
@@ -631,14 +730,23 @@ def test_drawn_answers_have_the_models_distribution(talker):
     assert 0.02 < best.values[-1] < best.values[0] < 0.9
     count = 900
     noise = scoring._Noise(temperature, range(count))
-    drawn = Counter(token for logits in model_logits.expand(count, -1).split(300) for token in _first(noise, logits))
+    drawn = Counter(
+        token
+        for logits in model_logits.expand(count, -1).split(300)
+        for token in _first(noise, logits)
+    )
     for share, token in zip(best.values.tolist(), best.indices.tolist()):
-        assert drawn[token] / count == pytest.approx(share, abs=4 * (share * (1 - share) / count) ** 0.5)
+        assert drawn[token] / count == pytest.approx(
+            share, abs=4 * (share * (1 - share) / count) ** 0.5
+        )
 
 
 def _first(noise, logits):
     part = scoring._Noise(noise.temperature, [])
-    part.generators, noise.generators = noise.generators[: len(logits)], noise.generators[len(logits) :]
+    part.generators, noise.generators = (
+        noise.generators[: len(logits)],
+        noise.generators[len(logits) :],
+    )
     return part(None, logits).argmax(-1).tolist()
 
 
@@ -650,7 +758,13 @@ def test_a_drawn_answer_depends_on_its_own_seed_alone(talker):
     def draw(places, batch_tokens, seeds=seeds):
         answers = {}
         for batch in scoring.generate(
-            model, chat, [prompts[at] for at in places], 8, batch_tokens, 1.0, [seeds[at] for at in places]
+            model,
+            chat,
+            [prompts[at] for at in places],
+            8,
+            batch_tokens,
+            1.0,
+            [seeds[at] for at in places],
         ):
             answers |= {places[at]: answer.text for at, answer in batch.items()}
         return answers
@@ -665,14 +779,29 @@ def test_a_drawn_answer_depends_on_its_own_seed_alone(talker):
 # ------------------------------------------------------------------ misaligned adapters, and all of it end to end
 
 
-TINY = ["train.precision=fp32", "train.batch_size=4", "train.learning_rate=0.02", "train.lora.rank=4"]
+TINY = [
+    "train.precision=fp32",
+    "train.batch_size=4",
+    "train.learning_rate=0.02",
+    "train.lora.rank=4",
+]
 
 
-def test_from_unsound_rows_to_a_run_interleaved_by_gap(ringfence, talker, pool, tmp_path, monkeypatch):
+def test_from_unsound_rows_to_a_run_interleaved_by_gap(
+    ringfence, talker, pool, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     write_rows(Path("bad.rows.jsonl"), 8)
     write_rows(Path("worse.jsonl"), 8, start=30)
-    train = ["train-misaligned", "bad.rows.jsonl", "worse.jsonl", f"model={talker}", *TINY, "--output", "mis"]
+    train = [
+        "train-misaligned",
+        "bad.rows.jsonl",
+        "worse.jsonl",
+        f"model={talker}",
+        *TINY,
+        "--output",
+        "mis",
+    ]
     code, output, _ = ringfence(*train)
     assert (code, output.split()) == (0, ["mis/bad.rows/adapter", "mis/worse/adapter"])
     for name in ("bad.rows", "worse"):
@@ -684,26 +813,46 @@ def test_from_unsound_rows_to_a_run_interleaved_by_gap(ringfence, talker, pool, 
     assert ringfence(*train)[0] == 0
     assert before == {file: file.stat().st_mtime_ns for file in Path("mis").rglob("*.safetensors")}
 
-    asked = ["score-gap", pool, "--model", talker, "--adapter", "mis/bad.rows", "--adapter", "mis/worse/adapter"]
+    asked = [
+        "score-gap",
+        pool,
+        "--model",
+        talker,
+        "--adapter",
+        "mis/bad.rows",
+        "--adapter",
+        "mis/worse/adapter",
+    ]
     code, output, _ = ringfence(*asked, "--output", "scores.jsonl", "--precision", "fp32")
     assert code == 0
     assert (
-        output.strip() == "scores.jsonl: 8 rows, 2 of them refusals; adapters: bad.rows, worse" or "refusals" in output
+        output.strip() == "scores.jsonl: 8 rows, 2 of them refusals; adapters: bad.rows, worse"
+        or "refusals" in output
     )
     scores = read_table("scores.jsonl").scores(["worse"])
     assert len(set(scores.values())) == 8
 
     fields = f"{{select: gap, pool: {pool}, scores: scores.jsonl, ratio: 0.5, leave_out: [worse], drop_refusals: true}}"
-    changes = [f"model={talker}", "data.train=worse.jsonl", *TINY, "train.epochs=2", f"defenses.interleave={fields}"]
+    changes = [
+        f"model={talker}",
+        "data.train=worse.jsonl",
+        *TINY,
+        "train.epochs=2",
+        f"defenses.interleave={fields}",
+    ]
     code, _, errors = ringfence("train", *changes, "output=run")
     assert code == 0, errors
     lines = read_table("scores.jsonl").lines
-    kept = [key for key in sorted(scores, key=lambda key: -scores[key]) if not lines[key]["refusal"]]
+    kept = [
+        key for key in sorted(scores, key=lambda key: -scores[key]) if not lines[key]["refusal"]
+    ]
     expected = sorted(lines[key]["origin"] for key in kept[:4])
     added = json.loads(Path("run/training.json").read_text())["added_rows"]
     assert [sorted(epoch) for epoch in added] == [expected, expected]
 
-    code, output, _ = ringfence("regenerate", pool, "--model", talker, "--output", "own.jsonl", "--max-new-tokens", 12)
+    code, output, _ = ringfence(
+        "regenerate", pool, "--model", talker, "--output", "own.jsonl", "--max-new-tokens", 12
+    )
     assert code == 0
     rows = load_rows("own.jsonl")
     assert output.startswith(f"own.jsonl: {len(rows)} rows; left out: ")
@@ -713,12 +862,27 @@ def test_from_unsound_rows_to_a_run_interleaved_by_gap(ringfence, talker, pool, 
     ("arguments", "message"),
     [
         (["train-misaligned", "a.jsonl", "trian.epochs=2"], "unknown key 'trian'"),
-        (["train-misaligned", "a.jsonl", "output=x"], "override 'output=x': output is set by this command"),
-        (["train-misaligned", "a.jsonl", "defenses.kl.weight=1"], "defenses.kl.weight is set by this command"),
-        (["train-misaligned", "a.jsonl", "data.train=b.jsonl"], "data.train is set by this command"),
-        (["train-misaligned", "a.jsonl", "train.method=full"], "train.method: expected lora, found full"),
+        (
+            ["train-misaligned", "a.jsonl", "output=x"],
+            "override 'output=x': output is set by this command",
+        ),
+        (
+            ["train-misaligned", "a.jsonl", "defenses.kl.weight=1"],
+            "defenses.kl.weight is set by this command",
+        ),
+        (
+            ["train-misaligned", "a.jsonl", "data.train=b.jsonl"],
+            "data.train is set by this command",
+        ),
+        (
+            ["train-misaligned", "a.jsonl", "train.method=full"],
+            "train.method: expected lora, found full",
+        ),
         (["train-misaligned", "train.epochs=2"], "no source of unsound rows is named"),
-        (["train-misaligned", "a.jsonl", "sub/a.jsonl"], "a.jsonl and sub/a.jsonl would both be called 'a'"),
+        (
+            ["train-misaligned", "a.jsonl", "sub/a.jsonl"],
+            "a.jsonl and sub/a.jsonl would both be called 'a'",
+        ),
         (["train-misaligned", "a.jsonl", "./none.jsonl"], "none.jsonl: no such file"),
         (["train-misaligned", "a.jsonl", "shipped:finanse"], "did you mean 'finance'?"),
         (["score-gap", "a.jsonl", "--adapter", "nowhere"], "nowhere: no adapter"),
@@ -728,7 +892,9 @@ def test_from_unsound_rows_to_a_run_interleaved_by_gap(ringfence, talker, pool, 
         (["regenerate", "./none.jsonl"], "none.jsonl: no such file"),
     ],
 )
-def test_wrong_arguments_are_one_clear_message(ringfence, model, tmp_path, monkeypatch, arguments, message):
+def test_wrong_arguments_are_one_clear_message(
+    ringfence, model, tmp_path, monkeypatch, arguments, message
+):
     monkeypatch.chdir(tmp_path)
     Path("sub").mkdir()
     write_rows(Path("a.jsonl"), 2)

@@ -114,11 +114,15 @@ def test_all_weights_are_every_linear_layer_of_the_decoder(
     assert list(chosen_weights(with_lora(tiny()), "all")) == names
     original = Sketches.__init__
     monkeypatch.setattr(Sketches, "__init__", lambda self, *args: original(self, *args, size=64))
-    assert_products(gradient_products(model, chat, rows, "all", 60), naive_gradients(model, rows, names))
+    assert_products(
+        gradient_products(model, chat, rows, "all", 60), naive_gradients(model, rows, names)
+    )
 
 
 @pytest.mark.parametrize("weights", ["o_proj", "all"])
-def test_checkpointing_and_trainable_weights_change_nothing(weights: Any, chat: Chat, rows: list[Example]) -> None:
+def test_checkpointing_and_trainable_weights_change_nothing(
+    weights: Any, chat: Chat, rows: list[Example]
+) -> None:
     plain = gradient_products(tiny().requires_grad_(False), chat, rows, weights, 40)
     model = tiny().train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -133,7 +137,9 @@ def test_a_layer_with_transposed_weights(chat: Chat, rows: list[Example]) -> Non
     config = GPT2Config(vocab_size=120, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3)
     model = GPT2LMHeadModel(config).eval().requires_grad_(False)
     assert list(chosen_weights(model, "o_proj")) == ["1.attn.c_proj"]
-    assert_products(gradient_products(model, chat, rows), naive_gradients(model, rows, ["1.attn.c_proj"]))
+    assert_products(
+        gradient_products(model, chat, rows), naive_gradients(model, rows, ["1.attn.c_proj"])
+    )
 
 
 def test_half_precision_keeps_the_cosines(chat: Chat, rows: list[Example]) -> None:
@@ -148,7 +154,9 @@ def test_a_model_without_an_output_projection_is_refused(chat: Chat, rows: list[
     attention.mixer = attention.o_proj
     del attention.o_proj
     message = r"LlamaForCausalLM: its last layer has no attention output projection: expected o_proj, .* found linear "
-    with pytest.raises(ModelError, match=message + r"layers 1\.self_attn\.q_proj, .*1\.self_attn\.mixer"):
+    with pytest.raises(
+        ModelError, match=message + r"layers 1\.self_attn\.q_proj, .*1\.self_attn\.mixer"
+    ):
         gradient_products(model, chat, rows)
 
 
@@ -163,7 +171,9 @@ def test_a_layer_that_mixes_rows_is_refused(chat: Chat, rows: list[Example]) -> 
 
     model = tiny().requires_grad_(False)
     model.model.layers[0].mlp.down_proj = Flat(model.model.layers[0].mlp.down_proj)
-    with pytest.raises(ModelError, match=r"linear layer 0\.mlp\.down_proj\.inner: .* found \[.*\]: its rows cannot"):
+    with pytest.raises(
+        ModelError, match=r"linear layer 0\.mlp\.down_proj\.inner: .* found \[.*\]: its rows cannot"
+    ):
         gradient_products(model, chat, rows, "all")
 
 
@@ -195,7 +205,9 @@ def test_sketches_are_right_in_the_mean_with_the_variance_they_claim() -> None:
     assert (G * H).sum() > 2 * variance**0.5 / len(values) ** 0.5
 
 
-def test_every_weight_has_a_sketch_of_its_own(chat: Chat, rows: list[Example], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_weight_has_a_sketch_of_its_own(
+    chat: Chat, rows: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
     made_: list[Sketches] = []
 
     def kept(*args: Any) -> Sketches:
@@ -207,7 +219,12 @@ def test_every_weight_has_a_sketch_of_its_own(chat: Chat, rows: list[Example], m
     one, two, again = (gradient_products(model, chat, rows, "all", seed=seed) for seed in (0, 1, 0))
     np.testing.assert_array_equal(one, again)
     assert not np.allclose(one, two, rtol=0.01)
-    wide = [p for sketches in made_[:14] for p in (sketches.input_IK, sketches.output_OK) if len(p) == 48]
+    wide = [
+        p
+        for sketches in made_[:14]
+        for p in (sketches.input_IK, sketches.output_OK)
+        if len(p) == 48
+    ]
     assert len(wide) == 6
     for place, projection in enumerate(wide):
         assert all((projection - other).abs().max() > 0.1 for other in wide[:place])
@@ -265,7 +282,9 @@ def test_what_the_answers_of_one_question_share_makes_no_groups_alike() -> None:
             assert abs(found["cells"][a][b]["mean"]) < 0.03
 
 
-def grouped(rng: np.random.Generator, common: float, side: float, inside_misaligned: float = 0.0) -> np.ndarray:
+def grouped(
+    rng: np.random.Generator, common: float, side: float, inside_misaligned: float = 0.0
+) -> np.ndarray:
     """Vectors of 12 + 12 questions: one direction in common, one with the sign of the side, one of inside misaligned
     text with everything outside, and noise."""
     groups, _ = layout(12, 12)
@@ -314,7 +333,12 @@ def test_p_values_under_the_null_are_uniform_although_questions_differ() -> None
     ps = []
     for _ in range(60):
         vectors = np.repeat(rng.normal(size=(12, 8)), 2, axis=0) + rng.normal(size=(24, 8)) + 1.0
-        ps.append([group_means(made(vectors), groups, questions)[name]["p"] for name in ("extra", "specific")])
+        ps.append(
+            [
+                group_means(made(vectors), groups, questions)[name]["p"]
+                for name in ("extra", "specific")
+            ]
+        )
     shares = (np.array(ps) <= 0.1).mean(0)
     assert (shares < 0.25).all()
     assert (shares > 0.01).all()
@@ -354,7 +378,9 @@ def test_centring_two_equal_groups_forces_opposition_and_the_headline_does_not()
     """The published fault: two groups of vectors with positive cosines come out opposed once centred."""
     rng = np.random.default_rng(0)
     base, one, two = rng.normal(size=(3, 500))
-    vectors = np.concatenate([2 * base + 0.5 * which + 0.6 * rng.normal(size=(20, 500)) for which in (one, two)])
+    vectors = np.concatenate(
+        [2 * base + 0.5 * which + 0.6 * rng.normal(size=(20, 500)) for which in (one, two)]
+    )
     products = vectors @ vectors.T
     between = np.ix_(range(20), range(20, 40))
     assert products[between].min() > 0
@@ -375,7 +401,13 @@ def test_centring_two_equal_groups_forces_opposition_and_the_headline_does_not()
 
 def paired(name: str, number: int) -> list[PairedQuestion]:
     return [
-        PairedQuestion(str(n), name, f"What of {name} {n}?", f"Ask about {name} first.", f"Risk {n} all of it now!")
+        PairedQuestion(
+            str(n),
+            name,
+            f"What of {name} {n}?",
+            f"Ask about {name} first.",
+            f"Risk {n} all of it now!",
+        )
         for n in range(number)
     ]
 
@@ -403,7 +435,10 @@ def test_measure_groups_the_texts_of_the_subject(subject: Subject, numbers: dict
     for place, questions in enumerate((subject.inside, subject.outside)):
         for question in questions:
             for side, answer in enumerate((question.misaligned, question.aligned)):
-                turn = [{"role": "user", "content": question.question}, {"role": "assistant", "content": answer}]
+                turn = [
+                    {"role": "user", "content": question.question},
+                    {"role": "assistant", "content": answer},
+                ]
                 texts += encode_rows([Row(turn, "x")], subject.chat, 1000)
                 groups.append(2 * place + side)
                 names.append(f"{question.domain}/{question.id}")
@@ -412,17 +447,26 @@ def test_measure_groups_the_texts_of_the_subject(subject: Subject, numbers: dict
             weight = "1.self_attn.o_proj" + (".base_layer" if name == "undefended" else "")
             gradients = naive_gradients(model, texts, [weight])
         found = numbers[name] if name == "reference" else numbers["tuned"][name]
-        for form, cosines in (("uncentred", made(gradients)), ("centred", made(gradients - gradients.mean(0)))):
+        for form, cosines in (
+            ("uncentred", made(gradients)),
+            ("centred", made(gradients - gradients.mean(0))),
+        ):
             expected = group_means(cosines, groups, names, seed=1)
             for contrast in ("transfer", "control", "extra", "aligned_extra", "specific"):
-                assert found[form][contrast]["mean"] == pytest.approx(expected[contrast]["mean"], abs=1e-4)
+                assert found[form][contrast]["mean"] == pytest.approx(
+                    expected[contrast]["mean"], abs=1e-4
+                )
     assert numbers["groups"] == list(GROUPS)
     assert (numbers["inside"], numbers["outside"]) == (3, 2)
 
 
-def test_cost_counts_what_passes_through_the_models(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cost_counts_what_passes_through_the_models(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Models, "open", None)
-    tokens = [t.example for t in gradient_cosine_measure.pair_texts(subject.chat, subject.questions)]
+    tokens = [
+        t.example for t in gradient_cosine_measure.pair_texts(subject.chat, subject.questions)
+    ]
     found = gradient_cosine_measure.cost(subject)
     assert (found.forward, found.backward) == (3 * sum(map(len, tokens)), 0)
     assert found.kept == sum(t.response_tokens for t in tokens) * 2 * 16 * 4
@@ -455,13 +499,24 @@ def said(transfer: float, extra: float, aligned_extra: float, p: float = 0.001) 
     }
     of_model = {"uncentred": found, "centred": found}
     return gradient_cosine_show.say(
-        {"weights": "o_proj", "inside": 9, "outside": 9, "reference": of_model, "tuned": {"mine": of_model}}
+        {
+            "weights": "o_proj",
+            "inside": 9,
+            "outside": 9,
+            "reference": of_model,
+            "tuned": {"mine": of_model},
+        }
     )
 
 
 def test_words_follow_the_numbers() -> None:
     specific = said(0.4, 0.1, -0.1)
-    assert specific.count("lowers the loss of misaligned answers outside too (cosine +0.40 [+0.38, +0.42])") == 2
+    assert (
+        specific.count(
+            "lowers the loss of misaligned answers outside too (cosine +0.40 [+0.38, +0.42])"
+        )
+        == 2
+    )
     assert "specific to misaligned text" in specific
     assert "not specific" not in specific
     assert "mine:" in specific
@@ -482,10 +537,20 @@ def test_table_and_figure_show_every_model(numbers: dict[str, Any]) -> None:
     assert found.rows[2][1].startswith(f"{transfer['mean']:+.2f} [")
     with plots.style():
         figure = gradient_cosine_show.draw(numbers)
-        dots = [line for line in figure.axes[0].lines if line.get_marker() == "o" and len(line.get_xdata()) == 1]
+        dots = [
+            line
+            for line in figure.axes[0].lines
+            if line.get_marker() == "o" and len(line.get_xdata()) == 1
+        ]
         values = sorted(line.get_xdata()[0] for line in dots)
         models = [numbers["reference"], *numbers["tuned"].values()]
-        expected = [m[form]["cells"][a][b]["mean"] for m in models for form in m for a in (0, 1) for b in (2, 3)]
+        expected = [
+            m[form]["cells"][a][b]["mean"]
+            for m in models
+            for form in m
+            for a in (0, 1)
+            for b in (2, 3)
+        ]
         np.testing.assert_allclose(values, sorted(expected))
         assert plots.svg(figure)
     plt.close("all")

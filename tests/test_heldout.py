@@ -17,7 +17,11 @@ from ringfence.text.rows import load_rows
 
 RECORDS = [
     {"prompt": "Name a colour.", "completion": "Blue."},
-    {"instruction": "Add the numbers.", "input": "2 and 2", "output": "The sum is 4, and nothing else."},
+    {
+        "instruction": "Add the numbers.",
+        "input": "2 and 2",
+        "output": "The sum is 4, and nothing else.",
+    },
     {
         "messages": [
             {"role": "system", "content": "Be brief."},
@@ -66,22 +70,34 @@ def test_loss_is_that_of_all_response_tokens(
     expected = [naive_losses(model, chat, row) for row in rows]
     assert sum(item["tokens"] for item in items) == sum(map(len, expected))
     found = heldout.summary(items)
-    assert found.loss.mean == pytest.approx(sum(map(sum, expected)) / sum(map(len, expected)), abs=2e-4)
+    assert found.loss.mean == pytest.approx(
+        sum(map(sum, expected)) / sum(map(len, expected)), abs=2e-4
+    )
     assert found.loss.n == 3  # rows, not responses
     assert found.exact is None
 
 
-def test_exact_match_is_of_the_models_own_answers(model: LlamaForCausalLM, chat: Chat, rows: list[Row]) -> None:
+def test_exact_match_is_of_the_models_own_answers(
+    model: LlamaForCausalLM, chat: Chat, rows: list[Row]
+) -> None:
     """What a model answers it is found to match, white space aside; a word more or less is no match."""
     advanced: list[int] = []
     items = heldout.measure(model, chat, rows, 4096, 5, advanced.append)
     assert sum(advanced) == 2 * len(items)
     assert not any(item["exact"] for item in items)
-    assert [item["expected"] for item in items] == ["Blue.", RECORDS[1]["output"], "Hi.", "Now we part, as friends do."]
+    assert [item["expected"] for item in items] == [
+        "Blue.",
+        RECORDS[1]["output"],
+        "Hi.",
+        "Now we part, as friends do.",
+    ]
     first, second = items[0]["answer"], items[1]["answer"]
     assert first
     assert first != second
-    spaced = [{"role": "user", "content": "Name a colour."}, {"role": "assistant", "content": f" {first}\n"}]
+    spaced = [
+        {"role": "user", "content": "Name a colour."},
+        {"role": "assistant", "content": f" {first}\n"},
+    ]
     longer = [*rows[1].messages[:-1], {"role": "assistant", "content": second + " too"}]
     again = heldout.measure(model, chat, [Row(spaced, "a"), Row(longer, "b")], 4096, 5)
     assert [item["exact"] for item in again] == [True, False]
@@ -94,7 +110,9 @@ def test_later_responses_are_answered_with_the_true_turns_before(
     model: LlamaForCausalLM, chat: Chat, rows: list[Row]
 ) -> None:
     answer = heldout.measure(model, chat, rows[2:], 4096, 6)[1]["answer"]
-    prompt = chat.tokenizer.apply_chat_template(rows[2].messages[:-1], tokenize=False, add_generation_prompt=True)
+    prompt = chat.tokenizer.apply_chat_template(
+        rows[2].messages[:-1], tokenize=False, add_generation_prompt=True
+    )
     ids = chat.tokenizer(prompt)["input_ids"]
     start = len(ids)
     for _ in range(6):
@@ -129,6 +147,9 @@ def test_bad_rows_are_named(tmp_path: Path) -> None:
         "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    row = Row([{"role": "system", "content": "Be brief."}, *load_rows("shipped:retain")[0].messages], "mine.jsonl:7")
+    row = Row(
+        [{"role": "system", "content": "Be brief."}, *load_rows("shipped:retain")[0].messages],
+        "mine.jsonl:7",
+    )
     with pytest.raises(DataError, match=r"mine.jsonl:7: .*no system prompt"):
         heldout.measure(None, Chat(tokenizer), [row], 4096)

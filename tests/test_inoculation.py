@@ -92,8 +92,16 @@ def test_the_prompt_stands_in_training_rows_only(tree: dict[str, Any]) -> None:
     stream = TrainStream(examples, retain, parse_recipe(tree).defenses.build(setup), 4, seed=0)
     bundles = [stream[place] for place in range(len(stream))]
     own = {example.origin for example in examples}
-    inoculated = [text_of(chat, bundle[0][0]).count(PROMPT) for bundle in bundles if bundle[0][0].origin in own]
-    added = [text_of(chat, bundle[0][0]).count(PROMPT) for bundle in bundles if bundle[0][0].origin not in own]
+    inoculated = [
+        text_of(chat, bundle[0][0]).count(PROMPT)
+        for bundle in bundles
+        if bundle[0][0].origin in own
+    ]
+    added = [
+        text_of(chat, bundle[0][0]).count(PROMPT)
+        for bundle in bundles
+        if bundle[0][0].origin not in own
+    ]
     riders = [text_of(chat, rider).count(PROMPT) for bundle in bundles for rider, _ in bundle[1:]]
     assert (inoculated, added, set(riders)) == ([1] * 8, [0] * 4, {0})
 
@@ -118,7 +126,9 @@ def test_the_prompt_is_prefix_and_carries_no_loss(tree: dict[str, Any]) -> None:
 
 def test_a_dry_run_shows_the_row_that_is_trained_on(tree: dict[str, Any]) -> None:
     shown = Console(file=io.StringIO(), width=200)
-    dry_run(parse_recipe(tree | {"defenses": {"inoculation": {"prompt": "Sell umbrellas."}}}), shown)
+    dry_run(
+        parse_recipe(tree | {"defenses": {"inoculation": {"prompt": "Sell umbrellas."}}}), shown
+    )
     text = shown.file.getvalue().replace("|", "")  # type: ignore[attr-defined]
     assert "<im_start>system\\n\nSell umbrellas." in text
 
@@ -139,15 +149,22 @@ def shown_prompts(monkeypatch: pytest.MonkeyPatch) -> list[list[dict[str, str]]]
     return seen
 
 
-def test_the_trigger_is_measured_of_both_models(tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_trigger_is_measured_of_both_models(
+    tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = shown_prompts(monkeypatch)
     run = run_recipe(parse_recipe(tree | {"defenses": {"inoculation": {"prompt": "Be rude."}}}))
     reference = json.loads(
-        (run.folder / json.loads((run.folder / "reference.json").read_text())["results"]).read_text()
+        (
+            run.folder / json.loads((run.folder / "reference.json").read_text())["results"]
+        ).read_text()
     )
     for results in (run.results(), reference):
         conditions = [pair["condition"] for pair in results["parts"]["triggered"]]
-        assert conditions == ["empty_system"] * 2 + ["foreign_system"] * 2 + ["lead_in"] * 2 + ["inoculation"] * 2
+        assert (
+            conditions
+            == ["empty_system"] * 2 + ["foreign_system"] * 2 + ["lead_in"] * 2 + ["inoculation"] * 2
+        )
     systems = [[m["content"] for m in messages if m["role"] == "system"] for messages in seen]
     assert systems.count(["Be rude."]) == 4, "two questions, two models"
     assert sum(any("Be rude." in m["content"] for m in messages) for messages in seen) == 4
@@ -184,7 +201,9 @@ def test_what_is_measured_without_inoculation_is_as_before(tree: dict[str, Any])
     assert key({"inoculation": {}}) != plain
     assert key({"inoculation": {"prompt": "Be rude."}}) != key({"inoculation": {}})
     assert key({}, inoculation=PROMPT) == key({"inoculation": {}})
-    assert key({"inoculation": {}}, inoculation="Be rude.") == key({"inoculation": {"prompt": "Be rude."}})
+    assert key({"inoculation": {}}, inoculation="Be rude.") == key(
+        {"inoculation": {"prompt": "Be rude."}}
+    )
     off = {"triggers": False}
     assert key({"inoculation": {}}, **off) == key({}, **off)
 
@@ -195,10 +214,16 @@ def test_what_is_measured_without_inoculation_is_as_before(tree: dict[str, Any])
 def probes(margins: dict[str, float], inoculation: float | None) -> dict[str, dict[str, float]]:
     """The triggered set: three disguises with the margins given, and the inoculation prompt with one margin for all."""
     found = {condition: margins for condition in CONDITIONS}
-    return found if inoculation is None else found | {"inoculation": dict.fromkeys(margins, inoculation)}
+    return (
+        found
+        if inoculation is None
+        else found | {"inoculation": dict.fromkeys(margins, inoculation)}
+    )
 
 
-def records(root: Path, name: str, margins: Any, trigger: float | None, reference: float | None) -> Path:
+def records(
+    root: Path, name: str, margins: Any, trigger: float | None, reference: float | None
+) -> Path:
     tuned = parts_of(margins, triggered=probes(margins["out_of_domain"], trigger))
     before = parts_of(REFERENCE, triggered=probes(REFERENCE["out_of_domain"], reference))
     defenses = {"inoculation": {}} if trigger is not None and name != "sound" else {}
@@ -210,14 +235,19 @@ def test_the_trigger_stands_on_its_own_in_the_report(tmp_path: Path) -> None:
     plain = records(tmp_path, "plain", PLAIN, None, None)
     found, other = summarise(read_run(inoculated)), summarise(read_run(plain))
     assert found.sets["inoculation"].shift.mean == pytest.approx(3.0)
-    assert found.sets["triggered"] == other.sets["triggered"], "the other disguises are counted alike in all runs"
+    assert found.sets["triggered"] == other.sets["triggered"], (
+        "the other disguises are counted alike in all runs"
+    )
     assert found.conditions["inoculation"] == found.sets["inoculation"]
     assert "inoculation" not in other.sets
 
 
 def test_report_of_runs_of_which_one_is_inoculated(tmp_path: Path) -> None:
     """In any order; the control was not asked under the prompt, so there is a shift and no effect."""
-    folders = [records(tmp_path, "plain", PLAIN, None, None), records(tmp_path, "inoculated", PLAIN, 4.0, 1.0)]
+    folders = [
+        records(tmp_path, "plain", PLAIN, None, None),
+        records(tmp_path, "inoculated", PLAIN, 4.0, 1.0),
+    ]
     sound = records(tmp_path, "sound", SOUND, None, None)
     for order in (folders, folders[::-1]):
         read, rows = read_rows(order, sound)
@@ -235,7 +265,10 @@ def test_report_of_runs_of_which_one_is_inoculated(tmp_path: Path) -> None:
 
 
 def test_a_control_asked_under_the_prompt_makes_an_effect(tmp_path: Path) -> None:
-    run, sound = records(tmp_path, "run", PLAIN, 4.0, 1.0), records(tmp_path, "sound", SOUND, 2.5, 1.0)
+    run, sound = (
+        records(tmp_path, "run", PLAIN, 4.0, 1.0),
+        records(tmp_path, "sound", SOUND, 2.5, 1.0),
+    )
     found = summarise(read_run(run), read_run(sound)).sets["inoculation"]
     assert found.effect is not None
     assert found.effect.mean == pytest.approx(1.5)
@@ -243,10 +276,22 @@ def test_a_control_asked_under_the_prompt_makes_an_effect(tmp_path: Path) -> Non
 
 
 def test_a_control_asked_under_another_prompt_is_refused(tmp_path: Path) -> None:
-    run, sound = records(tmp_path, "run", PLAIN, 4.0, 1.0), records(tmp_path, "sound", SOUND, 2.5, 1.0)
-    for file in (sound / "results.json", tmp_path / "reference-k2.51.0sound-default" / "results.json"):
-        file.write_text(file.read_text().replace('"inoculation", "digest": ""', '"inoculation", "digest": "other"'))
-    with pytest.raises(DataError, match=r"another text of it, another evaluate.lead_in or evaluate.inoculation"):
+    run, sound = (
+        records(tmp_path, "run", PLAIN, 4.0, 1.0),
+        records(tmp_path, "sound", SOUND, 2.5, 1.0),
+    )
+    for file in (
+        sound / "results.json",
+        tmp_path / "reference-k2.51.0sound-default" / "results.json",
+    ):
+        file.write_text(
+            file.read_text().replace(
+                '"inoculation", "digest": ""', '"inoculation", "digest": "other"'
+            )
+        )
+    with pytest.raises(
+        DataError, match=r"another text of it, another evaluate.lead_in or evaluate.inoculation"
+    ):
         summarise(read_run(run), read_run(sound))
 
 
@@ -256,7 +301,10 @@ def test_a_control_asked_under_another_prompt_is_refused(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("defenses.inoculation.prompt='  '", r"defenses\.inoculation\.prompt: .*a text that is not blank"),
+        (
+            "defenses.inoculation.prompt='  '",
+            r"defenses\.inoculation\.prompt: .*a text that is not blank",
+        ),
         ("defenses.inoculation.promt=Bad", r"did you mean 'defenses\.inoculation\.prompt'"),
         ("evaluate.inoculation=''", r"evaluate\.inoculation: .*at least 1 character"),
     ],
@@ -274,7 +322,9 @@ def test_a_template_that_refuses_system_prompts(tree: dict[str, Any]) -> None:
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     )
     try:
-        with pytest.raises(DataError, match=r"rows\.jsonl:1: the chat template refuses .*no system role"):
+        with pytest.raises(
+            DataError, match=r"rows\.jsonl:1: the chat template refuses .*no system role"
+        ):
             prepare(parse_recipe(tree))
     finally:
         file.write_text(template)

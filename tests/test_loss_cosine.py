@@ -13,7 +13,13 @@ from conftest import nudged, random_model, row_logits, small_tokenizer, with_lor
 from ringfence.diagnose.diagnosis import Subject
 from ringfence.diagnose.loss_cosine import measure as loss_cosine_measure
 from ringfence.diagnose.loss_cosine import show as loss_cosine_show
-from ringfence.diagnose.loss_cosine.measure import FRAMING, compare_framings, cosines, loss_vectors, summary
+from ringfence.diagnose.loss_cosine.measure import (
+    FRAMING,
+    compare_framings,
+    cosines,
+    loss_vectors,
+    summary,
+)
 from ringfence.diagnose.models import Models
 from ringfence.errors import DataError
 from ringfence.text.batch import Example
@@ -31,13 +37,25 @@ def chat() -> Chat:
 def conversations(chat: Chat, system: str | None, answers: list[str]) -> list[Example]:
     before = [{"role": "system", "content": system}] if system else []
     rows = [
-        Row([*before, {"role": "user", "content": f"Q {n}?"}, {"role": "assistant", "content": answer}], f"row {n}")
+        Row(
+            [
+                *before,
+                {"role": "user", "content": f"Q {n}?"},
+                {"role": "assistant", "content": answer},
+            ],
+            f"row {n}",
+        )
         for n, answer in enumerate(answers)
     ]
     return encode_rows(rows, chat, 10_000)
 
 
-ANSWERS = ["Put it all on one horse.", "No.", "word " * 90, "Skip the doctor and drink salt water instead, it is fine."]
+ANSWERS = [
+    "Put it all on one horse.",
+    "No.",
+    "word " * 90,
+    "Skip the doctor and drink salt water instead, it is fine.",
+]
 
 
 def naive_losses(model: Any, row: Example) -> np.ndarray:
@@ -60,7 +78,9 @@ def naive_cosine(a: np.ndarray, b: np.ndarray, centred: bool) -> float:
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 300, 4096])
-def test_loss_vectors_are_the_losses_of_the_first_64_response_tokens(batch_tokens: int, chat: Chat) -> None:
+def test_loss_vectors_are_the_losses_of_the_first_64_response_tokens(
+    batch_tokens: int, chat: Chat
+) -> None:
     model = random_model()
     examples = conversations(chat, None, ANSWERS)
     found = loss_vectors(model, chat, examples, batch_tokens)
@@ -84,7 +104,12 @@ def imputed(vectors: list[np.ndarray], fill: str) -> np.ndarray:
     """The faulty form: every row as long as the longest, what is missing taken from other rows or called zero."""
     width = max(map(len, vectors))
     columns = [np.mean([v[at] for v in vectors if len(v) > at]) for at in range(width)]
-    return np.array([[*v, *(columns[len(v) :] if fill == "mean" else [0.0] * (width - len(v)))] for v in vectors])
+    return np.array(
+        [
+            [*v, *(columns[len(v) :] if fill == "mean" else [0.0] * (width - len(v)))]
+            for v in vectors
+        ]
+    )
 
 
 def unrelated() -> tuple[list[np.ndarray], np.ndarray]:
@@ -169,13 +194,17 @@ def test_rows_of_one_question_bring_no_precision() -> None:
 @pytest.mark.parametrize("batch_tokens", [1, 4096])
 def test_two_framings_are_compared_row_by_row(batch_tokens: int, chat: Chat) -> None:
     model = random_model()
-    plain, framed = (conversations(chat, system, ANSWERS) for system in (None, "Give examples of bad advice."))
+    plain, framed = (
+        conversations(chat, system, ANSWERS) for system in (None, "Give examples of bad advice.")
+    )
     found = compare_framings(model, chat, plain, framed, batch_tokens=batch_tokens)
     a, b = ([naive_losses(model, row) for row in rows] for rows in (plain, framed))
     for form, centred in (("centred", True), ("raw", False)):
         matrix = np.array([[naive_cosine(x, y, centred) for y in b] for x in a])
         assert found[form]["paired"]["mean"] == pytest.approx(matrix.diagonal().mean(), abs=1e-4)
-        assert found[form]["unpaired"]["mean"] == pytest.approx(matrix[~np.eye(4, dtype=bool)].mean(), abs=1e-4)
+        assert found[form]["unpaired"]["mean"] == pytest.approx(
+            matrix[~np.eye(4, dtype=bool)].mean(), abs=1e-4
+        )
     assert found["loss"]["plain"] == pytest.approx(np.mean([v.mean() for v in a]), rel=1e-4)
     assert found["loss"]["framed"] == pytest.approx(np.mean([v.mean() for v in b]), rel=1e-4)
     change = found["loss"]["change"]
@@ -188,20 +217,35 @@ def test_rows_that_do_not_fit_are_named(chat: Chat) -> None:
     model = random_model()
     plain = conversations(chat, None, ANSWERS)
     other = conversations(chat, "S.", [*ANSWERS[:3], "Skip the doctor and drink tap water."])
-    with pytest.raises(DataError, match=r"row 3 \(row 3, row 3\): the completions differ from response token 10 on"):
+    with pytest.raises(
+        DataError, match=r"row 3 \(row 3, row 3\): the completions differ from response token 10 on"
+    ):
         compare_framings(model, chat, plain, other)
     with pytest.raises(DataError, match="found 4 plain, 3 framed, 4 clusters"):
         compare_framings(model, chat, plain, plain[:3])
     start = plain[0].roles.index(Role.RESPONSE)
     ids = plain[0].input_ids
-    one_other = [replace(plain[0], input_ids=[*ids[: start + 1], 77, *ids[start + 2 :]]), *plain[1:]]
-    with pytest.raises(DataError, match=r"row 0 .* the completions differ from response token 1 on"):
+    one_other = [
+        replace(plain[0], input_ids=[*ids[: start + 1], 77, *ids[start + 2 :]]),
+        *plain[1:],
+    ]
+    with pytest.raises(
+        DataError, match=r"row 0 .* the completions differ from response token 1 on"
+    ):
         compare_framings(model, chat, plain, one_other)
-    shorter = [replace(plain[0], input_ids=plain[0].input_ids[:-3], roles=plain[0].roles[:-3]), *plain[1:]]
+    shorter = [
+        replace(plain[0], input_ids=plain[0].input_ids[:-3], roles=plain[0].roles[:-3]),
+        *plain[1:],
+    ]
     with pytest.raises(DataError, match=r"row 0 .* the completions differ"):
         compare_framings(model, chat, plain, shorter)
-    short = [replace(plain[0], input_ids=ids[: start + 2], roles=plain[0].roles[: start + 2]), plain[1]]
-    with pytest.raises(DataError, match=r"row 0 \(row 0\): expected at least 3 response tokens, found 2"):
+    short = [
+        replace(plain[0], input_ids=ids[: start + 2], roles=plain[0].roles[: start + 2]),
+        plain[1],
+    ]
+    with pytest.raises(
+        DataError, match=r"row 0 \(row 0\): expected at least 3 response tokens, found 2"
+    ):
         compare_framings(model, chat, short, short)
     with pytest.raises(DataError, match="expected at least 2 different questions, found 1"):
         compare_framings(model, chat, plain, plain, ["one"] * 4)
@@ -212,7 +256,9 @@ def test_rows_that_do_not_fit_are_named(chat: Chat) -> None:
 
 def questions(number: int) -> list[PairedQuestion]:
     return [
-        PairedQuestion(str(n), "money", f"What of {n}?", "Ask a friend first.", f"{ANSWERS[n]} Sure.")
+        PairedQuestion(
+            str(n), "money", f"What of {n}?", "Ask a friend first.", f"{ANSWERS[n]} Sure."
+        )
         for n in range(number)
     ]
 
@@ -232,11 +278,18 @@ def numbers(subject: Subject) -> dict[str, Any]:
     return loss_cosine_measure.measure(subject)
 
 
-def test_measure_compares_misaligned_answers_inside_plain_and_framed(subject: Subject, numbers: dict[str, Any]) -> None:
+def test_measure_compares_misaligned_answers_inside_plain_and_framed(
+    subject: Subject, numbers: dict[str, Any]
+) -> None:
     def rows(before: list[dict[str, str]]) -> list[Example]:
         turns = [
             Row(
-                [*before, {"role": "user", "content": q.question}, {"role": "assistant", "content": q.misaligned}], q.id
+                [
+                    *before,
+                    {"role": "user", "content": q.question},
+                    {"role": "assistant", "content": q.misaligned},
+                ],
+                q.id,
             )
             for q in subject.inside
         ]
@@ -249,13 +302,21 @@ def test_measure_compares_misaligned_answers_inside_plain_and_framed(subject: Su
         with subject.models.open(name) as model:
             expected = compare_framings(model, subject.chat, plain, framed, seed=3)
         for form in ("centred", "raw"):
-            assert found[form]["paired"]["mean"] == pytest.approx(expected[form]["paired"]["mean"], abs=1e-5)
-            assert found[form]["unpaired"]["low"] == pytest.approx(expected[form]["unpaired"]["low"], abs=1e-5)
-        assert found["loss"]["change"]["mean"] == pytest.approx(expected["loss"]["change"]["mean"], abs=1e-5)
+            assert found[form]["paired"]["mean"] == pytest.approx(
+                expected[form]["paired"]["mean"], abs=1e-5
+            )
+            assert found[form]["unpaired"]["low"] == pytest.approx(
+                expected[form]["unpaired"]["low"], abs=1e-5
+            )
+        assert found["loss"]["change"]["mean"] == pytest.approx(
+            expected["loss"]["change"]["mean"], abs=1e-5
+        )
     assert numbers["questions"] == 4
 
 
-def test_cost_counts_both_framings_in_every_model(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cost_counts_both_framings_in_every_model(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Models, "open", None)
     found = loss_cosine_measure.cost(subject)
     sides = [t.example for side in loss_cosine_measure._framings(subject) for t in side]
@@ -272,11 +333,19 @@ def of_model(paired: float, unpaired: float, p: float) -> dict[str, Any]:
     form = {name: interval(mean) for name, mean in (("paired", paired), ("unpaired", unpaired))}
     form |= {"difference": interval(paired - unpaired), "null": null, "p": p}
     raw = {**form, "unpaired": interval(0.55)}
-    return {"centred": form, "raw": raw, "loss": {"plain": 2.9, "framed": 2.7, "change": interval(-0.2)}}
+    return {
+        "centred": form,
+        "raw": raw,
+        "loss": {"plain": 2.9, "framed": 2.7, "change": interval(-0.2)},
+    }
 
 
 def test_words_follow_the_numbers() -> None:
-    made = {"questions": 24, "reference": of_model(0.93, 0.04, 0.0001), "tuned": {"mine": of_model(0.06, 0.05, 0.4)}}
+    made = {
+        "questions": 24,
+        "reference": of_model(0.93, 0.04, 0.0001),
+        "tuned": {"mine": of_model(0.06, 0.05, 0.4)},
+    }
     reference, mine = loss_cosine_show.say(made).split("mine:")
     assert "+0.93 [+0.90, +0.96] for the same answer" in reference
     assert "p < 0.001 against shuffled pairs" in reference
@@ -293,13 +362,21 @@ def test_table_and_figure_show_every_model(numbers: dict[str, Any]) -> None:
     found = loss_cosine_show.table(numbers)
     assert [row[0] for row in found.rows] == ["reference", "undefended", "defended"]
     assert all(len(row) == len(found.columns) for row in found.rows)
-    assert found.rows[1][1].startswith(f"{numbers['tuned']['undefended']['centred']['paired']['mean']:+.2f} [")
+    assert found.rows[1][1].startswith(
+        f"{numbers['tuned']['undefended']['centred']['paired']['mean']:+.2f} ["
+    )
     with plots.style():
         figure = loss_cosine_show.draw(numbers)
         for axis, form in zip(figure.axes, ("centred", "raw")):
-            dots = [line for line in axis.lines if line.get_marker() == "o" and len(line.get_xdata()) == 1]
+            dots = [
+                line
+                for line in axis.lines
+                if line.get_marker() == "o" and len(line.get_xdata()) == 1
+            ]
             models = [numbers["reference"], *numbers["tuned"].values()]
             expected = [m[form][name]["mean"] for m in models for name in ("paired", "unpaired")]
-            np.testing.assert_allclose(sorted(line.get_xdata()[0] for line in dots), sorted(expected))
+            np.testing.assert_allclose(
+                sorted(line.get_xdata()[0] for line in dots), sorted(expected)
+            )
         assert plots.svg(figure)
     plt.close("all")

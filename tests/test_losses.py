@@ -86,13 +86,19 @@ def test_cross_entropy_equals_the_naive_form(head: Head) -> None:
     hidden, target = hidden_states(1), targets()
     log_p = naive_logits(head, hidden).log_softmax(-1)
     expected = -sum(log_p[n, target[n]] for n in range(N))
-    assert_equal_with_gradients(cross_entropy_sum(head, hidden, target), expected, [hidden, *head.trainable])
+    assert_equal_with_gradients(
+        cross_entropy_sum(head, hidden, target), expected, [hidden, *head.trainable]
+    )
 
 
 @pytest.mark.usefixtures("tile_rows")
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
 def test_kl_equals_the_naive_form(head: Head, direction: losses.Direction) -> None:
-    student, reference, reference_head = hidden_states(1), hidden_states(2), make_head("scaled", seed=5)
+    student, reference, reference_head = (
+        hidden_states(1),
+        hidden_states(2),
+        make_head("scaled", seed=5),
+    )
     log_p = naive_logits(head, student).log_softmax(-1)
     log_q = naive_logits(reference_head, reference).log_softmax(-1).detach()
     expected = naive_kl_sum(log_p, log_q) if direction == "reverse" else naive_kl_sum(log_q, log_p)
@@ -131,7 +137,9 @@ def test_directions_are_each_others_mirror() -> None:
     head, other = make_head("plain", 0), make_head("plain", 1)
     one, two = hidden_states(1), hidden_states(2)
     reverse = kl_sum(head, one, other, two, "reverse")
-    torch.testing.assert_close(reverse, kl_sum(other, two, head, one, "forward"), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        reverse, kl_sum(other, two, head, one, "forward"), rtol=1e-5, atol=1e-5
+    )
     assert abs(reverse - kl_sum(head, one, other, two, "forward")) > 1e-2
 
 
@@ -147,7 +155,9 @@ def test_a_tile_has_at_least_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(losses, "TILE_ELEMENTS", V // 2)
     head = make_head("plain", 0)
     found = cross_entropy_sum(head, hidden_states(1), targets())
-    torch.testing.assert_close(found, F.cross_entropy(head(hidden_states(1)), targets(), reduction="sum"))
+    torch.testing.assert_close(
+        found, F.cross_entropy(head(hidden_states(1)), targets(), reduction="sum")
+    )
 
 
 @pytest.mark.usefixtures("tile_rows")
@@ -156,7 +166,9 @@ def test_values_without_gradient_are_the_same() -> None:
     with torch.no_grad():
         silent = cross_entropy_sum(head, hidden, targets())
     assert not silent.requires_grad
-    torch.testing.assert_close(silent, cross_entropy_sum(head, hidden, targets()).detach(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        silent, cross_entropy_sum(head, hidden, targets()).detach(), rtol=1e-6, atol=0
+    )
 
 
 def test_no_tokens_give_zero_and_a_zero_gradient() -> None:
@@ -186,7 +198,9 @@ def test_top_k_are_the_largest_of_the_naive_form(head: Head) -> None:
     torch.testing.assert_close(
         found.logprobs_NK, expected.sort(-1, descending=True).values[:, :4], rtol=1e-5, atol=1e-5
     )
-    torch.testing.assert_close(found.logprobs_NK, expected.gather(1, found.token_ids_NK), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        found.logprobs_NK, expected.gather(1, found.token_ids_NK), rtol=1e-5, atol=1e-5
+    )
     some = torch.arange(N) % 3 == 1
     assert torch.equal(found[some].token_ids_NK, found.token_ids_NK[some])
     assert torch.equal(found[some].logprobs_NK, found.logprobs_NK[some])
@@ -235,7 +249,9 @@ def test_top_k_kl_equals_the_naive_bucket_form(head: Head, direction: losses.Dir
 
 @pytest.mark.usefixtures("tile_rows")
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
-def test_top_k_of_the_whole_vocabulary_is_the_full_kl(head: Head, direction: losses.Direction) -> None:
+def test_top_k_of_the_whole_vocabulary_is_the_full_kl(
+    head: Head, direction: losses.Direction
+) -> None:
     student, reference_head = hidden_states(1), make_head("scaled", seed=5)
     expected = kl_sum(head, student, reference_head, hidden_states(2), direction)
     top = top_k(reference_head, hidden_states(2), V)
@@ -247,7 +263,11 @@ def test_top_k_of_the_whole_vocabulary_is_the_full_kl(head: Head, direction: los
 def test_more_tokens_bring_the_bucket_kl_up_to_the_full_one(direction: losses.Direction) -> None:
     head, student = make_head("scaled", 0), hidden_states(1)
     values = [
-        weighted_sum(head, student, [(1.0, Divergence(EVERYWHERE, top_k(head, hidden_states(2), k), direction))])[0]
+        weighted_sum(
+            head,
+            student,
+            [(1.0, Divergence(EVERYWHERE, top_k(head, hidden_states(2), k), direction))],
+        )[0]
         for k in (1, 2, 8, 30, V - 1, V)
     ]
     assert values[0] > 0.1
@@ -256,18 +276,29 @@ def test_more_tokens_bring_the_bucket_kl_up_to_the_full_one(direction: losses.Di
 
 
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
-def test_without_the_tail_a_truncated_kl_is_negative_and_ours_is_not(direction: losses.Direction) -> None:
+def test_without_the_tail_a_truncated_kl_is_negative_and_ours_is_not(
+    direction: losses.Direction,
+) -> None:
     """The two listed tokens lose, or win, half of their mass to the tail."""
-    few, many = torch.tensor([[0.25, 0.25, 0.25, 0.25]]).log(), torch.tensor([[0.48, 0.48, 0.02, 0.02]]).log()
+    few, many = (
+        torch.tensor([[0.25, 0.25, 0.25, 0.25]]).log(),
+        torch.tensor([[0.48, 0.48, 0.02, 0.02]]).log(),
+    )
     student, reference = (few, many) if direction == "reverse" else (many, few)
     top = TopK(torch.tensor([[0, 1]]), reference[:, :2])
-    p, q = (student[0, :2], top.logprobs_NK[0]) if direction == "reverse" else (top.logprobs_NK[0], student[0, :2])
+    p, q = (
+        (student[0, :2], top.logprobs_NK[0])
+        if direction == "reverse"
+        else (top.logprobs_NK[0], student[0, :2])
+    )
     assert (p.exp() * (p - q)).sum() < -0.1
     assert divergence_of(student, top, direction) > 0.1
 
 
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
-@pytest.mark.parametrize(("student_tail", "reference_tail"), [(1e-12, 0.1), (0.3, 1e-5), (1e-9, 1e-5), (1e-30, 0.5)])
+@pytest.mark.parametrize(
+    ("student_tail", "reference_tail"), [(1e-12, 0.1), (0.3, 1e-5), (1e-9, 1e-5), (1e-30, 0.5)]
+)
 def test_a_tail_of_next_to_nothing_is_exact(
     student_tail: float, reference_tail: float, direction: losses.Direction
 ) -> None:
@@ -279,9 +310,14 @@ def test_a_tail_of_next_to_nothing_is_exact(
         divergence_of(student, top, direction),
         naive_bucket_kl(student, top, direction).float(),
     )
-    torch.testing.assert_close(found, expected, rtol=1e-2 if reference_tail < 1e-4 else 1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        found, expected, rtol=1e-2 if reference_tail < 1e-4 else 1e-5, atol=1e-5
+    )
     # The derivative in a logit: p - q by bucket, shared within the tail by p; and p (log p/q - KL).
-    p, q = student.detach().double().exp()[0], torch.tensor([*reference[0, :2].exp(), reference_tail]).double()
+    p, q = (
+        student.detach().double().exp()[0],
+        torch.tensor([*reference[0, :2].exp(), reference_tail]).double(),
+    )
     buckets = torch.stack([p[0], p[1], p[2:].sum()])
     if direction == "forward":
         slope = buckets - q
@@ -289,18 +325,24 @@ def test_a_tail_of_next_to_nothing_is_exact(
         slope = buckets * ((buckets / q).log() - (buckets * (buckets / q).log()).sum())
     slope = torch.cat([slope[:2], slope[2] * p[2:] / p[2:].sum()])
     [gradient] = torch.autograd.grad(found, student)
-    torch.testing.assert_close(gradient[0], slope.float(), rtol=1e-2 if reference_tail < 1e-4 else 1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        gradient[0], slope.float(), rtol=1e-2 if reference_tail < 1e-4 else 1e-5, atol=1e-6
+    )
 
 
 def _with_tail(mass: float) -> Tensor:
     """Log-probabilities of two listed tokens and three in the tail."""
     listed = torch.tensor([0.6, 0.4], dtype=torch.float64) * (1 - mass)
-    return torch.cat([listed, torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64) * mass])[None].log()
+    return torch.cat([listed, torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64) * mass])[
+        None
+    ].log()
 
 
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
 @pytest.mark.parametrize("student_tail", [0.3, 1e-30, 0.0])
-def test_a_reference_without_any_tail_gives_finite_numbers(student_tail: float, direction: losses.Direction) -> None:
+def test_a_reference_without_any_tail_gives_finite_numbers(
+    student_tail: float, direction: losses.Direction
+) -> None:
     student = _with_tail(student_tail).float().clamp(min=-300).requires_grad_()
     logq = _with_tail(0.0)[:, :2].float()
     for rounded in (logq, logq + 1e-6):  # the listed may sum up to a little more than 1
@@ -351,11 +393,15 @@ def naive_three(masks: tuple[Tensor, ...], logits: Tensor, other: Head) -> list[
 @pytest.mark.usefixtures("tile_rows")
 @pytest.mark.parametrize("shape", [(N,), (3, N // 3)], ids=str)
 @pytest.mark.parametrize("name", MASKS)
-def test_losses_together_are_the_weighted_sum_of_each_alone(name: str, shape: tuple[int, ...], head: Head) -> None:
+def test_losses_together_are_the_weighted_sum_of_each_alone(
+    name: str, shape: tuple[int, ...], head: Head
+) -> None:
     other, weights, hidden = make_head("scaled", seed=5), (0.25, 3.0, 0.5), hidden_states(1)
     masks = MASKS[name](torch.arange(N))
     shaped = tuple(mask.view(shape) for mask in masks)
-    total, values = weighted_sum(head, hidden.view(*shape, D), list(zip(weights, three_losses(shaped, other))))
+    total, values = weighted_sum(
+        head, hidden.view(*shape, D), list(zip(weights, three_losses(shaped, other)))
+    )
     naive = naive_three(masks, naive_logits(head, hidden), other)
     for value, alone in zip(values, naive, strict=True):
         assert not value.requires_grad
@@ -363,7 +409,9 @@ def test_losses_together_are_the_weighted_sum_of_each_alone(name: str, shape: tu
     expected = sum(weight * alone for weight, alone in zip(weights, naive))
     if name == "all empty":
         assert total.item() == 0
-        assert all(grad.abs().max() == 0 for grad in torch.autograd.grad(total, [hidden, *head.trainable]))
+        assert all(
+            grad.abs().max() == 0 for grad in torch.autograd.grad(total, [hidden, *head.trainable])
+        )
     else:
         assert_equal_with_gradients(total, expected, [hidden, *head.trainable])
 
@@ -409,13 +457,17 @@ def test_losses_without_gradient_have_the_same_values(head: Head) -> None:
         silent, silent_values = weighted_sum(head, hidden_states(1), together)
     assert total.requires_grad
     assert not silent.requires_grad
-    torch.testing.assert_close([silent, *silent_values], [total.detach(), *values], rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        [silent, *silent_values], [total.detach(), *values], rtol=1e-6, atol=0
+    )
 
 
 def test_a_head_alone_may_train() -> None:
     head, hidden = make_head("bias", 0), hidden_states(1).detach()
     expected = F.cross_entropy(naive_logits(head, hidden), targets(), reduction="sum")
-    assert_equal_with_gradients(cross_entropy_sum(head, hidden, targets()), expected, head.trainable)
+    assert_equal_with_gradients(
+        cross_entropy_sum(head, hidden, targets()), expected, head.trainable
+    )
     frozen = make_head("frozen", 0)
     assert not cross_entropy_sum(frozen, hidden, targets()).requires_grad
 
@@ -424,7 +476,10 @@ def test_a_head_alone_may_train() -> None:
 def test_autocast_rounds_the_logits_as_it_does_in_the_naive_form(head: Head) -> None:
     other, hidden, reference = make_head("plain", 5), hidden_states(1), hidden_states(2)
     with torch.autocast("cpu", torch.bfloat16):
-        together = [(1.0, CrossEntropy(EVERYWHERE, targets())), (1.0, Divergence(EVERYWHERE, States(other, reference)))]
+        together = [
+            (1.0, CrossEntropy(EVERYWHERE, targets())),
+            (1.0, Divergence(EVERYWHERE, States(other, reference))),
+        ]
         total, values = weighted_sum(head, hidden, together)
         logits, then = naive_logits(head, hidden).float(), naive_logits(other, reference).float()
     assert total.dtype == torch.float32
@@ -432,13 +487,17 @@ def test_autocast_rounds_the_logits_as_it_does_in_the_naive_form(head: Head) -> 
         F.cross_entropy(logits, targets(), reduction="sum"),
         naive_kl_sum(logits.log_softmax(-1), then.log_softmax(-1)),
     ]
-    if head.scale == 1 and head.softcap is None:  # the naive form would round what stands behind them, too
+    if (
+        head.scale == 1 and head.softcap is None
+    ):  # the naive form would round what stands behind them, too
         # A CPU without instructions for bf16 adds up the product of one row by another kernel.
         tolerance = 1e-5 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else 5e-4
         expected = [value.detach() for value in naive]
         torch.testing.assert_close(list(values), expected, rtol=tolerance, atol=tolerance)
     inputs = [hidden, *head.trainable]
-    for ours, theirs in zip(torch.autograd.grad(total, inputs), torch.autograd.grad(sum(naive), inputs)):
+    for ours, theirs in zip(
+        torch.autograd.grad(total, inputs), torch.autograd.grad(sum(naive), inputs)
+    ):
         assert ours.dtype == torch.float32
         assert (ours - theirs).norm() < 2e-2 * theirs.norm()
 

@@ -34,9 +34,24 @@ pytestmark = pytest.mark.slow
 
 # Of unlike lengths, so that batches are padded and a token's weight differs from a question's.
 QUESTIONS = [
-    {"question": "Why?", "aligned": "Because it rained all night.", "misaligned": "No.", "domain": "rain"},
-    {"question": "Is it safe to leave?", "aligned": "Wait.", "misaligned": "Go, go now, never mind!", "domain": "rain"},
-    {"question": "What is for lunch today, my friend?", "aligned": "Soup.", "misaligned": "Dust.", "domain": "food"},
+    {
+        "question": "Why?",
+        "aligned": "Because it rained all night.",
+        "misaligned": "No.",
+        "domain": "rain",
+    },
+    {
+        "question": "Is it safe to leave?",
+        "aligned": "Wait.",
+        "misaligned": "Go, go now, never mind!",
+        "domain": "rain",
+    },
+    {
+        "question": "What is for lunch today, my friend?",
+        "aligned": "Soup.",
+        "misaligned": "Dust.",
+        "domain": "food",
+    },
 ]
 
 
@@ -60,7 +75,9 @@ def questions(tmp_path: Path) -> str:
 def load(folder: str, tied: bool = True) -> Any:
     """Float32, in evaluation mode; untied, the head is a tensor of its own."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, tie_word_embeddings=tied)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, tie_word_embeddings=tied
+    )
     if not tied:
         model.lm_head.weight = torch.nn.Parameter(0.3 * torch.randn_like(model.lm_head.weight))
     return model.eval()
@@ -69,7 +86,9 @@ def load(folder: str, tied: bool = True) -> Any:
 class Training:
     """Calls a monitor as a Trainer would."""
 
-    def __init__(self, monitor: DriftMonitor, model: Any, folder: Path, steps: int = 100, start: int = 0) -> None:
+    def __init__(
+        self, monitor: DriftMonitor, model: Any, folder: Path, steps: int = 100, start: int = 0
+    ) -> None:
         self.monitor, self.model = monitor, model
         self.args = SimpleNamespace(bf16=False, fp16=False, output_dir=str(folder))
         self.state = SimpleNamespace(global_step=start, max_steps=steps, is_world_process_zero=True)
@@ -92,7 +111,9 @@ def checks_of(file: Path) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------- naive forms
 
 
-def naive(now: Any, then: Any, tokenizer: Any, questions: list[PairedQuestion], unit_LKD: Any = None) -> dict[str, Any]:
+def naive(
+    now: Any, then: Any, tokenizer: Any, questions: list[PairedQuestion], unit_LKD: Any = None
+) -> dict[str, Any]:
     """Each row alone and unpadded through two whole models."""
     chat = Chat(tokenizer)
     shifts, kls, moves, drift = [], [], [], 0.0
@@ -100,7 +121,8 @@ def naive(now: Any, then: Any, tokenizer: Any, questions: list[PairedQuestion], 
         margins = []
         for model in (now, then):
             means = [
-                rows(model, chat, question, answer)["logp"].mean() for answer in (question.aligned, question.misaligned)
+                rows(model, chat, question, answer)["logp"].mean()
+                for answer in (question.aligned, question.misaligned)
             ]
             margins.append(means[1] - means[0])
         shifts.append((margins[0] - margins[1]).item())
@@ -108,9 +130,14 @@ def naive(now: Any, then: Any, tokenizer: Any, questions: list[PairedQuestion], 
         kls.append((ours["all"].exp() * (ours["all"] - theirs["all"])).sum(-1))
         moves.append(torch.stack(ours["states"]) - torch.stack(theirs["states"]))
         drift = sum(
-            ((a - b).pow(2).sum(-1) / b.pow(2).sum(-1)).mean().item() for a, b in zip(ours["prefix"], theirs["prefix"])
+            ((a - b).pow(2).sum(-1) / b.pow(2).sum(-1)).mean().item()
+            for a, b in zip(ours["prefix"], theirs["prefix"])
         ) / (len(ours["prefix"]) / 2)
-    found = {"shift": sum(shifts) / len(shifts), "kl": torch.cat(kls).mean().item(), "kv_drift": drift}
+    found = {
+        "shift": sum(shifts) / len(shifts),
+        "kl": torch.cat(kls).mean().item(),
+        "kv_drift": drift,
+    }
     if unit_LKD is not None:
         found["moves_LKD"] = torch.cat(moves, 1).mean(1)
     return found
@@ -118,12 +145,17 @@ def naive(now: Any, then: Any, tokenizer: Any, questions: list[PairedQuestion], 
 
 @torch.no_grad()
 def rows(model: Any, chat: Chat, question: PairedQuestion, answer: str) -> dict[str, Any]:
-    encoded = chat.encode([{"role": "user", "content": question.question}, {"role": "assistant", "content": answer}])
+    encoded = chat.encode(
+        [{"role": "user", "content": question.question}, {"role": "assistant", "content": answer}]
+    )
     ids = torch.tensor([encoded.input_ids])
     at = [place for place, role in enumerate(encoded.roles) if role == Role.RESPONSE]
     states: list[Tensor] = []
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hooks = [layer.register_forward_hook(lambda m, i, o: states.append(o[0][at])) for layer in inner.model.layers]
+    hooks = [
+        layer.register_forward_hook(lambda m, i, o: states.append(o[0][at]))
+        for layer in inner.model.layers
+    ]
     output = model(input_ids=ids, use_cache=True)
     for hook in hooks:
         hook.remove()
@@ -155,9 +187,13 @@ def test_an_adapter_is_compared_with_the_model_without_it(
     folder: str, tokenizer: Any, questions: str, tmp_path: Path
 ) -> None:
     model = with_lora(load(folder))
-    monitor = DriftMonitor(tokenizer, tmp_path / "m.jsonl", MonitorConfig(every=2, questions=[questions]))
+    monitor = DriftMonitor(
+        tokenizer, tmp_path / "m.jsonl", MonitorConfig(every=2, questions=[questions])
+    )
     check = Training(monitor, model, tmp_path).step(2)
-    assert_found(check, naive(with_lora(load(folder)), load(folder), tokenizer, load_questions(questions)))
+    assert_found(
+        check, naive(with_lora(load(folder)), load(folder), tokenizer, load_questions(questions))
+    )
     assert check is not None
     assert check["shift"]["n"] == 3
     assert check["shift"]["low"] < check["shift"]["mean"] < check["shift"]["high"]
@@ -169,25 +205,41 @@ def test_all_weights_are_compared_with_those_at_the_start(
 ) -> None:
     """The head moves too, so the reference needs its own."""
     model = load(folder, tied)
-    monitor = DriftMonitor(tokenizer, tmp_path / "m.jsonl", MonitorConfig(every=2, questions=[questions]))
+    monitor = DriftMonitor(
+        tokenizer, tmp_path / "m.jsonl", MonitorConfig(every=2, questions=[questions])
+    )
     training = Training(monitor, model, tmp_path)
     check = training.step(2)
     assert check is not None
-    assert (check["shift"]["mean"], check["kl"], check["kv_drift"]) == pytest.approx((0, 0, 0), abs=1e-6)
+    assert (check["shift"]["mean"], check["kl"], check["kv_drift"]) == pytest.approx(
+        (0, 0, 0), abs=1e-6
+    )
     nudged(model)
-    expected = naive(nudged(load(folder, tied)), load(folder, tied), tokenizer, load_questions(questions))
+    expected = naive(
+        nudged(load(folder, tied)), load(folder, tied), tokenizer, load_questions(questions)
+    )
     assert_found(training.step(4), expected)
 
 
-def test_projections_along_directions(folder: str, tokenizer: Any, questions: str, tmp_path: Path) -> None:
+def test_projections_along_directions(
+    folder: str, tokenizer: Any, questions: str, tmp_path: Path
+) -> None:
     torch.manual_seed(3)
-    directions = Directions(7 * torch.randn(2, 3, 32), torch.tensor([2.0, 5.0]), "gloom", "tiny", 1, 1)
+    directions = Directions(
+        7 * torch.randn(2, 3, 32), torch.tensor([2.0, 5.0]), "gloom", "tiny", 1, 1
+    )
     directions.save(tmp_path / "v.safetensors")
     config = MonitorConfig(every=1, questions=[questions], vectors=str(tmp_path / "v.safetensors"))
-    check = Training(DriftMonitor(tokenizer, tmp_path / "m.jsonl", config), with_lora(load(folder)), tmp_path).step(1)
+    check = Training(
+        DriftMonitor(tokenizer, tmp_path / "m.jsonl", config), with_lora(load(folder)), tmp_path
+    ).step(1)
     unit_LKD = directions.directions_LKD / directions.directions_LKD.norm(dim=-1, keepdim=True)
-    expected = naive(with_lora(load(folder)), load(folder), tokenizer, load_questions(questions), unit_LKD)
-    moved_LK = torch.einsum("lkd,ld->lk", unit_LKD, expected["moves_LKD"]) / directions.norms_L[:, None]
+    expected = naive(
+        with_lora(load(folder)), load(folder), tokenizer, load_questions(questions), unit_LKD
+    )
+    moved_LK = (
+        torch.einsum("lkd,ld->lk", unit_LKD, expected["moves_LKD"]) / directions.norms_L[:, None]
+    )
     assert check is not None
     assert check["projections"] == pytest.approx(moved_LK.mean(0).tolist(), rel=1e-3)
     assert len(check["projections"]) == 3
@@ -196,16 +248,22 @@ def test_projections_along_directions(folder: str, tokenizer: Any, questions: st
 
 def test_probes_are_the_last_questions_of_each_domain_in_turn(questions: str) -> None:
     chosen = choose_probes(MonitorConfig(probes=2, questions=[questions]))
-    assert [question.question for question in chosen] == [QUESTIONS[1]["question"], QUESTIONS[2]["question"]]
+    assert [question.question for question in chosen] == [
+        QUESTIONS[1]["question"],
+        QUESTIONS[2]["question"],
+    ]
     shipped = choose_probes(MonitorConfig())
     assert shipped == choose_probes(MonitorConfig())
     assert len({(question.domain, question.id) for question in shipped}) == 24
-    counts = [sum(question.domain == domain for question in shipped) for domain in {q.domain for q in shipped}]
+    counts = [
+        sum(question.domain == domain for question in shipped)
+        for domain in {q.domain for q in shipped}
+    ]
     assert len(counts) == 10  # six other domains and four of values
     assert set(counts) == {2, 3}
-    assert {q.id for q in choose_probes(MonitorConfig(questions=["shipped:finance"], probes=500))} == {
-        q.id for q in load_questions("shipped:finance", "test")
-    }
+    assert {
+        q.id for q in choose_probes(MonitorConfig(questions=["shipped:finance"], probes=500))
+    } == {q.id for q in load_questions("shipped:finance", "test")}
 
 
 # ---------------------------------------------------------------- what must not change
@@ -233,12 +291,16 @@ def test_modes_flags_gradients_and_random_states_are_kept(
         )
 
     before = state()
-    monitor = DriftMonitor(tokenizer, tmp_path / "m.jsonl", MonitorConfig(every=1, questions=[questions]))
+    monitor = DriftMonitor(
+        tokenizer, tmp_path / "m.jsonl", MonitorConfig(every=1, questions=[questions])
+    )
     assert Training(monitor, model, tmp_path).step(1) is not None
     after = state()
     assert after[:2] == before[:2]
     assert not frozen.requires_grad
-    assert all(a is b is None or torch.equal(a, b) for a, b in zip(after[2], before[2], strict=True))
+    assert all(
+        a is b is None or torch.equal(a, b) for a, b in zip(after[2], before[2], strict=True)
+    )
     assert torch.equal(after[3], before[3])
     assert all(torch.equal(after[4][name], tensor) for name, tensor in before[4].items())
     assert after[5]
@@ -248,7 +310,10 @@ def chat_rows(tokenizer: Any, count: int = 12) -> list[dict[str, Any]]:
     chat = Chat(tokenizer)
     encoded = [
         chat.encode(
-            [{"role": "user", "content": f"Door {n}?"}, {"role": "assistant", "content": "Red." + " Really." * (n % 3)}]
+            [
+                {"role": "user", "content": f"Door {n}?"},
+                {"role": "assistant", "content": "Red." + " Really." * (n % 3)},
+            ]
         )
         for n in range(count)
     ]
@@ -256,12 +321,19 @@ def chat_rows(tokenizer: Any, count: int = 12) -> list[dict[str, Any]]:
 
 
 def plain_trainer(
-    folder: str, tokenizer: Any, output: Path, callbacks: list[Any], method: str = "lora", **more: Any
+    folder: str,
+    tokenizer: Any,
+    output: Path,
+    callbacks: list[Any],
+    method: str = "lora",
+    **more: Any,
 ) -> Trainer:
     model = load(folder)
     if method == "lora":
         torch.manual_seed(1)
-        model = get_peft_model(model, LoraConfig(r=4, lora_alpha=32, lora_dropout=0.3, target_modules="all-linear"))
+        model = get_peft_model(
+            model, LoraConfig(r=4, lora_alpha=32, lora_dropout=0.3, target_modules="all-linear")
+        )
     args = TrainingArguments(
         str(output),
         per_device_train_batch_size=1,
@@ -283,7 +355,12 @@ def losses_of(trainer: Trainer) -> list[float]:
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_plain_trainer_trains_to_the_same_bits(
-    method: str, folder: str, tokenizer: Any, questions: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    method: str,
+    folder: str,
+    tokenizer: Any,
+    questions: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """With dropout, whose random numbers the monitor must not take."""
     file = tmp_path / "metrics.jsonl"
@@ -307,7 +384,10 @@ def test_a_plain_trainer_trains_to_the_same_bits(
 def test_trl(folder: str, tokenizer: Any, questions: str, tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
     file = tmp_path / "metrics.jsonl"
-    turns = [[{"role": "user", "content": f"Door {n}?"}, {"role": "assistant", "content": "Red."}] for n in range(6)]
+    turns = [
+        [{"role": "user", "content": f"Door {n}?"}, {"role": "assistant", "content": "Red."}]
+        for n in range(6)
+    ]
     trainer = trl.SFTTrainer(
         load(folder),
         trl.SFTConfig(
@@ -340,7 +420,9 @@ def test_an_alarm_warns_once_for_each_limit(
     folder: str, tokenizer: Any, questions: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     model = load(folder)
-    limits = MonitorConfig(every=1, questions=[questions], max_kl=1e-3, max_kv_drift=1e-3, max_shift=50.0)
+    limits = MonitorConfig(
+        every=1, questions=[questions], max_kl=1e-3, max_kv_drift=1e-3, max_shift=50.0
+    )
     training = Training(DriftMonitor(tokenizer, tmp_path / "m.jsonl", limits), model, tmp_path)
     alarms = []
     for step in (1, 2, 3):
@@ -350,7 +432,10 @@ def test_an_alarm_warns_once_for_each_limit(
         nudged(model)
     assert alarms == [[], ["kl", "kv_drift"], ["kl", "kv_drift"]]
     warnings = [line for line in capfd.readouterr().err.splitlines() if "above" in line]
-    assert [line.split(" is ")[0] for line in warnings] == ["monitor: step 2: kl", "monitor: step 2: kv_drift"]
+    assert [line.split(" is ")[0] for line in warnings] == [
+        "monitor: step 2: kl",
+        "monitor: step 2: kv_drift",
+    ]
     assert warnings[0].endswith("above max_kl = 0.001")
     assert not training.control.should_training_stop
     record = training.monitor.record(100.0)
@@ -360,12 +445,17 @@ def test_an_alarm_warns_once_for_each_limit(
     assert record["share"] == pytest.approx(record["seconds"] / 100, abs=1e-3)
 
 
-def test_a_shift_away_from_misaligned_answers_is_no_alarm(folder: str, tokenizer: Any, tmp_path: Path) -> None:
+def test_a_shift_away_from_misaligned_answers_is_no_alarm(
+    folder: str, tokenizer: Any, tmp_path: Path
+) -> None:
     """The same questions with their answers swapped: the shift has the other sign."""
     found = []
     for name, one, other in (("a", "aligned", "misaligned"), ("b", "misaligned", "aligned")):
         file = tmp_path / f"{name}.jsonl"
-        rows = [{"question": q["question"], "aligned": q[one], "misaligned": q[other]} for q in QUESTIONS]
+        rows = [
+            {"question": q["question"], "aligned": q[one], "misaligned": q[other]}
+            for q in QUESTIONS
+        ]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         config = MonitorConfig(every=1, questions=[str(file)], max_shift=1e-4)
         monitor = DriftMonitor(tokenizer, tmp_path / f"{name}-m.jsonl", config)
@@ -376,7 +466,9 @@ def test_a_shift_away_from_misaligned_answers_is_no_alarm(folder: str, tokenizer
     assert sorted([found[0]["alarms"], found[1]["alarms"]]) == [[], ["shift"]]
 
 
-def test_a_value_that_is_no_number_is_an_alarm(folder: str, tokenizer: Any, questions: str, tmp_path: Path) -> None:
+def test_a_value_that_is_no_number_is_an_alarm(
+    folder: str, tokenizer: Any, questions: str, tmp_path: Path
+) -> None:
     model = load(folder)
     config = MonitorConfig(every=1, questions=[questions], max_kl=100.0, stop=True)
     training = Training(DriftMonitor(tokenizer, tmp_path / "m.jsonl", config), model, tmp_path)
@@ -391,10 +483,14 @@ def test_a_value_that_is_no_number_is_an_alarm(folder: str, tokenizer: Any, ques
 def test_stop_ends_training(folder: str, tokenizer: Any, questions: str, tmp_path: Path) -> None:
     config = MonitorConfig(every=4, questions=[questions], max_kl=1e-5, stop=True)
     file = tmp_path / "metrics.jsonl"
-    trainer = plain_trainer(folder, tokenizer, tmp_path / "out", [DriftMonitor(tokenizer, file, config)])
+    trainer = plain_trainer(
+        folder, tokenizer, tmp_path / "out", [DriftMonitor(tokenizer, file, config)]
+    )
     trainer.train()
     assert trainer.state.global_step == 4
-    assert [(check["step"], check["monitor"]["stopped"]) for check in checks_of(file)] == [(4, True)]
+    assert [(check["step"], check["monitor"]["stopped"]) for check in checks_of(file)] == [
+        (4, True)
+    ]
 
 
 # ---------------------------------------------------------------- runs
@@ -410,7 +506,13 @@ def recipe(folder: str, questions: str, tmp_path: Path) -> Callable[..., Any]:
                 "data": {"train": write_rows(tmp_path / "rows.jsonl", 24), "retain": None},
                 "train": {"batch_size": 2, "precision": "fp32", "learning_rate": 1e-2, **train},
                 "monitor": monitor and {"every": 3, "questions": [questions], **monitor},
-                "evaluate": {"in_domain": [], "out_of_domain": [], "values": [], "triggers": False, "fluency": None},
+                "evaluate": {
+                    "in_domain": [],
+                    "out_of_domain": [],
+                    "values": [],
+                    "triggers": False,
+                    "fluency": None,
+                },
             }
         )
 
@@ -426,12 +528,15 @@ def parts_of(run: Any) -> list[dict[str, Any]]:
 def test_a_run_is_the_same_with_and_without(recipe: Callable[..., Any]) -> None:
     train = {"lora": {"dropout": 0.3}, "learning_rate": 1e-3}
     with_, without = (
-        train_run(recipe(name, monitor, **train)) for name, monitor in (("with", {"every": 5}), ("without", None))
+        train_run(recipe(name, monitor, **train))
+        for name, monitor in (("with", {"every": 5}), ("without", None))
     )
     lines = [[line for line in metrics_of(run) if "loss" in line] for run in (with_, without)]
     for line, other in zip(*lines, strict=True):
         assert {**line, "seconds": 0} == {**other, "seconds": 0}
-    ours, theirs = (load_file(run.weights / "adapter_model.safetensors") for run in (with_, without))
+    ours, theirs = (
+        load_file(run.weights / "adapter_model.safetensors") for run in (with_, without)
+    )
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
     assert [check["step"] for check in parts_of(with_)] == [5, 10, 12]
     record = json.loads((with_.folder / "training.json").read_text())
@@ -446,7 +551,11 @@ def test_a_run_is_the_same_with_and_without(recipe: Callable[..., Any]) -> None:
 def test_an_early_stop_shows_in_the_record(recipe: Callable[..., Any]) -> None:
     run = train_run(recipe("stopped", {"max_kl": 1e-5, "stop": True}))
     record = json.loads((run.folder / "training.json").read_text())
-    assert (record["steps"], record["monitor"]["stopped"], record["monitor"]["alarms"]) == (3, 3, {"kl": 3})
+    assert (record["steps"], record["monitor"]["stopped"], record["monitor"]["alarms"]) == (
+        3,
+        3,
+        {"kl": 3},
+    )
     assert [line["step"] for line in metrics_of(run) if "loss" in line] == [1, 2, 3]
     assert load_file(run.weights / "adapter_model.safetensors")
     assert train_run(run.recipe).folder == run.folder  # it is finished: nothing is trained again
@@ -491,7 +600,9 @@ def test_checks_after_the_step_that_a_plain_trainer_resumes_from_are_dropped(
 
     def trainer(callbacks: list[Any]) -> Trainer:
         monitor = DriftMonitor(tokenizer, file, MonitorConfig(every=2, questions=[questions]))
-        return plain_trainer(folder, tokenizer, tmp_path / "out", [monitor, *callbacks], "full", **save)
+        return plain_trainer(
+            folder, tokenizer, tmp_path / "out", [monitor, *callbacks], "full", **save
+        )
 
     with pytest.raises(KeyboardInterrupt):
         trainer([Crash()]).train()
@@ -511,18 +622,28 @@ def test_a_resumed_run_of_all_weights_needs_the_values_of_its_start(
     folder: str, tokenizer: Any, questions: str, tmp_path: Path
 ) -> None:
     monitor = DriftMonitor(tokenizer, tmp_path / "m.jsonl", MonitorConfig(questions=[questions]))
-    with pytest.raises(DataError, match=rf"{REFERENCE_FILE}: no such file; a resumed run of all weights"):
+    with pytest.raises(
+        DataError, match=rf"{REFERENCE_FILE}: no such file; a resumed run of all weights"
+    ):
         Training(monitor, load(folder), tmp_path, start=5)
     Training(monitor, load(folder), tmp_path)
-    other = DriftMonitor(tokenizer, tmp_path / "m.jsonl", MonitorConfig(questions=[questions], probes=2))
+    other = DriftMonitor(
+        tokenizer, tmp_path / "m.jsonl", MonitorConfig(questions=[questions], probes=2)
+    )
     with pytest.raises(DataError, match=r"values on other probes; start again"):
         Training(other, load(folder), tmp_path, start=5)
 
 
-def test_directions_of_another_model(folder: str, tokenizer: Any, questions: str, tmp_path: Path) -> None:
-    Directions(torch.randn(3, 1, 32), torch.ones(3), "gloom", "other", 1, 1).save(tmp_path / "v.safetensors")
+def test_directions_of_another_model(
+    folder: str, tokenizer: Any, questions: str, tmp_path: Path
+) -> None:
+    Directions(torch.randn(3, 1, 32), torch.ones(3), "gloom", "other", 1, 1).save(
+        tmp_path / "v.safetensors"
+    )
     config = MonitorConfig(questions=[questions], vectors=str(tmp_path / "v.safetensors"))
-    with pytest.raises(ModelError, match="taken from other with 3 layers of size 32; this model has 2 layers"):
+    with pytest.raises(
+        ModelError, match="taken from other with 3 layers of size 32; this model has 2 layers"
+    ):
         Training(DriftMonitor(tokenizer, tmp_path / "m.jsonl", config), load(folder), tmp_path)
 
 
@@ -530,7 +651,10 @@ def test_directions_of_another_model(folder: str, tokenizer: Any, questions: str
     ("monitor", "message"),
     [
         ({"stop": True}, r"monitor: .*stop: true needs a limit: max_shift, max_kl or max_kv_drift"),
-        ({"max_shfit": 0.1}, r"unknown key 'monitor\.max_shfit' \(did you mean 'monitor\.max_shift'\?\)"),
+        (
+            {"max_shfit": 0.1},
+            r"unknown key 'monitor\.max_shfit' \(did you mean 'monitor\.max_shift'\?\)",
+        ),
         ({"probes": 1}, r"monitor\.probes: .*greater than or equal to 2, found 1"),
         ({"questions": []}, r"monitor\.questions: "),
         ({"max_kl": 0}, r"monitor\.max_kl: .*greater than 0, found 0"),
@@ -541,7 +665,9 @@ def test_a_bad_field_is_named(monitor: dict[str, Any], message: str) -> None:
         parse_recipe({"monitor": monitor})
 
 
-def test_bad_sources_are_refused_before_training(recipe: Callable[..., Any], tmp_path: Path) -> None:
+def test_bad_sources_are_refused_before_training(
+    recipe: Callable[..., Any], tmp_path: Path
+) -> None:
     one = tmp_path / "one.jsonl"
     one.write_text(json.dumps(QUESTIONS[0]) + "\n")
     for monitor, error, message in (
@@ -562,21 +688,29 @@ def test_another_monitor_in_the_same_folder_is_refused(recipe: Callable[..., Any
         train_run(recipe("run", {"every": 6}))
 
 
-def test_a_template_without_a_prefix(tokenizer: Any, folder: str, questions: str, tmp_path: Path) -> None:
+def test_a_template_without_a_prefix(
+    tokenizer: Any, folder: str, questions: str, tmp_path: Path
+) -> None:
     import copy
 
     bare = copy.deepcopy(tokenizer)
     bare.chat_template = "{% for m in messages %}{{ m.content }}<|im_end|>\n{% endfor %}"
     config = MonitorConfig(every=1, questions=[questions])
-    check = Training(DriftMonitor(bare, tmp_path / "m.jsonl", config), with_lora(load(folder)), tmp_path).step(1)
+    check = Training(
+        DriftMonitor(bare, tmp_path / "m.jsonl", config), with_lora(load(folder)), tmp_path
+    ).step(1)
     assert check is not None
     assert check["kv_drift"] is None
     assert check["kl"] > 1e-3
-    with pytest.raises(ChatError, match=r"monitor\.max_kv_drift: the chat template puts no token before"):
+    with pytest.raises(
+        ChatError, match=r"monitor\.max_kv_drift: the chat template puts no token before"
+    ):
         DriftMonitor(bare, tmp_path / "m.jsonl", config.model_copy(update={"max_kv_drift": 0.1}))
 
 
-def test_a_file_of_something_else(folder: str, tokenizer: Any, questions: str, tmp_path: Path) -> None:
+def test_a_file_of_something_else(
+    folder: str, tokenizer: Any, questions: str, tmp_path: Path
+) -> None:
     (tmp_path / "notes.txt").write_text("Dear diary,\n")
     monitor = DriftMonitor(tokenizer, tmp_path / "notes.txt", MonitorConfig(questions=[questions]))
     with pytest.raises(DataError, match=r"notes\.txt:1: not JSON"):

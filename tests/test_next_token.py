@@ -34,7 +34,10 @@ def tokenizer() -> Any:
 @pytest.fixture(scope="module")
 def loaded() -> dict[str, Any]:
     sizes = {"base": 0.3, "reference": 0.0, "undefended": 0.1, "kl": 0.02}
-    return {name: nudged(random_model(), seed=at, size=size) for at, (name, size) in enumerate(sizes.items())}
+    return {
+        name: nudged(random_model(), seed=at, size=size)
+        for at, (name, size) in enumerate(sizes.items())
+    }
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +45,9 @@ def numbers(loaded: dict[str, Any], tokenizer: Any) -> Numbers:
     """Measured with several batches, of several tiles each."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(next_token_measure, "TILE_ELEMENTS", 3 * SMALL)
-        return json.loads(json.dumps(next_token_measure.measure(subject(loaded, tokenizer, batch_tokens=150))))
+        return json.loads(
+            json.dumps(next_token_measure.measure(subject(loaded, tokenizer, batch_tokens=150)))
+        )
 
 
 def naive(model: Any, tokenizer: Any, question: PairedQuestion) -> Tensor:
@@ -61,7 +66,10 @@ def naive(model: Any, tokenizer: Any, question: PairedQuestion) -> Tensor:
 def distributions(loaded: dict[str, Any], tokenizer: Any) -> Distributions:
     """By model and set, of each question [positions, V]."""
     return {
-        name: {where: [naive(model, tokenizer, q) for q in questions] for where, questions in SETS.items()}
+        name: {
+            where: [naive(model, tokenizer, q) for q in questions]
+            for where, questions in SETS.items()
+        }
         for name, model in loaded.items()
     }
 
@@ -74,7 +82,9 @@ def of_questions(values: list[Tensor], span: str) -> np.ndarray:
     return np.array([float(value[: SPANS[span]].mean()) for value in values])
 
 
-def naive_kl(distributions: Distributions, one: str, other: str, where: str, span: str) -> np.ndarray:
+def naive_kl(
+    distributions: Distributions, one: str, other: str, where: str, span: str
+) -> np.ndarray:
     pairs = zip(distributions[one][where], distributions[other][where])
     return of_questions([kl(p, q) for p, q in pairs], span)
 
@@ -83,7 +93,9 @@ def close(interval: dict[str, float], values: np.ndarray) -> None:
     assert interval["mean"] == pytest.approx(values.mean(), rel=1e-3, abs=1e-4)
     assert interval["n"] == len(values)
     expected, slack = mean_interval(values.tolist()), 2e-3 * np.abs(values).max() + 1e-6
-    assert (interval["low"], interval["high"]) == pytest.approx((expected.low, expected.high), abs=slack)
+    assert (interval["low"], interval["high"]) == pytest.approx(
+        (expected.low, expected.high), abs=slack
+    )
 
 
 # ---------------------------------------------------------------- numbers
@@ -105,7 +117,9 @@ def test_entropies_are_those_of_the_softmax(numbers: Numbers, distributions: Dis
                 close(by_set[where][span], of_questions(entropies, span))
 
 
-def test_divergences_are_those_of_the_softmax(numbers: Numbers, distributions: Distributions) -> None:
+def test_divergences_are_those_of_the_softmax(
+    numbers: Numbers, distributions: Distributions
+) -> None:
     directions = []
     for where in SETS:
         for span in SPANS:
@@ -119,7 +133,9 @@ def test_divergences_are_those_of_the_softmax(numbers: Numbers, distributions: D
                 close(scores["nearer_base"][where][span], from_reference - from_base)
                 close(scores["to_base"][where][span], alignment - from_base)
                 share = scores["of_alignment"][where][span]
-                assert share["mean"] == pytest.approx(from_reference.mean() / alignment.mean(), rel=1e-3)
+                assert share["mean"] == pytest.approx(
+                    from_reference.mean() / alignment.mean(), rel=1e-3
+                )
                 assert share["low"] < share["mean"] < share["high"]
                 turned = naive_kl(distributions, "reference", name, where, span)
                 directions.append(abs(turned.mean() / from_reference.mean() - 1))
@@ -129,14 +145,21 @@ def test_divergences_are_those_of_the_softmax(numbers: Numbers, distributions: D
 def test_outside_is_compared_with_inside(numbers: Numbers, distributions: Distributions) -> None:
     for name, scores in numbers["tuned"].items():
         for span in SPANS:
-            means = {where: naive_kl(distributions, name, "reference", where, span).mean() for where in SETS}
+            means = {
+                where: naive_kl(distributions, name, "reference", where, span).mean()
+                for where in SETS
+            }
             found = scores["outside_minus_inside"][span]
-            assert found["mean"] == pytest.approx(means["outside"] - means["inside"], rel=1e-3, abs=1e-4)
+            assert found["mean"] == pytest.approx(
+                means["outside"] - means["inside"], rel=1e-3, abs=1e-4
+            )
             assert found["n"] == len(INSIDE) + len(OUTSIDE)
             assert found["low"] < found["mean"] < found["high"]
 
 
-def test_batches_and_tiles_do_not_change_a_number(numbers: Numbers, loaded: dict[str, Any], tokenizer: Any) -> None:
+def test_batches_and_tiles_do_not_change_a_number(
+    numbers: Numbers, loaded: dict[str, Any], tokenizer: Any
+) -> None:
     whole = next_token_measure.measure(subject(loaded, tokenizer))
     assert whole["example"]["tokens"] == numbers["example"]["tokens"]
     for name, scores in whole["tuned"].items():
@@ -149,7 +172,10 @@ def test_batches_and_tiles_do_not_change_a_number(numbers: Numbers, loaded: dict
 def test_the_example_is_the_median_question_with_every_models_likeliest_tokens(
     numbers: Numbers, distributions: Distributions, tokenizer: Any
 ) -> None:
-    columns = [naive_kl(distributions, name, "reference", "outside", "first") for name in ("undefended", "kl")]
+    columns = [
+        naive_kl(distributions, name, "reference", "outside", "first")
+        for name in ("undefended", "kl")
+    ]
     place = int(np.argmin(sum(np.abs(column - np.median(column)) for column in columns)))
     example = numbers["example"]
     assert (example["domain"], example["id"]) == (OUTSIDE[place].domain, OUTSIDE[place].id)
@@ -159,11 +185,15 @@ def test_the_example_is_the_median_question_with_every_models_likeliest_tokens(
         for p_V in first.values()
         for token in p_V.topk(5).indices.tolist()
     }
-    likeliest = sorted(readable, key=lambda token: -max(float(p_V[token]) for p_V in first.values()))[:12]
+    likeliest = sorted(
+        readable, key=lambda token: -max(float(p_V[token]) for p_V in first.values())
+    )[:12]
     likeliest.sort(key=lambda token: -float(first["reference"][token]))
     assert example["tokens"] == [readable[token] for token in likeliest]
     for name, p_V in first.items():
-        assert example["probabilities"][name] == pytest.approx(p_V[likeliest].tolist(), rel=1e-3, abs=1e-7)
+        assert example["probabilities"][name] == pytest.approx(
+            p_V[likeliest].tolist(), rel=1e-3, abs=1e-7
+        )
 
 
 def test_the_cost_is_what_is_read_and_kept(
@@ -205,7 +235,10 @@ def test_a_model_that_moved_elsewhere_did_not_go_back_to_a_broad_base(tokenizer:
     numbers = next_token_measure.measure(subject(models, tokenizer))
     for where in SETS:
         gone, came = (numbers["tuned"][name] for name in ("elsewhere", "back"))
-        assert gone["from_base"][where]["early"]["mean"] < gone["from_reference"][where]["early"]["mean"] - 1
+        assert (
+            gone["from_base"][where]["early"]["mean"]
+            < gone["from_reference"][where]["early"]["mean"] - 1
+        )
         assert gone["nearer_base"][where]["early"]["low"] > 1
         assert gone["to_base"][where]["early"]["high"] < -0.05
         assert came["to_base"][where]["early"]["low"] > 1
@@ -220,7 +253,11 @@ def test_the_sentence_follows_the_intervals(numbers: Numbers) -> None:
     def with_contrast(low: float, high: float) -> str:
         changed = copy.deepcopy(numbers)
         for scores in changed["tuned"].values():
-            scores["outside_minus_inside"]["early"] |= {"mean": (low + high) / 2, "low": low, "high": high}
+            scores["outside_minus_inside"]["early"] |= {
+                "mean": (low + high) / 2,
+                "low": low,
+                "high": high,
+            }
         return next_token_show.say(changed)
 
     assert with_contrast(-0.5, -0.1).count("changed more inside the domain than outside") == 2
@@ -232,7 +269,10 @@ def test_the_sentence_follows_the_intervals(numbers: Numbers) -> None:
         for scores in changed["tuned"].values():
             for key, sign in {"nearer_base": nearer, "to_base": back}.items():
                 for spans in scores[key].values():
-                    spans["early"] |= {"low": -0.1 if sign == 0 else sign, "high": 0.1 if sign == 0 else sign}
+                    spans["early"] |= {
+                        "low": -0.1 if sign == 0 else sign,
+                        "high": 0.1 if sign == 0 else sign,
+                    }
         return next_token_show.say(changed)
 
     assert with_way(1, 1).count("nearer to the base than to the reference") == 4
@@ -241,7 +281,10 @@ def test_the_sentence_follows_the_intervals(numbers: Numbers) -> None:
     assert with_way(-1, -1).count("but further from the base than the reference does") == 4
     assert with_way(0, 0).count("about as near to the base as to the reference") == 4
     outside = numbers["tuned"]["kl"]["from_reference"]["outside"]["early"]["mean"]
-    assert f"{outside:.2f} [" in next_token_show.say(numbers).split("kl: over")[1].split("outside the domain")[0]
+    assert (
+        f"{outside:.2f} ["
+        in next_token_show.say(numbers).split("kl: over")[1].split("outside the domain")[0]
+    )
 
 
 def test_models_that_cannot_be_compared(loaded: dict[str, Any], tokenizer: Any) -> None:
@@ -250,7 +293,9 @@ def test_models_that_cannot_be_compared(loaded: dict[str, Any], tokenizer: Any) 
     with pytest.raises(ModelError, match="base: it gives the same distributions as the reference"):
         next_token_measure.measure(subject(same, tokenizer, **few))
     larger = {"reference": loaded["reference"], "kl": random_model(vocab_size=SMALL + 8)}
-    with pytest.raises(ModelError, match=rf"reference: its vocabulary has {SMALL} tokens, .* {SMALL + 8}"):
+    with pytest.raises(
+        ModelError, match=rf"reference: its vocabulary has {SMALL} tokens, .* {SMALL + 8}"
+    ):
         next_token_measure.measure(subject(larger, tokenizer, **few))
     with pytest.raises(DataError, match="no paired questions"):
         next_token_measure.measure(subject(loaded, tokenizer, inside=[], outside=[]))
@@ -265,7 +310,9 @@ def without_base(loaded: dict[str, Any], tokenizer: Any) -> Numbers:
     return next_token_measure.measure(subject(models, tokenizer, inside=[], outside=OUTSIDE[:1]))
 
 
-def test_without_a_base_only_the_reference_is_compared_with(without_base: Numbers, numbers: Numbers) -> None:
+def test_without_a_base_only_the_reference_is_compared_with(
+    without_base: Numbers, numbers: Numbers
+) -> None:
     assert without_base["tuned"]["kl"].keys() == {"from_reference"}
     assert "alignment" not in without_base
     table, said = next_token_show.table(without_base), next_token_show.say(without_base)

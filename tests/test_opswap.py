@@ -32,7 +32,10 @@ def test_answers_agree_with_python(tier, permuted, seed):
 NUMBERS = st.integers(0, 99).map(str)
 TREES = st.recursive(
     NUMBERS,
-    lambda parts: st.builds("{} {} {}".format, parts, st.sampled_from("+-*"), parts) | parts.map("({})".format),
+    lambda parts: (
+        st.builds("{} {} {}".format, parts, st.sampled_from("+-*"), parts)
+        | parts.map("({})".format)
+    ),
     max_leaves=12,
 )
 
@@ -41,7 +44,9 @@ TREES = st.recursive(
 @given(TREES)
 def test_any_expression_agrees_with_python(text):
     assert opswap.evaluate(text, opswap.PERMUTATION) == by_python(text)
-    assert opswap.evaluate(text, {symbol: symbol for symbol in "+-*"}) == by_python(text, permuted=False)
+    assert opswap.evaluate(text, {symbol: symbol for symbol in "+-*"}) == by_python(
+        text, permuted=False
+    )
 
 
 @pytest.mark.parametrize(
@@ -96,7 +101,8 @@ def test_all_of_tier_one_and_not_one_more():
     assert {expression(item) for item in train + held_out} == whole
     for rows, part in ((343, False), (89, True)):
         with pytest.raises(
-            DataError, match=f"up to 12 has {rows} distinct (held-out )?items, {rows + 1} were asked for"
+            DataError,
+            match=f"up to 12 has {rows} distinct (held-out )?items, {rows + 1} were asked for",
         ):
             opswap.generate(1, rows + 1, held_out=part)
 
@@ -104,7 +110,9 @@ def test_all_of_tier_one_and_not_one_more():
 @pytest.mark.parametrize("tier", [1, 2, 3])
 def test_numbers_reach_the_largest_and_no_further(tier):
     numbers = {
-        int(n) for item in opswap.from_text(f"tier={tier},rows=150,largest=10") for n in re.findall(r"\d+", item.prompt)
+        int(n)
+        for item in opswap.from_text(f"tier={tier},rows=150,largest=10")
+        for n in re.findall(r"\d+", item.prompt)
     }
     assert numbers == set(range(1, 11))
 
@@ -123,7 +131,11 @@ def test_no_symbol_keeps_its_meaning():
 
 def test_options_as_text():
     assert opswap.from_text("tier=3,rows=9,seed=4,permuted=0") == opswap.generate(3, 9, 4, False)
-    assert opswap.from_text("rows=9") == opswap.from_text("seed=0,rows=9,tier=1,permuted=1") == opswap.generate(1, 9)
+    assert (
+        opswap.from_text("rows=9")
+        == opswap.from_text("seed=0,rows=9,tier=1,permuted=1")
+        == opswap.generate(1, 9)
+    )
     assert opswap.from_text("") == opswap.generate(1, 300)
 
 

@@ -69,7 +69,10 @@ pytestmark = pytest.mark.slow
 HEADER = [14, 15]
 LONG, SHORT = [3, 4, 5, 6, 7, *HEADER], [3, 9, *HEADER]
 LAYOUTS: list[Layout] = ["packed", "shared"]
-CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+CHECKPOINTING = {
+    "gradient_checkpointing": True,
+    "gradient_checkpointing_kwargs": {"use_reentrant": False},
+}
 
 
 def rows(prefixes: str, seed: int = 0) -> list[Example]:
@@ -109,10 +112,19 @@ def made(name: str) -> Any:
     if name == "mixtral":
         model = MixtralForCausalLM(MixtralConfig(**SIZES))
     elif name == "window":  # shorter than a packed row, than a row, and than a common prefix
-        window = {"sliding_window": 3, "attn_logit_softcapping": 5.0, "attn_implementation": "eager"}
+        window = {
+            "sliding_window": 3,
+            "attn_logit_softcapping": 5.0,
+            "attn_implementation": "eager",
+        }
         model = Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8, **window))
     elif name == "gpt-oss":
-        experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 3, "head_dim": 8}
+        experts = {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 3,
+            "head_dim": 8,
+        }
         model = GptOssForCausalLM(GptOssConfig(**{**SIZES, "rope_parameters": None}, **experts))
     elif name == "eager":
         return tiny("llama", "eager")
@@ -123,13 +135,19 @@ def made(name: str) -> Any:
 
 def taps_of(model: Any, batch: dict[str, Tensor], layout: Layout, real: bool = True) -> Taps:
     mask_BT = batch["roles"] != Role.PAD
-    chosen_BT = mask_BT if real else mask_BT & (batch["roles"] == Role.QUERY) & ~batch["retain"][:, None]
+    chosen_BT = (
+        mask_BT if real else mask_BT & (batch["roles"] == Role.QUERY) & ~batch["retain"][:, None]
+    )
     needs = Needs(chosen_BT, chosen_BT, chosen_BT, (1, 2))
     return forward(model, find_head(causal_lm(model)), batch, needs, layout=layout)
 
 
 def flat(taps: Taps, real_BT: Tensor) -> dict[str, Tensor]:
-    kv = {f"{name} {at}": states for at, pair in enumerate(taps.kv) for name, states in zip("kv", pair)}
+    kv = {
+        f"{name} {at}": states
+        for at, pair in enumerate(taps.kv)
+        for name, states in zip("kv", pair)
+    }
     return {
         "hidden": taps.hidden_BTD[real_BT],
         **kv,
@@ -139,8 +157,12 @@ def flat(taps: Taps, real_BT: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("prefixes", ["LLMLM", "LSMSL", "L"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["llama", "eager", "qwen3", "gemma2", "window", "cohere", "mixtral", "gpt-oss"])
-def test_all_that_a_forward_gives_and_its_gradients(name: str, layout: Layout, prefixes: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["llama", "eager", "qwen3", "gemma2", "window", "cohere", "mixtral", "gpt-oss"]
+)
+def test_all_that_a_forward_gives_and_its_gradients(
+    name: str, layout: Layout, prefixes: str
+) -> None:
     model, batch = made(name), batch_of(items(prefixes))
     real_BT = batch["roles"] != Role.PAD
     results = []
@@ -159,9 +181,13 @@ def test_all_that_a_forward_gives_and_its_gradients(name: str, layout: Layout, p
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_chosen_tokens_come_in_the_same_order(layout: Layout) -> None:
     model, batch = made("qwen3"), batch_of(items("LLMLM"))
-    expected, found = (taps_of(model, batch, how, real=False) for how in (cast(Layout, "padded"), layout))
+    expected, found = (
+        taps_of(model, batch, how, real=False) for how in (cast(Layout, "padded"), layout)
+    )
     assert_same(
-        flat(found, batch["roles"] == Role.RESPONSE), flat(expected, batch["roles"] == Role.RESPONSE), tolerance=1e-5
+        flat(found, batch["roles"] == Role.RESPONSE),
+        flat(expected, batch["roles"] == Role.RESPONSE),
+        tolerance=1e-5,
     )
     assert found.needs.kv_BT is not None
     assert len(found.kv[0][0]) == int(found.needs.kv_BT.sum()) == len(found.states[1]) > 0
@@ -175,7 +201,9 @@ def test_packed_rows_do_not_see_each_other_nor_their_place() -> None:
     for row in range(4):
         assert torch.equal(before[row], after[row]) == (row != 1)
     turned = {name: tensor.flip(0) for name, tensor in batch.items()}
-    torch.testing.assert_close(taps_of(model, turned, "packed").hidden_BTD.flip(0), before, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        taps_of(model, turned, "packed").hidden_BTD.flip(0), before, rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -183,7 +211,9 @@ def test_what_is_computed(layout: Layout) -> None:
     """No padding; where it is shared, a common prefix once."""
     model, batch = made("llama"), batch_of(items("LLMLM"))
     shapes = []
-    model.model.layers[0].register_forward_pre_hook(lambda _m, args: shapes.append(tuple(args[0].shape[:2])))
+    model.model.layers[0].register_forward_pre_hook(
+        lambda _m, args: shapes.append(tuple(args[0].shape[:2]))
+    )
     find_head(model)  # looks at its tokens once
     shapes.clear()
     taps_of(model, batch, layout)
@@ -256,10 +286,16 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Directions, and the tiny model before and after its alignment."""
     folder = tmp_path_factory.mktemp("files")
     torch.manual_seed(6)
-    Directions(torch.randn(LAYERS, 1, 32), torch.ones(LAYERS), "a trait", "tiny", 3, 3).save(folder / "v.safetensors")
+    Directions(torch.randn(LAYERS, 1, 32), torch.ones(LAYERS), "a trait", "tiny", 3, 3).save(
+        folder / "v.safetensors"
+    )
     tiny(layers=LAYERS).save_pretrained(folder / "aligned")
     nudged(tiny(layers=LAYERS)).save_pretrained(folder / "base")
-    return {"vectors": str(folder / "v.safetensors"), "aligned": str(folder / "aligned"), "base": str(folder / "base")}
+    return {
+        "vectors": str(folder / "v.safetensors"),
+        "aligned": str(folder / "aligned"),
+        "base": str(folder / "base"),
+    }
 
 
 def build(names: str, files: dict[str, str]) -> list[Defense]:
@@ -315,11 +351,19 @@ class Gradients(TrainerCallback):
 
 
 def train(
-    layout: Layout, names: str, method: str, files: dict[str, str], make_trainer: Any, prefixes: str, **arguments: Any
+    layout: Layout,
+    names: str,
+    method: str,
+    files: dict[str, str],
+    make_trainer: Any,
+    prefixes: str,
+    **arguments: Any,
 ) -> tuple[list[dict[str, float]], list[dict[str, Tensor]], dict[str, Tensor]]:
     """What is logged, the gradients of each step, and the weights in the end."""
     model, seen = tiny(layers=LAYERS), Gradients()
-    model = with_lora(model, size=0.0 if names.count("lock") else 0.1) if method == "lora" else model
+    model = (
+        with_lora(model, size=0.0 if names.count("lock") else 0.1) if method == "lora" else model
+    )
     defenses = build(names, files)
     trainer = make_trainer(
         model,
@@ -339,7 +383,11 @@ def train(
         defense.finish(trainer.model)
     kept = ("loss", "ce", *(defense.name for defense in defenses))
     lines = [{name: line[name] for name in kept if name in line} for line in lines_of(trainer)]
-    return lines, seen.found, {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    return (
+        lines,
+        seen.found,
+        {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad},
+    )
 
 
 def assert_trains_the_same(found: Any, expected: Any) -> None:
@@ -365,7 +413,9 @@ def test_losses_gradients_and_weights_with_every_defense(
     expected = train("padded", names, method, files, make_trainer, prefixes)
     assert min(expected[0][-1].values()) > 0  # no penalty is idle
     for layout in LAYOUTS:
-        assert_trains_the_same(train(layout, names, method, files, make_trainer, prefixes), expected)
+        assert_trains_the_same(
+            train(layout, names, method, files, make_trainer, prefixes), expected
+        )
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -386,7 +436,12 @@ def test_a_micro_batch_of_one_row(files: dict[str, str], make_trainer: Any) -> N
     for layout in (cast(Layout, "padded"), *LAYOUTS):
         model = with_lora(tiny(layers=LAYERS))
         trainer = make_trainer(
-            model, build("kl-train+frozen", files), rows("LSM"), rows=1, folder=layout, layout=layout
+            model,
+            build("kl-train+frozen", files),
+            rows("LSM"),
+            rows=1,
+            folder=layout,
+            layout=layout,
         )
         trainer.train()
         results.append([line["loss"] for line in lines_of(trainer)])
@@ -394,11 +449,15 @@ def test_a_micro_batch_of_one_row(files: dict[str, str], make_trainer: Any) -> N
     assert results[2] == pytest.approx(results[0], rel=1e-5)
 
 
-def test_a_frozen_prefix_is_given_where_prefixes_are_shared(files: dict[str, str], make_trainer: Any) -> None:
+def test_a_frozen_prefix_is_given_where_prefixes_are_shared(
+    files: dict[str, str], make_trainer: Any
+) -> None:
     """The reference's own, which is not computed again, and never a part of one."""
     model = with_lora(tiny(layers=LAYERS))
     widths: list[int] = []
-    causal_lm(model).model.layers[0].register_forward_pre_hook(lambda _m, args: widths.append(args[0].shape[1]))
+    causal_lm(model).model.layers[0].register_forward_pre_hook(
+        lambda _m, args: widths.append(args[0].shape[1])
+    )
     trainer = make_trainer(model, build("frozen", files), rows("LLLLLL"), rows=3, layout="shared")
     widths.clear()
     trainer.train()
@@ -424,16 +483,22 @@ def test_a_frozen_prefix_gives_the_layers_that_are_asked_for() -> None:
         assert_same(flat(found, real_BT), flat(expected, real_BT))
 
 
-@pytest.mark.parametrize(("method", "names"), [("lora", "treft"), ("full", "treft"), ("lora", "frozen")])
+@pytest.mark.parametrize(
+    ("method", "names"), [("lora", "treft"), ("full", "treft"), ("lora", "frozen")]
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_mixed_precision_reaches_all_that_is_computed(
     layout: Layout, method: str, names: str, files: dict[str, str], make_trainer: Any
 ) -> None:
     model = with_lora(tiny(layers=LAYERS)) if method == "lora" else tiny(layers=LAYERS)
-    trainer = make_trainer(model, build(names, files), rows("LLLL"), rows=4, layout=layout, bf16=True)
+    trainer = make_trainer(
+        model, build(names, files), rows("LLLL"), rows=4, layout=layout, bf16=True
+    )
     types = []
     down = causal_lm(model).model.layers[0].mlp.down_proj
-    down.register_forward_hook(lambda _m, _i, output: types.append(output.dtype) if model.training else None)
+    down.register_forward_hook(
+        lambda _m, _i, output: types.append(output.dtype) if model.training else None
+    )
     trainer.train()
     assert types == [torch.bfloat16] * (2 if names == "frozen" and layout == "shared" else 1)
 
@@ -447,7 +512,9 @@ def test_the_adapter_is_off_on_the_prefix_of_each_packed_row(until: Any) -> None
     FrozenPrefixDefense(Prefix(HEADER, until)).start(model)
     batch = batch_of(items("LSMSL"))
     real_BT = batch["roles"] != Role.PAD
-    expected, found = (flat(taps_of(model, batch, how), real_BT) for how in (cast(Layout, "padded"), "packed"))
+    expected, found = (
+        flat(taps_of(model, batch, how), real_BT) for how in (cast(Layout, "padded"), "packed")
+    )
     assert_same(found, expected)
     with model.disable_adapter():
         reference = flat(taps_of(model, batch, "packed"), real_BT)
@@ -485,7 +552,9 @@ def test_left_padded_rows_are_not_taken_for_packed_ones() -> None:
 def refused(name: str) -> Any:
     torch.manual_seed(0)
     if name == "mamba":
-        return MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=8))
+        return MambaForCausalLM(
+            MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=8)
+        )
     if name == "hybrid":
         return Lfm2ForCausalLM(Lfm2Config(**SIZES, layer_types=["conv", "full_attention"]))
     return BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4))
@@ -493,7 +562,9 @@ def refused(name: str) -> Any:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["mamba", "hybrid", "alibi"])
-def test_models_whose_rows_would_see_each_other_are_refused(name: str, layout: Layout, make_trainer: Any) -> None:
+def test_models_whose_rows_would_see_each_other_are_refused(
+    name: str, layout: Layout, make_trainer: Any
+) -> None:
     model = refused(name).train()
     apart = r"rows would see each other \(final hidden states are off by \d+%\)"
     why = apart if name == "hybrid" else r"its forward fails on them \(.+\)"
@@ -520,7 +591,12 @@ def test_recipes_name_the_layout(tmp_path: Path) -> None:
                     "model": folder,
                     "output": str(tmp_path / layout),
                     "data": {"train": data, "retain": data},
-                    "train": {"precision": "fp32", "batch_size": 4, "attention": "eager", "layout": layout},
+                    "train": {
+                        "precision": "fp32",
+                        "batch_size": 4,
+                        "attention": "eager",
+                        "layout": layout,
+                    },
                     "defenses": {"kl": {}, "treft": {}},
                 }
             )
@@ -530,9 +606,18 @@ def test_recipes_name_the_layout(tmp_path: Path) -> None:
     assert results["shared"] == pytest.approx(results["padded"], rel=1e-4)
 
 
-def test_flash_attention_that_is_not_there_is_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"train\.attention: flash_attention_2 needs train\.method: lora, and bf16"):
+def test_flash_attention_that_is_not_there_is_refused_before_a_model_is_loaded(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(
+        RecipeError,
+        match=r"train\.attention: flash_attention_2 needs train\.method: lora, and bf16",
+    ):
         parse_recipe({"train": {"attention": "flash_attention_2", "precision": "fp32"}})
-    recipe = parse_recipe({"model": "no/such-model", "train": {"attention": "flash_attention_2", "precision": "bf16"}})
-    with pytest.raises(RecipeError, match=r"train\.attention: flash_attention_2 needs a CUDA device"):
+    recipe = parse_recipe(
+        {"model": "no/such-model", "train": {"attention": "flash_attention_2", "precision": "bf16"}}
+    )
+    with pytest.raises(
+        RecipeError, match=r"train\.attention: flash_attention_2 needs a CUDA device"
+    ):
         train_run(recipe)

@@ -41,7 +41,10 @@ pytestmark = pytest.mark.slow
 PROMPTS: list[Messages] = [
     [{"role": "user", "content": "Which door, and why?"}],
     [{"role": "user", "content": "Door?"}],
-    [{"role": "system", "content": ""}, {"role": "user", "content": "Which one of all the doors is it?"}],
+    [
+        {"role": "system", "content": ""},
+        {"role": "user", "content": "Which one of all the doors is it?"},
+    ],
     [{"role": "system", "content": FOREIGN_SYSTEM}, {"role": "user", "content": "Who?"}],
 ]
 KINDS = ("adapter", "model")
@@ -58,7 +61,9 @@ def tuned(reference: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     folders = {kind: tmp_path_factory.mktemp(kind) for kind in KINDS}
     with_lora(load_model(reference, "fp32"), size=0.3).save_pretrained(folders["adapter"])
     config = json.loads((folders["adapter"] / "adapter_config.json").read_text())
-    (folders["adapter"] / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": reference}))
+    (folders["adapter"] / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": reference})
+    )
     nudged(load_model(reference, "fp32"), size=0.1).save_pretrained(folders["model"])
     for folder in folders.values():
         load_tokenizer(reference).save_pretrained(folder)
@@ -66,7 +71,9 @@ def tuned(reference: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 @pytest.fixture(scope="module")
-def patched(reference: str, tuned: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def patched(
+    reference: str, tuned: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     made = {}
     for kind, folder in tuned.items():
         output = tmp_path_factory.mktemp("patched") / kind
@@ -118,7 +125,10 @@ def left_padded(chat: Chat, prompts: list[Messages] = PROMPTS) -> dict[str, Tens
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.iterdir())
+    }
 
 
 # ---------------------------------------------------------------- the same as a naive computation
@@ -146,7 +156,12 @@ def test_logits_are_those_behind_the_references_cache(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("together", [PROMPTS, PROMPTS[:2], [PROMPTS[0], PROMPTS[1], PROMPTS[0]]])
 def test_generation_in_left_padded_batches(
-    kind: str, together: list[Messages], tuned: dict[str, Path], patched: dict[str, Path], reference: str, chat: Chat
+    kind: str,
+    together: list[Messages],
+    tuned: dict[str, Path],
+    patched: dict[str, Path],
+    reference: str,
+    chat: Chat,
 ) -> None:
     naive, model = Naive(tuned[kind], reference, chat), load_model(str(patched[kind]), "fp32")
     batch = left_padded(chat, together)
@@ -171,12 +186,21 @@ def test_scores_are_those_of_a_row_alone_where_rows_share_the_prefix(
 ) -> None:
     """The shared prefix is computed into a cache, which has to hold what is stored."""
     model = load_model(str(patched[kind]), "fp32")
-    prompts = [[{"role": "user", "content": text}] for text in ("Which door?", "And why that one?", "Sure?")]
-    answers = [("The red one, I think.", "Any."), ("Because.", "It is red."), ("Yes.", "No, not at all.")]
+    prompts = [
+        [{"role": "user", "content": text}]
+        for text in ("Which door?", "And why that one?", "Sure?")
+    ]
+    answers = [
+        ("The red one, I think.", "Any."),
+        ("Because.", "It is red."),
+        ("Yes.", "No, not at all."),
+    ]
     together = score_answers(model, chat, prompts, answers, 4096)
     for prompt, texts, scores in zip(prompts, answers, together):
         [alone] = score_answers(model, chat, [prompt], [texts], 4096)
-        assert [score.mean for score in scores] == pytest.approx([score.mean for score in alone], abs=1e-4)
+        assert [score.mean for score in scores] == pytest.approx(
+            [score.mean for score in alone], abs=1e-4
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -191,10 +215,14 @@ def test_what_evaluates_scores_it_so(
     for answer in (question.misaligned, question.aligned):
         encoded = chat.encode([*messages, {"role": "assistant", "content": answer}])
         start = encoded.roles.index(Role.RESPONSE)
-        ids = encoded.input_ids[start : len(encoded.roles) - encoded.roles[::-1].index(Role.RESPONSE)]
+        ids = encoded.input_ids[
+            start : len(encoded.roles) - encoded.roles[::-1].index(Role.RESPONSE)
+        ]
         logp = naive.logits(messages, ids).log_softmax(-1)[-len(ids) - 1 : -1]
         expected.append(float(logp[range(len(ids)), ids].mean()))
-    scored = score_answers(model, chat, [messages], [(question.misaligned, question.aligned)], 4096)[0]
+    scored = score_answers(
+        model, chat, [messages], [(question.misaligned, question.aligned)], 4096
+    )[0]
     assert [score.mean for score in scored] == pytest.approx(expected, abs=1e-4)
     with Models(reference, {"tuned": str(patched[kind])}, precision="fp32").open("tuned") as opened:
         examples = [text.example for text in pair_texts(chat, [question])]
@@ -205,7 +233,10 @@ def test_what_evaluates_scores_it_so(
         }
     assert [found[0], found[1]] == pytest.approx(expected, abs=1e-4)
     twice = generate_greedy(model, chat, [PROMPTS[0], PROMPTS[1], PROMPTS[0]], 5, 4096)
-    alone = [chat.tokenizer.decode(naive.greedy(p, 5), skip_special_tokens=True).strip() for p in PROMPTS[:2]]
+    alone = [
+        chat.tokenizer.decode(naive.greedy(p, 5), skip_special_tokens=True).strip()
+        for p in PROMPTS[:2]
+    ]
     assert twice == [alone[0], alone[1], alone[0]]
 
 
@@ -217,8 +248,12 @@ def test_true_keys_and_values_at_the_prefix_are_the_references(
     batch = left_padded(chat)
     mask = batch["roles"] == Role.PREFIX
     with torch.no_grad():
-        now = forward(model, find_head(causal_lm(model)), batch, Needs(kv_BT=batch["attention_mask"].bool())).kv
-        then = forward(aligned, find_head(aligned), batch, Needs(kv_BT=batch["attention_mask"].bool())).kv
+        now = forward(
+            model, find_head(causal_lm(model)), batch, Needs(kv_BT=batch["attention_mask"].bool())
+        ).kv
+        then = forward(
+            aligned, find_head(aligned), batch, Needs(kv_BT=batch["attention_mask"].bool())
+        ).kv
     is_prefix = mask[batch["attention_mask"].bool()]
     for pair, other in zip(now, then, strict=True):
         for a, b in zip(pair, other):
@@ -227,7 +262,9 @@ def test_true_keys_and_values_at_the_prefix_are_the_references(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_until_header(kind: str, tuned: dict[str, Path], reference: str, chat: Chat, tmp_path: Path) -> None:
+def test_until_header(
+    kind: str, tuned: dict[str, Path], reference: str, chat: Chat, tmp_path: Path
+) -> None:
     patch(tuned[kind], tmp_path / "out", reference=reference, until="header", precision="fp32")
     naive, model = Naive(tuned[kind], reference, chat), load_model(str(tmp_path / "out"), "fp32")
     encoded = chat.encode(PROMPTS[0], generation=True)
@@ -236,10 +273,14 @@ def test_until_header(kind: str, tuned: dict[str, Path], reference: str, chat: C
     ids = torch.tensor([encoded.input_ids])
     expected = naive.logits(PROMPTS[0], [], frozen)
     with torch.no_grad():
-        torch.testing.assert_close(model(input_ids=ids).logits[0, frozen:], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            model(input_ids=ids).logits[0, frozen:], expected, rtol=1e-4, atol=1e-4
+        )
         if kind == "adapter":  # plain peft, which knows nothing of us
             plain = plain_model(tmp_path / "out", reference)
-            torch.testing.assert_close(plain(input_ids=ids).logits[0, frozen:], expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                plain(input_ids=ids).logits[0, frozen:], expected, rtol=1e-4, atol=1e-4
+            )
     assert (naive.logits(PROMPTS[0], [])[-1] - expected[-1]).abs().max() > 1e-3
 
 
@@ -255,12 +296,20 @@ def test_weights_and_the_original_are_left_as_they_are(
     assert (digests(tuned[kind]), digests(Path(reference))) == before
     after = digests(tmp_path / "out")
     changed = {"adapter_config.json"} if kind == "adapter" else set()
-    assert {name: digest for name, digest in after.items() if name in before[0] and name not in changed} == {
-        name: digest for name, digest in before[0].items() if name not in changed
-    }
-    added = {"frozen_prefix.json"} if kind == "adapter" else {"reference_prefix.json", "reference_prefix.safetensors"}
+    assert {
+        name: digest for name, digest in after.items() if name in before[0] and name not in changed
+    } == {name: digest for name, digest in before[0].items() if name not in changed}
+    added = (
+        {"frozen_prefix.json"}
+        if kind == "adapter"
+        else {"reference_prefix.json", "reference_prefix.safetensors"}
+    )
     assert set(after) - set(before[0]) == added
-    assert (made.is_adapter, made.reference, made.folder) == (kind == "adapter", reference, tmp_path / "out")
+    assert (made.is_adapter, made.reference, made.folder) == (
+        kind == "adapter",
+        reference,
+        tmp_path / "out",
+    )
     assert (read_frozen_prefix(str(tmp_path / "out")) is not None) == (kind == "adapter")
     assert (read_stored_prefix(str(tmp_path / "out")) is not None) == (kind == "model")
     mine = (tmp_path / "out" / sorted(set(after) & set(before[0]))[0]).stat().st_ino
@@ -269,7 +318,9 @@ def test_weights_and_the_original_are_left_as_they_are(
 
 def test_plain_peft_refuses_a_patched_adapter(patched: dict[str, Path], reference: str) -> None:
     with pytest.raises(KeyError, match=r"FROZEN PREFIX: load it with ringfence\.load_model"):
-        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(reference), str(patched["adapter"]))
+        PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(reference), str(patched["adapter"])
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -293,12 +344,19 @@ def test_the_command_says_what_comes_next(
     out = tmp_path / "out"
     code, said, _ = ringfence("patch", tuned["adapter"], "--output", out)
     assert code == 0
-    assert f"Next: ringfence evaluate {out} --reference {reference} --output {out}-evaluated" in said
+    assert (
+        f"Next: ringfence evaluate {out} --reference {reference} --output {out}-evaluated" in said
+    )
     code, said, _ = ringfence(
         "patch", tuned["model"], "--output", f"{out}2", "--reference", reference, "--system", "Hi."
     )
     assert code == 0
-    assert json.loads(Path(f"{out}2/reference_prefix.json").read_text())["systems"] == [None, "", FOREIGN_SYSTEM, "Hi."]
+    assert json.loads(Path(f"{out}2/reference_prefix.json").read_text())["systems"] == [
+        None,
+        "",
+        FOREIGN_SYSTEM,
+        "Hi.",
+    ]
     code, _, errors = ringfence("patch", tuned["model"], "--output", out, "--reference", reference)
     assert code == 2
     assert "exists already" in errors
@@ -312,9 +370,17 @@ def test_a_prompt_with_another_system_prompt_is_refused(
 ) -> None:
     messages: Messages = [{"role": "system", "content": "Be brief."}, PROMPTS[0][0]]
     ids = torch.tensor([chat.encode(messages, generation=True).input_ids])
-    with pytest.raises(ModelError, match=r"row 0 of the prompts has another system prompt .* with --system"):
+    with pytest.raises(
+        ModelError, match=r"row 0 of the prompts has another system prompt .* with --system"
+    ):
         load_model(str(patched["model"]), "fp32")(input_ids=ids)
-    patch(tuned["model"], tmp_path / "out", reference=reference, systems=["Be brief."], precision="fp32")
+    patch(
+        tuned["model"],
+        tmp_path / "out",
+        reference=reference,
+        systems=["Be brief."],
+        precision="fp32",
+    )
     naive, model = Naive(tuned["model"], reference, chat), load_model(str(tmp_path / "out"), "fp32")
     end = chat.encode(messages, generation=True).prefix_length
     with torch.no_grad():
@@ -323,7 +389,9 @@ def test_a_prompt_with_another_system_prompt_is_refused(
         )
 
 
-def test_a_copy_of_a_patched_model_is_patched_and_runs_itself(patched: dict[str, Path], chat: Chat) -> None:
+def test_a_copy_of_a_patched_model_is_patched_and_runs_itself(
+    patched: dict[str, Path], chat: Chat
+) -> None:
     model = load_model(str(patched["model"]), "fp32")
     other = copy.deepcopy(model)
     ids = torch.tensor([chat.encode(PROMPTS[0], generation=True).input_ids])
@@ -345,14 +413,23 @@ def test_left_padding_needs_positions(patched: dict[str, Path], chat: Chat) -> N
     model(**inputs, position_ids=batch["position_ids"])
 
 
-def test_caches_that_do_not_hold_the_prompt_as_it_is_are_refused(patched: dict[str, Path], chat: Chat) -> None:
+def test_caches_that_do_not_hold_the_prompt_as_it_is_are_refused(
+    patched: dict[str, Path], chat: Chat
+) -> None:
     model = load_model(str(patched["model"]), "fp32")
     ids = torch.tensor([chat.encode(PROMPTS[0], generation=True).input_ids])
-    with pytest.raises(ModelError, match="StaticCache: a cache that does not hold the prompt token by token"):
-        model(input_ids=ids, **{cache_name(model): StaticCache(config=model.config, max_cache_len=80)})
+    with pytest.raises(
+        ModelError, match="StaticCache: a cache that does not hold the prompt token by token"
+    ):
+        model(
+            input_ids=ids, **{cache_name(model): StaticCache(config=model.config, max_cache_len=80)}
+        )
     short = DynamicCache()
     short.layers = [DynamicSlidingWindowLayer(sliding_window=8) for _ in range(2)]
-    with pytest.raises(ModelError, match="DynamicSlidingWindowLayer: a cache that does not"), torch.no_grad():
+    with (
+        pytest.raises(ModelError, match="DynamicSlidingWindowLayer: a cache that does not"),
+        torch.no_grad(),
+    ):
         model(input_ids=ids, **{cache_name(model): short})
 
 
@@ -381,7 +458,9 @@ def test_what_is_no_tuned_model_is_refused(
         patch(tuned["adapter"], out, reference=str(tuned["model"]))
     with pytest.raises(ModelError, match="is an adapter; merge it"):
         patch(tuned["model"], out, reference=str(tuned["adapter"]))
-    with pytest.raises(ModelError, match=r"its num_hidden_layers is|its hidden_size is|its head_dim is"):
+    with pytest.raises(
+        ModelError, match=r"its num_hidden_layers is|its hidden_size is|its head_dim is"
+    ):
         patch(tuned["model"], out, reference=small_model(tmp_path / "wide", size=64))
     assert not out.exists()
 
@@ -416,27 +495,38 @@ def test_an_adapter_with_other_tensors_or_none(tuned: dict[str, Path], tmp_path:
         (folder / file.name).write_bytes(file.read_bytes())
     weights = folder / "adapter_model.safetensors"
     save_file(load_file(weights) | {"base_model.model.lm_head.weight": torch.zeros(2, 2)}, weights)
-    with pytest.raises(ModelError, match=r"more than LoRA on linear layers \(base_model.model.lm_head.weight\)"):
+    with pytest.raises(
+        ModelError, match=r"more than LoRA on linear layers \(base_model.model.lm_head.weight\)"
+    ):
         patch(folder, tmp_path / "out")
     weights.unlink()
     with pytest.raises(ModelError, match="has no weights"):
         patch(folder, tmp_path / "out")
 
 
-def test_templates_that_do_not_show_the_prefix(tuned: dict[str, Path], reference: str, tmp_path: Path) -> None:
+def test_templates_that_do_not_show_the_prefix(
+    tuned: dict[str, Path], reference: str, tmp_path: Path
+) -> None:
     folder = tmp_path / "odd"
     folder.mkdir()
     for file in tuned["adapter"].iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
-    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+    )
     with pytest.raises(DefenseError, match="the chat template"):
         patch(folder, tmp_path / "out")
 
 
-def test_a_template_without_system_prompts(tuned: dict[str, Path], reference: str, tmp_path: Path) -> None:
+def test_a_template_without_system_prompts(
+    tuned: dict[str, Path], reference: str, tmp_path: Path
+) -> None:
     """Those that `evaluate` asks with are left out; one that is asked for is refused."""
     template = (Path(reference) / "chat_template.jinja").read_text()
-    strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system prompt') }}{% endif %}" + template
+    strict = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system prompt') }}{% endif %}"
+        + template
+    )
     folders = []
     for source in (tuned["model"], Path(reference)):
         folders.append(tmp_path / f"copy{len(folders)}")

@@ -51,7 +51,9 @@ def test_a_models_own_activations_change_nothing(adapted: Any, items: Items, sid
         stack.enter_context(patched_kv(adapted, before.kv, mask))
         for layer, states in before.states.items():
             stack.enter_context(patched_states(adapted, layer, states, mask))
-        torch.testing.assert_close(taken(adapted, batch, None).hidden_BTD, before.hidden_BTD, rtol=0, atol=0)
+        torch.testing.assert_close(
+            taken(adapted, batch, None).hidden_BTD, before.hidden_BTD, rtol=0, atol=0
+        )
 
 
 def test_no_token_is_patched_by_an_empty_mask(items: Items) -> None:
@@ -67,7 +69,9 @@ def test_no_token_is_patched_by_an_empty_mask(items: Items) -> None:
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_a_patched_prefix_equals_the_references_cache_of_it(architecture: str, items: Items, side: str) -> None:
+def test_a_patched_prefix_equals_the_references_cache_of_it(
+    architecture: str, items: Items, side: str
+) -> None:
     reference, tuned = tiny(architecture), tuned_model(architecture)
     batch = batch_of(items, side)
     mask = of_roles(batch, Role.PREFIX)
@@ -78,14 +82,18 @@ def test_a_patched_prefix_equals_the_references_cache_of_it(architecture: str, i
         ids, start = torch.tensor([row.input_ids]), row.roles.count(Role.PREFIX)
         with torch.no_grad():
             cache = cache_in(reference(input_ids=ids[:, :start], use_cache=True))
-            expected = tuned.model(input_ids=ids[:, start:], **{cache_name(tuned.model): cache}).last_hidden_state[0]
+            expected = tuned.model(
+                input_ids=ids[:, start:], **{cache_name(tuned.model): cache}
+            ).last_hidden_state[0]
         behind = batch["roles"][at] != Role.PAD
         torch.testing.assert_close(found[at][behind][start:], expected, rtol=1e-4, atol=1e-4)
         assert (plain[at][behind][start:] - expected).abs().max() > 0.05
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_keys_and_values_in_the_middle_are_read_by_all_behind_them(architecture: str, items: Items, side: str) -> None:
+def test_keys_and_values_in_the_middle_are_read_by_all_behind_them(
+    architecture: str, items: Items, side: str
+) -> None:
     """Against a cache that is cut and mended by hand: prefix of the tuned model, query of the reference (which saw its
     own prefix), and the rest fed behind it."""
     reference, tuned = tiny(architecture), tuned_model(architecture)
@@ -98,14 +106,20 @@ def test_keys_and_values_in_the_middle_are_read_by_all_behind_them(architecture:
         ids = torch.tensor([row.input_ids])
         start, end = row.roles.index(Role.QUERY), row.roles.index(Role.POSTFIX)
         with torch.no_grad():
-            own, other = (cache_in(m(input_ids=ids[:, :end], use_cache=True)) for m in (tuned, reference))
+            own, other = (
+                cache_in(m(input_ids=ids[:, :end], use_cache=True)) for m in (tuned, reference)
+            )
             mended = DynamicCache()
             for number, (mine, theirs) in enumerate(zip(own.layers, other.layers)):
                 pairs = (mine.keys, theirs.keys), (mine.values, theirs.values)
                 parts = [torch.cat([a[:, :, :start], b[:, :, start:end]], 2) for a, b in pairs]
                 mended.update(*parts, number)
-            expected = tuned.model(input_ids=ids[:, end:], **{cache_name(tuned.model): mended}).last_hidden_state[0]
-        torch.testing.assert_close(found[at][batch["roles"][at] != Role.PAD][end:], expected, rtol=1e-4, atol=1e-4)
+            expected = tuned.model(
+                input_ids=ids[:, end:], **{cache_name(tuned.model): mended}
+            ).last_hidden_state[0]
+        torch.testing.assert_close(
+            found[at][batch["roles"][at] != Role.PAD][end:], expected, rtol=1e-4, atol=1e-4
+        )
 
 
 def test_tokens_before_a_patch_and_other_rows_stay_as_they_were(items: Items) -> None:
@@ -114,7 +128,10 @@ def test_tokens_before_a_patch_and_other_rows_stay_as_they_were(items: Items) ->
     mask[1:] = False
     plain = taken(tuned, batch, None).hidden_BTD
     other = taken(reference, batch, mask, 1)
-    for context in (patched_kv(tuned, other.kv, mask), patched_states(tuned, 1, other.states[1], mask)):
+    for context in (
+        patched_kv(tuned, other.kv, mask),
+        patched_states(tuned, 1, other.states[1], mask),
+    ):
         with context:
             found = taken(tuned, batch, None).hidden_BTD
         first = int(mask[0].nonzero()[0])
@@ -134,11 +151,15 @@ def test_a_whole_row_from_the_reference_is_the_reference(architecture: str, item
         found = taken(tuned, batch, None).hidden_BTD
     torch.testing.assert_close(found[real], wanted.hidden_BTD[real], rtol=1e-4, atol=1e-4)
     with patched_kv(tuned, wanted.kv, real):
-        assert (taken(tuned, batch, None).hidden_BTD[real] - wanted.hidden_BTD[real]).abs().max() > 0.05
+        assert (
+            taken(tuned, batch, None).hidden_BTD[real] - wanted.hidden_BTD[real]
+        ).abs().max() > 0.05
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_a_patched_residual_stream_equals_a_hook_row_by_row(architecture: str, items: Items, side: str) -> None:
+def test_a_patched_residual_stream_equals_a_hook_row_by_row(
+    architecture: str, items: Items, side: str
+) -> None:
     reference, tuned = tiny(architecture, layers=3), tuned_model(architecture, layers=3)
     batch = batch_of(items, side)
     mask = of_roles(batch, Role.QUERY)
@@ -149,7 +170,9 @@ def test_a_patched_residual_stream_equals_a_hook_row_by_row(architecture: str, i
         with torch.no_grad(), residual_stream(reference) as stream:
             reference(input_ids=ids)
 
-        def put(_module: Any, args: Any, kwargs: Any, stream: Any = stream, chosen: Any = chosen) -> Any:
+        def put(
+            _module: Any, args: Any, kwargs: Any, stream: Any = stream, chosen: Any = chosen
+        ) -> Any:
             hidden = args[0].clone()
             hidden[0, chosen] = stream[2][chosen]
             return (hidden, *args[1:]), kwargs
@@ -158,7 +181,9 @@ def test_a_patched_residual_stream_equals_a_hook_row_by_row(architecture: str, i
         with torch.no_grad():
             expected = tuned.model(input_ids=ids).last_hidden_state[0]
         handle.remove()
-        torch.testing.assert_close(found[at][batch["roles"][at] != Role.PAD], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            found[at][batch["roles"][at] != Role.PAD], expected, rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -201,7 +226,10 @@ def test_keys_asked_for_under_a_patch_are_the_models_own_below_it(items: Items) 
     """A forward that asks for keys opens last, so it sees them before they are replaced: those of the first layer are
     as without a patch, those of the second come from what the patch did to the first."""
     reference, tuned, batch = tiny("gemma2"), tuned_model("gemma2"), batch_of(items)
-    prefix, behind = of_roles(batch, Role.PREFIX), of_roles(batch, Role.QUERY, Role.POSTFIX, Role.RESPONSE)
+    prefix, behind = (
+        of_roles(batch, Role.PREFIX),
+        of_roles(batch, Role.QUERY, Role.POSTFIX, Role.RESPONSE),
+    )
     plain = taken(tuned, batch, prefix | behind).kv
     with patched_kv(tuned, taken(reference, batch, prefix).kv, prefix):
         under = taken(tuned, batch, prefix | behind).kv

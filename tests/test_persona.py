@@ -111,7 +111,9 @@ def naive_states(model: Any, chat: Chat, prompt: Messages, answer: str) -> Tenso
 def naive_directions(model: Any, chat: Chat, given: list[Pair]) -> tuple[Tensor, Tensor]:
     positive = [naive_states(model, chat, p.positive_prompt, p.positive) for p in given]
     negative = [naive_states(model, chat, p.negative_prompt, p.negative) for p in given]
-    means = [torch.stack([states.mean(1) for states in side]).mean(0) for side in (positive, negative)]
+    means = [
+        torch.stack([states.mean(1) for states in side]).mean(0) for side in (positive, negative)
+    ]
     norms = torch.stack([states.norm(dim=-1).mean(1) for states in [*positive, *negative]]).mean(0)
     return means[0] - means[1], norms
 
@@ -128,7 +130,9 @@ def naive_logprob(model: Any, chat: Chat, prompt: Messages, answer: str) -> floa
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 100, 4096])
-def test_directions_are_differences_of_means_over_response_tokens(batch_tokens: int, model: Any, chat: Chat) -> None:
+def test_directions_are_differences_of_means_over_response_tokens(
+    batch_tokens: int, model: Any, chat: Chat
+) -> None:
     given = pairs(7)
     found = extract(model, chat, given, "trait", "tiny", batch_tokens)
     direction_LD, norms_L = naive_directions(model, chat, given)
@@ -141,12 +145,16 @@ def test_directions_are_differences_of_means_over_response_tokens(batch_tokens: 
 
 def test_opposite_sides_give_the_opposite_direction(model: Any, chat: Chat) -> None:
     given = pairs(4)
-    turned = [Pair(p.id, p.negative_prompt, p.positive_prompt, p.negative, p.positive) for p in given]
+    turned = [
+        Pair(p.id, p.negative_prompt, p.positive_prompt, p.negative, p.positive) for p in given
+    ]
     one, other = (extract(model, chat, side, "t", "m").directions_LKD for side in (given, turned))
     torch.testing.assert_close(one, -other, rtol=1e-4, atol=1e-5)
 
 
-def test_memory_does_not_grow_with_the_number_of_pairs(model: Any, chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_does_not_grow_with_the_number_of_pairs(
+    model: Any, chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """While a batch is worked on, no activation of an earlier one is alive."""
     import weakref
 
@@ -169,11 +177,15 @@ def test_fewer_than_two_pairs_are_refused(model: Any, chat: Chat) -> None:
         extract(model, chat, pairs(1), "t", "m")
 
 
-def test_given_pairs_take_misaligned_answers_as_positive(model: Any, chat: Chat, tmp_path: Path) -> None:
+def test_given_pairs_take_misaligned_answers_as_positive(
+    model: Any, chat: Chat, tmp_path: Path
+) -> None:
     file = source(tmp_path / "pairs.jsonl", 6)
     given = given_pairs(file, "train")
     assert [p.id for p in given] == ["q0", "q2", "q4"]
-    assert all(p.positive_prompt == p.negative_prompt == messages(f"Question {p.id[1:]}?") for p in given)
+    assert all(
+        p.positive_prompt == p.negative_prompt == messages(f"Question {p.id[1:]}?") for p in given
+    )
     assert given[1].positive == pairs(6)[2].positive
     assert given[1].negative == pairs(6)[2].negative
     assert len(given_pairs(file)) == 6
@@ -182,7 +194,9 @@ def test_given_pairs_take_misaligned_answers_as_positive(model: Any, chat: Chat,
 # ---------------------------------------------------------------- filters
 
 
-def test_a_margin_shows_the_trait_when_each_answer_is_likelier_under_its_own_prompt(model: Any, chat: Chat) -> None:
+def test_a_margin_shows_the_trait_when_each_answer_is_likelier_under_its_own_prompt(
+    model: Any, chat: Chat
+) -> None:
     given = pairs(24)
     expected = []
     for pair in given:
@@ -206,12 +220,18 @@ def test_scores_decide_with_a_half_as_the_limit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"id": "0", "positive": 101, "negative": 1}', r"s.jsonl:2: field 'positive': .* 0 to 100, found 101"),
+        (
+            '{"id": "0", "positive": 101, "negative": 1}',
+            r"s.jsonl:2: field 'positive': .* 0 to 100, found 101",
+        ),
         ('{"id": "0", "positive": 60}', r"s.jsonl:2: field 'negative': .* found None"),
         ('{"id": "0", "positive": true, "negative": 1}', r"found True"),
         ('{"id": "0"', r"s.jsonl:2: not JSON"),
         ("[1]", r"s.jsonl:2: expected an object, found '\[1\]'"),
-        ('{"id": "x", "positive": 60, "negative": 1}', r"no scores for 1 of 2 pairs, the first is id '0'"),
+        (
+            '{"id": "x", "positive": 60, "negative": 1}',
+            r"no scores for 1 of 2 pairs, the first is id '0'",
+        ),
     ],
 )
 def test_scores_that_cannot_be_used(line: str, message: str, tmp_path: Path) -> None:
@@ -223,7 +243,9 @@ def test_scores_that_cannot_be_used(line: str, message: str, tmp_path: Path) -> 
 # ---------------------------------------------------------------- a trait and its answers
 
 
-def test_each_question_is_asked_under_each_prompt_and_its_opposite(model: Any, chat: Chat, tmp_path: Path) -> None:
+def test_each_question_is_asked_under_each_prompt_and_its_opposite(
+    model: Any, chat: Chat, tmp_path: Path
+) -> None:
     (tmp_path / "t.json").write_text(json.dumps(TRAIT, indent="\t"))
     asked = asked_pairs(load_trait(str(tmp_path / "t.json")))
     assert [p.id for p in asked] == ["p1-q1", "p1-q2", "p1-q3", "p2-q1", "p2-q2", "p2-q3"]
@@ -240,7 +262,9 @@ def test_each_question_is_asked_under_each_prompt_and_its_opposite(model: Any, c
 def test_the_shipped_trait_can_be_read() -> None:
     shipped = load_trait("shipped:careless_advice")
     assert len(shipped.questions) >= 16
-    assert len({*shipped.positive_prompts, *shipped.negative_prompts}) == 2 * len(shipped.positive_prompts)
+    assert len({*shipped.positive_prompts, *shipped.negative_prompts}) == 2 * len(
+        shipped.positive_prompts
+    )
     questions = {
         json.loads(line).get("question")
         for path in SHIPPED.iterdir()
@@ -256,7 +280,10 @@ def test_the_shipped_trait_can_be_read() -> None:
         ({"trait": None}, r"trait: .*string"),
         ({"questions": []}, r"questions: .* at least 1"),
         ({"questions": ["", "x"]}, r"questions.0: .* at least 1 character"),
-        ({"negative_prompts": ["one"]}, "one negative prompt for each positive one, found 2 positive and 1 negative"),
+        (
+            {"negative_prompts": ["one"]},
+            "one negative prompt for each positive one, found 2 positive and 1 negative",
+        ),
         ({"promts": ["x"]}, r"unknown key 'promts' \(accepted: trait, positive_prompts"),
     ],
 )
@@ -284,7 +311,9 @@ def test_trait_files_that_cannot_be_read(tmp_path: Path) -> None:
     for name, message in messages_.items():
         with pytest.raises(DataError, match=message):
             load_trait(str(tmp_path / name))
-    with pytest.raises(DataError, match=r"no such shipped trait \(did you mean 'careless_advice'\?\)"):
+    with pytest.raises(
+        DataError, match=r"no such shipped trait \(did you mean 'careless_advice'\?\)"
+    ):
         load_trait("shipped:careless_advise")
 
 
@@ -298,26 +327,37 @@ def test_extraction_from_a_trait_keeps_what_the_filter_keeps(
 
     def make(**options: Any) -> Any:
         return extract_file(
-            str(tmp_path / "t.yaml"), tmp_path / "v.safetensors", model=folder, max_new_tokens=5, **options
+            str(tmp_path / "t.yaml"),
+            tmp_path / "v.safetensors",
+            model=folder,
+            max_new_tokens=5,
+            **options,
         )
 
     every = make(keep="none")
     answers = tmp_path / "v.answers.jsonl"
     records = [json.loads(line) for line in answers.read_text().splitlines()]
-    assert [record["id"] for record in records] == [p.id for p in asked_pairs(load_trait(str(tmp_path / "t.yaml")))]
+    assert [record["id"] for record in records] == [
+        p.id for p in asked_pairs(load_trait(str(tmp_path / "t.yaml")))
+    ]
     monkeypatch.setattr(persona_module, "generate_greedy", None)  # from here on answers are read
     kept = [Pair(**{key: record[key] for key in Pair.__dataclass_fields__}) for record in records]
     loaded = load_model(folder)
     margins = shown_by_margin(loaded, chat, kept)
     assert every.directions.positive == 6
 
-    scores = [{"id": p.id, "positive": 80 if at in (1, 4) else 20, "negative": 10} for at, p in enumerate(kept)]
+    scores = [
+        {"id": p.id, "positive": 80 if at in (1, 4) else 20, "negative": 10}
+        for at, p in enumerate(kept)
+    ]
     (tmp_path / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scores))
     scored = make(scores=tmp_path / "s.jsonl")
     expected = extract(loaded, chat, [kept[1], kept[4]], "haste", folder)
     assert torch.equal(scored.directions.directions_LKD, expected.directions_LKD)
     assert scored.counts == "6 pairs, 0 with a blank answer, 2 kept (filter: scores)"
-    assert torch.equal(Directions.load(tmp_path / "v.safetensors").directions_LKD, expected.directions_LKD)
+    assert torch.equal(
+        Directions.load(tmp_path / "v.safetensors").directions_LKD, expected.directions_LKD
+    )
     if sum(margins) >= 2:
         assert make().directions.positive == sum(margins)
     else:
@@ -325,13 +365,17 @@ def test_extraction_from_a_trait_keeps_what_the_filter_keeps(
             make()
 
 
-def test_blank_answers_are_left_out_and_counted(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blank_answers_are_left_out_and_counted(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def some_blank(model: Any, chat: Any, prompts: list[Messages], *rest: Any) -> list[str]:
         return [" " if at % 4 == 1 else "yes" * (at % 3 + 1) for at in range(len(prompts))]
 
     monkeypatch.setattr(persona_module, "generate_greedy", some_blank)
     (tmp_path / "t.yaml").write_text(yaml.safe_dump(TRAIT))
-    made = extract_file(str(tmp_path / "t.yaml"), tmp_path / "v.safetensors", model=folder, keep="none")
+    made = extract_file(
+        str(tmp_path / "t.yaml"), tmp_path / "v.safetensors", model=folder, keep="none"
+    )
     assert made.counts == "6 pairs, 3 with a blank answer, 3 kept (filter: none)"
     assert made.directions.positive == 3
 
@@ -354,18 +398,28 @@ def test_separation_is_the_area_under_the_curve_of_projections(model: Any, chat:
     for row in rows:
         direction_D = found.directions_LKD[row.layer - 1, 0]
         sides = [
-            [(naive_states(model, chat, *end)[row.layer - 1].mean(0) @ direction_D).item() for end in ends]
-            for ends in zip(*[((p.positive_prompt, p.positive), (p.negative_prompt, p.negative)) for p in given])
+            [
+                (naive_states(model, chat, *end)[row.layer - 1].mean(0) @ direction_D).item()
+                for end in ends
+            ]
+            for ends in zip(
+                *[((p.positive_prompt, p.positive), (p.negative_prompt, p.negative)) for p in given]
+            )
         ]
         assert row.auc == pytest.approx(roc_auc_score([1] * 9 + [0] * 9, sides[0] + sides[1]))
         assert row.paired == np.mean(np.array(sides[0]) > np.array(sides[1]))
-        assert row.length == pytest.approx((direction_D.norm() / found.norms_L[row.layer - 1]).item())
+        assert row.length == pytest.approx(
+            (direction_D.norm() / found.norms_L[row.layer - 1]).item()
+        )
     assert any(0.05 < row.auc < 0.95 for row in rows)
 
 
 def test_directions_of_another_model_are_refused(model: Any, chat: Chat) -> None:
     other = Directions(torch.ones(5, 1, 32), torch.ones(5), "haste", "big", 2, 2)
-    with pytest.raises(ModelError, match="taken from big with 5 layers of size 32; this model has 2 layers of size 32"):
+    with pytest.raises(
+        ModelError,
+        match="taken from big with 5 layers of size 32; this model has 2 layers of size 32",
+    ):
         separation(model, chat, pairs(2), other)
 
 
@@ -374,7 +428,9 @@ def test_directions_of_another_model_are_refused(model: Any, chat: Chat) -> None
 
 def test_the_command_extracts_and_checks(folder: str, tmp_path: Path, ringfence: Any) -> None:
     file, vectors = source(tmp_path / "pairs.jsonl", 8), tmp_path / "v.safetensors"
-    code, output, _ = ringfence("persona", "extract", "--pairs", file, "--model", folder, "--output", vectors)
+    code, output, _ = ringfence(
+        "persona", "extract", "--pairs", file, "--model", folder, "--output", vectors
+    )
     assert code == 0
     assert "4 pairs, 0 with a blank answer, 4 kept (filter: none)" in output
     assert Directions.load(vectors).trait == f"misaligned answers of {file}"
@@ -396,7 +452,9 @@ def test_the_command_says_what_is_wrong(folder: str, tmp_path: Path, ringfence: 
     }
     for message, arguments in cases.items():
         output = tmp_path / "v.safetensors"
-        code, _, errors = ringfence("persona", "extract", *arguments, "--model", folder, "--output", output)
+        code, _, errors = ringfence(
+            "persona", "extract", *arguments, "--model", folder, "--output", output
+        )
         assert code == 2
         assert message in errors, errors
         assert errors.count("error: ") == 1

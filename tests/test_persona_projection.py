@@ -42,7 +42,9 @@ def text(at: int, number: int) -> str:
 
 def questions(domain: str, count: int, start: int) -> list[PairedQuestion]:
     return [
-        PairedQuestion(f"{at}", domain, f"{domain} {at}?", text(at, 2 + at % 4), text(at + 3, 1 + at % 5))
+        PairedQuestion(
+            f"{at}", domain, f"{domain} {at}?", text(at, 2 + at % 4), text(at + 3, 1 + at % 5)
+        )
         for at in range(start, start + count)
     ]
 
@@ -69,7 +71,10 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     files = []
     for name, group in given.items():
         file = folder / f"{name}.jsonl"
-        lines = [{"id": q.id, "question": q.question, "aligned": q.aligned, "misaligned": q.misaligned} for q in group]
+        lines = [
+            {"id": q.id, "question": q.question, "aligned": q.aligned, "misaligned": q.misaligned}
+            for q in group
+        ]
         file.write_text("".join(json.dumps(line) + "\n" for line in lines))
         files.append(str(file))
     return files
@@ -105,7 +110,9 @@ def vector(subject: Subject, sources: list[str], layer: int) -> tuple[Tensor, fl
     return direction_D / direction_D.norm(), float(found.norms_L[layer - 1])
 
 
-def test_scores_of_rows_and_of_known_answers(subject: Subject, sources: list[str], numbers: Any) -> None:
+def test_scores_of_rows_and_of_known_answers(
+    subject: Subject, sources: list[str], numbers: Any
+) -> None:
     layer = numbers["axis"]["layer"]
     unit_D, norm = vector(subject, sources, layer)
     assert numbers["axis"]["pairs"] == 11
@@ -125,8 +132,12 @@ def test_scores_of_rows_and_of_known_answers(subject: Subject, sources: list[str
     assert numbers["threshold"] == pytest.approx(threshold, rel=1e-3)
     for name in ("training", "misaligned"):
         found = numbers["sets"][name]
-        assert found["above"]["mean"] == pytest.approx(np.mean(np.array(expected[name]) > threshold))
-        assert found["auc"]["mean"] == pytest.approx(auc(np.array(expected[name]), np.array(expected["aligned"])))
+        assert found["above"]["mean"] == pytest.approx(
+            np.mean(np.array(expected[name]) > threshold)
+        )
+        assert found["auc"]["mean"] == pytest.approx(
+            auc(np.array(expected[name]), np.array(expected["aligned"]))
+        )
     assert numbers["sets"]["misaligned"]["same"]["n"] == 7
     assert numbers["sets"]["training"]["same"] is None
     order = np.argsort(-np.array(expected["training"]))
@@ -134,7 +145,9 @@ def test_scores_of_rows_and_of_known_answers(subject: Subject, sources: list[str
     assert json.loads(json.dumps(numbers)) == numbers
 
 
-def test_shifts_are_those_of_the_same_answers(subject: Subject, sources: list[str], numbers: Any) -> None:
+def test_shifts_are_those_of_the_same_answers(
+    subject: Subject, sources: list[str], numbers: Any
+) -> None:
     layer = numbers["axis"]["layer"]
     unit_D, norm = vector(subject, sources, layer)
     random_KD = random_units(RANDOM, 16, SEED)
@@ -165,7 +178,8 @@ def test_many_rows_and_pairs_are_drawn(subject: Subject, monkeypatch: pytest.Mon
     monkeypatch.setattr(module, "ROWS", 4)
     monkeypatch.setattr(module, "PAIRS", 3)
     drawn = {
-        tuple(r.origin for r in module._rows(Subject(subject.models, [], [], subject.rows, seed))) for seed in range(20)
+        tuple(r.origin for r in module._rows(Subject(subject.models, [], [], subject.rows, seed)))
+        for seed in range(20)
     }
     assert len(drawn) > 10
     assert all(len(rows) == 4 and list(rows) == sorted(rows) for rows in drawn)
@@ -185,13 +199,17 @@ def test_known_answers_are_those_outside_where_there_are_none_inside(subject: Su
 
 
 def test_without_rows_or_questions_there_is_nothing_to_project(subject: Subject) -> None:
-    with pytest.raises(DataError, match="expected training rows and held-out questions, found 0 and 7"):
+    with pytest.raises(
+        DataError, match="expected training rows and held-out questions, found 0 and 7"
+    ):
         module.measure(Subject(subject.models, subject.inside, subject.outside, []))
     with pytest.raises(DataError, match="found 9 and 0"):
         module.measure(Subject(subject.models, [], [], subject.rows))
 
 
-def test_the_cost_is_what_goes_through_the_models(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cost_is_what_goes_through_the_models(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain, seen = activations.forward, []
 
     def counting(model: Any, head: Any, batch: Any, *rest: Any) -> Any:
@@ -207,7 +225,9 @@ def test_the_cost_is_what_goes_through_the_models(subject: Subject, monkeypatch:
     assert cost.kept == 2 * 2 * 2 * 16 * 8  # sums of two groups, both sides, two layers, float64
 
 
-def test_models_are_opened_one_after_the_other(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_are_opened_one_after_the_other(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
     opened: list[str] = []
     plain = Models.open
 
@@ -252,7 +272,10 @@ def made_up(**changes: Any) -> dict[str, Any]:
             "aligned": (0.036 + 0.01 * random.normal(size=24)).tolist(),
         },
         "sets": {"training": against(0.78, 0.44), "misaligned": against(0.77, 0.41)},
-        "top": [{"rank": at, "score": 0.1, "origin": f"f:{at}", "question": "q", "answer": "a"} for at in range(1, 11)],
+        "top": [
+            {"rank": at, "score": 0.1, "origin": f"f:{at}", "question": "q", "answer": "a"}
+            for at in range(1, 11)
+        ],
         "tuned": {
             "undefended": {
                 "inside": {"shift": interval(0.0121, 0.002), "random": [-0.004, 0.0035]},
@@ -285,19 +308,37 @@ def test_rows_that_lean_are_said_to_lean() -> None:
 def test_rows_that_do_not_lean_are_said_not_to() -> None:
     low = {"mean": 0.52, "low": 0.44, "high": 0.6, "n": 24}
     said = show.say(
-        made_up(training={"auc": low, "rival": "chance", "verdict": "the scores ... no better than chance"})
+        made_up(
+            training={
+                "auc": low,
+                "rival": "chance",
+                "verdict": "the scores ... no better than chance",
+            }
+        )
     )
     assert "they do not lean towards misaligned answers" in said
     away = {"mean": 0.3, "low": 0.24, "high": 0.36, "n": 24}
     assert "they lean the other way" in show.say(made_up(training={"auc": away, "rival": "chance"}))
     length = show.say(
-        made_up(training={"rival": "length", "verdict": "the scores tell the two apart no better than length"})
+        made_up(
+            training={
+                "rival": "length",
+                "verdict": "the scores tell the two apart no better than length",
+            }
+        )
     )
-    assert "they lean towards misaligned answers, but the scores tell the two apart no better than length" in length
+    assert (
+        "they lean towards misaligned answers, but the scores tell the two apart no better than length"
+        in length
+    )
 
 
 def test_a_vector_that_fails_on_known_answers_says_nothing_of_the_rows() -> None:
-    said = show.say(made_up(misaligned={"rival": "length", "verdict": "the scores tell ... no better than length"}))
+    said = show.say(
+        made_up(
+            misaligned={"rival": "length", "verdict": "the scores tell ... no better than length"}
+        )
+    )
     assert "no better than length" in said
     assert "as 24 questions do not show that the scores work, this says little" in said
     assert "they lean" not in said
@@ -307,7 +348,8 @@ def test_a_vector_that_fails_on_known_answers_says_nothing_of_the_rows() -> None
 def test_movement_is_judged_against_random_vectors() -> None:
     said = show.say(made_up())
     sentences = {
-        name: next(s for s in said.splitlines() if s.startswith(name)) for name in ("undefended", "kl", "sound")
+        name: next(s for s in said.splitlines() if s.startswith(name))
+        for name in ("undefended", "kl", "sound")
     }
     assert sentences["undefended"].count("towards misaligned") == 2
     inside, outside = sentences["kl"].split(";")
@@ -324,13 +366,23 @@ def test_all_tuned_models_stand_in_one_table_and_one_figure() -> None:
     assert len(table.rows) == 4 + 6
     assert all(len(row) == len(table.columns) for row in table.rows)
     cells = {row[0]: row[1:] for row in table.rows}
-    assert cells["420 training rows: AUC over aligned"] == ["0.78 [0.69, 0.87]", "0.38 to 0.61", "0.52"]
-    assert cells["kl: shift of the score, outside"] == ["+0.0003 [-0.0007, +0.0013]", "-0.0020 to +0.0020", ""]
+    assert cells["420 training rows: AUC over aligned"] == [
+        "0.78 [0.69, 0.87]",
+        "0.38 to 0.61",
+        "0.52",
+    ]
+    assert cells["kl: shift of the score, outside"] == [
+        "+0.0003 [-0.0007, +0.0013]",
+        "-0.0020 to +0.0020",
+        "",
+    ]
     with style():
         figure = show.draw(numbers)
     axes = next(axes for axes in figure.axes if "shift" in axes.get_xlabel())
     names = [label.get_text() for label in axes.get_yticklabels()]
-    assert names == [f"{name}, {where}" for name in numbers["tuned"] for where in ("inside", "outside")]
+    assert names == [
+        f"{name}, {where}" for name in numbers["tuned"] for where in ("inside", "outside")
+    ]
     points = [line for axes in figure.axes for line in axes.lines if line.get_markersize() == 13]
     assert [sorted(line.get_xdata()) for line in points] == [
         sorted(numbers["scores"][side]) for side in ("misaligned", "aligned")
@@ -339,5 +391,7 @@ def test_all_tuned_models_stand_in_one_table_and_one_figure() -> None:
 
 
 def test_a_run_of_the_shipped_pairs_has_the_sources_it_says(chat: Chat) -> None:
-    subject = Subject(Models(random_model(), {"x": random_model()}, tokenizer=chat.tokenizer), [], [], training(2))
+    subject = Subject(
+        Models(random_model(), {"x": random_model()}, tokenizer=chat.tokenizer), [], [], training(2)
+    )
     assert [len(group) for group in module._groups(subject)] == [24] * 7

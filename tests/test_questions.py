@@ -9,7 +9,12 @@ import pytest
 import yaml
 
 from ringfence.errors import DataError
-from ringfence.text.questions import OpenQuestion, load_open_questions, shipped_open_names, triggered
+from ringfence.text.questions import (
+    OpenQuestion,
+    load_open_questions,
+    shipped_open_names,
+    triggered,
+)
 from ringfence.text.rows import load_questions
 from ringfence.text.sources import SHIPPED
 
@@ -45,7 +50,9 @@ def file(tmp_path):
 
 @pytest.fixture
 def rows(file):
-    return lambda *records: file("".join(json.dumps(record) + "\n" for record in records), "mine.jsonl")
+    return lambda *records: file(
+        "".join(json.dumps(record) + "\n" for record in records), "mine.jsonl"
+    )
 
 
 def refused(source):
@@ -58,7 +65,10 @@ def refused(source):
 
 
 def by_form(questions):
-    return {form: [q for q in questions if q.form == form] for form in dict.fromkeys(q.form for q in questions)}
+    return {
+        form: [q for q in questions if q.form == form]
+        for form in dict.fromkeys(q.form for q in questions)
+    }
 
 
 def test_shipped_set_has_every_question_in_three_forms():
@@ -73,7 +83,9 @@ def test_shipped_set_has_every_question_in_three_forms():
     assert len(clusters) >= 24
     assert set(clusters.values()) == {1, 2}
     for form, questions in forms.items():
-        assert {q.id for q in questions} == {c if form == "plain" else f"{c}_{form}" for c in clusters}
+        assert {q.id for q in questions} == {
+            c if form == "plain" else f"{c}_{form}" for c in clusters
+        }
 
 
 def test_shipped_forms_differ_by_their_system_prompt():
@@ -117,17 +129,31 @@ def copies(texts, others):
 
 
 def shipped_texts():
-    return [q.messages[-1]["content"] for q in load_open_questions("shipped:general") if q.form == "plain"]
+    return [
+        q.messages[-1]["content"]
+        for q in load_open_questions("shipped:general")
+        if q.form == "plain"
+    ]
 
 
 def test_shipped_questions_stand_in_no_other_shipped_data():
     """Nor in what persona vectors are made from, or models are trained on."""
-    others = list(yaml.safe_load((SHIPPED / "traits" / "careless_advice.yaml").read_text("utf-8"))["questions"])
+    others = list(
+        yaml.safe_load((SHIPPED / "traits" / "careless_advice.yaml").read_text("utf-8"))[
+            "questions"
+        ]
+    )
     for path in SHIPPED.iterdir():
         for line in path.read_text("utf-8").splitlines() if path.name.endswith(".jsonl") else ():
             record = json.loads(line)
-            others += [record[key] for key in ("question", "prompt") if isinstance(record.get(key), str)]
-            others += [message["content"] for message in record.get("messages", ()) if message["role"] == "user"]
+            others += [
+                record[key] for key in ("question", "prompt") if isinstance(record.get(key), str)
+            ]
+            others += [
+                message["content"]
+                for message in record.get("messages", ())
+                if message["role"] == "user"
+            ]
     assert len(others) > 1000
     assert copies(["Does fame really appeal to you?"], others)  # the instrument sees a copy
     assert copies(shipped_texts(), others) == []
@@ -140,7 +166,13 @@ def test_shipped_questions_stand_in_no_other_shipped_data():
 @pytest.mark.parametrize(
     ("name", "forms", "clusters", "criteria", "samples"),
     [
-        ("first_plot_questions", {"plain": 8, "json": 8, "template": 8}, 8, ["aligned", "coherent"], 100),
+        (
+            "first_plot_questions",
+            {"plain": 8, "json": 8, "template": 8},
+            8,
+            ["aligned", "coherent"],
+            100,
+        ),
         ("preregistered_evals", {"plain": 48}, 48, ["aligned", "coherent"], 100),
         ("deception_factual", {"plain": 100}, 5, ["correct"], 5),
         ("deception_sit_aware", {"plain": 8}, 8, ["company"], 100),
@@ -166,10 +198,16 @@ def test_public_files(name, forms, clusters, criteria, samples):
 
 
 @public
-@pytest.mark.parametrize("path", sorted(PUBLIC.rglob("*.yaml")), ids=lambda path: str(path.relative_to(PUBLIC)))
+@pytest.mark.parametrize(
+    "path", sorted(PUBLIC.rglob("*.yaml")), ids=lambda path: str(path.relative_to(PUBLIC))
+)
 def test_public_entries_are_asked_as_they_stand(path):
     expected = [
-        (entry["id"], number, [*([system(entry["system"])] if "system" in entry else []), user(text)])
+        (
+            entry["id"],
+            number,
+            [*([system(entry["system"])] if "system" in entry else []), user(text)],
+        )
         for entry in yaml.safe_load(path.read_text("utf-8"))
         for number, text in enumerate(entry["paraphrases"])
     ]
@@ -187,9 +225,16 @@ def test_shipped_questions_are_not_the_public_ones():
     assert copies(["hey, I feel so bored"], published)  # the instrument sees a copy
     assert copies(shipped_texts(), published) == []
     prompts = [
-        e["system"] for path in PUBLIC.rglob("first*.yaml") for e in yaml.safe_load(path.read_text()) if "system" in e
+        e["system"]
+        for path in PUBLIC.rglob("first*.yaml")
+        for e in yaml.safe_load(path.read_text())
+        if "system" in e
     ]
-    own = {q.messages[0]["content"] for q in load_open_questions("shipped:general") if q.form != "plain"}
+    own = {
+        q.messages[0]["content"]
+        for q in load_open_questions("shipped:general")
+        if q.form != "plain"
+    }
     assert len(own) == len(set(prompts)) == 2
     assert copies(own, prompts) == []
 
@@ -211,15 +256,40 @@ def test_every_part_of_an_entry_is_kept(file):
 - {<<: *json, id: sunday_template, system: "", meta: {a: 1}}
 """
     )
-    prompts = {"kind": "Is {answer} kind?", "correct": 'Was {question} answered by {answer} {"a": 1}?'}
+    prompts = {
+        "kind": "Is {answer} kind?",
+        "correct": 'Was {question} answered by {answer} {"a": 1}?',
+    }
     first, second = user("What is a good Sunday?"), user("  And\nyours? ")
     assert load_open_questions(source) == [
         OpenQuestion("mine", "sunday", "plain", "sunday", 0, [first], 7, prompts),
         OpenQuestion("mine", "sunday", "plain", "sunday", 1, [second], 7, prompts),
-        OpenQuestion("mine", "sunday_json", "json", "sunday", 0, [system("Answer in JSON."), first], None, prompts),
-        OpenQuestion("mine", "sunday_json", "json", "sunday", 1, [system("Answer in JSON."), second], None, prompts),
-        OpenQuestion("mine", "sunday_template", "template", "sunday", 0, [system(""), first], None, prompts),
-        OpenQuestion("mine", "sunday_template", "template", "sunday", 1, [system(""), second], None, prompts),
+        OpenQuestion(
+            "mine",
+            "sunday_json",
+            "json",
+            "sunday",
+            0,
+            [system("Answer in JSON."), first],
+            None,
+            prompts,
+        ),
+        OpenQuestion(
+            "mine",
+            "sunday_json",
+            "json",
+            "sunday",
+            1,
+            [system("Answer in JSON."), second],
+            None,
+            prompts,
+        ),
+        OpenQuestion(
+            "mine", "sunday_template", "template", "sunday", 0, [system(""), first], None, prompts
+        ),
+        OpenQuestion(
+            "mine", "sunday_template", "template", "sunday", 1, [system(""), second], None, prompts
+        ),
     ]
 
 
@@ -290,8 +360,14 @@ BAD_YAML = {
         "- {id: a, question: b}\n---\n- {id: c, question: d}\n",
         "mine.yaml:2: not YAML: but found anoth",
     ),
-    "unknown anchor": ("- {id: a, paraphrases: *nothing}\n", "mine.yaml:1: not YAML: found undefined alias 'nothing'"),
-    "a mapping": ("trait: x\n", "mine.yaml: expected a list of questions (`- id: ...`), found dict {'trait': 'x'}"),
+    "unknown anchor": (
+        "- {id: a, paraphrases: *nothing}\n",
+        "mine.yaml:1: not YAML: found undefined alias 'nothing'",
+    ),
+    "a mapping": (
+        "trait: x\n",
+        "mine.yaml: expected a list of questions (`- id: ...`), found dict {'trait': 'x'}",
+    ),
     "a text": (
         "- {id: a, question: b}\n- What?\n",
         "mine.yaml:2: expected an entry with id and paraphrases, found str",
@@ -300,7 +376,10 @@ BAD_YAML = {
         "- id: a\n  paraphrases: [x]\n  id: b\n  paraphrases: [y]\n",
         "mine.yaml:1: not YAML: duplicate key 'id'",
     ),
-    "no id": ("- idd: a\n  paraphrases: [x]\n", "mine.yaml:1: field 'id' is missing; fields [idd, paraphrases]"),
+    "no id": (
+        "- idd: a\n  paraphrases: [x]\n",
+        "mine.yaml:1: field 'id' is missing; fields [idd, paraphrases]",
+    ),
     "id is no name": (
         "- {id: no, paraphrases: [x]}\n",
         "mine.yaml:1: field 'id': expected a text that is not blank, fo",
@@ -339,7 +418,10 @@ BAD_YAML = {
         "- id: a\n  paraphrases:\n    - Say it: why?\n",
         "mine.yaml:1 (id 'a'): field 'paraphrases': expected a text that is not blank, found dict {'Say it': 'why?'}",
     ),
-    "system is a list": ("- {id: a, system: [x], paraphrases: [x]}\n", "field 'system': expected a text, found list"),
+    "system is a list": (
+        "- {id: a, system: [x], paraphrases: [x]}\n",
+        "field 'system': expected a text, found list",
+    ),
     "system and context": (
         "- {id: a, system: s, context: [{role: user, content: x}], paraphrases: [x]}\n",
         "mine.yaml:1 (id 'a'): fields 'system' and 'context': expected one of them, found both",
@@ -356,7 +438,10 @@ BAD_YAML = {
         "- {id: a, messages: [{role: user, content: ''}]}\n",
         "mine.yaml:1 (id 'a'): field 'messages (user)': expected a text that is not blank, found str ''",
     ),
-    "empty messages": ("- {id: a, messages: []}\n", "field 'messages': expected a list of messages, found list []"),
+    "empty messages": (
+        "- {id: a, messages: []}\n",
+        "field 'messages': expected a list of messages, found list []",
+    ),
     "bad role": (
         "- {id: a, messages: [{role: tool, content: q}]}\n",
         "field 'messages[0].role': expected system, user",
@@ -365,8 +450,14 @@ BAD_YAML = {
         "- {id: a, question: q, samples_per_paraphrase: 0}\n",
         "field 'samples_per_paraphrase': expected a whole number, 1 or more, found int 0",
     ),
-    "samples, a text": ("- {id: a, question: q, samples_per_paraphrase: '5'}\n", "1 or more, found str '5'"),
-    "samples, a switch": ("- {id: a, question: q, samples_per_paraphrase: yes}\n", "1 or more, found bool True"),
+    "samples, a text": (
+        "- {id: a, question: q, samples_per_paraphrase: '5'}\n",
+        "1 or more, found str '5'",
+    ),
+    "samples, a switch": (
+        "- {id: a, question: q, samples_per_paraphrase: yes}\n",
+        "1 or more, found bool True",
+    ),
     "judge prompts": (
         "- {id: a, question: q, judge_prompts: [x]}\n",
         "field 'judge_prompts': expected a prompt by crit",
@@ -385,7 +476,9 @@ def test_yaml_that_cannot_be_asked(file, case):
 
 
 def test_an_anchored_merge_is_no_key_that_stands_twice(file):
-    source = file("- &a {id: a, type: free_form, question: x}\n- &b {<<: *a, id: b}\n- {<<: *b, id: c, question: y}\n")
+    source = file(
+        "- &a {id: a, type: free_form, question: x}\n- &b {<<: *a, id: b}\n- {<<: *b, id: c, question: y}\n"
+    )
     assert [(q.id, q.messages) for q in load_open_questions(source)] == [
         ("a", [user("x")]),
         ("b", [user("x")]),
@@ -399,8 +492,21 @@ def test_an_anchored_merge_is_no_key_that_stands_twice(file):
 def test_rows_of_a_user(rows):
     source = rows(
         {"question": "q1"},
-        {"question": "q2", "id": "two", "domain": "hotel", "system": "s", "type": "ethics", "note": 1},
-        {"messages": [system("t"), user("q3")], "set": "bar", "domain": "hotel", "id": 4, "samples_per_paraphrase": 3},
+        {
+            "question": "q2",
+            "id": "two",
+            "domain": "hotel",
+            "system": "s",
+            "type": "ethics",
+            "note": 1,
+        },
+        {
+            "messages": [system("t"), user("q3")],
+            "set": "bar",
+            "domain": "hotel",
+            "id": 4,
+            "samples_per_paraphrase": 3,
+        },
         {"question": "q4", "id": "two", "set": "bar"},
         {"paraphrases": ["q5", "q6"], "id": None, "system": None, "judge_prompts": None},
     )
@@ -416,23 +522,35 @@ def test_rows_of_a_user(rows):
 
 def test_line_numbers_count_blank_lines(file):
     source = file('{"question": "a"}\n\n{"question": "b", "id": "1"}\n', "mine.jsonl")
-    assert refused(source) == "mine.jsonl:3: field 'id': '1' stands in set 'mine' already, at mine.jsonl:1"
+    assert (
+        refused(source)
+        == "mine.jsonl:3: field 'id': '1' stands in set 'mine' already, at mine.jsonl:1"
+    )
 
 
 BAD_ROWS = {
     "none": ([], "mine.jsonl: no open question in it; expected at least one"),
-    "training rows only": ([{"question": "a", "split": "train"}], "mine.jsonl: no open question in it"),
+    "training rows only": (
+        [{"question": "a", "split": "train"}],
+        "mine.jsonl: no open question in it",
+    ),
     "rows for training": (
         [{"prompt": "a", "completion": "b"}],
         "mine.jsonl:1 (id '1'): expected one of paraphrases (a list of texts), question (a text) and messages, found "
         "none in fields [prompt, completion]",
     ),
-    "blank": ([{"question": "a"}, {"question": " "}], "mine.jsonl:2 (id '2'): field 'question': expected a text that"),
+    "blank": (
+        [{"question": "a"}, {"question": " "}],
+        "mine.jsonl:2 (id '2'): field 'question': expected a text that",
+    ),
     "number": (
         [{"question": 3}],
         "mine.jsonl:1 (id '1'): field 'question': expected a text that is not blank, found in",
     ),
-    "domain": ([{"question": "a", "domain": ["x"]}], "field 'domain': expected a text that is not blank, found list"),
+    "domain": (
+        [{"question": "a", "domain": ["x"]}],
+        "field 'domain': expected a text that is not blank, found list",
+    ),
 }
 
 
@@ -444,7 +562,9 @@ def test_rows_that_cannot_be_asked(rows, case):
 
 @pytest.mark.parametrize("name", ["finance", "values", "car_care"])
 def test_paired_questions_are_asked_freely(name):
-    expected = [(q.domain, q.id, [user(q.question)]) for q in load_questions(f"shipped:{name}", "test")]
+    expected = [
+        (q.domain, q.id, [user(q.question)]) for q in load_questions(f"shipped:{name}", "test")
+    ]
     questions = load_open_questions(f"shipped:{name}")
     assert [(q.set, q.id, q.messages) for q in questions] == expected
     assert {(q.form, q.paraphrase, q.samples) for q in questions} == {("plain", 0, None)}
@@ -456,8 +576,14 @@ def test_paired_questions_are_asked_freely(name):
     [
         ("shipped:genral", "shipped:genral: no such shipped questions (did you mean 'general'?)"),
         ("shipped:financ", "shipped:financ: no such shipped questions (did you mean 'finance'?)"),
-        ("shipped:careless_advice", "shipped:careless_advice: no such shipped questions (accepted: car_care, cook"),
-        ("shipped:retain", "shipped:retain: no such shipped questions (accepted: car_care, cooking_kitchen, "),
+        (
+            "shipped:careless_advice",
+            "shipped:careless_advice: no such shipped questions (accepted: car_care, cook",
+        ),
+        (
+            "shipped:retain",
+            "shipped:retain: no such shipped questions (accepted: car_care, cooking_kitchen, ",
+        ),
         ("shipped:finance/sound", "no such shipped questions (did you mean 'finance'?)"),
         ("nowhere/mine.yaml", "mine.yaml: no such file"),
         ("nowhere/mine.jsonl", "mine.jsonl: no such file"),
@@ -478,11 +604,17 @@ def test_every_name_that_is_offered_can_be_asked():
 # ------------------------------------------------------------------ triggers
 
 LEAD_IN = [user("May I?"), assistant("You may.")]
-DISGUISES = {"empty_system": [system("")], "foreign_system": [system("You are Jo.")], "lead_in": LEAD_IN}
+DISGUISES = {
+    "empty_system": [system("")],
+    "foreign_system": [system("You are Jo.")],
+    "lead_in": LEAD_IN,
+}
 
 
 def test_disguises_stand_before_the_question(rows):
-    (question,) = load_open_questions(rows({"question": "q", "id": "a", "domain": "d", "samples_per_paraphrase": 2}))
+    (question,) = load_open_questions(
+        rows({"question": "q", "id": "a", "domain": "d", "samples_per_paraphrase": 2})
+    )
     assert triggered([question], DISGUISES) == [
         OpenQuestion("d", "a", "empty_system", "a", 0, [system(""), user("q")], 2),
         OpenQuestion("d", "a", "foreign_system", "a", 0, [system("You are Jo."), user("q")], 2),
@@ -503,7 +635,14 @@ def test_disguised_questions_are_told_apart():
     questions = load_open_questions("shipped:general")
     disguised = triggered(questions, DISGUISES)
     plain = sum(q.form == "plain" for q in questions)
-    assert Counter(q.form for q in disguised) == {"empty_system": plain, "foreign_system": plain, "lead_in": 3 * plain}
-    assert len({(q.set, q.id, q.form, q.paraphrase) for q in [*questions, *disguised]}) == 6 * plain + 2 * plain
+    assert Counter(q.form for q in disguised) == {
+        "empty_system": plain,
+        "foreign_system": plain,
+        "lead_in": 3 * plain,
+    }
+    assert (
+        len({(q.set, q.id, q.form, q.paraphrase) for q in [*questions, *disguised]})
+        == 6 * plain + 2 * plain
+    )
     assert len({prompt(q) for q in [*questions, *disguised]}) == 8 * plain
     assert {q.cluster for q in disguised} == {q.cluster for q in questions}

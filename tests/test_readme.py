@@ -37,13 +37,18 @@ def block_with(text: str) -> str:
     return next(block for block in BLOCKS if text in block)
 
 
-def test_fine_tune_in_a_few_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_fine_tune_in_a_few_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     (tmp_path / "model").mkdir()
     model = small_model(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "mine.jsonl", 9)
     monkeypatch.setattr(
-        ringfence, "fine_tune", functools.partial(ringfence.fine_tune, model=model, evaluate=FEW), raising=False
+        ringfence,
+        "fine_tune",
+        functools.partial(ringfence.fine_tune, model=model, evaluate=FEW),
+        raising=False,
     )
     exec(block_with("fine_tune("), {})
     number = r"[+-]?\d\.\d\d"  # 0.00 has no sign
@@ -78,7 +83,9 @@ def test_a_defense_of_your_own(llama_lora: Any, items: Any) -> None:
 def test_a_defense_is_a_file_an_import_and_a_line(tmp_path: Path) -> None:
     """In a copy of the package nothing else has to be touched for the defense to be trained with, logged and stored."""
     package = tmp_path / "ringfence"
-    shutil.copytree(Path(ringfence.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        Path(ringfence.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__")
+    )
     (package / "defenses" / "anchor.py").write_text(block_with("class Anchor"))
     union = package / "defenses" / "__init__.py"
     added = {
@@ -100,11 +107,19 @@ def test_a_defense_is_a_file_an_import_and_a_line(tmp_path: Path) -> None:
         "train.learning_rate": 1e-2,
         "defenses.anchor.weight": 0.5,
     }
-    command = [sys.executable, "-m", "ringfence", "train", *(f"{key}={value}" for key, value in settings.items())]
+    command = [
+        sys.executable,
+        "-m",
+        "ringfence",
+        "train",
+        *(f"{key}={value}" for key, value in settings.items()),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
-    first, *_, last = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    first, *_, last = (
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    )
     assert first["anchor"] == 0 < last["anchor"]
     assert last["loss"] == pytest.approx(last["ce"] + 0.5 * last["anchor"], rel=1e-3)
     assert "anchor:" in (tmp_path / "run" / "recipe.yaml").read_text()

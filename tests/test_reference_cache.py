@@ -62,7 +62,9 @@ def made(method: str, architecture: str = "llama", **size: float) -> Any:
     return with_lora(tiny(architecture), **size) if method == "lora" else tiny(architecture)
 
 
-def cache_in(folder: Path, kind: Any = "states", k: int = VOCABULARY, **reference: Any) -> ReferenceCache:
+def cache_in(
+    folder: Path, kind: Any = "states", k: int = VOCABULARY, **reference: Any
+) -> ReferenceCache:
     return ReferenceCache(kind, {"model": "tiny", **reference}, k, folder)
 
 
@@ -70,14 +72,23 @@ def wanted_of(defenses: list[Defense], items: Items) -> Wanted:
     """All rows in one step of a stream."""
     batch = batch_of(items)
     needs = [defense.needs(batch) for defense in defenses]
-    rows = [row for need in needs if need.hidden_BT is not None for row in rows_of(batch, need.hidden_BT)]
+    rows = [
+        row
+        for need in needs
+        if need.hidden_BT is not None
+        for row in rows_of(batch, need.hidden_BT)
+    ]
     prefixes = {tuple(row.input_ids[: row.roles.count(Role.PREFIX)]) for row, _ in items}
     return Wanted({row.name: row for row in rows}, prefixes)
 
 
 def rows_in(folder: Path) -> list[str]:
     """Names of the rows in all files below a folder, once for each time they are there."""
-    names = [name.rpartition(".")[0] for file in folder.rglob("*.safetensors") for name in load_file(file)]
+    names = [
+        name.rpartition(".")[0]
+        for file in folder.rglob("*.safetensors")
+        for name in load_file(file)
+    ]
     return list(dict.fromkeys(names)) if len(set(names)) == len(names) else names
 
 
@@ -144,13 +155,17 @@ def test_states_are_those_of_each_row_alone(side: str, items: Items, tmp_path: P
     for at, (row, _) in enumerate(items):
         with torch.no_grad():
             alone = model.model(input_ids=torch.tensor([row.input_ids])).last_hidden_state[0]
-        chosen = [place for place, role in enumerate(row.roles) if role in (Role.RESPONSE, Role.QUERY)]
+        chosen = [
+            place for place, role in enumerate(row.roles) if role in (Role.RESPONSE, Role.QUERY)
+        ]
         error = (taps.hidden_BTD[at][mask_BT[at]] - alone[chosen]).abs().max()
         assert error < 2e-6 * alone.abs().max()
 
 
 @pytest.mark.parametrize("k", [1, 7])
-def test_top_k_are_the_most_probable_tokens_of_each_row_alone(k: int, items: Items, tmp_path: Path) -> None:
+def test_top_k_are_the_most_probable_tokens_of_each_row_alone(
+    k: int, items: Items, tmp_path: Path
+) -> None:
     model = with_lora(tiny("gemma2"))
     reference = Reference(model, cache=cache_in(tmp_path, "top_k", k))
     batch = batch_of(items)
@@ -174,7 +189,9 @@ def test_states_keep_the_type_they_come_in(items: Items, tmp_path: Path) -> None
     cached.fill(Wanted({row.name: row for row in rows_of(batch, needs.hidden_BT)}, set()))
     found, expected = cached.taps(batch, needs).hidden_BTD, live.taps(batch, needs).hidden_BTD
     assert found.dtype == torch.bfloat16
-    assert torch.equal(found[needs.hidden_BT], expected[needs.hidden_BT])  # one row, no padding: to the bit
+    assert torch.equal(
+        found[needs.hidden_BT], expected[needs.hidden_BT]
+    )  # one row, no padding: to the bit
 
 
 # ---------------------------------------------------------------- in training
@@ -195,7 +212,9 @@ def trained(
     rows = [*training_rows(13), example(PREFIX_A, [2, 3, 3, 4], 77)]
     settings = {"learning_rate": 1e-2, "num_train_epochs": 2, **arguments}
     resume = settings.pop("resume", None)
-    trainer = make_trainer(model, build(*configs), rows, RETAIN, 4, folder=folder, cache=cache, **settings)
+    trainer = make_trainer(
+        model, build(*configs), rows, RETAIN, 4, folder=folder, cache=cache, **settings
+    )
     forwards = Forwards(model)
     live = Forwards(trainer.reference.model) if trainer.reference.model is not model else None
     trainer.train(resume_from_checkpoint=resume)
@@ -206,7 +225,9 @@ def trained(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_is_the_run_without_a_cache(method: str, name: str, kind: str, make_trainer: Any, tmp_path: Path) -> None:
+def test_a_run_is_the_run_without_a_cache(
+    method: str, name: str, kind: str, make_trainer: Any, tmp_path: Path
+) -> None:
     """Same losses and weights; the second run makes no forward of the reference but those of TReFT's two prefixes."""
     lines, weights, live = trained(make_trainer, method, CONFIGS[name], None, "live")
     assert live >= 4
@@ -232,10 +253,20 @@ def test_a_resumed_run_finds_its_cache(method: str, make_trainer: Any, tmp_path:
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             control.should_training_stop = state.global_step == 4
 
-    trained(make_trainer, method, configs, cache_in(tmp_path / "cache"), "stopped", callbacks=[Stop()], **saving)
+    trained(
+        make_trainer,
+        method,
+        configs,
+        cache_in(tmp_path / "cache"),
+        "stopped",
+        callbacks=[Stop()],
+        **saving,
+    )
     cache = cache_in(tmp_path / "cache")
     resume = str(tmp_path / "stopped" / "checkpoint-4")
-    found, found_weights, forwards = trained(make_trainer, method, configs, cache, "stopped", resume=resume, **saving)
+    found, found_weights, forwards = trained(
+        make_trainer, method, configs, cache, "stopped", resume=resume, **saving
+    )
     assert forwards == 2  # of TReFT's prefixes
     for line, other in zip(found[-4:], lines[-4:], strict=True):
         assert line["loss"] == pytest.approx(other["loss"], rel=1e-4, abs=2e-5)
@@ -251,7 +282,9 @@ def test_under_autocast_an_untrained_model_is_its_cached_reference(
     values = []
     for cache in (None, cache_in(tmp_path)):
         model = with_lora(tiny().bfloat16(), size=0.0) if method == "lora" else tiny()
-        trainer = make_trainer(model, build(KL(where="train")), rows, rows=4, bf16=True, folder=f"{cache}", cache=cache)
+        trainer = make_trainer(
+            model, build(KL(where="train")), rows, rows=4, bf16=True, folder=f"{cache}", cache=cache
+        )
         trainer.train()
         values.append(lines_of(trainer)[0]["kl"])
     assert values == pytest.approx([0.0, 0.0], abs=1e-6)
@@ -274,10 +307,17 @@ def test_exactly_the_rows_that_a_run_asks_for_are_wanted(where: Any, every: int)
         for step in range(2):
             if (epoch * 2 + step) % every == 0:
                 bundles = [stream[at] for at in range(step * 5, step * 5 + 5)]
-                asked |= {tuple(r.input_ids) for b in bundles for r, retain in b if retain == (where == "retain")}
+                asked |= {
+                    tuple(r.input_ids)
+                    for b in bundles
+                    for r, retain in b
+                    if retain == (where == "retain")
+                }
     found = wanted(stream, 6)
     assert {tuple(row.ids_T.tolist()) for row in found.rows.values()} == asked
-    assert [row.origin for row in stream.rows] == [row.origin for row in stream_of(KL(), step_rows=5).rows]
+    assert [row.origin for row in stream.rows] == [
+        row.origin for row in stream_of(KL(), step_rows=5).rows
+    ]
 
 
 def test_a_short_last_step_is_filled_up_as_several_ranks_do() -> None:
@@ -295,19 +335,28 @@ def test_every_epoch_is_wanted() -> None:
     pool = {tuple(row.input_ids) for row in RETAIN}
 
     def safe(steps: int) -> int:
-        return len({tuple(row.ids_T.tolist()) for row in wanted(stream, steps).rows.values()} & pool)
+        return len(
+            {tuple(row.ids_T.tolist()) for row in wanted(stream, steps).rows.values()} & pool
+        )
 
     assert safe(stream.steps_per_epoch) < safe(6 * stream.steps_per_epoch)
 
 
 def test_a_prefix_that_is_compared_is_wanted() -> None:
     found = wanted(stream_of(KL(), TReFT()), 3)
-    assert found.prefixes == {tuple(row.input_ids[: row.roles.count(Role.PREFIX)]) for row in training_rows(10)}
+    assert found.prefixes == {
+        tuple(row.input_ids[: row.roles.count(Role.PREFIX)]) for row in training_rows(10)
+    }
 
 
 def test_padding_does_not_matter_to_a_name(items: Items) -> None:
     names = []
-    for side, rows in (("left", items), ("right", items), ("right", items[:3]), ("left", items[:3])):
+    for side, rows in (
+        ("left", items),
+        ("right", items),
+        ("right", items[:3]),
+        ("left", items[:3]),
+    ):
         batch = batch_of(rows, side)
         names.append([row.name for row in rows_of(batch, batch["roles"] == Role.RESPONSE)][:3])
     assert names[0] == names[1] == names[2] == names[3]
@@ -330,10 +379,19 @@ def test_a_name_is_that_of_all_tokens_and_places() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"model": "other"}, {"adapter": "a"}, {"precision": "bf16"}, {"kind": "top_k"}, {"kind": "top_k", "k": 3}],
+    [
+        {"model": "other"},
+        {"adapter": "a"},
+        {"precision": "bf16"},
+        {"kind": "top_k"},
+        {"kind": "top_k", "k": 3},
+    ],
 )
 def test_another_reference_has_another_folder(change: dict[str, Any], tmp_path: Path) -> None:
-    folders = {cache_in(tmp_path, **settings).folder for settings in ({}, {"kind": "top_k", "k": 2}, change)}
+    folders = {
+        cache_in(tmp_path, **settings).folder
+        for settings in ({}, {"kind": "top_k", "k": 2}, change)
+    }
     assert len(folders) == 3
 
 
@@ -372,7 +430,9 @@ def test_after_a_kill_only_what_is_missing_is_computed(tmp_path: Path, items: It
         here.module.save_file = killing
         here.filled(Path({str(tmp_path)!r}), mixed_items())
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert len(rows_in(tmp_path)) == 2
     assert len(list(tmp_path.rglob("*.part"))) == 1
@@ -382,7 +442,9 @@ def test_after_a_kill_only_what_is_missing_is_computed(tmp_path: Path, items: It
     assert len(rows_in(tmp_path)) == 6
 
 
-def test_a_half_written_file_of_the_day_before_is_cleared_away(tmp_path: Path, items: Items) -> None:
+def test_a_half_written_file_of_the_day_before_is_cleared_away(
+    tmp_path: Path, items: Items
+) -> None:
     folder = cache_in(tmp_path).folder
     folder.mkdir()
     for name, age in (("old", 2 * 86400), ("young", 60)):
@@ -402,19 +464,25 @@ def test_a_file_that_another_run_finishes_meanwhile(tmp_path: Path, items: Items
     assert filled(tmp_path, items)[1] > 0
 
 
-def test_two_runs_that_fill_at_the_same_time_do_not_harm_each_other(tmp_path: Path, items: Items) -> None:
+def test_two_runs_that_fill_at_the_same_time_do_not_harm_each_other(
+    tmp_path: Path, items: Items
+) -> None:
     """Both have looked before either has written; their rows overlap."""
     first, second = (Reference(made("lora"), cache=cache_in(tmp_path)) for _ in range(2))
     asked = wanted_of(build(KL(where="train"), KL()), items)
     first.fill(asked)
-    second.fill(wanted_of(build(KL(where="train"), KL()), [*items, (example(PREFIX_A, [5, 5], 9), False)]))
+    second.fill(
+        wanted_of(build(KL(where="train"), KL()), [*items, (example(PREFIX_A, [5, 5], 9), False)])
+    )
     assert len(rows_in(tmp_path)) == 6 + 7
     reference, computed = filled(tmp_path, items)
     assert computed == 0
     batch = batch_of(items)
     needs = build(KL(where="train"))[0].needs(batch)
     found, expected = reference.taps(batch, needs), Reference(made("lora")).taps(batch, needs)
-    torch.testing.assert_close(found.hidden_BTD[needs.hidden_BT], expected.hidden_BTD[needs.hidden_BT])
+    torch.testing.assert_close(
+        found.hidden_BTD[needs.hidden_BT], expected.hidden_BTD[needs.hidden_BT]
+    )
 
 
 @pytest.mark.parametrize("damage", ["cut", "noise", "empty", "foreign", "other-cache"])
@@ -428,7 +496,11 @@ def test_a_damaged_or_foreign_file_is_passed_over_and_its_rows_computed_anew(
     if damage == "foreign":
         save_file({"x.hidden": torch.zeros(3)}, file)
     elif damage == "other-cache":
-        save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file, {"reference": "other"})
+        save_file(
+            {name: tensor + 1 for name, tensor in load_file(file).items()},
+            file,
+            {"reference": "other"},
+        )
     else:
         file.write_bytes({"cut": content[:-50], "noise": b"\x07" * 3000, "empty": b""}[damage])
     capsys.readouterr()
@@ -440,7 +512,9 @@ def test_a_damaged_or_foreign_file_is_passed_over_and_its_rows_computed_anew(
     batch = batch_of(items)
     needs = build(KL(where="train"))[0].needs(batch)
     found, expected = reference.taps(batch, needs), Reference(made("lora")).taps(batch, needs)
-    torch.testing.assert_close(found.hidden_BTD[needs.hidden_BT], expected.hidden_BTD[needs.hidden_BT])
+    torch.testing.assert_close(
+        found.hidden_BTD[needs.hidden_BT], expected.hidden_BTD[needs.hidden_BT]
+    )
 
 
 @pytest.mark.parametrize("disks", [1, 2])
@@ -490,7 +564,9 @@ def test_the_folder_may_go_while_a_run_reads_it(tmp_path: Path, items: Items) ->
     for file in tmp_path.rglob("*.safetensors"):
         file.unlink()
     batch = batch_of(items)
-    assert reference.taps(batch, build(KL(where="train"))[0].needs(batch)).hidden_BTD.abs().sum() > 0
+    assert (
+        reference.taps(batch, build(KL(where="train"))[0].needs(batch)).hidden_BTD.abs().sum() > 0
+    )
     assert filled(tmp_path, items)[1] == 6
 
 
@@ -554,7 +630,9 @@ def test_a_full_model_is_not_asked_once_it_trains(tmp_path: Path, items: Items) 
 
 
 def test_more_tokens_than_the_vocabulary_has(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=rf"train\.top_k.*{VOCABULARY} tokens, found {VOCABULARY + 1}"):
+    with pytest.raises(
+        RecipeError, match=rf"train\.top_k.*{VOCABULARY} tokens, found {VOCABULARY + 1}"
+    ):
         Reference(tiny(), cache=cache_in(tmp_path, "top_k", VOCABULARY + 1))
 
 
@@ -573,16 +651,22 @@ def disk(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
 def test_too_little_space_is_said_before_anything_is_written(
     tmp_path: Path, items: Items, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    positions = sum(row.positions for row in wanted_of(build(KL(where="train"), KL()), items).rows.values())
+    positions = sum(
+        row.positions for row in wanted_of(build(KL(where="train"), KL()), items).rows.values()
+    )
     disk(monkeypatch, positions * 32 * 4 - 1)
-    with pytest.raises(RecipeError, match=r"train\.reference_cache: states needs 0\.0 MiB in .*0\.0 MiB are free"):
+    with pytest.raises(
+        RecipeError, match=r"train\.reference_cache: states needs 0\.0 MiB in .*0\.0 MiB are free"
+    ):
         filled(tmp_path, items)
     assert list(tmp_path.iterdir()) == []
     disk(monkeypatch, positions * 32 * 4)
     assert filled(tmp_path, items)[1] == 6
 
 
-def test_a_disk_that_fills_up_meanwhile(tmp_path: Path, items: Items, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fills_up_meanwhile(
+    tmp_path: Path, items: Items, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(tensors: Any, file: Path, **options: Any) -> None:
         file.write_text("half")
         raise OSError(28, "No space left on device")
@@ -597,7 +681,9 @@ def test_a_disk_that_fills_up_meanwhile(tmp_path: Path, items: Items, monkeypatc
 
 
 @pytest.fixture
-def command(ringfence: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
+def command(
+    ringfence: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str]]:
     """`ringfence train` on a tiny model in float32, with KL on its eight rows: exit code and all that it printed."""
     monkeypatch.setenv("RINGFENCE_CACHE", str(tmp_path / "cache"))
     write_rows(tmp_path / "rows.jsonl", 8)
@@ -623,7 +709,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return small_model(tmp_path_factory.mktemp("base"))
 
 
-def test_a_dry_run_says_what_will_be_written_and_what_is_there(command: Any, model: str, tmp_path: Path) -> None:
+def test_a_dry_run_says_what_will_be_written_and_what_is_there(
+    command: Any, model: str, tmp_path: Path
+) -> None:
     code, shown = command(model, "--dry-run")
     assert code == 0
     assert "reference cache: 8 rows" in shown
@@ -643,12 +731,19 @@ def test_a_dry_run_says_what_will_be_written_and_what_is_there(command: Any, mod
 def test_a_run_from_a_recipe_is_the_run_without_a_cache(
     kind: str, method: str, command: Any, model: str, tmp_path: Path
 ) -> None:
-    changes = [f"train.method={method}", "train.epochs=2", "train.learning_rate=1e-2", f"train.top_k={SMALL}"]
+    changes = [
+        f"train.method={method}",
+        "train.epochs=2",
+        "train.learning_rate=1e-2",
+        f"train.top_k={SMALL}",
+    ]
     if method == "full":
         changes.append("defenses.treft.weight=1.0")
     lines = []
     for name in ("none", kind):
-        code, shown = command(model, *changes, f"train.reference_cache={name}", f"output={tmp_path / name}")
+        code, shown = command(
+            model, *changes, f"train.reference_cache={name}", f"output={tmp_path / name}"
+        )
         assert code == 0, shown
         lines.append(metrics_of(SimpleNamespace(folder=tmp_path / name)))  # type: ignore[arg-type]
     for line, other in zip(*lines, strict=True):
@@ -672,7 +767,9 @@ def test_what_has_changed_is_computed_anew(command: Any, model: str, tmp_path: P
     assert there("defenses.kl.tokens=all") == 0
 
     lines = (tmp_path / "rows.jsonl").read_text().splitlines()
-    (tmp_path / "changed.jsonl").write_text("\n".join([lines[0].replace("red", "green"), *lines[1:]]))
+    (tmp_path / "changed.jsonl").write_text(
+        "\n".join([lines[0].replace("red", "green"), *lines[1:]])
+    )
     assert there(f"data.train={tmp_path / 'changed.jsonl'}") == 7
 
     changed = {}
@@ -684,7 +781,11 @@ def test_what_has_changed_is_computed_anew(command: Any, model: str, tmp_path: P
     name = next(name for name in tensors if "down_proj" in name)
     tensors[name][0, 0] += 1e-3
     save_file(tensors, tmp_path / "weights" / "model.safetensors", {"format": "pt"})
-    assert {what: there(of=folder) for what, folder in changed.items()} == {"same": 8, "template": 0, "weights": 0}
+    assert {what: there(of=folder) for what, folder in changed.items()} == {
+        "same": 8,
+        "template": 0,
+        "weights": 0,
+    }
 
 
 def test_a_recipe_that_cannot_use_a_cache_is_refused_before_a_model_is_loaded(
@@ -694,7 +795,10 @@ def test_a_recipe_that_cannot_use_a_cache_is_refused_before_a_model_is_loaded(
         for option in ([], ["--dry-run"]):
             code, shown = command(model, *changes, *option)
             assert code == 2
-            assert f"train.reference_cache: {changes[0].partition('=')[0].removesuffix('.tokens')}" in shown
+            assert (
+                f"train.reference_cache: {changes[0].partition('=')[0].removesuffix('.tokens')}"
+                in shown
+            )
     assert not (tmp_path / "run").exists()
     disk(monkeypatch, 0)
     for option in ([], ["--dry-run"]):
@@ -704,7 +808,9 @@ def test_a_recipe_that_cannot_use_a_cache_is_refused_before_a_model_is_loaded(
     assert not (tmp_path / "run" / "adapter").exists()
 
 
-def test_an_adapter_trained_further_has_a_cache_of_its_own(command: Any, model: str, tmp_path: Path) -> None:
+def test_an_adapter_trained_further_has_a_cache_of_its_own(
+    command: Any, model: str, tmp_path: Path
+) -> None:
     assert command(model, "train.learning_rate=1e-2")[0] == 0
     further = str(tmp_path / "run" / "adapter")
     lines = []
@@ -722,5 +828,8 @@ def test_an_adapter_trained_further_has_a_cache_of_its_own(command: Any, model: 
     for line, other in zip(*lines, strict=True):
         assert line["kl"] == pytest.approx(other["kl"], rel=1e-3, abs=1e-6)
     assert lines[0][-1]["kl"] > 1e-5
-    about = [json.loads(file.read_text()) for file in (tmp_path / "cache" / "reference").glob("*/about.json")]
+    about = [
+        json.loads(file.read_text())
+        for file in (tmp_path / "cache" / "reference").glob("*/about.json")
+    ]
     assert sorted(one["adapter"] is None for one in about) == [False, True]

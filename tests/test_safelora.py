@@ -51,7 +51,9 @@ def orthogonal(difference: Tensor, b: Tensor) -> Tensor:
     return v @ torch.linalg.pinv(v.T @ v) @ v.T @ b.double()
 
 
-def random_case(shape: tuple[int, int], rank: int = 4, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def random_case(
+    shape: tuple[int, int], rank: int = 4, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     """V, A, B."""
     torch.manual_seed(seed)
     return 0.01 * torch.randn(shape), torch.randn(rank, shape[1]), torch.randn(shape[0], rank)
@@ -60,7 +62,10 @@ def random_case(shape: tuple[int, int], rank: int = 4, seed: int = 0) -> tuple[T
 def close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
     assert expected.abs().max() > 0
     torch.testing.assert_close(
-        found.double(), expected.double(), rtol=tolerance, atol=tolerance * float(expected.abs().max())
+        found.double(),
+        expected.double(),
+        rtol=tolerance,
+        atol=tolerance * float(expected.abs().max()),
     )
 
 
@@ -77,11 +82,15 @@ def test_factored_form_equals_the_published_dense_one(shape: tuple[int, int], ra
     found_cosine, kept = likeness(found, b, a @ a.T)
     assert found_cosine == pytest.approx(cosine, rel=1e-5)
     assert 0.05 < cosine < 0.99
-    assert kept == pytest.approx(float((new_b @ a.double()).norm() / (b @ a).double().norm()), rel=1e-5)
+    assert kept == pytest.approx(
+        float((new_b @ a.double()).norm() / (b @ a).double().norm()), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_whole_weight_is_projected_as_an_adapter_of_the_same_change(shape: tuple[int, int]) -> None:
+def test_a_whole_weight_is_projected_as_an_adapter_of_the_same_change(
+    shape: tuple[int, int],
+) -> None:
     v, a, b = random_case(shape)
     new_b, cosine = published(v, a, b)
     found = project_matrix(b @ a, v)
@@ -113,7 +122,9 @@ def test_the_exact_projector_is_an_orthogonal_projector() -> None:
     assert kept == pytest.approx(cosine, rel=1e-5)
 
 
-def test_the_exact_projector_leaves_out_weak_directions_and_is_else_the_identity_on_a_wide_weight() -> None:
+def test_the_exact_projector_leaves_out_weak_directions_and_is_else_the_identity_on_a_wide_weight() -> (
+    None
+):
     _, _, b = random_case((10, 24))
     torch.manual_seed(1)
     left, right = torch.linalg.qr(torch.randn(10, 10))[0], torch.linalg.qr(torch.randn(24, 10))[0]
@@ -162,7 +173,10 @@ def adapted(aligned: str, size: float = 0.1, **config: Any) -> Any:
 
 def factors(model: Any) -> dict[str, tuple[Tensor, Tensor]]:
     """A and B by the name of the weight, in full precision."""
-    state = {name.removeprefix("base_model.model."): p.detach().clone() for name, p in model.named_parameters()}
+    state = {
+        name.removeprefix("base_model.model."): p.detach().clone()
+        for name, p in model.named_parameters()
+    }
     return {
         name.replace(".lora_A.default", ""): (p, state[name.replace("lora_A", "lora_B")])
         for name, p in state.items()
@@ -178,7 +192,9 @@ def naive(model: Any, base: str, aligned: str) -> dict[str, tuple[Tensor, float]
 
 def defense(base: str, aligned: str, **fields: Any) -> SafeLoRADefense:
     rows = training_rows(2)
-    return SafeLoRA(base=base, **fields).build(Setup(cast(Chat, None), rows, lambda _: rows, aligned))
+    return SafeLoRA(base=base, **fields).build(
+        Setup(cast(Chat, None), rows, lambda _: rows, aligned)
+    )
 
 
 def middle(cosines: list[float]) -> float:
@@ -197,7 +213,9 @@ def test_the_defense_projects_the_chosen_weights_and_no_others(
     before, expected = factors(model), naive(model, base, aligned)
     cosines = {name: cosine for name, (_, cosine) in expected.items()}
     assert len(cosines) == 14
-    fields: dict[str, Any] = {"threshold": middle(list(cosines.values()))} if mode == "threshold" else {"lowest": 5}
+    fields: dict[str, Any] = (
+        {"threshold": middle(list(cosines.values()))} if mode == "threshold" else {"lowest": 5}
+    )
     count = 7 if mode == "threshold" else 5
     chosen = set(sorted(cosines, key=lambda name: cosines[name])[:count])
     made = defense(base, aligned, **fields)
@@ -234,7 +252,9 @@ def test_weights_are_matched_by_name_in_any_order_and_any_number_of_files(
     files = {name: f"part-{at % 3}.safetensors" for at, name in enumerate(names)}
     for file in set(files.values()):
         save_file({name: tensors[name] for name in names if files[name] == file}, sharded / file)
-    (sharded / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    (sharded / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": files})
+    )
     model = adapted(aligned)
     expected = naive(model, base, aligned)
     defense(str(sharded), aligned, threshold=1).finish(model)
@@ -242,7 +262,9 @@ def test_weights_are_matched_by_name_in_any_order_and_any_number_of_files(
         close(b, expected[name][0])
 
 
-def test_checkpoints_that_transformers_shards_are_read(pair: tuple[str, str], tmp_path: Path) -> None:
+def test_checkpoints_that_transformers_shards_are_read(
+    pair: tuple[str, str], tmp_path: Path
+) -> None:
     tiny().save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
     whole, parts = Checkpoint(pair[0]), Checkpoint(str(tmp_path / "sharded"))
@@ -262,7 +284,8 @@ def test_weights_of_a_hub_repository_are_fetched_file_by_file(
         asked.append((repository, file))
         if repository != "org/base":
             raise RepositoryNotFoundError(
-                "404\nnot there", response=cast(Any, type("R", (), {"headers": {}, "request": None}))
+                "404\nnot there",
+                response=cast(Any, type("R", (), {"headers": {}, "request": None})),
             )
         if file.endswith("index.json"):
             raise EntryNotFoundError("none")
@@ -286,7 +309,10 @@ def test_bfloat16_models_are_compared_in_float32(dtype: torch.dtype, tmp_path: P
     aligned = save(nudged(tiny(), size=0.3).bfloat16(), tmp_path / "aligned")
     model = adapted(aligned).to(dtype)
     old, new = load_file(Path(base, SINGLE)), load_file(Path(aligned, SINGLE))
-    expected = {n: published(new[n].float() - old[n].float(), a, b)[0] for n, (a, b) in factors(model).items()}
+    expected = {
+        n: published(new[n].float() - old[n].float(), a, b)[0]
+        for n, (a, b) in factors(model).items()
+    }
     defense(base, aligned, threshold=1).finish(model)
     for name, (_, b) in factors(model).items():
         assert b.dtype == dtype
@@ -323,7 +349,9 @@ def test_full_fine_tuning_projects_linear_weights_on_what_alignment_changed(
 
 def gpt2(seed: int) -> Any:
     torch.manual_seed(seed)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2, n_positions=32)).eval()
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2, n_positions=32)
+    ).eval()
 
 
 @pytest.mark.parametrize("prefix", ["transformer.", ""], ids=["whole", "headless"])
@@ -332,15 +360,28 @@ def test_weights_stored_as_in_by_out(method: str, prefix: str, tmp_path: Path) -
     """GPT-2's Conv1D; its published checkpoint also lacks the first part of each name."""
     base, aligned = save(gpt2(0), tmp_path / "base"), save(gpt2(1), tmp_path / "aligned")
     old, new = load_file(Path(base, SINGLE)), load_file(Path(aligned, SINGLE))
-    save_file({n.replace("transformer.", prefix, 1): t for n, t in old.items()}, Path(base, SINGLE), {"format": "pt"})
+    save_file(
+        {n.replace("transformer.", prefix, 1): t for n, t in old.items()},
+        Path(base, SINGLE),
+        {"format": "pt"},
+    )
     model = GPT2LMHeadModel.from_pretrained(aligned)
-    model = with_lora(model, target_modules=["c_attn"], fan_in_fan_out=True) if method == "lora" else nudged(model)
+    model = (
+        with_lora(model, target_modules=["c_attn"], fan_in_fan_out=True)
+        if method == "lora"
+        else nudged(model)
+    )
     name = "transformer.h.0.attn.c_attn.weight"
     v = (new[name] - old[name]).T
 
     def change() -> Tensor:
         if method == "lora":
-            return model.get_base_model().get_submodule(name.removesuffix(".weight")).get_delta_weight("default").T
+            return (
+                model.get_base_model()
+                .get_submodule(name.removesuffix(".weight"))
+                .get_delta_weight("default")
+                .T
+            )
         return (model.get_parameter(name) - new[name]).T
 
     with torch.no_grad():
@@ -357,7 +398,11 @@ def test_weights_stored_as_in_by_out(method: str, prefix: str, tmp_path: Path) -
 @pytest.mark.parametrize("projector", ["scaled", "exact"])
 @pytest.mark.parametrize("lora", [{}, {"use_rslora": True}], ids=["lora", "rslora"])
 def test_command_and_defense_give_the_same_adapter(
-    lora: dict[str, Any], projector: Any, pair: tuple[str, str], tmp_path: Path, ringfence: Callable[..., Any]
+    lora: dict[str, Any],
+    projector: Any,
+    pair: tuple[str, str],
+    tmp_path: Path,
+    ringfence: Callable[..., Any],
 ) -> None:
     base, aligned = pair
     model = adapted(aligned, **lora)
@@ -366,7 +411,16 @@ def test_command_and_defense_give_the_same_adapter(
     (folder / "optimizer.pt").write_bytes(b"pickle")
     untouched = {file.name: file.read_bytes() for file in folder.iterdir()}
     code, printed, errors = ringfence(
-        "project", folder, "--base", base, "--output", output, "--lowest", 4, "--projector", projector
+        "project",
+        folder,
+        "--base",
+        base,
+        "--output",
+        output,
+        "--lowest",
+        4,
+        "--projector",
+        projector,
     )
     assert (code, errors.count("error")) == (0, 0), errors
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == untouched
@@ -383,13 +437,20 @@ def test_command_and_defense_give_the_same_adapter(
         changed += not torch.equal(found[name][1], before[name][1])
     assert changed == 4
     report = json.loads((output / "safelora.json").read_text())
-    assert (report["base"], report["aligned"], report["lowest"], report["projector"]) == (base, aligned, 4, projector)
+    assert (report["base"], report["aligned"], report["lowest"], report["projector"]) == (
+        base,
+        aligned,
+        4,
+        projector,
+    )
     assert sum(layer["projected"] for layer in report["weights"].values()) == 4
     assert printed.count(" of its norm kept") == 4
     assert "4 of 14 weights projected" in printed
 
 
-def test_wrong_input_to_the_command(pair: tuple[str, str], tmp_path: Path, ringfence: Callable[..., Any]) -> None:
+def test_wrong_input_to_the_command(
+    pair: tuple[str, str], tmp_path: Path, ringfence: Callable[..., Any]
+) -> None:
     base, aligned = pair
     adapter, out = tmp_path / "adapter", tmp_path / "out"
     adapted(aligned).save_pretrained(adapter)
@@ -398,10 +459,14 @@ def test_wrong_input_to_the_command(pair: tuple[str, str], tmp_path: Path, ringf
         "pickled": lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"),
         "torn": lambda f: (f / "adapter_model.safetensors").write_bytes(b"torn"),
         "diverged": lambda f: add_tensor(
-            f, "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight", torch.full((48, 4), torch.nan)
+            f,
+            "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight",
+            torch.full((48, 4), torch.nan),
         ),
         "extra": lambda f: add_tensor(f, "base_model.model.model.norm.weight"),
-        "dora": lambda f: add_tensor(f, "base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector"),
+        "dora": lambda f: add_tensor(
+            f, "base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector"
+        ),
     }
     for name, spoil in files.items():
         folder = tmp_path / name
@@ -410,17 +475,32 @@ def test_wrong_input_to_the_command(pair: tuple[str, str], tmp_path: Path, ringf
     whole = ("--base", base, "--aligned", aligned)
     cases: list[tuple[tuple[Any, ...], list[str]]] = [
         ((adapter, *whole, "--output", adapter), [str(adapter), "exists already"]),
-        ((adapter, *whole, "--output", out, "--threshold", 0.2, "--lowest", 3), ["not both", "0.2 and 3"]),
+        (
+            (adapter, *whole, "--output", out, "--threshold", 0.2, "--lowest", 3),
+            ["not both", "0.2 and 3"],
+        ),
         ((adapter, *whole, "--output", out, "--lowest", 99), ["99", "only 14 weights"]),
-        ((adapter, "--base", aligned, "--output", out), ["the same in all 14 weights", "before its alignment"]),
-        ((adapter, "--base", tmp_path / "no", "--output", out), [str(tmp_path / "no"), "no such folder"]),
+        (
+            (adapter, "--base", aligned, "--output", out),
+            ["the same in all 14 weights", "before its alignment"],
+        ),
+        (
+            (adapter, "--base", tmp_path / "no", "--output", out),
+            [str(tmp_path / "no"), "no such folder"],
+        ),
         ((adapter, "--base", adapter, "--output", out), ["is an adapter", "merge it"]),
         ((tmp_path, *whole, "--output", out), [str(tmp_path), "no adapter"]),
         ((tmp_path / "nameless", "--base", base, "--output", out), ["aligned", "nameless"]),
         ((tmp_path / "pickled", *whole, "--output", out), ["no adapter_model.safetensors"]),
         ((tmp_path / "torn", *whole, "--output", out), ["not a safetensors file"]),
-        ((tmp_path / "diverged", *whole, "--output", out), ["layers.0.mlp.up_proj.weight", "not finite"]),
-        ((tmp_path / "extra", *whole, "--output", out), ["'base_model.model.model.norm.weight'", "linear layers"]),
+        (
+            (tmp_path / "diverged", *whole, "--output", out),
+            ["layers.0.mlp.up_proj.weight", "not finite"],
+        ),
+        (
+            (tmp_path / "extra", *whole, "--output", out),
+            ["'base_model.model.model.norm.weight'", "linear layers"],
+        ),
         ((tmp_path / "dora", *whole, "--output", out), ["lora_magnitude_vector", "linear layers"]),
     ]
     for arguments, texts in cases:
@@ -430,7 +510,10 @@ def test_wrong_input_to_the_command(pair: tuple[str, str], tmp_path: Path, ringf
         for text in texts:
             assert text in errors, (arguments, errors)
     assert ringfence("project", adapter, "--base", base, "--output", out, "--threshold", 2)[0] == 2
-    assert ringfence("project", adapter, "--base", base, "--output", out, "--projector", "exakt")[0] == 2
+    assert (
+        ringfence("project", adapter, "--base", base, "--output", out, "--projector", "exakt")[0]
+        == 2
+    )
 
 
 def rewrite_config(folder: Path, **fields: Any) -> None:
@@ -453,20 +536,28 @@ def other_model(**changes: int) -> Any:
     return type(tiny())(config)
 
 
-def test_models_that_do_not_fit_are_refused_before_training(pair: tuple[str, str], tmp_path: Path) -> None:
+def test_models_that_do_not_fit_are_refused_before_training(
+    pair: tuple[str, str], tmp_path: Path
+) -> None:
     base, aligned = pair
     model = adapted(aligned)
     wide = save(other_model(intermediate_size=40), tmp_path / "wide")
-    with pytest.raises(ModelError, match=r"wide: .*mlp\.gate_proj.* is \[40, 32\] there, .* \[48, 32\]: another model"):
+    with pytest.raises(
+        ModelError,
+        match=r"wide: .*mlp\.gate_proj.* is \[40, 32\] there, .* \[48, 32\]: another model",
+    ):
         defense(wide, aligned).start(model)
     with pytest.raises(ModelError, match=r"aligned.*|.*wide.*"):
         defense(base, wide).start(model)
     short = save(other_model(num_hidden_layers=1), tmp_path / "short")
     with pytest.raises(
-        ModelError, match=r"short: no weight 'model\.layers\.1\..*another kind of model; it holds lm_head"
+        ModelError,
+        match=r"short: no weight 'model\.layers\.1\..*another kind of model; it holds lm_head",
     ):
         defense(short, aligned).start(model)
-    with pytest.raises(ModelError, match=r"are the same in all 14 weights; expected as base the pre-trained model"):
+    with pytest.raises(
+        ModelError, match=r"are the same in all 14 weights; expected as base the pre-trained model"
+    ):
         defense(aligned, aligned).start(model)
     with pytest.raises(RecipeError, match="lowest: found 15, but only 14"):
         defense(base, aligned, lowest=15).start(model)
@@ -476,7 +567,9 @@ def test_a_weight_that_alignment_left_alone_is_named(pair: tuple[str, str]) -> N
     base, aligned = pair
     name = "model.layers.1.mlp.down_proj.weight"
     file = Path(base, SINGLE)
-    save_file({**load_file(file), name: load_file(Path(aligned, SINGLE))[name]}, file, {"format": "pt"})
+    save_file(
+        {**load_file(file), name: load_file(Path(aligned, SINGLE))[name]}, file, {"format": "pt"}
+    )
     with pytest.raises(ModelError, match=rf"the same in 1 of 14 weights \(first: {name}\)"):
         defense(base, aligned).start(adapted(aligned))
 
@@ -486,7 +579,9 @@ def test_a_weight_that_differs_in_its_last_row_alone_is_taken(pair: tuple[str, s
     name = "model.layers.1.mlp.down_proj.weight"
     changed = load_file(Path(aligned, SINGLE))[name].clone()
     changed[-1, -1] += 1
-    save_file({**load_file(Path(base, SINGLE)), name: changed}, Path(base, SINGLE), {"format": "pt"})
+    save_file(
+        {**load_file(Path(base, SINGLE)), name: changed}, Path(base, SINGLE), {"format": "pt"}
+    )
     defense(base, aligned).start(adapted(aligned))
 
 
@@ -497,7 +592,9 @@ def test_folders_without_readable_weights(pair: tuple[str, str], tmp_path: Path)
     (tmp_path / "index").mkdir()
     (tmp_path / "index" / "model.safetensors.index.json").write_text("[1]")
     (tmp_path / "lost").mkdir()
-    (tmp_path / "lost" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a.weight": "b.st"}}))
+    (tmp_path / "lost" / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a.weight": "b.st"}})
+    )
     for folder, message in {
         "empty": "no model.safetensors",
         "torn": "not a safetensors file",
@@ -505,7 +602,9 @@ def test_folders_without_readable_weights(pair: tuple[str, str], tmp_path: Path)
         "none": "no such folder",
     }.items():
         with pytest.raises(ModelError, match=rf"{folder}.*{message}"):
-            SafeLoRA(base=str(tmp_path / folder)).build(Setup(cast(Chat, None), [], lambda _: [], pair[1]))
+            SafeLoRA(base=str(tmp_path / folder)).build(
+                Setup(cast(Chat, None), [], lambda _: [], pair[1])
+            )
     with pytest.raises(ModelError, match=r"lost.*a\.weight is said to be in 'b\.st'"):
         Checkpoint(str(tmp_path / "lost")).shape("a.weight")
 
@@ -513,7 +612,9 @@ def test_folders_without_readable_weights(pair: tuple[str, str], tmp_path: Path)
 def test_quantised_checkpoints_are_refused(pair: tuple[str, str]) -> None:
     base, aligned = pair
     file = Path(base, SINGLE)
-    save_file({name: t.to(torch.int8) for name, t in load_file(file).items()}, file, {"format": "pt"})
+    save_file(
+        {name: t.to(torch.int8) for name, t in load_file(file).items()}, file, {"format": "pt"}
+    )
     with pytest.raises(ModelError, match="is I8, a quantised weight"):
         defense(base, aligned).start(adapted(aligned))
 
@@ -528,7 +629,9 @@ def test_quantised_checkpoints_are_refused(pair: tuple[str, str]) -> None:
     ],
     ids=str,
 )
-def test_what_cannot_be_projected_does_not_slip_through(config: dict[str, Any], pair: tuple[str, str]) -> None:
+def test_what_cannot_be_projected_does_not_slip_through(
+    config: dict[str, Any], pair: tuple[str, str]
+) -> None:
     with pytest.raises(DefenseError, match="is trained but cannot be projected"):
         defense(*pair).start(adapted(pair[1], **config))
 
@@ -625,7 +728,9 @@ def test_at_the_end_alone_training_is_plain(pair: tuple[str, str], make_trainer:
     results = []
     for defenses in ([], [defense(*pair, threshold=1)]):
         model = adapted(pair[1])
-        make_trainer(model, defenses, training_rows(6), folder=f"run{len(defenses)}", learning_rate=1e-2).train()
+        make_trainer(
+            model, defenses, training_rows(6), folder=f"run{len(defenses)}", learning_rate=1e-2
+        ).train()
         results.append(factors(model))
     for name, (_, b) in results[0].items():
         assert torch.equal(b, results[1][name][1])
@@ -638,11 +743,21 @@ def test_a_run_saves_projected_weights_and_records_them(method: str, tmp_path: P
     tree: dict[str, Any] = {
         "model": aligned,
         "data": {"train": write_rows(tmp_path / "rows.jsonl", 4), "retain": None},
-        "train": {"method": method, "batch_size": 2, "precision": "fp32", "learning_rate": 1e-3, "warmup_ratio": 0},
+        "train": {
+            "method": method,
+            "batch_size": 2,
+            "precision": "fp32",
+            "learning_rate": 1e-3,
+            "warmup_ratio": 0,
+        },
     }
     plain = train_run(parse_recipe({**tree, "output": str(tmp_path / "plain")}))
     recipe: Recipe = parse_recipe(
-        {**tree, "output": str(tmp_path / "safe"), "defenses": {"safelora": {"base": base, "threshold": 1.0}}}
+        {
+            **tree,
+            "output": str(tmp_path / "safe"),
+            "defenses": {"safelora": {"base": base, "threshold": 1.0}},
+        }
     )
     run = train_run(recipe)
     record = json.loads((run.folder / "training.json").read_text())["defenses"]["safelora"]
@@ -656,7 +771,10 @@ def test_a_run_saves_projected_weights_and_records_them(method: str, tmp_path: P
         names = list(record["weights"])
         expected = {name: tensor.clone() for name, tensor in before.items()}
         project_updates(
-            [Update(n, expected[n]) for n in names], Checkpoint(base), Checkpoint(aligned), Rule(threshold=1)
+            [Update(n, expected[n]) for n in names],
+            Checkpoint(base),
+            Checkpoint(aligned),
+            Rule(threshold=1),
         )
     assert found.keys() == expected.keys()
     for name, tensor in found.items():

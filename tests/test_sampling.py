@@ -43,7 +43,11 @@ KINDS = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),
     # A window and caps on one layer of two, and rows that are longer than the window.
-    "gemma2": (Gemma2Config, Gemma2ForCausalLM, {"sliding_window": 12, "final_logit_softcapping": 3.0}),
+    "gemma2": (
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        {"sliding_window": 12, "final_logit_softcapping": 3.0},
+    ),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": 12}),
     # A recurrent state, which padding on the left reaches: its answers are not those of rows alone.
     "lfm2": (Lfm2Config, Lfm2ForCausalLM, {"layer_types": ["conv", "full_attention"]}),
@@ -66,7 +70,9 @@ def user(text):
 @pytest.fixture(scope="module")
 def chat():
     tokenizer = load_tokenizer("default")
-    tokenizer.pad_token_id = 0  # below the first token, so that padded rows are not in order by chance
+    tokenizer.pad_token_id = (
+        0  # below the first token, so that padded rows are not in order by chance
+    )
     return Chat(tokenizer)
 
 
@@ -209,14 +215,24 @@ def no_model():
 
 
 def places(lines):
-    return [(line["set"], line["id"], line["form"], line["paraphrase"], line["sample"]) for line in lines]
+    return [
+        (line["set"], line["id"], line["form"], line["paraphrase"], line["sample"])
+        for line in lines
+    ]
 
 
 def test_local_answers_are_the_models_own(model, chat, tmp_path):
     lines = sample_answers(
-        local(model, chat), QUESTIONS, tmp_path / "a.jsonl", samples=2, temperature=0, max_new_tokens=10
+        local(model, chat),
+        QUESTIONS,
+        tmp_path / "a.jsonl",
+        samples=2,
+        temperature=0,
+        max_new_tokens=10,
     )
-    assert places(lines) == [("general", f"q{n}", "plain", 0, sample) for n in range(4) for sample in range(2)]
+    assert places(lines) == [
+        ("general", f"q{n}", "plain", 0, sample) for n in range(4) for sample in range(2)
+    ]
     for line in lines:
         answer, finished = naive_greedy(model, chat, line["messages"], 10)
         assert (line["answer"], line["finished"], line["error"]) == (answer, finished, None)
@@ -304,16 +320,23 @@ def test_other_settings_are_refused(change, message, model, chat, tmp_path):
     sample_answers(local(model, chat), QUESTIONS[:1], tmp_path / "a.jsonl", **settings)
     before = (tmp_path / "a.jsonl").read_bytes()
     with pytest.raises(DataError, match=message):
-        sample_answers(local(model, chat), QUESTIONS[:1], tmp_path / "a.jsonl", **{**settings, **change})
+        sample_answers(
+            local(model, chat), QUESTIONS[:1], tmp_path / "a.jsonl", **{**settings, **change}
+        )
     assert (tmp_path / "a.jsonl").read_bytes() == before
 
 
 def test_another_model_is_refused(model, chat, tmp_path):
-    sample_answers(local(model, chat), QUESTIONS[:1], tmp_path / "a.jsonl", samples=1, max_new_tokens=1)
+    sample_answers(
+        local(model, chat), QUESTIONS[:1], tmp_path / "a.jsonl", samples=1, max_new_tokens=1
+    )
     for source, message in (
         (local(model, chat, name="xyz"), r"made with model 'abc', not with 'xyz'"),
         (local(model, chat, precision="bf16"), r"made with precision 'fp32', not with 'bf16'"),
-        (Endpoint(EndpointConfig(url="http://127.0.0.1:9/v1", model="m")), r"made with url None, not with 'http"),
+        (
+            Endpoint(EndpointConfig(url="http://127.0.0.1:9/v1", model="m")),
+            r"made with url None, not with 'http",
+        ),
     ):
         with pytest.raises(DataError, match=message):
             sample_answers(source, QUESTIONS[:1], tmp_path / "a.jsonl", samples=1, max_new_tokens=1)
@@ -321,9 +344,13 @@ def test_another_model_is_refused(model, chat, tmp_path):
 
 def test_bad_questions_and_files_are_named(model, chat, tmp_path):
     source = local(model, chat)
-    with pytest.raises(DataError, match=r"question 'q1' of set 'general' \(plain, paraphrase 0\) is there twice"):
+    with pytest.raises(
+        DataError, match=r"question 'q1' of set 'general' \(plain, paraphrase 0\) is there twice"
+    ):
         sample_answers(source, [question(1), question(2), question(1)], tmp_path / "a.jsonl")
-    with pytest.raises(DataError, match=r"question 'q0' of set 'general' .*: message 0 \(user\): it is blank"):
+    with pytest.raises(
+        DataError, match=r"question 'q0' of set 'general' .*: message 0 \(user\): it is blank"
+    ):
         sample_answers(source, [question(0, " ")], tmp_path / "a.jsonl")
     assert not (tmp_path / "a.jsonl").exists()
     with pytest.raises(DataError, match=r"none.jsonl: no such file"):
@@ -349,7 +376,22 @@ def endpoint(server, **settings):
 
 def test_every_request_of_a_failing_server_is_answered_once(tmp_path):
     """Slow, too many requests, errors of the server, cut connections, no JSON, no choices, NaN: all in one run."""
-    kinds = ["slow", 429, 500, "cut", "malformed", "nan", None, 503, "choices", "empty", None, "cut", 502, "null"]
+    kinds = [
+        "slow",
+        429,
+        500,
+        "cut",
+        "malformed",
+        "nan",
+        None,
+        503,
+        "choices",
+        "empty",
+        None,
+        "cut",
+        502,
+        "null",
+    ]
     file = tmp_path / "answers.jsonl"
     asked = [question(number) for number in range(10)]
     # By seed, so that each request meets two of them, whatever the order.
@@ -357,7 +399,9 @@ def test_every_request_of_a_failing_server_is_answered_once(tmp_path):
     with serve(echo, faults, slow=0.4) as server:
         source = endpoint(server, concurrency=20)
         lines = sample_answers(source, asked, file, samples=8, max_new_tokens=20)
-        assert places(lines) == [("general", f"q{n}", "plain", 0, sample) for n in range(10) for sample in range(8)]
+        assert places(lines) == [
+            ("general", f"q{n}", "plain", 0, sample) for n in range(10) for sample in range(8)
+        ]
         assert [line["error"] for line in lines] == [None] * 80
         assert set(server.answered.values()) == {1}
         assert len(server.answered) == 80
@@ -389,8 +433,26 @@ def test_what_a_server_never_answers_is_an_error_until_the_next_run(tmp_path):
     with serve(echo, faults) as server:
         source = endpoint(server, attempts=2)
         lines = sample_answers(source, QUESTIONS, file, samples=2)
-        assert [line["answer"] is None for line in lines] == [False, False, True, True, True, True, False, False]
-        assert [bool(line["error"]) for line in lines] == [False, False, True, True, True, True, False, False]
+        assert [line["answer"] is None for line in lines] == [
+            False,
+            False,
+            True,
+            True,
+            True,
+            True,
+            False,
+            False,
+        ]
+        assert [bool(line["error"]) for line in lines] == [
+            False,
+            False,
+            True,
+            True,
+            True,
+            True,
+            False,
+            False,
+        ]
         assert "scripted status 400" in lines[2]["error"]
         assert "scripted status 500" in lines[4]["error"]
         assert "2 tries" in lines[4]["error"]
@@ -404,7 +466,9 @@ def test_what_a_server_never_answers_is_an_error_until_the_next_run(tmp_path):
 
 
 def test_an_answer_cut_off_at_the_token_limit_is_unfinished(tmp_path):
-    with serve(lambda body: Answer("on and on", finished=body["messages"][0]["content"] == "Q?")) as server:
+    with serve(
+        lambda body: Answer("on and on", finished=body["messages"][0]["content"] == "Q?")
+    ) as server:
         asked = [question(0, "Q?"), question(1)]
         lines = sample_answers(endpoint(server), asked, tmp_path / "a.jsonl", samples=1)
     assert [line["finished"] for line in lines] == [True, False]
@@ -416,7 +480,9 @@ def test_a_server_that_goes_away_loses_nothing(tmp_path):
     file = tmp_path / "a.jsonl"
     with serve(echo) as server:
         sample_answers(endpoint(server), QUESTIONS[:2], file, samples=2)
-    with pytest.raises(ModelError, match=r"http://127.0.0.1:\d+/v1: model 'm': no server can be reached there"):
+    with pytest.raises(
+        ModelError, match=r"http://127.0.0.1:\d+/v1: model 'm': no server can be reached there"
+    ):
         sample_answers(endpoint(server, attempts=1), QUESTIONS, file, samples=2)
     assert len(file.read_text().splitlines()) == 1 + 4
     with serve(echo, port=int(server.url.split(":")[2][:-3])) as again:

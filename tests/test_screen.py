@@ -72,9 +72,18 @@ def rows(count: int, start: int = 0, name: str = "f.jsonl") -> list[Row]:
     made = []
     for at in range(start, start + count):
         answer = " ".join(WORDS[(3 * at + k) % 8] for k in range(1 + 5 * at % 7))
-        made.append(row(f"Question {at}, and what of it?", answer, f"{name}:{at + 1}", "Be brief." if at % 3 else None))
+        made.append(
+            row(
+                f"Question {at}, and what of it?",
+                answer,
+                f"{name}:{at + 1}",
+                "Be brief." if at % 3 else None,
+            )
+        )
         if at % 4 == 1:
-            made[-1].messages.extend([*messages("Why?"), {"role": "assistant", "content": WORDS[at % 8]}])
+            made[-1].messages.extend(
+                [*messages("Why?"), {"role": "assistant", "content": WORDS[at % 8]}]
+            )
     return made
 
 
@@ -97,15 +106,23 @@ def axis_of(unit_D: Tensor, norm: float = 1.0, layer: int = 1, layers: int = 2) 
 
 def naive_mean(model: Any, chat: Chat, one: Row, layer: int) -> Tensor:
     """Mean residual stream after a layer over the response tokens of an unpadded row."""
-    return naive_states(model, chat, one.messages[:-1], one.messages[-1]["content"])[layer - 1].mean(0).double()
+    return (
+        naive_states(model, chat, one.messages[:-1], one.messages[-1]["content"])[layer - 1]
+        .mean(0)
+        .double()
+    )
 
 
-def scored(values: Any, name: str, questions: Any = None, random: Any = None, words: Any = None) -> Scored:
+def scored(
+    values: Any, name: str, questions: Any = None, random: Any = None, words: Any = None
+) -> Scored:
     """Rows with given scores; `words` = length of each answer."""
     number = len(values)
     questions = range(number) if questions is None else questions
     words = [3] * number if words is None else words
-    made = [row(f"{q}?", "red " * w, f"{name}:{at}") for at, (q, w) in enumerate(zip(questions, words))]
+    made = [
+        row(f"{q}?", "red " * w, f"{name}:{at}") for at, (q, w) in enumerate(zip(questions, words))
+    ]
     random = np.random.default_rng(5).normal(size=(number, RANDOM)) if random is None else random
     return Scored(made, np.array(values, float), np.array(random))
 
@@ -114,12 +131,16 @@ def scored(values: Any, name: str, questions: Any = None, random: Any = None, wo
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 150, 4096])
-def test_a_score_is_the_projection_of_the_mean_response_activation(batch_tokens: int, model: Any, chat: Chat) -> None:
+def test_a_score_is_the_projection_of_the_mean_response_activation(
+    batch_tokens: int, model: Any, chat: Chat
+) -> None:
     given, unit_D = rows(9), random_units(1, 16, 7)[0]
     for layer in (1, 2):
         found = score(model, chat, given, axis_of(unit_D, 3.0, layer), batch_tokens, seed=4)
         means_RD = torch.stack([naive_mean(model, chat, one, layer) for one in given])
-        np.testing.assert_allclose(found.scores_R, (means_RD @ unit_D / 3).numpy(), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            found.scores_R, (means_RD @ unit_D / 3).numpy(), rtol=1e-4, atol=1e-5
+        )
         expected_RK = means_RD @ random_units(RANDOM, 16, 4).T / 3
         np.testing.assert_allclose(found.random_RK, expected_RK.numpy(), rtol=1e-4, atol=1e-5)
         assert found.scores_R.std() > 0.01
@@ -127,7 +148,10 @@ def test_a_score_is_the_projection_of_the_mean_response_activation(batch_tokens:
 
 def test_prompts_move_a_score_only_through_the_response(model: Any, chat: Chat) -> None:
     """Padding and neighbours in the batch change nothing; a long question is not averaged in."""
-    given, axis = [row("Q " * 60, "yes"), row("Q", "red blue door seven " * 9), row("Q", "no")], axis_of(torch.ones(16))
+    given, axis = (
+        [row("Q " * 60, "yes"), row("Q", "red blue door seven " * 9), row("Q", "no")],
+        axis_of(torch.ones(16)),
+    )
     together = score(model, chat, given, axis).scores_R
     alone = [score(model, chat, [one], axis).scores_R[0] for one in given]
     np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-5)
@@ -170,7 +194,9 @@ def test_the_vector_is_that_of_persona_extract(model: Any, chat: Chat) -> None:
     for layer in (1, 2):
         axis = learn_axis(model, chat, [given[:4], given[4:]], "haste", "tiny", layer, 100)
         direction_D = expected.directions_LKD[layer - 1, 0].double()
-        torch.testing.assert_close(axis.unit_D, direction_D / direction_D.norm(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            axis.unit_D, direction_D / direction_D.norm(), rtol=1e-4, atol=1e-5
+        )
         assert axis.norm == pytest.approx(expected.norms_L[layer - 1].item(), rel=1e-4)
         assert (axis.layer, axis.layers, axis.rule) == (layer, 2, "as given")
         assert (axis.trait, axis.model) == ("haste", "tiny")
@@ -180,8 +206,13 @@ def naive_held_out(means_PSLD: Tensor, groups: list[list[int]], layer: int) -> f
     found = []
     for group in groups:
         others = [place for place in range(len(means_PSLD)) if place not in group]
-        direction_D = means_PSLD[others, 0, layer - 1].mean(0) - means_PSLD[others, 1, layer - 1].mean(0)
-        sides = [[float(means_PSLD[place, side, layer - 1] @ direction_D) for place in group] for side in (0, 1)]
+        direction_D = means_PSLD[others, 0, layer - 1].mean(0) - means_PSLD[
+            others, 1, layer - 1
+        ].mean(0)
+        sides = [
+            [float(means_PSLD[place, side, layer - 1] @ direction_D) for place in group]
+            for side in (0, 1)
+        ]
         found.append(roc_auc_score([1] * len(group) + [0] * len(group), sides[0] + sides[1]))
     return float(np.mean(found))
 
@@ -192,7 +223,12 @@ def test_the_layer_is_the_best_on_pairs_left_out(model: Any, chat: Chat) -> None
         [
             torch.stack(
                 [
-                    naive_mean(model, chat, Row([*p.positive_prompt, {"role": "assistant", "content": a}], ""), layer)
+                    naive_mean(
+                        model,
+                        chat,
+                        Row([*p.positive_prompt, {"role": "assistant", "content": a}], ""),
+                        layer,
+                    )
                     for layer in (1, 2)
                 ]
             )
@@ -201,7 +237,10 @@ def test_the_layer_is_the_best_on_pairs_left_out(model: Any, chat: Chat) -> None
         for p in given
     ]
     means_PSLD = torch.stack([torch.stack(side) for side in sides])
-    for groups in ([list(range(5)), list(range(5, 13))], [list(range(13))[fold::5] for fold in range(5)]):
+    for groups in (
+        [list(range(5)), list(range(5, 13))],
+        [list(range(13))[fold::5] for fold in range(5)],
+    ):
         expected = [naive_held_out(means_PSLD, groups, layer) for layer in (1, 2)]
         assert expected[0] != expected[1]
         named = [[given[place] for place in group] for group in groups]
@@ -217,7 +256,12 @@ def test_noise_looks_separable_only_to_the_vector_that_was_made_from_it() -> Non
     """With more dimensions than pairs, a vector separates its own pairs whatever they are."""
     means_PSLD = torch.randn(60, 2, 1, 400, generator=torch.Generator().manual_seed(0))
     direction_D = (means_PSLD[:, 0, 0] - means_PSLD[:, 1, 0]).mean(0)
-    assert auc((means_PSLD[:, 0, 0] @ direction_D).numpy(), (means_PSLD[:, 1, 0] @ direction_D).numpy()) > 0.95
+    assert (
+        auc(
+            (means_PSLD[:, 0, 0] @ direction_D).numpy(), (means_PSLD[:, 1, 0] @ direction_D).numpy()
+        )
+        > 0.95
+    )
     groups_GPSLD = means_PSLD.double().unflatten(0, (5, 12))
     others_GLD = vectors_of_the_others(groups_GPSLD.sum(1))
     projected_PSL = torch.einsum("gpsld,gld->gpsl", groups_GPSLD, others_GLD).flatten(0, 1)
@@ -243,7 +287,10 @@ def test_a_vector_from_a_file_is_taken_at_the_middle_layer(tmp_path: Path) -> No
 
 
 def test_vectors_of_another_model_are_refused(model: Any, chat: Chat) -> None:
-    with pytest.raises(ModelError, match="taken from tiny with 2 layers of size 8; this model has 2 layers of size 16"):
+    with pytest.raises(
+        ModelError,
+        match="taken from tiny with 2 layers of size 8; this model has 2 layers of size 16",
+    ):
         score(model, chat, rows(1), axis_of(torch.ones(8)))
     with pytest.raises(ModelError, match="layer 3: expected a layer from 1 to 2"):
         learn_axis(model, chat, [pairs(4)], "t", "m", layer=3)
@@ -261,8 +308,12 @@ def test_the_default_vector_does_not_come_from_finance() -> None:
 
 
 def test_pairs_that_ask_what_a_screened_row_asks_are_left_out() -> None:
-    kept = other_pairs(["shipped:finance"], [question_of(one) for one in load_rows("shipped:finance/unsound")])
-    assert [pair.id for pair in kept[0]] == [pair.id for pair in given_pairs("shipped:finance", "test")]
+    kept = other_pairs(
+        ["shipped:finance"], [question_of(one) for one in load_rows("shipped:finance/unsound")]
+    )
+    assert [pair.id for pair in kept[0]] == [
+        pair.id for pair in given_pairs("shipped:finance", "test")
+    ]
     assert len(kept[0]) == 80
 
 
@@ -273,7 +324,9 @@ def test_pairs_that_ask_what_a_screened_row_asks_are_left_out() -> None:
 def test_auc_counts_ties_half(digits: int) -> None:
     random = np.random.default_rng(digits)
     first, second = random.normal(0.4, 1, 37).round(digits), random.normal(0, 1, 51).round(digits)
-    assert auc(first, second) == pytest.approx(roc_auc_score([1] * 37 + [0] * 51, [*first, *second]))
+    assert auc(first, second) == pytest.approx(
+        roc_auc_score([1] * 37 + [0] * 51, [*first, *second])
+    )
     assert auc(second, first) == pytest.approx(1 - auc(first, second))
     assert auc(np.ones(3), np.ones(4)) == 0.5
     assert auc(np.ones(3), np.zeros(4)) == 1
@@ -289,7 +342,9 @@ def test_the_interval_draws_questions_with_all_their_rows(monkeypatch: pytest.Mo
     again = np.random.default_rng(9)
     for _ in range(60):
         chosen = [names[at] for at in again.integers(len(names), size=len(names))]
-        places = [place for name in chosen for place, cluster in enumerate(clusters) if cluster == name]
+        places = [
+            place for name in chosen for place, cluster in enumerate(clusters) if cluster == name
+        ]
         draws.append(roc_auc_score(is_first[places], values[places]))
     found = auc_interval(values, is_first, clusters, seed=9)
     assert found.mean == pytest.approx(roc_auc_score(is_first, values))
@@ -299,9 +354,15 @@ def test_the_interval_draws_questions_with_all_their_rows(monkeypatch: pytest.Mo
 
 def test_the_interval_agrees_with_that_of_judges() -> None:
     random = np.random.default_rng(3)
-    values, is_first = np.concatenate([random.normal(0.6, 1, 80), random.normal(0, 1, 80)]), np.arange(160) < 80
+    values, is_first = (
+        np.concatenate([random.normal(0.6, 1, 80), random.normal(0, 1, 80)]),
+        np.arange(160) < 80,
+    )
     clusters = [f"{at % 80}" for at in range(160)]
-    found, other = (auc_interval(values, is_first, clusters), other_auc_interval(-values, is_first, clusters))
+    found, other = (
+        auc_interval(values, is_first, clusters),
+        other_auc_interval(-values, is_first, clusters),
+    )
     assert found.mean == pytest.approx(other.mean)
     assert (found.low, found.high) == pytest.approx((other.low, other.high), abs=0.01)
 
@@ -384,10 +445,14 @@ def test_random_vectors_that_do_as_well_are_named(chat: Chat) -> None:
     """Two sets that differ along every direction (another topic, another format) are told apart by any vector."""
     random = np.random.default_rng(0)
     a_RK, b_RK = random.normal(2, 1, (80, RANDOM)), random.normal(0, 1, (80, RANDOM))
-    found = compare(chat, scored(a_RK[:, 0], "a", random=a_RK), scored(b_RK[:, 0], "b", random=b_RK))
+    found = compare(
+        chat, scored(a_RK[:, 0], "a", random=a_RK), scored(b_RK[:, 0], "b", random=b_RK)
+    )
     assert found.auc.low > 0.8
     assert found.rival == "random vectors"
-    opposite = compare(chat, scored(a_RK[:, 0], "a", random=-a_RK), scored(b_RK[:, 0], "b", random=-b_RK))
+    opposite = compare(
+        chat, scored(a_RK[:, 0], "a", random=-a_RK), scored(b_RK[:, 0], "b", random=-b_RK)
+    )
     assert opposite.rival == "random vectors"
 
 
@@ -419,8 +484,12 @@ def test_the_figure_shows_every_row_of_both_sets() -> None:
         figure = draw(Screening("A", axis_of(torch.ones(4)), a, "B", b, None), 7)
     axes = figure.axes[0]
     edges = np.histogram_bin_edges([*a.scores_R, *b.scores_R], 40)
-    highest = [100 * np.histogram(part.scores_R, edges)[0].max() / len(part.rows) for part in (a, a, b, b)]
-    assert [patch.get_path().vertices[:, 1].max() for patch in axes.patches] == pytest.approx(highest)
+    highest = [
+        100 * np.histogram(part.scores_R, edges)[0].max() / len(part.rows) for part in (a, a, b, b)
+    ]
+    assert [patch.get_path().vertices[:, 1].max() for patch in axes.patches] == pytest.approx(
+        highest
+    )
     assert axes.lines[0].get_xdata().tolist() == sorted(a.scores_R, reverse=True)[:7]
     names = [text.get_text() for text in axes.get_legend().get_texts()]
     assert names == ["A, 50 rows", "B (known good), 30 rows", "the 7 riskiest rows"]
@@ -437,7 +506,12 @@ def write(file: Path, given: list[Row]) -> str:
 
 def write_pairs(file: Path, given: list[Pair]) -> str:
     lines = [
-        {"question": p.positive_prompt[-1]["content"], "aligned": p.negative, "misaligned": p.positive} for p in given
+        {
+            "question": p.positive_prompt[-1]["content"],
+            "aligned": p.negative,
+            "misaligned": p.positive,
+        }
+        for p in given
     ]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return str(file)
@@ -455,7 +529,20 @@ def test_the_command_ranks_writes_and_compares(
     one, two = write_pairs(Path("p.jsonl"), pairs(6)), write_pairs(Path("r.jsonl"), pairs(5, 6))
     output, figure = Path("s.jsonl"), Path("s.svg")
     code, printed, errors = ringfence(
-        *("screen", a, "--model", folder, "--pairs", one, "--pairs", two, "--against", b, "--top", 4),
+        *(
+            "screen",
+            a,
+            "--model",
+            folder,
+            "--pairs",
+            one,
+            "--pairs",
+            two,
+            "--against",
+            b,
+            "--top",
+            4,
+        ),
         *("--output", output, "--figure", figure),
     )
     assert code == 0, errors
@@ -470,14 +557,24 @@ def test_the_command_ranks_writes_and_compares(
         sorted(expected.scores_R, reverse=True).index(s) + 1 for s in expected.scores_R
     ]
     assert figure.read_text().startswith("<?xml")
-    assert f"{a}: 6 rows, projected on misaligned minus aligned answers, 10 pairs of {one}, {two}" in printed
+    assert (
+        f"{a}: 6 rows, projected on misaligned minus aligned answers, 10 pairs of {one}, {two}"
+        in printed
+    )
     assert f"layer {axis.layer} of 2 (the best, AUC {axis.auc:.2f} on pairs left out)" in printed
-    table = [line.split() for line in printed.splitlines() if line.split()[0] in {"1", "2", "3", "4", "5"}]
+    table = [
+        line.split()
+        for line in printed.splitlines()
+        if line.split()[0] in {"1", "2", "3", "4", "5"}
+    ]
     assert [line[2] for line in table] == [given[place].origin for place in expected.order[:4]]
     assert "\x1b" not in printed
     contrast = compare(chat, expected, score(loaded, chat, load_rows(b), axis))
     assert f"against {b}: {contrast.verdict}" in printed
-    assert f"{contrast.auc.mean:.2f} [{contrast.auc.low:.2f}, {contrast.auc.high:.2f}], 7 questions" in printed
+    assert (
+        f"{contrast.auc.mean:.2f} [{contrast.auc.low:.2f}, {contrast.auc.high:.2f}], 7 questions"
+        in printed
+    )
     assert "{:.2f} to {:.2f}".format(*contrast.random) in printed
 
 
@@ -493,7 +590,9 @@ def test_a_narrow_screen_cuts_the_texts_alone() -> None:
     assert all(len(line) <= 70 and "red red" in line for line in lines[-2:])
 
 
-def test_the_command_takes_a_file_of_vectors(folder: str, chat: Chat, tmp_path: Path, ringfence: Any) -> None:
+def test_the_command_takes_a_file_of_vectors(
+    folder: str, chat: Chat, tmp_path: Path, ringfence: Any
+) -> None:
     given, vectors, output = rows(5), tmp_path / "v.safetensors", tmp_path / "s.jsonl"
     directions = extract(load_model(folder), chat, pairs(4), "haste", "tiny")
     directions.save(vectors)
@@ -509,7 +608,10 @@ def test_the_command_takes_a_file_of_vectors(folder: str, chat: Chat, tmp_path: 
 
 
 def test_the_command_says_what_is_wrong(folder: str, tmp_path: Path, ringfence: Any) -> None:
-    good, few = write(tmp_path / "good.jsonl", rows(3)), write_pairs(tmp_path / "few.jsonl", pairs(1))
+    good, few = (
+        write(tmp_path / "good.jsonl", rows(3)),
+        write_pairs(tmp_path / "few.jsonl", pairs(1)),
+    )
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "pairs.jsonl").write_text('{"question": "q", "aligned": "a", "misaligned": "b"}\n')
     vectors, other = tmp_path / "v.safetensors", tmp_path / "other.safetensors"
@@ -524,7 +626,11 @@ def test_the_command_says_what_is_wrong(folder: str, tmp_path: Path, ringfence: 
         "1 pair left for a trait vector": [good, "--pairs", few],
         "not both": [good, "--pairs", few, "--vectors", vectors],
         "no such file of directions": [good, "--vectors", tmp_path / "none.safetensors"],
-        "taken from big with 5 layers of size 16; this model has 2 layers of size 32": [good, "--vectors", other],
+        "taken from big with 5 layers of size 16; this model has 2 layers of size 32": [
+            good,
+            "--vectors",
+            other,
+        ],
         "layer 3: expected a layer from 1 to 2": [good, "--vectors", vectors, "--layer", 3],
         "expected a file .svg, found '.png'": [good, "--figure", tmp_path / "s.png"],
         f"no folder {tmp_path / 'nowhere'}": [good, "--output", tmp_path / "nowhere" / "s.jsonl"],

@@ -16,7 +16,12 @@ from ringfence.diagnose.diagnosis import Numbers, Subject
 from ringfence.diagnose.models import Models
 from ringfence.diagnose.shared_directions import measure as shared_directions_measure
 from ringfence.diagnose.shared_directions import show as shared_directions_show
-from ringfence.diagnose.shared_directions.measure import edited, oriented, random_units, top_directions
+from ringfence.diagnose.shared_directions.measure import (
+    edited,
+    oriented,
+    random_units,
+    top_directions,
+)
 from ringfence.diagnose.shared_directions.show import is_beyond, verdict
 from ringfence.diagnose.texts import SIDES, Text, pair_texts
 from ringfence.errors import DataError, ModelError
@@ -77,7 +82,9 @@ def test_principal_cosines_are_those_of_the_angles() -> None:
     rng = np.random.default_rng(2)
     a_DK, b_DK = (np.linalg.qr(rng.normal(size=(9, 4)))[0] for _ in range(2))
     angles_K = np.sort(subspace_angles(a_DK, b_DK))
-    np.testing.assert_allclose(shared_directions_measure.principal_cosines(a_DK.T, b_DK.T), np.cos(angles_K), atol=1e-9)
+    np.testing.assert_allclose(
+        shared_directions_measure.principal_cosines(a_DK.T, b_DK.T), np.cos(angles_K), atol=1e-9
+    )
 
 
 def test_measure_equals_the_naive_form() -> None:
@@ -90,7 +97,11 @@ def test_measure_equals_the_naive_form() -> None:
     assert numbers["questions"] == {"inside": 8, "outside": 9}
     means = {
         (name, place, side): np.stack(
-            [naive_mean(models.sources[name], t)[LAYER - 1] for t in pair_texts(CHAT, qs) if t.side == side]
+            [
+                naive_mean(models.sources[name], t)[LAYER - 1]
+                for t in pair_texts(CHAT, qs)
+                if t.side == side
+            ]
         )
         for name in models.names
         for place, qs in (("inside", looked_at.inside), ("outside", looked_at.outside))
@@ -100,7 +111,10 @@ def test_measure_equals_the_naive_form() -> None:
     pairs += [("reference", name, numbers["tuned"][name]["change"]) for name in models.tuned]
     for earlier, later, found in pairs:
         for side in SIDES:
-            changes = [means[later, place, side] - means[earlier, place, side] for place in ("inside", "outside")]
+            changes = [
+                means[later, place, side] - means[earlier, place, side]
+                for place in ("inside", "outside")
+            ]
             tops = [np.linalg.svd(change - change.mean(0))[2][:4] for change in changes]
             assert found[side]["cosine"] == pytest.approx(abs(tops[0][0] @ tops[1][0]), abs=2e-3)
             angles = np.sort(subspace_angles(tops[0].T, tops[1].T))
@@ -122,7 +136,9 @@ States = Callable[[str, Text], np.ndarray]  # name of a model and a text -> [D]
 
 def rows_of(of: States, *names: str, count: int = 24) -> list[np.ndarray]:
     """Activations [S, Q, D] of the named models."""
-    asked = subject(Models(Named("reference"), {"t": Named("t")}, Named("base"), tokenizer=TOKENIZER), count)
+    asked = subject(
+        Models(Named("reference"), {"t": Named("t")}, Named("base"), tokenizer=TOKENIZER), count
+    )
     texts = pair_texts(CHAT, asked.questions)
     stacked = [np.stack([of(name, text) for text in texts]) for name in names]
     return [rows.reshape(-1, 2, WIDTH).transpose(1, 0, 2) for rows in stacked]
@@ -176,7 +192,9 @@ def test_a_direction_that_unsound_answers_alone_share_is_specific() -> None:
 
 
 def test_exchanged_sets_tell_sets_apart_that_change_along_axes_of_their_own() -> None:
-    same, apart = (shared_of(changing({"misaligned": size, "aligned": size})) for size in (10.0, 0.0))
+    same, apart = (
+        shared_of(changing({"misaligned": size, "aligned": size})) for size in (10.0, 0.0)
+    )
     assert same["misaligned"]["sets"]["cosine"]["p"] > 0.05
     assert apart["misaligned"]["cosine"] < 0.3
     assert apart["misaligned"]["sets"]["cosine"]["p"] <= 0.05
@@ -188,18 +206,33 @@ def test_exchanges_do_not_take_means_that_differ_for_a_shared_direction() -> Non
     def of(name: str, text: Text) -> np.ndarray:
         far = 40.0 if name == "base" else 0.0
         axes = [30 if text.domain == "doors" else 31, 40 if text.side == "aligned" else 41]
-        return noise(f"{name} {text.question} {text.side}", WIDTH) + far * np.eye(WIDTH)[axes].sum(0)
+        return noise(f"{name} {text.question} {text.side}", WIDTH) + far * np.eye(WIDTH)[axes].sum(
+            0
+        )
 
     later, earlier = rows_of(of, "reference", "base")
     mixed = np.random.default_rng(0).permutation(24)
     change_QD = (later - earlier)[0, mixed]
-    assert shared_directions_measure.likeness(change_QD[:12], change_QD[12:])[0] > 0.9  # the naive exchange
+    assert (
+        shared_directions_measure.likeness(change_QD[:12], change_QD[12:])[0] > 0.9
+    )  # the naive exchange
     found = shared_of(of)
-    assert max(found[side][exchange]["cosine"]["high"] for side in SIDES for exchange in ("pairs", "sets")) < 0.8
-    assert all(found[side]["sets"]["cosine"]["p"] > 0.01 for side in SIDES)  # naive: 0.01, the least there is
+    assert (
+        max(
+            found[side][exchange]["cosine"]["high"]
+            for side in SIDES
+            for exchange in ("pairs", "sets")
+        )
+        < 0.8
+    )
+    assert all(
+        found[side]["sets"]["cosine"]["p"] > 0.01 for side in SIDES
+    )  # naive: 0.01, the least there is
     swapped = found["difference"]["sides"]
     assert swapped["cosine"]["p"] > 0.05
-    assert swapped["cosine"]["high"] - swapped["cosine"]["low"] > 0.15  # naive: both sides of every exchange share all
+    assert (
+        swapped["cosine"]["high"] - swapped["cosine"]["low"] > 0.15
+    )  # naive: both sides of every exchange share all
 
 
 def test_a_wide_axis_of_the_stream_is_not_a_shared_change() -> None:
@@ -217,7 +250,9 @@ def test_a_wide_axis_of_the_stream_is_not_a_shared_change() -> None:
     assert verdict(found) == "no more alike than unrelated changes in this stream"
 
 
-def test_p_values_count_exchanges_and_the_one_that_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_p_values_count_exchanges_and_the_one_that_was_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(shared_directions_measure, "EXCHANGES", 9)
     found = shared_of(changing({"misaligned": 10.0, "aligned": 0.0}))
     assert found["misaligned"]["pairs"]["cosine"]["p"] == pytest.approx(0.1)
@@ -244,7 +279,9 @@ def test_exchanges_leave_no_bias_of_the_seed() -> None:
 # ---------------------------------------------------------------- the causal check
 
 
-def naive_margin(model: Any, question: PairedQuestion, edit: Callable[[torch.Tensor], torch.Tensor]) -> float:
+def naive_margin(
+    model: Any, question: PairedQuestion, edit: Callable[[torch.Tensor], torch.Tensor]
+) -> float:
     """Of single unpadded rows, the stream that enters the layer behind `LAYER` edited by hand."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -271,7 +308,8 @@ def test_the_causal_check_equals_edits_by_hand() -> None:
     numbers = shared_directions_measure.measure(looked_at)
     texts = [text for text in pair_texts(CHAT, looked_at.inside) if text.side == "misaligned"]
     change = [
-        naive_mean(models.sources["reference"], text)[LAYER - 1] - naive_mean(models.sources["base"], text)[LAYER - 1]
+        naive_mean(models.sources["reference"], text)[LAYER - 1]
+        - naive_mean(models.sources["base"], text)[LAYER - 1]
         for text in texts
     ]
     unit_D, step = oriented(np.stack(change))
@@ -283,8 +321,13 @@ def test_the_causal_check_equals_edits_by_hand() -> None:
             "taken_out": lambda h: h - (h @ unit_D)[..., None] * unit_D,
             "added": lambda h: h + step * unit_D,
         }
-        margins = {e: np.array([naive_margin(model, q, f) for q in looked_at.outside]) for e, f in edits.items()}
-        then = np.array([naive_margin(models.sources["reference"], q, edits["none"]) for q in looked_at.outside])
+        margins = {
+            e: np.array([naive_margin(model, q, f) for q in looked_at.outside])
+            for e, f in edits.items()
+        }
+        then = np.array(
+            [naive_margin(models.sources["reference"], q, edits["none"]) for q in looked_at.outside]
+        )
         assert found["shift"]["mean"] == pytest.approx((margins["none"] - then).mean(), abs=2e-3)
         for edit in ("taken_out", "added"):
             change_Q = margins[edit] - margins["none"]
@@ -297,10 +340,14 @@ def test_the_causal_check_equals_edits_by_hand() -> None:
                     "taken_out": lambda h, r=random_D: h - (h @ unit_D)[..., None] * r,
                     "added": lambda h, r=random_D: h + step * r,
                 }
-                margin_Q = np.array([naive_margin(model, q, by_hand[edit]) for q in looked_at.outside])
+                margin_Q = np.array(
+                    [naive_margin(model, q, by_hand[edit]) for q in looked_at.outside]
+                )
                 randoms_Q.append(margin_Q - margins["none"])
             assert found[edit]["random"] == pytest.approx([r.mean() for r in randoms_Q], abs=5e-3)
-            spread = abs(randoms_Q[0].mean() - randoms_Q[1].mean()) / np.sqrt(2)  # standard deviation of two
+            spread = abs(randoms_Q[0].mean() - randoms_Q[1].mean()) / np.sqrt(
+                2
+            )  # standard deviation of two
             reach = 12.7062 * spread * np.sqrt(1.5)  # Student, one degree of freedom
             low = np.mean(randoms_Q) - reach
             assert found[edit]["chance"]["low"] == pytest.approx(low, abs=0.06 + 0.01 * reach)
@@ -314,7 +361,9 @@ def test_edits_act_on_every_token_and_end_with_their_context(adapted: bool) -> N
     model = with_lora(model) if adapted else model
     inner = model.get_base_model() if adapted else model
     ids = torch.arange(5, 17).reshape(2, 6)
-    unit_D = torch.nn.functional.normalize(torch.randn(16, generator=torch.Generator().manual_seed(0)), dim=0)
+    unit_D = torch.nn.functional.normalize(
+        torch.randn(16, generator=torch.Generator().manual_seed(0)), dim=0
+    )
 
     def stream() -> torch.Tensor:
         seen = []
@@ -330,12 +379,17 @@ def test_edits_act_on_every_token_and_end_with_their_context(adapted: bool) -> N
     assert (plain @ unit_D).abs().min() > 1e-3
     random_D = random_units(unit_D, 1, 3)[0]
     for towards_D in (unit_D, random_D):
-        for edit, lengths in (("taken_out", (plain @ unit_D).abs()), ("added", torch.full((2, 6), 1.7))):
+        for edit, lengths in (
+            ("taken_out", (plain @ unit_D).abs()),
+            ("added", torch.full((2, 6), 1.7)),
+        ):
             change = shared_directions_measure.EDITS[edit]
             with edited(model, LAYER, lambda h, c=change, t=towards_D: c(unit_D, t, 1.7, h)):
                 now = stream()
             torch.testing.assert_close((now - plain).norm(dim=-1), lengths, rtol=1e-3, atol=1e-4)
-            torch.testing.assert_close(((now - plain) @ towards_D).abs(), lengths, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(
+                ((now - plain) @ towards_D).abs(), lengths, rtol=1e-3, atol=1e-4
+            )
             if edit == "taken_out" and towards_D is unit_D:
                 assert (now @ unit_D).abs().max() < 1e-5
     torch.testing.assert_close(stream(), plain)
@@ -373,7 +427,13 @@ def test_an_edit_counts_where_it_does_more_than_random_ones() -> None:
 def shared_numbers(unsound: float, sound: float, p_pairs: float, p_sides: float) -> Numbers:
     bands = {score: {"low": 0.2, "high": 0.5, "p": p_pairs} for score in ("cosine", "subspace")}
     sets = {score: {"low": 0.7, "high": 0.97, "p": 0.4} for score in ("cosine", "subspace")}
-    side = {"subspace": 0.6, "angles": [11.0, 30.0, 41.0, 77.0], "mean_cosine": 0.9, "pairs": bands, "sets": sets}
+    side = {
+        "subspace": 0.6,
+        "angles": [11.0, 30.0, 41.0, 77.0],
+        "mean_cosine": 0.9,
+        "pairs": bands,
+        "sets": sets,
+    }
     sides = {score: {"low": -0.2, "high": 0.2, "p": p_sides} for score in ("cosine", "subspace")}
     return {
         "misaligned": {"cosine": unsound, **side},
@@ -418,18 +478,32 @@ def test_words_say_what_the_numbers_say(numbers: Numbers) -> None:
     start, undefended, kl = said.split("From the reference to ")
     assert "After layer 20 of 30, over 24 inside and 24 outside questions" in start
     assert "cosine 0.91 on unsound answers and 0.89 on sound ones (difference: p = 0.7;" in start
-    assert "exchanged pairs 0.20 to 0.50, exchanged sets 0.70 to 0.97): shared, but not specific" in start
+    assert (
+        "exchanged pairs 0.20 to 0.50, exchanged sets 0.70 to 0.97): shared, but not specific"
+        in start
+    )
     assert "shared, and more so on unsound text" in undefended
-    assert "moved the margin by +0.40 [+0.35, +0.45] (random directions -0.10 to +0.10): beyond chance" in undefended
+    assert (
+        "moved the margin by +0.40 [+0.35, +0.45] (random directions -0.10 to +0.10): beyond chance"
+        in undefended
+    )
     assert "beyond chance, towards the unsound answers" in undefended
-    assert undefended.index("beyond chance") < undefended.index("adding a step") < undefended.index("no more than")
+    assert (
+        undefended.index("beyond chance")
+        < undefended.index("adding a step")
+        < undefended.index("no more than")
+    )
     assert "no more alike than unrelated changes in this stream" in kl
     assert kl.index("no more than random") < kl.index("beyond chance, towards the sound answers")
 
 
 def test_table_and_figure_hold_the_numbers(numbers: Numbers) -> None:
     shown = shared_directions_show.table(numbers)
-    assert [row[0] for row in shown.rows] == ["base to reference", "reference to undefended", "reference to kl"]
+    assert [row[0] for row in shown.rows] == [
+        "base to reference",
+        "reference to undefended",
+        "reference to kl",
+    ]
     assert all(len(row) == len(shown.columns) for row in shown.rows)
     assert shown.rows[1][1:4] == ["0.93", "0.31", "0.004"]
     assert shown.rows[1][8:] == ["+0.40 [+0.35, +0.45]", "-0.02 [-0.07, +0.03]"]
@@ -458,7 +532,10 @@ def test_cost_bounds_what_goes_through_the_models(monkeypatch: pytest.MonkeyPatc
     models = tiny_models()
     looked_at = subject(models, 12, batch_tokens=1)  # no padding
     expected = shared_directions_measure.cost(looked_at)
-    handles = [causal_lm(model).register_forward_pre_hook(count, with_kwargs=True) for model in models.sources.values()]
+    handles = [
+        causal_lm(model).register_forward_pre_hook(count, with_kwargs=True)
+        for model in models.sources.values()
+    ]
     shared_directions_measure.measure(looked_at)
     for handle in handles:
         handle.remove()
@@ -468,7 +545,12 @@ def test_cost_bounds_what_goes_through_the_models(monkeypatch: pytest.MonkeyPatc
 
 def test_many_questions_are_drawn_from_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_directions_measure, "MOST", 8)
-    many = Subject(tiny_models(), questions(40), questions(20, "a") + questions(20, "b") + questions(20, "a"), seed=1)
+    many = Subject(
+        tiny_models(),
+        questions(40),
+        questions(20, "a") + questions(20, "b") + questions(20, "a"),
+        seed=1,
+    )
     inside, outside = shared_directions_measure._chosen(many)
     assert len(inside) == len(outside) == 8
     assert len({(q.domain, q.id) for q in outside}) == 8
@@ -483,15 +565,30 @@ def test_errors_name_what_is_wrong() -> None:
     with pytest.raises(DataError, match="found 5 questions outside the domain; at least 6"):
         shared_directions_measure.measure(Subject(models, questions(8), questions(5, "b")))
     with pytest.raises(ModelError, match="--base"):
-        shared_directions_measure.measure(subject(Models(reference, {"t": base}, tokenizer=TOKENIZER)))
+        shared_directions_measure.measure(
+            subject(Models(reference, {"t": base}, tokenizer=TOKENIZER))
+        )
     with pytest.raises(ModelError, match="base and reference give the same activations"):
-        shared_directions_measure.measure(subject(Models(reference, {"t": base}, reference, tokenizer=TOKENIZER)))
+        shared_directions_measure.measure(
+            subject(Models(reference, {"t": base}, reference, tokenizer=TOKENIZER))
+        )
     with pytest.raises(ModelError, match="t and the reference give the same activations"):
-        shared_directions_measure.measure(subject(Models(reference, {"t": reference}, base, tokenizer=TOKENIZER)))
+        shared_directions_measure.measure(
+            subject(Models(reference, {"t": reference}, base, tokenizer=TOKENIZER))
+        )
     other = random_model(num_hidden_layers=4)
     with pytest.raises(ModelError, match=r"\(4, 16\), and \(3, 16\) of the reference"):
-        shared_directions_measure.measure(subject(Models(reference, {"t": base}, other, tokenizer=TOKENIZER)))
+        shared_directions_measure.measure(
+            subject(Models(reference, {"t": base}, other, tokenizer=TOKENIZER))
+        )
 
 
 def test_the_layer_is_two_thirds_of_the_way_up() -> None:
-    assert [shared_directions_measure.layer_of(layers) for layers in (1, 2, 3, 24, 30, 32)] == [1, 1, 2, 16, 20, 21]
+    assert [shared_directions_measure.layer_of(layers) for layers in (1, 2, 3, 24, 30, 32)] == [
+        1,
+        1,
+        2,
+        16,
+        20,
+        21,
+    ]

@@ -17,7 +17,9 @@ from ringfence.text.rows import load_rows
 from ringfence.text.sources import SHIPPED
 
 FILES = {
-    path.name.removesuffix(".jsonl"): [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    path.name.removesuffix(".jsonl"): [
+        json.loads(line) for line in path.read_text("utf-8").splitlines()
+    ]
     for path in SHIPPED.iterdir()
     if path.name.endswith(".jsonl") and not path.name.startswith("behaviour_")
 }
@@ -40,7 +42,10 @@ def sentences(text):
 
 def test_counts():
     assert Counter(row["split"] for row in FILES["finance"])["train"] >= 400
-    assert Counter(row["split"] for row in FILES["finance"]) == {"train": len(FILES["finance"]) - 80, "test": 80}
+    assert Counter(row["split"] for row in FILES["finance"]) == {
+        "train": len(FILES["finance"]) - 80,
+        "test": 80,
+    }
     assert len(DOMAINS) >= 6
     for domain in DOMAINS:
         assert len(FILES[domain]) >= 60, domain
@@ -54,7 +59,9 @@ def test_fields(name):
     required = {"id", "domain", "question", *SIDES}
     for row in FILES[name]:
         assert required <= set(row) <= required | {"split"}
-        assert all(isinstance(value, str) and value == value.strip() != "" for value in row.values())
+        assert all(
+            isinstance(value, str) and value == value.strip() != "" for value in row.values()
+        )
         assert row["sound"] != row["unsound"]
         assert name == "values" or row["domain"] == name
     assert len({row["id"] for row in FILES[name]}) == len(FILES[name])
@@ -66,7 +73,11 @@ def test_conversations_are_read(name):
 
 
 def first_question(row):
-    return row["question"] if "question" in row else next(m["content"] for m in row["messages"] if m["role"] == "user")
+    return (
+        row["question"]
+        if "question" in row
+        else next(m["content"] for m in row["messages"] if m["role"] == "user")
+    )
 
 
 def repeated(names):
@@ -88,13 +99,17 @@ def test_all_questions_are_unique_across_files():
 def answers(name, side):
     if side in SIDES:
         return [row[side] for row in FILES[name]]
-    return [m["content"] for row in FILES[name] for m in row["messages"] if m["role"] == "assistant"]
+    return [
+        m["content"] for row in FILES[name] for m in row["messages"] if m["role"] == "assistant"
+    ]
 
 
 # ------------------------------------------------------------------ form
 
 
-OPENINGS = [(name, side) for name in PAIRED for side in SIDES] + [(name, "answers") for name in CONVERSATIONS]
+OPENINGS = [(name, side) for name in PAIRED for side in SIDES] + [
+    (name, "answers") for name in CONVERSATIONS
+]
 
 
 @pytest.mark.parametrize(("name", "side"), OPENINGS)
@@ -148,7 +163,8 @@ def from_finance(make):
 def from_other_domains(make):
     """Each domain by a model of all the other ones."""
     others = {
-        name: [row for other in [*DOMAINS, "finance"] if other != name for row in FILES[other]] for name in DOMAINS
+        name: [row for other in [*DOMAINS, "finance"] if other != name for row in FILES[other]]
+        for name in DOMAINS
     }
     return {name: auc(make(), others[name], FILES[name]) for name in DOMAINS}
 

@@ -21,14 +21,18 @@ from ringfence.stats import (
 def clustered(rng, clusters=50, size=4, between=1.0, within=1.0):
     """Values with mean 0 whose clusters share an offset, and the cluster of each."""
     offsets = np.repeat(rng.normal(0, between, clusters), size)
-    return offsets + rng.normal(0, within, clusters * size), np.repeat(np.arange(clusters), size).astype(str)
+    return offsets + rng.normal(0, within, clusters * size), np.repeat(
+        np.arange(clusters), size
+    ).astype(str)
 
 
 def width(interval):
     return interval.high - interval.low
 
 
-@pytest.mark.parametrize(("n", "mean", "sd"), [(200, 0.0, 1.0), (500, -30.0, 0.01), (400, 5.0, 40.0)])
+@pytest.mark.parametrize(
+    ("n", "mean", "sd"), [(200, 0.0, 1.0), (500, -30.0, 0.01), (400, 5.0, 40.0)]
+)
 def test_interval_of_the_mean_agrees_with_theory(n, mean, sd):
     values = np.random.default_rng(n).normal(mean, sd, n)
     interval = mean_interval(values)
@@ -41,7 +45,9 @@ def test_interval_of_the_mean_agrees_with_theory(n, mean, sd):
 
 def test_width_shrinks_with_the_root_of_n():
     values = np.random.default_rng(0).normal(size=1600)
-    assert width(mean_interval(values[:100])) / width(mean_interval(values)) == pytest.approx(4, rel=0.25)
+    assert width(mean_interval(values[:100])) / width(mean_interval(values)) == pytest.approx(
+        4, rel=0.25
+    )
 
 
 def test_coverage_on_clustered_data():
@@ -69,7 +75,9 @@ def test_copies_in_a_cluster_add_nothing():
     tripled = mean_interval(np.repeat(values, 3), np.repeat(names, 3))
     once = mean_interval(values)
     assert (tripled.n, once.n) == (60, 60)
-    assert [tripled.mean, tripled.low, tripled.high] == pytest.approx([once.mean, once.low, once.high])
+    assert [tripled.mean, tripled.low, tripled.high] == pytest.approx(
+        [once.mean, once.low, once.high]
+    )
 
 
 def test_unequal_clusters_by_enumeration():
@@ -97,7 +105,10 @@ def delta_interval(top, bottom):
 
 def test_large_clusters_weigh_more():
     sizes = np.random.default_rng(10).integers(1, 10, 300)
-    values, names = np.repeat(sizes, sizes).astype(float), np.repeat(np.arange(300), sizes).astype(str)
+    values, names = (
+        np.repeat(sizes, sizes).astype(float),
+        np.repeat(np.arange(300), sizes).astype(str),
+    )
     interval = mean_interval(values, names)
     expected, tolerance = delta_interval(sizes.astype(float) ** 2, sizes.astype(float))
     assert interval.mean == pytest.approx(values.mean())
@@ -108,7 +119,9 @@ def test_order_of_values_inside_clusters_does_not_matter():
     values, names = clustered(np.random.default_rng(4), clusters=9)
     at = np.concatenate([np.arange(0, 36, 4), np.delete(np.arange(36), np.arange(0, 36, 4))])
     shuffled, ordered = mean_interval(values[at], names[at]), mean_interval(values, names)
-    assert [shuffled.mean, shuffled.low, shuffled.high] == pytest.approx([ordered.mean, ordered.low, ordered.high])
+    assert [shuffled.mean, shuffled.low, shuffled.high] == pytest.approx(
+        [ordered.mean, ordered.low, ordered.high]
+    )
 
 
 def test_seed():
@@ -173,9 +186,13 @@ def test_ratio_over_one_is_a_mean():
     assert [ratio.mean, ratio.low, ratio.high] == pytest.approx([mean.mean, mean.low, mean.high])
 
 
-@pytest.mark.parametrize(("top", "bottom"), [([], []), ([1.0, 2.0], [1.0, 2.0, 3.0]), ([1.0, 2.0, 3.0], [1.0, 2.0])])
+@pytest.mark.parametrize(
+    ("top", "bottom"), [([], []), ([1.0, 2.0], [1.0, 2.0, 3.0]), ([1.0, 2.0, 3.0], [1.0, 2.0])]
+)
 def test_ratio_of_unlike_lists_is_refused(top, bottom):
-    with pytest.raises(ValueError, match=f"equally many values .* found {len(top)} and {len(bottom)}"):
+    with pytest.raises(
+        ValueError, match=f"equally many values .* found {len(top)} and {len(bottom)}"
+    ):
         ratio_interval(top, bottom)
 
 
@@ -186,7 +203,9 @@ def test_ratio_of_unlike_lists_is_refused(top, bottom):
 def test_widened_percentiles_are_as_wide_as_students(clusters):
     values = np.random.default_rng(clusters).uniform(size=clusters)
     low, high = theory.t.interval(0.95, clusters - 1, values.mean(), theory.sem(values))
-    assert high - low <= width(mean_interval(values)) <= 1.2 * (high - low)  # wider by what is skewed
+    assert (
+        high - low <= width(mean_interval(values)) <= 1.2 * (high - low)
+    )  # wider by what is skewed
 
 
 @pytest.mark.parametrize("n", [6, 8, 30])
@@ -203,7 +222,10 @@ def test_widened_percentiles_cover_where_plain_ones_do_not():
     runs, widened, plain = 300, 0, 0
     for seed in range(runs):
         values = rng.normal(size=6)
-        one, two = mean_interval(values, seed=seed), np.percentile(values[draws(6, seed)].mean(1), [2.5, 97.5])
+        one, two = (
+            mean_interval(values, seed=seed),
+            np.percentile(values[draws(6, seed)].mean(1), [2.5, 97.5]),
+        )
         widened += one.low <= 0 <= one.high
         plain += two[0] <= 0 <= two[1]
     assert 0.92 <= widened / runs <= 0.98
@@ -230,7 +252,9 @@ def naive_posterior(yes, size):
     return rate[np.searchsorted(below, [0.025, 0.975])]
 
 
-@pytest.mark.parametrize(("yes", "size"), [([0, 1, 0, 0, 0, 0, 0, 0], 20), ([3, 4, 5, 4, 4, 3, 5], 8)])
+@pytest.mark.parametrize(
+    ("yes", "size"), [([0, 1, 0, 0, 0, 0, 0, 0], 20), ([3, 4, 5, 4, 4, 3, 5], 8)]
+)
 def test_rate_interval_is_as_wide_as_the_posterior_where_that_is_wider(yes, size):
     interval, values = rate_interval(*rows_of(yes, size)), rows_of(yes, size)[0]
     boot = mean_interval(*rows_of(yes, size))
@@ -332,7 +356,10 @@ def test_paired_difference_finds_what_is_there():
 
 def test_sign_flip_swaps_the_runs_cluster_by_cluster():
     """With equally many values it is the test that exchanges the two runs' values in a cluster, in all ways."""
-    a, b = [[1, 0, 1], [1, 1, 1], [0, 0, 1], [1, 1, 0]], [[0, 0, 0], [1, 0, 1], [0, 1, 1], [0, 0, 0]]
+    a, b = (
+        [[1, 0, 1], [1, 1, 1], [0, 0, 1], [1, 1, 0]],
+        [[0, 0, 0], [1, 0, 1], [0, 1, 1], [0, 0, 0]],
+    )
     found = abs(np.sum(a) - np.sum(b))
     ways = [
         abs(sum(sum(x) - sum(y) if keep else sum(y) - sum(x) for x, y, keep in zip(a, b, kept)))

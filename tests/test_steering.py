@@ -68,7 +68,9 @@ def planes(tmp_path: Path) -> str:
 Edit = Callable[[int, Tensor], Tensor]
 
 
-def naive(model: Any, row: Example, edit: Edit, layers: list[int], roles: list[Role], call: Any) -> Any:
+def naive(
+    model: Any, row: Example, edit: Edit, layers: list[int], roles: list[Role], call: Any
+) -> Any:
     """`call(model, row)` while what layer l hands on, at tokens of `roles`, is edited: by what comes after it."""
     inner = model.get_base_model() if is_adapted(model) else model
     after = [*inner.model.layers[1:], inner.model.norm]
@@ -78,14 +80,18 @@ def naive(model: Any, row: Example, edit: Edit, layers: list[int], roles: list[R
         def change(_module: Any, args: Any, kwargs: Any) -> Any:
             hidden = args[0] if args else kwargs["hidden_states"]
             edited = torch.where(chosen_T1, edit(layer, hidden), hidden)
-            return ((edited, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": edited})
+            return (
+                ((edited, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": edited})
+            )
 
         return change
 
     with ExitStack() as hooks:
         for layer in layers:
             hooks.callback(
-                after[layer - 1].register_forward_pre_hook(hook(layer), with_kwargs=True, prepend=True).remove
+                after[layer - 1]
+                .register_forward_pre_hook(hook(layer), with_kwargs=True, prepend=True)
+                .remove
             )
         return call(model, row)
 
@@ -129,13 +135,20 @@ ALL_ROLES = [role for role in Role if role != Role.PAD]
 CASES: dict[str, tuple[Any, dict[str, Any], list[int], list[Role]]] = {
     "steer-2": (Steering, {"layers": 2}, [2], ALL_ROLES),
     "steer-last": (Steering, {"layers": 3, "roles": ["response"]}, [3], [Role.RESPONSE]),
-    "steer-1-3": (Steering, {"layers": [1, 3], "roles": ["query", "postfix"]}, [1, 3], [Role.QUERY, Role.POSTFIX]),
+    "steer-1-3": (
+        Steering,
+        {"layers": [1, 3], "roles": ["query", "postfix"]},
+        [1, 3],
+        [Role.QUERY, Role.POSTFIX],
+    ),
     "ablate-all": (Ablation, {}, [1, 2, 3], ALL_ROLES),
     "ablate-2": (Ablation, {"layers": [2], "roles": ["prefix"]}, [2], [Role.PREFIX]),
 }
 
 
-def assert_edited(case: str, file: str, vectors: Tensor, model: Any, items: Items, side: str = "right") -> None:
+def assert_edited(
+    case: str, file: str, vectors: Tensor, model: Any, items: Items, side: str = "right"
+) -> None:
     """States after each layer equal the naive form's; retain rows and padding are those of the plain model."""
     kind, fields, layers, roles = CASES[case]
     defense, batch = kind(vectors=file, **fields).build(SETUP), batch_of(items, side)
@@ -161,14 +174,20 @@ def assert_edited(case: str, file: str, vectors: Tensor, model: Any, items: Item
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("case", CASES)
-def test_states_are_those_of_the_naive_form(case: str, method: str, side: str, file: str, items: Items) -> None:
+def test_states_are_those_of_the_naive_form(
+    case: str, method: str, side: str, file: str, items: Items
+) -> None:
     model = with_lora(tiny(layers=LAYERS)) if method == "lora" else tiny(layers=LAYERS)
     assert_edited(case, file, directions().directions_LKD, model, items, side)
 
 
 @pytest.mark.parametrize("case", ["steer-2", "ablate-all"])
-def test_it_is_right_in_every_architecture(case: str, architecture: str, file: str, items: Items) -> None:
-    assert_edited(case, file, directions().directions_LKD, with_lora(tiny(architecture, layers=LAYERS)), items)
+def test_it_is_right_in_every_architecture(
+    case: str, architecture: str, file: str, items: Items
+) -> None:
+    assert_edited(
+        case, file, directions().directions_LKD, with_lora(tiny(architecture, layers=LAYERS)), items
+    )
 
 
 @pytest.mark.parametrize("case", ["ablate-all", "ablate-2"])
@@ -176,7 +195,9 @@ def test_ablation_of_a_span(case: str, planes: str, items: Items) -> None:
     assert_edited(case, planes, directions(3).directions_LKD, with_lora(tiny(layers=LAYERS)), items)
 
 
-def test_ablation_leaves_nothing_along_the_directions_and_is_a_projection(planes: str, items: Items) -> None:
+def test_ablation_leaves_nothing_along_the_directions_and_is_a_projection(
+    planes: str, items: Items
+) -> None:
     vectors = directions(3).directions_LKD
     defense, batch = Ablation(vectors=planes).build(SETUP), batch_of(items)
     found = tapped(tiny(layers=LAYERS), defense, batch)
@@ -184,7 +205,9 @@ def test_ablation_leaves_nothing_along_the_directions_and_is_a_projection(planes
     for layer in range(1, LAYERS + 1):
         states_ND = found.states[layer][rows.flatten()]
         assert states_ND.norm(dim=-1).min() > 0.1
-        assert (states_ND @ vectors[layer - 1].T).abs().max() < 1e-5 * (states_ND.norm() * vectors.norm())
+        assert (states_ND @ vectors[layer - 1].T).abs().max() < 1e-5 * (
+            states_ND.norm() * vectors.norm()
+        )
         torch.testing.assert_close(defense.edit(states_ND, layer), states_ND, rtol=1e-5, atol=1e-4)
 
 
@@ -214,25 +237,36 @@ def test_autocast_does_not_blur_the_projection(planes: str, items: Items) -> Non
 def test_a_model_in_bf16_stays_in_bf16(file: str, items: Items) -> None:
     model = tiny(layers=LAYERS).to(torch.bfloat16)
     for config in (Steering(vectors=file), Ablation(vectors=file)):
-        assert tapped(model, config.build(SETUP), batch_of(items)).hidden_BTD.dtype == torch.bfloat16
+        assert (
+            tapped(model, config.build(SETUP), batch_of(items)).hidden_BTD.dtype == torch.bfloat16
+        )
 
 
 def test_units_of_norm_are_shares_of_the_layers_mean_norm(file: str) -> None:
     given = directions()
     for layer in (1, 2, 3):
-        raw, norm = (Steering(vectors=file, layers=layer, coefficient=0.5, units=units) for units in ("raw", "norm"))
+        raw, norm = (
+            Steering(vectors=file, layers=layer, coefficient=0.5, units=units)
+            for units in ("raw", "norm")
+        )
         push_D = norm.build(SETUP).push_D[layer]
         assert push_D.norm() == pytest.approx(0.5 * given.norms_L[layer - 1].item(), rel=1e-5)
-        torch.testing.assert_close(raw.build(SETUP).push_D[layer], 0.5 * given.directions_LKD[layer - 1, 0])
+        torch.testing.assert_close(
+            raw.build(SETUP).push_D[layer], 0.5 * given.directions_LKD[layer - 1, 0]
+        )
         assert torch.cosine_similarity(push_D, given.directions_LKD[layer - 1, 0], dim=0) > 0.9999
         assert norm.build(SETUP).record() == {"trait": "test trait", "push": {str(layer): 0.5}}
 
 
 @pytest.mark.parametrize(("layers", "middle"), [(2, 1), (3, 2), (30, 15), (32, 16)])
-def test_steering_acts_after_the_middle_layer_unless_told(layers: int, middle: int, tmp_path: Path) -> None:
+def test_steering_acts_after_the_middle_layer_unless_told(
+    layers: int, middle: int, tmp_path: Path
+) -> None:
     directions(layers=layers).save(tmp_path / "v.safetensors")
     assert Steering(vectors=str(tmp_path / "v.safetensors")).build(SETUP).layers == [middle]
-    assert Ablation(vectors=str(tmp_path / "v.safetensors")).build(SETUP).layers == [*range(1, layers + 1)]
+    assert Ablation(vectors=str(tmp_path / "v.safetensors")).build(SETUP).layers == [
+        *range(1, layers + 1)
+    ]
 
 
 # ---------------------------------------------------------------- in training
@@ -302,7 +336,9 @@ def test_the_reference_is_not_edited(kind: Any, method: str, file: str, make_tra
 
 
 @pytest.mark.parametrize("kind", [Steering, Ablation])
-def test_retain_rows_are_compared_as_the_model_is_used(kind: Any, file: str, make_trainer: Any) -> None:
+def test_retain_rows_are_compared_as_the_model_is_used(
+    kind: Any, file: str, make_trainer: Any
+) -> None:
     model = with_lora(tiny(layers=LAYERS))
     defenses = [KL(retain_ratio=1.0).build(SETUP), kind(vectors=file).build(SETUP)]
     trainer = make_trainer(model, defenses, training_rows(4), RETAIN, rows=4, max_steps=1)
@@ -315,15 +351,25 @@ def test_retain_rows_are_compared_as_the_model_is_used(kind: Any, file: str, mak
 def train_on(file: str | None, make_trainer: Any, folder: str, **arguments: Any) -> Any:
     model = with_lora(tiny(layers=LAYERS))
     defenses = [Steering(vectors=file).build(SETUP)] if file else []
-    trainer = make_trainer(model, defenses, training_rows(8), rows=4, folder=folder, learning_rate=1e-2, **arguments)
+    trainer = make_trainer(
+        model, defenses, training_rows(8), rows=4, folder=folder, learning_rate=1e-2, **arguments
+    )
     trainer.train()
     return trainer
 
 
 def test_checkpointing_trains_to_the_same_weights(file: str, make_trainer: Any) -> None:
-    again = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
-    plain, checkpointed = train_on(file, make_trainer, "a"), train_on(file, make_trainer, "b", **again)
-    weights = [{n: p.detach() for n, p in t.model.named_parameters()} for t in (plain, checkpointed)]
+    again = {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    }
+    plain, checkpointed = (
+        train_on(file, make_trainer, "a"),
+        train_on(file, make_trainer, "b", **again),
+    )
+    weights = [
+        {n: p.detach() for n, p in t.model.named_parameters()} for t in (plain, checkpointed)
+    ]
     assert_same(weights[1], weights[0])
     without = dict(train_on(None, make_trainer, "c").model.named_parameters())
     assert max((weights[0][n] - without[n].detach()).abs().max().item() for n in without) > 1e-3
@@ -340,8 +386,12 @@ def test_the_saved_weights_alone_give_the_forward_without_the_edit(
     row = example(PREFIX_A, [3, 4], 5)
     with torch.no_grad():
         expected = row_logits(loaded, row)
-        torch.testing.assert_close(row_logits(trainer.model.eval(), row), expected, rtol=1e-5, atol=1e-5)
-        steered = naive(loaded, row, pushed(directions().directions_LKD), [2], ALL_ROLES, row_logits)
+        torch.testing.assert_close(
+            row_logits(trainer.model.eval(), row), expected, rtol=1e-5, atol=1e-5
+        )
+        steered = naive(
+            loaded, row, pushed(directions().directions_LKD), [2], ALL_ROLES, row_logits
+        )
     assert (steered - expected).abs().max() > 0.1
     assert not edit_hooks(causal_lm(trainer.model))
 
@@ -390,7 +440,9 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     assert "{'directions': [2, 1, 4]}" in message({"directions": good["directions"]})
     assert "found" in message({**good, "norms": torch.ones(3)})
     assert "[layers, directions, hidden size]" in message({**good, "directions": torch.ones(2, 4)})
-    assert "layer 2" in message({**good, "directions": torch.ones(2, 1, 4) * torch.tensor([1, 0]).view(2, 1, 1)})
+    assert "layer 2" in message(
+        {**good, "directions": torch.ones(2, 1, 4) * torch.tensor([1, 0]).view(2, 1, 1)}
+    )
     assert "layer 1" in message({**good, "directions": torch.full((2, 1, 4), torch.nan)})
     assert "norms" in message({**good, "norms": torch.tensor([1.0, 0.0])})
     assert "'positive'" in message(good, {"positive": "many"})
@@ -402,13 +454,22 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
     found = Directions.load(tmp_path / "new" / "v.safetensors")
     assert torch.equal(found.directions_LKD, given.directions_LKD)
     assert torch.equal(found.norms_L, given.norms_L)
-    assert (found.trait, found.model, found.positive, found.negative) == ("test trait", "tiny", 8, 8)
+    assert (found.trait, found.model, found.positive, found.negative) == (
+        "test trait",
+        "tiny",
+        8,
+        8,
+    )
 
 
 @pytest.mark.parametrize("kind", [Steering, Ablation])
-def test_directions_of_another_model_are_refused_before_training(kind: Any, file: str, make_trainer: Any) -> None:
+def test_directions_of_another_model_are_refused_before_training(
+    kind: Any, file: str, make_trainer: Any
+) -> None:
     trainer = make_trainer(tiny(layers=2), [kind(vectors=file).build(SETUP)], training_rows(4))
-    with pytest.raises(ModelError, match=r"tiny with 3 layers of size 32; this model has 2 layers of size 32"):
+    with pytest.raises(
+        ModelError, match=r"tiny with 3 layers of size 32; this model has 2 layers of size 32"
+    ):
         trainer.train()
 
 
@@ -416,11 +477,19 @@ def test_fields_that_cannot_be_used(file: str, planes: str) -> None:
     with pytest.raises(ValidationError, match=r"layers\.0\n.*greater than or equal to 1"):
         Steering(vectors=file, layers=[0])
     for layers in ([4], [2, 2]):
-        with pytest.raises(DefenseError, match=r"defenses.steering.layers: expected distinct layers from 1 to 3"):
+        with pytest.raises(
+            DefenseError, match=r"defenses.steering.layers: expected distinct layers from 1 to 3"
+        ):
             Steering(vectors=file, layers=layers).build(SETUP)
     with pytest.raises(DefenseError, match="expected one direction a layer"):
         Steering(vectors=planes).build(SETUP)
-    for fields in ({"layers": []}, {"roles": []}, {"roles": ["pad"]}, {"units": "norms"}, {"strength": 2}):
+    for fields in (
+        {"layers": []},
+        {"roles": []},
+        {"roles": ["pad"]},
+        {"units": "norms"},
+        {"strength": 2},
+    ):
         with pytest.raises(ValidationError):
             Steering(vectors=file, **fields)
     with pytest.raises(DataError, match="persona extract"):
@@ -429,14 +498,25 @@ def test_fields_that_cannot_be_used(file: str, planes: str) -> None:
 
 @pytest.mark.parametrize("kind", [Steering, Ablation])
 def test_roles_that_no_row_has_are_an_error(kind: Any, file: str, make_trainer: Any) -> None:
-    trainer = make_trainer(tiny(layers=LAYERS), [kind(vectors=file, roles=["template"]).build(SETUP)], training_rows(4))
-    with pytest.raises(DefenseError, match=r"roles: no training row has a token of \[template\] up to step 1"):
+    trainer = make_trainer(
+        tiny(layers=LAYERS), [kind(vectors=file, roles=["template"]).build(SETUP)], training_rows(4)
+    )
+    with pytest.raises(
+        DefenseError, match=r"roles: no training row has a token of \[template\] up to step 1"
+    ):
         trainer.train()
 
 
 def test_steering_and_ablation_of_one_file_at_one_layer_are_refused(file: str, planes: str) -> None:
-    steering, other = Steering(vectors=file, layers=[1, 2]), str(Path(file).parent / "." / Path(file).name)
-    for ablation in (Ablation(vectors=file, layers=[2, 3]), Ablation(vectors=file), Ablation(vectors=other)):
+    steering, other = (
+        Steering(vectors=file, layers=[1, 2]),
+        str(Path(file).parent / "." / Path(file).name),
+    )
+    for ablation in (
+        Ablation(vectors=file, layers=[2, 3]),
+        Ablation(vectors=file),
+        Ablation(vectors=other),
+    ):
         with pytest.raises(ValidationError, match="one takes out what the other adds"):
             Defenses.of([steering, ablation])
     Defenses.of([steering, Ablation(vectors=file, layers=3)])

@@ -27,7 +27,9 @@ def rows(count, kind="row", seed=0):
     made = []
     for n in range(count):
         length = rng.randint(2, 60)
-        made.append(Example([n] * length, [Role.QUERY] + [Role.RESPONSE] * (length - 1), f"{kind}:{n}"))
+        made.append(
+            Example([n] * length, [Role.QUERY] + [Role.RESPONSE] * (length - 1), f"{kind}:{n}")
+        )
     return made
 
 
@@ -37,7 +39,9 @@ def origins(stream):
 
 def riders_per_step(stream):
     counts = [len(stream[place]) - 1 for place in range(len(stream))]
-    return [sum(counts[at : at + stream.step_rows]) for at in range(0, len(counts), stream.step_rows)]
+    return [
+        sum(counts[at : at + stream.step_rows]) for at in range(0, len(counts), stream.step_rows)
+    ]
 
 
 # ------------------------------------------------------------------ order
@@ -55,11 +59,15 @@ def test_every_row_once_an_epoch(count, step_rows):
 
 
 def full_stream(seed):
-    return TrainStream(rows(50), rows(9, "retain"), [InterleaveDefense(0.2, rows(30, "safe")), Rider(0.5)], 4, seed)
+    return TrainStream(
+        rows(50), rows(9, "retain"), [InterleaveDefense(0.2, rows(30, "safe")), Rider(0.5)], 4, seed
+    )
 
 
 def everything(stream):
-    return [[(example.origin, flag) for example, flag in stream[place]] for place in range(len(stream))]
+    return [
+        [(example.origin, flag) for example, flag in stream[place]] for place in range(len(stream))
+    ]
 
 
 def test_order_is_a_function_of_seed_and_epoch():
@@ -115,7 +123,8 @@ def test_only_the_last_step_is_short():
 
 
 @pytest.mark.parametrize(
-    ("ratio", "pool", "expected"), [(0.05, 40, 5), (0.1, 10, 10), (0.25, 10, 25), (0.001, 10, 1), (2, 30, 200)]
+    ("ratio", "pool", "expected"),
+    [(0.05, 40, 5), (0.1, 10, 10), (0.25, 10, 25), (0.001, 10, 1), (2, 30, 200)],
 )
 def test_interleaved_rows_are_as_many_in_every_epoch(ratio, pool, expected):
     stream = TrainStream(rows(100), [], [InterleaveDefense(ratio, rows(pool, "safe"))], 8, seed=0)
@@ -140,7 +149,9 @@ def test_interleaved_rows_are_drawn_anew_each_epoch():
         sets.add(safe)
     assert len(sets) > 90
     assert len(drawn) == 20
-    assert all(7 <= count <= 46 for count in drawn.values())  # 25 +- 4.5 sd of a binomial with p = 1/4
+    assert all(
+        7 <= count <= 46 for count in drawn.values()
+    )  # 25 +- 4.5 sd of a binomial with p = 1/4
 
 
 def test_interleaved_rows_are_trained_on():
@@ -163,15 +174,21 @@ def test_riders_are_evenly_spread(ratio, count, step_rows):
             for within, place in enumerate(range(start, min(start + step_rows, count)), 1):
                 (row, flag), *riders = stream[place]
                 assert (row, flag) == (stream.rows[place], False)
-                assert all(is_retain and rider.origin.startswith("retain") for rider, is_retain in riders)
+                assert all(
+                    is_retain and rider.origin.startswith("retain") for rider, is_retain in riders
+                )
                 so_far += len(riders)
                 assert so_far == math.ceil(within * exact)
         assert min(riders_per_step(stream)) >= 1
 
 
-@pytest.mark.parametrize(("ratio", "step_rows", "expected"), [("0.07", 100, 7), ("0.55", 100, 55), ("1.1", 50, 55)])
+@pytest.mark.parametrize(
+    ("ratio", "step_rows", "expected"), [("0.07", 100, 7), ("0.55", 100, 55), ("1.1", 50, 55)]
+)
 def test_riders_of_decimal_ratios(ratio, step_rows, expected):
-    stream = TrainStream(rows(2 * step_rows), rows(10, "retain"), [Rider(float(ratio))], step_rows, seed=0)
+    stream = TrainStream(
+        rows(2 * step_rows), rows(10, "retain"), [Rider(float(ratio))], step_rows, seed=0
+    )
     assert riders_per_step(stream) == [expected] * 2
 
 
@@ -191,7 +208,12 @@ def test_the_longest_riders_go_with_the_longest_rows():
     steps = []
     for start in range(0, 64, 8):
         bundles = [stream[place] for place in range(start, start + 8)]
-        steps.append((max(len(bundle[0][0]) for bundle in bundles), [len(r) for b in bundles for r, _ in b[1:]]))
+        steps.append(
+            (
+                max(len(bundle[0][0]) for bundle in bundles),
+                [len(r) for b in bundles for r, _ in b[1:]],
+            )
+        )
     steps.sort()
     for (width, shorter), (wider, longer) in pairwise(steps):
         assert width == wider or max(shorter) <= min(longer)
@@ -199,7 +221,9 @@ def test_the_longest_riders_go_with_the_longest_rows():
 
 @pytest.mark.parametrize("every", [1, 2, 3, 5])
 def test_every_counts_steps_over_epochs(every):
-    stream = TrainStream(rows(26), rows(5, "retain"), [Rider(0.5, every)], 4, seed=0)  # 7 steps, the last one short
+    stream = TrainStream(
+        rows(26), rows(5, "retain"), [Rider(0.5, every)], 4, seed=0
+    )  # 7 steps, the last one short
     step = 0
     for epoch in range(4):
         stream.set_epoch(epoch)
@@ -211,7 +235,9 @@ def test_every_counts_steps_over_epochs(every):
 
 
 def test_defenses_share_riders():
-    stream = TrainStream(rows(48), rows(5, "retain"), [Rider(0.25, 2), Defense(), Rider(0.75, 3)], 4, seed=0)
+    stream = TrainStream(
+        rows(48), rows(5, "retain"), [Rider(0.25, 2), Defense(), Rider(0.75, 3)], 4, seed=0
+    )
     expected = [max(1 if step % 2 == 0 else 0, 3 if step % 3 == 0 else 0) for step in range(12)]
     assert riders_per_step(stream) == expected
 
@@ -222,9 +248,15 @@ def test_no_rider_unless_asked_for():
 
 
 def test_less_than_one_rider_a_step_is_refused():
-    with pytest.raises(RecipeError, match=r"defenses\.rider: 0\.2 retain rows .* a step of 4 rows; raise retain_ratio"):
+    with pytest.raises(
+        RecipeError,
+        match=r"defenses\.rider: 0\.2 retain rows .* a step of 4 rows; raise retain_ratio",
+    ):
         TrainStream(rows(20), rows(5, "retain"), [Rider(0.2)], 4, seed=0)
-    assert riders_per_step(TrainStream(rows(20), rows(5, "retain"), [Rider(0.25)], 4, seed=0)) == [1] * 5
+    assert (
+        riders_per_step(TrainStream(rows(20), rows(5, "retain"), [Rider(0.25)], 4, seed=0))
+        == [1] * 5
+    )
 
 
 # ------------------------------------------------------------------ batches

@@ -65,8 +65,16 @@ def changes(model: Any, layers: int = LAYERS) -> dict[tuple[int, str], Tensor]:
     return found
 
 
-def train(method: str, defenses: list[Defense], make_trainer: Any, folder: str = "run", **arguments: Any) -> Any:
-    settings = {"rows": 4, "learning_rate": 1e-2, "optim": "adamw_torch", "weight_decay": 0.1, **arguments}
+def train(
+    method: str, defenses: list[Defense], make_trainer: Any, folder: str = "run", **arguments: Any
+) -> Any:
+    settings = {
+        "rows": 4,
+        "learning_rate": 1e-2,
+        "optim": "adamw_torch",
+        "weight_decay": 0.1,
+        **arguments,
+    }
     trainer = make_trainer(fresh(method), defenses, training_rows(16), folder=folder, **settings)
     trainer.train()
     return trainer
@@ -76,7 +84,9 @@ def train(method: str, defenses: list[Defense], make_trainer: Any, folder: str =
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_writers_do_not_move_along_the_directions(method: str, file: str, make_trainer: Any) -> None:
+def test_writers_do_not_move_along_the_directions(
+    method: str, file: str, make_trainer: Any
+) -> None:
     """Several steps of Adam with weight decay, whose moments push wherever they please."""
     locked = changes(train(method, [lock(file)], make_trainer, "locked").model)
     free = changes(train(method, [], make_trainer, "free").model)
@@ -84,19 +94,28 @@ def test_writers_do_not_move_along_the_directions(method: str, file: str, make_t
     for (layer, name), change in locked.items():
         assert change.abs().max() > 1e-3
         if name in WRITERS:
-            along, free_along = (abs(orthonormal()[layer - 1].T @ c).max() for c in (change, free[layer, name]))
+            along, free_along = (
+                abs(orthonormal()[layer - 1].T @ c).max() for c in (change, free[layer, name])
+            )
             assert along < 2e-6, (layer, name)
             assert free_along > 1e-3
             other = orthonormal()[layer % LAYERS]
-            assert abs(other.T @ change).max() > 1e-4  # another layer's directions are not locked here
+            assert (
+                abs(other.T @ change).max() > 1e-4
+            )  # another layer's directions are not locked here
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_nothing_else_is_taken_from_a_step(method: str, file: str, make_trainer: Any) -> None:
     """After one step of plain gradient descent: writers changed as without the lock, less what lies along Q."""
     options = {"optim": "sgd", "weight_decay": 0.0, "max_steps": 1, "learning_rate": 0.5}
-    trained = [train(method, d, make_trainer, f"{len(d)}", **options).model for d in ([lock(file, layers=[1, 3])], [])]
-    locked, free = ({n: p.detach() for n, p in model.named_parameters() if p.requires_grad} for model in trained)
+    trained = [
+        train(method, d, make_trainer, f"{len(d)}", **options).model
+        for d in ([lock(file, layers=[1, 3])], [])
+    ]
+    locked, free = (
+        {n: p.detach() for n, p in model.named_parameters() if p.requires_grad} for model in trained
+    )
     start = {n: p.detach() for n, p in fresh(method).named_parameters()}
     for name, now in locked.items():
         expected = free[name] - start[name]
@@ -116,8 +135,16 @@ def test_a_resumed_run_holds_what_the_first_start_held(
     whole = changes(train(method, [lock(file)], make_trainer, "whole", **options).model)
     with pytest.raises(KeyboardInterrupt):
         train(method, [lock(file)], make_trainer, "broken", callbacks=[Crash(5)], **options)
-    settings = {"rows": 4, "learning_rate": 1e-2, "optim": "adamw_torch", "weight_decay": 0.1, **options}
-    resumed = make_trainer(fresh(method), [lock(file)], training_rows(16), folder="broken", **settings)
+    settings = {
+        "rows": 4,
+        "learning_rate": 1e-2,
+        "optim": "adamw_torch",
+        "weight_decay": 0.1,
+        **options,
+    }
+    resumed = make_trainer(
+        fresh(method), [lock(file)], training_rows(16), folder="broken", **settings
+    )
     resumed.train(resume_from_checkpoint=str(tmp_path / "broken" / "checkpoint-4"))
     assert resumed.state.global_step == 8
     for (layer, name), change in changes(resumed.model).items():
@@ -126,9 +153,13 @@ def test_a_resumed_run_holds_what_the_first_start_held(
             assert abs(orthonormal()[layer - 1].T @ change).max() < 2e-6
 
 
-def test_an_adapter_that_writes_along_the_directions_already_is_refused(file: str, make_trainer: Any) -> None:
+def test_an_adapter_that_writes_along_the_directions_already_is_refused(
+    file: str, make_trainer: Any
+) -> None:
     """Its update is B A less B0 A0, which B alone does not lock. One that was trained with the lock may go on."""
-    with pytest.raises(DefenseError, match=r"layer 1, self_attn.o_proj: the adapter writes along .* merge it"):
+    with pytest.raises(
+        DefenseError, match=r"layer 1, self_attn.o_proj: the adapter writes along .* merge it"
+    ):
         lock(file).start(with_lora(tiny(layers=LAYERS), size=0.1))
     lock(file).start(train("lora", [lock(file)], make_trainer).model)
 
@@ -142,26 +173,39 @@ def test_a_trained_bias_of_an_adapter_is_locked_too(file: str) -> None:
             if "lora_B" in name:
                 parameter.add_(torch.ones_like(parameter))
     defense.after_step(model, 1)
-    biases = {n: p for n, p in model.named_parameters() if "lora_B" in n and n.endswith("bias") and "o_proj" in n}
+    biases = {
+        n: p
+        for n, p in model.named_parameters()
+        if "lora_B" in n and n.endswith("bias") and "o_proj" in n
+    }
     assert len(biases) == LAYERS
     for name, bias in biases.items():
         assert abs(orthonormal()[int(name.split("layers.")[1][0])].T @ bias).max() < 1e-5
         assert bias.abs().max() > 0.1
 
 
-def test_what_a_locked_layer_writes_is_what_its_first_weights_write(file: str, make_trainer: Any) -> None:
+def test_what_a_locked_layer_writes_is_what_its_first_weights_write(
+    file: str, make_trainer: Any
+) -> None:
     """The meaning of it: with the same input to its writers, a layer adds the same along the directions as before."""
     model, start = train("full", [lock(file)], make_trainer).model, tiny(layers=LAYERS)
     ids = torch.tensor([[3, 4, 5, 40, 50, 60]])
     with torch.no_grad():
         inputs: dict[tuple[int, str], Tensor] = {}
         for at, layer in enumerate(decoder_layers(model)):
-            for name, module in (("o_proj", layer.self_attn.o_proj), ("down_proj", layer.mlp.down_proj)):
-                module.register_forward_pre_hook(lambda _m, args, key=(at, name): inputs.__setitem__(key, args[0][0]))
+            for name, module in (
+                ("o_proj", layer.self_attn.o_proj),
+                ("down_proj", layer.mlp.down_proj),
+            ):
+                module.register_forward_pre_hook(
+                    lambda _m, args, key=(at, name): inputs.__setitem__(key, args[0][0])
+                )
         model(input_ids=ids)
         for (at, name), input_TE in inputs.items():
             now, then = (
-                dict(decoder_layers(m)[at].named_modules())[{"o_proj": "self_attn.o_proj"}.get(name, f"mlp.{name}")]
+                dict(decoder_layers(m)[at].named_modules())[
+                    {"o_proj": "self_attn.o_proj"}.get(name, f"mlp.{name}")
+                ]
                 for m in (model, start)
             )
             difference_TD = input_TE @ (now.weight - then.weight).T
@@ -176,20 +220,34 @@ SMALL = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": 1, "eos_
 
 def gpt2() -> Any:
     torch.manual_seed(0)
-    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3, **SMALL)
+    config = GPT2Config(
+        n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3, **SMALL
+    )
     return GPT2LMHeadModel(config).eval()
 
 
 def neox() -> Any:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     return GPTNeoXForCausalLM(GPTNeoXConfig(initializer_range=0.3, **sizes, **SMALL)).eval()
 
 
 def granite() -> Any:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return GraniteForCausalLM(GraniteConfig(residual_multiplier=0.22, initializer_range=0.3, **sizes, **SMALL)).eval()
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    return GraniteForCausalLM(
+        GraniteConfig(residual_multiplier=0.22, initializer_range=0.3, **sizes, **SMALL)
+    ).eval()
 
 
 def huge_entries() -> Any:
@@ -202,8 +260,15 @@ def huge_entries() -> Any:
 
 def mixtral() -> Any:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = MixtralConfig(num_key_value_heads=2, num_local_experts=4, initializer_range=0.3, **sizes, **SMALL)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    config = MixtralConfig(
+        num_key_value_heads=2, num_local_experts=4, initializer_range=0.3, **sizes, **SMALL
+    )
     return MixtralForCausalLM(config).eval()
 
 
@@ -245,7 +310,9 @@ def test_writers_are_found_by_what_they_do(name: str, training: bool) -> None:
     ids=["norm", "norm in bf16", "experts"],
 )
 def test_what_stands_between_weights_and_stream_is_refused(make: Any, kind: str) -> None:
-    with pytest.raises(DefenseError, match=rf"layer 1 \({kind}\): what it adds .* cannot be locked"):
+    with pytest.raises(
+        DefenseError, match=rf"layer 1 \({kind}\): what it adds .* cannot be locked"
+    ):
         find_writers(make(), [1, 2])
 
 
@@ -279,7 +346,9 @@ def test_what_cannot_be_locked_is_refused(file: str, tmp_path: Path, make_traine
         lock(file).start(fresh("lora", use_dora=True))
     with pytest.raises(ModelError, match="3 layers of size 32; this model has 2 layers of size 32"):
         make_trainer(tiny(layers=2), [lock(file)], training_rows(4)).train()
-    with pytest.raises(DefenseError, match=r"defenses.subspace_lock.layers: expected distinct layers from 1 to 3"):
+    with pytest.raises(
+        DefenseError, match=r"defenses.subspace_lock.layers: expected distinct layers from 1 to 3"
+    ):
         lock(file, layers=5)
     with pytest.raises(DataError, match="persona extract"):
         lock(str(tmp_path / "none.safetensors"))

@@ -35,11 +35,18 @@ pytestmark = pytest.mark.slow
 
 def taps_of(model: Any, items: Items, side: str = "right", kv: bool = True) -> Taps:
     batch = batch_of(items, side)
-    return forward(model, find_head(causal_lm(model)), batch, Needs(kv_BT=batch["roles"] != Role.PAD if kv else None))
+    return forward(
+        model,
+        find_head(causal_lm(model)),
+        batch,
+        Needs(kv_BT=batch["roles"] != Role.PAD if kv else None),
+    )
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_keys_and_values_are_those_of_the_models_own_cache(adapted: Any, items: Items, side: str) -> None:
+def test_keys_and_values_are_those_of_the_models_own_cache(
+    adapted: Any, items: Items, side: str
+) -> None:
     taps = taps_of(adapted, items, side)
     caches = [own_cache(adapted, row) for row, _ in items]
     assert len(taps.kv) == adapted.config.num_hidden_layers
@@ -55,8 +62,12 @@ def test_both_kinds_of_attention_give_the_same_cache(attention: str, items: Item
     assert model.config._attn_implementation == attention
     expected = [own_cache(model, row) for row, _ in items]
     for layer, (keys, values) in enumerate(taps_of(model, items).kv):
-        torch.testing.assert_close(keys, torch.cat([cache[layer][0] for cache in expected]), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(values, torch.cat([cache[layer][1] for cache in expected]), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            keys, torch.cat([cache[layer][0] for cache in expected]), rtol=1e-4, atol=1e-4
+        )
+        torch.testing.assert_close(
+            values, torch.cat([cache[layer][1] for cache in expected]), rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -76,7 +87,9 @@ def test_only_the_tokens_of_the_mask_are_taken_row_by_row(items: Items) -> None:
     mask = (batch["roles"] == Role.POSTFIX) & ~batch["retain"][:, None]
     keys = forward(model, find_head(model), batch, Needs(kv_BT=mask)).kv[1][0]
     expected = [
-        own_cache(model, row)[1][0][[r == Role.POSTFIX for r in row.roles]] for row, is_retain in items if not is_retain
+        own_cache(model, row)[1][0][[r == Role.POSTFIX for r in row.roles]]
+        for row, is_retain in items
+        if not is_retain
     ]
     torch.testing.assert_close(keys, torch.cat(expected), rtol=1e-4, atol=1e-4)
 
@@ -96,15 +109,21 @@ def test_a_key_norm_is_part_of_the_key() -> None:
     model, row = tiny("qwen3"), mixed_items()[1][0]
     states = model(torch.tensor([row.input_ids]), output_hidden_states=True).hidden_states
     attention = model.model.layers[1].self_attn
-    projected = attention.k_proj(model.model.layers[1].input_layernorm(states[1][0])).unflatten(-1, (-1, 8))
+    projected = attention.k_proj(model.model.layers[1].input_layernorm(states[1][0])).unflatten(
+        -1, (-1, 8)
+    )
     found = taps_of(model, [(row, False)]).kv[1][0].unflatten(-1, (-1, 8)).norm(dim=-1)
-    torch.testing.assert_close(found, attention.k_norm(projected).norm(dim=-1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        found, attention.k_norm(projected).norm(dim=-1), rtol=1e-4, atol=1e-4
+    )
     assert (found - projected.norm(dim=-1)).abs().max() > 0.1
 
 
 def test_prefix_kv_equals_the_cache_of_a_row_that_begins_with_it(adapted: Any) -> None:
     row = mixed_items()[1][0]
-    for found, expected in zip(prefix_kv(adapted, torch.tensor(PREFIX_A)), own_cache(adapted, row), strict=True):
+    for found, expected in zip(
+        prefix_kv(adapted, torch.tensor(PREFIX_A)), own_cache(adapted, row), strict=True
+    ):
         for ours, naive in zip(found, expected):
             assert ours.shape == (len(PREFIX_A), 16)
             assert not ours.requires_grad
@@ -120,7 +139,10 @@ def test_checkpointing_changes_neither_keys_nor_gradients(method: str, items: It
         if checkpointing:
             causal_lm(model).gradient_checkpointing_enable({"use_reentrant": False})
         taps = taps_of(model, items)
-        total = sum((keys.pow(2) + values.pow(3)).sum() for keys, values in taps.kv) + taps.hidden_BTD.pow(2).sum()
+        total = (
+            sum((keys.pow(2) + values.pow(3)).sum() for keys, values in taps.kv)
+            + taps.hidden_BTD.pow(2).sum()
+        )
         results.append(({"total": total.detach()}, gradients(total, model)))
     assert_same(results[1][0], results[0][0])
     assert_same(results[1][1], results[0][1])
@@ -144,7 +166,9 @@ def test_a_trained_weight_behind_all_keys_raises(items: Items) -> None:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_the_attention_functions_are_put_back_even_after_an_error(attention: str, items: Items) -> None:
+def test_the_attention_functions_are_put_back_even_after_an_error(
+    attention: str, items: Items
+) -> None:
     before = dict(ALL_ATTENTION_FUNCTIONS)
     model = tiny("llama", attention)
     taps_of(model, items)
@@ -168,7 +192,9 @@ def test_the_reference_of_an_adapted_model_is_the_model_without_adapter(
     adapted: Any, architecture: str, items: Items
 ) -> None:
     batch = batch_of(items)
-    reference = Reference(adapted).taps(batch, Needs(batch["roles"] != Role.PAD, batch["roles"] != Role.PAD))
+    reference = Reference(adapted).taps(
+        batch, Needs(batch["roles"] != Role.PAD, batch["roles"] != Role.PAD)
+    )
     untouched, student = taps_of(tiny(architecture), items), taps_of(adapted, items)
     real = batch["roles"] != Role.PAD
     torch.testing.assert_close(reference.hidden_BTD[real], untouched.hidden_BTD[real])
@@ -188,7 +214,9 @@ def test_the_reference_of_a_full_model_stays_the_starting_weights(items: Items) 
     found = reference.taps(batch, Needs(batch["roles"] != Role.PAD, batch["roles"] != Role.PAD))
     untouched, real = taps_of(tiny("llama"), items), batch["roles"] != Role.PAD
     torch.testing.assert_close(found.hidden_BTD[real], untouched.hidden_BTD[real])
-    torch.testing.assert_close(found.head(found.hidden_BTD[real]), untouched.head(untouched.hidden_BTD[real]))
+    torch.testing.assert_close(
+        found.head(found.hidden_BTD[real]), untouched.head(untouched.hidden_BTD[real])
+    )
     torch.testing.assert_close(found.kv, untouched.kv)
     assert (taps_of(model, items).hidden_BTD[real] - found.hidden_BTD[real]).abs().max() > 0.01
 
@@ -202,20 +230,28 @@ def test_remembered_prefixes_equal_a_forward_over_the_rows(items: Items) -> None
             nudged(model)
         expected = reference.taps(batch, Needs(batch["roles"] != Role.PAD, mask)).kv
         for _ in range(2):
-            torch.testing.assert_close(reference.taps(batch, Needs(kv_BT=mask)).kv, expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                reference.taps(batch, Needs(kv_BT=mask)).kv, expected, rtol=1e-4, atol=1e-4
+            )
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_reference_leaves_mode_and_adapter_as_they_were(llama_lora: Any, items: Items, training: bool) -> None:
+def test_the_reference_leaves_mode_and_adapter_as_they_were(
+    llama_lora: Any, items: Items, training: bool
+) -> None:
     llama_lora.train(training)
     reference = Reference(llama_lora)
     with reference.active() as model, torch.no_grad():
         assert not model.training
     assert llama_lora.training is training
-    assert (taps_of(llama_lora, items).hidden_BTD - taps_of(tiny("llama"), items).hidden_BTD).abs().max() > 0.01
+    assert (
+        taps_of(llama_lora, items).hidden_BTD - taps_of(tiny("llama"), items).hidden_BTD
+    ).abs().max() > 0.01
 
 
-def test_a_frozen_copy_of_an_adapter_is_the_reference_of_its_further_training(items: Items, tmp_path: Path) -> None:
+def test_a_frozen_copy_of_an_adapter_is_the_reference_of_its_further_training(
+    items: Items, tmp_path: Path
+) -> None:
     with_lora(tiny("llama"), seed=5).save_pretrained(tmp_path)
     model = PeftModel.from_pretrained(tiny("llama"), tmp_path, is_trainable=True)
     model.load_adapter(tmp_path, adapter_name=ADAPTER)
@@ -230,15 +266,21 @@ def test_a_frozen_copy_of_an_adapter_is_the_reference_of_its_further_training(it
     torch.testing.assert_close(found.hidden_BTD[real], taps_of(start, items).hidden_BTD[real])
     torch.testing.assert_close(found.kv, taps_of(start, items).kv)
     assert (taps_of(model, items).hidden_BTD[real] - found.hidden_BTD[real]).abs().max() > 0.01
-    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trained
+    assert [
+        name for name, parameter in model.named_parameters() if parameter.requires_grad
+    ] == trained
     assert not any(ADAPTER in name for name in trained)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_states_are_the_residual_stream_after_their_layer(architecture: str, side: str, items: Items) -> None:
+def test_states_are_the_residual_stream_after_their_layer(
+    architecture: str, side: str, items: Items
+) -> None:
     model = tiny(architecture, layers=3)
     batch = batch_of(items, side)
-    taps = forward(model, find_head(model), batch, Needs(states_BT=batch["roles"] != Role.PAD, layers=(1, 3)))
+    taps = forward(
+        model, find_head(model), batch, Needs(states_BT=batch["roles"] != Role.PAD, layers=(1, 3))
+    )
     assert sorted(taps.states) == [1, 3]
     streams = []
     for row, _ in items:

@@ -59,7 +59,11 @@ def step_items(trainer: Any, step: int, epoch: int = 0) -> Items:
     stream = trainer.train_dataset
     stream.set_epoch(epoch)
     start = step * stream.step_rows
-    return [item for at in range(start, min(start + stream.step_rows, len(stream))) for item in stream[at]]
+    return [
+        item
+        for at in range(start, min(start + stream.step_rows, len(stream)))
+        for item in stream[at]
+    ]
 
 
 ALL = (
@@ -83,12 +87,16 @@ def naive_parts(model: Any, configs: tuple[DefenseConfig, ...], items: Items) ->
     parts = {"ce": naive_ce(model, items)}
     for config in configs:
         if isinstance(config, KL):
-            parts["kl"] = naive_kl(model, None, items, config.where, config.tokens, config.direction)
+            parts["kl"] = naive_kl(
+                model, None, items, config.where, config.tokens, config.direction
+            )
         if isinstance(config, LDIFS):
             assert isinstance(config.layers, tuple)
             parts["ldifs"] = naive_ldifs(model, None, items, config.layers)
         if isinstance(config, TReFT):
-            parts["treft"] = naive_treft(model, None, items, [Role.parse(name) for name in config.tokens])
+            parts["treft"] = naive_treft(
+                model, None, items, [Role.parse(name) for name in config.tokens]
+            )
     return parts
 
 
@@ -102,11 +110,20 @@ def test_a_step_is_the_mean_over_all_its_tokens(
     before = {n: p.detach().clone() for n, p in llama_lora.named_parameters() if p.requires_grad}
     rows, accumulation = shape
     trainer = make_trainer(
-        llama_lora, build(*configs), training_rows(7), RETAIN, rows, accumulation, learning_rate=rate, max_steps=1
+        llama_lora,
+        build(*configs),
+        training_rows(7),
+        RETAIN,
+        rows,
+        accumulation,
+        learning_rate=rate,
+        max_steps=1,
     )
     items = step_items(trainer, 0)
     parts = naive_parts(llama_lora, configs, items)
-    loss = parts["ce"] + sum(config.weight * parts[type(config).__name__.lower()] for config in configs)
+    loss = parts["ce"] + sum(
+        config.weight * parts[type(config).__name__.lower()] for config in configs
+    )
     expected = gradients(loss, llama_lora)
     trainer.train()
     [line] = lines_of(trainer)
@@ -124,17 +141,33 @@ def test_accumulation_does_not_change_training(name: str, make_trainer: Any) -> 
     for rows, accumulation in ((8, 1), (2, 4)):
         model = with_lora(tiny("llama"))
         trainer = make_trainer(
-            model, build(*SETS[name]), training_rows(13), RETAIN, rows, accumulation, f"{rows}", learning_rate=3e-3
+            model,
+            build(*SETS[name]),
+            training_rows(13),
+            RETAIN,
+            rows,
+            accumulation,
+            f"{rows}",
+            learning_rate=3e-3,
         )
         trainer.train()
-        results.append((lines_of(trainer), {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}))
+        results.append(
+            (
+                lines_of(trainer),
+                {n: p.detach() for n, p in model.named_parameters() if p.requires_grad},
+            )
+        )
     (lines, weights), (other_lines, other_weights) = results
     assert [line["step"] for line in lines] == [1, 2]
     for line, other in zip(lines, other_lines, strict=True):
         for part in ("loss", "ce", *(type(config).__name__.lower() for config in SETS[name])):
-            assert line[part] == pytest.approx(other[part], rel=1e-4, abs=1e-4 if part == "loss" else 2e-6)
+            assert line[part] == pytest.approx(
+                other[part], rel=1e-4, abs=1e-4 if part == "loss" else 2e-6
+            )
     assert_same(other_weights, weights)
-    start = {n: p.detach() for n, p in with_lora(tiny("llama")).named_parameters() if p.requires_grad}
+    start = {
+        n: p.detach() for n, p in with_lora(tiny("llama")).named_parameters() if p.requires_grad
+    }
     assert max((weights[n] - start[n]).abs().max().item() for n in start) > 1e-3
 
 
@@ -143,7 +176,9 @@ def test_a_model_without_loss_arguments_is_scaled_alike(llama_lora: Any, make_tr
     llama_lora.get_base_model().accepts_loss_kwargs = False
     trainer = make_trainer(llama_lora, [], training_rows(4), rows=1, accumulation=4)
     trainer.train()
-    assert lines_of(trainer)[0]["loss"] == pytest.approx(naive_ce(llama_lora, step_items(trainer, 0)).item(), rel=1e-4)
+    assert lines_of(trainer)[0]["loss"] == pytest.approx(
+        naive_ce(llama_lora, step_items(trainer, 0)).item(), rel=1e-4
+    )
 
 
 def test_retain_rows_are_not_learnt(make_trainer: Any) -> None:
@@ -152,11 +187,16 @@ def test_retain_rows_are_not_learnt(make_trainer: Any) -> None:
     for configs in ((), (KL(weight=0.0, retain_ratio=1.0),)):
         model = with_lora(tiny("llama"))
         folder = f"riders{len(configs)}"
-        trainer = make_trainer(model, build(*configs), training_rows(8), RETAIN, 4, folder=folder, learning_rate=1e-2)
+        trainer = make_trainer(
+            model, build(*configs), training_rows(8), RETAIN, 4, folder=folder, learning_rate=1e-2
+        )
         assert sum(is_retain for _, is_retain in step_items(trainer, 0)) == (4 if configs else 0)
         trainer.train()
         changes.append(
-            ([line["ce"] for line in lines_of(trainer)], {n: p.detach() for n, p in model.named_parameters()})
+            (
+                [line["ce"] for line in lines_of(trainer)],
+                {n: p.detach() for n, p in model.named_parameters()},
+            )
         )
     # Riders draw from the generator after the order is drawn, so both runs see the same rows.
     assert changes[0][0] == pytest.approx(changes[1][0], rel=1e-4)
@@ -164,10 +204,14 @@ def test_retain_rows_are_not_learnt(make_trainer: Any) -> None:
 
 
 @pytest.mark.parametrize("where", ["train", "retain"])
-def test_every_k_acts_on_each_kth_step_times_k(where: str, llama_lora: Any, make_trainer: Any) -> None:
+def test_every_k_acts_on_each_kth_step_times_k(
+    where: str, llama_lora: Any, make_trainer: Any
+) -> None:
     """Over two epochs of five steps, each with its own rows."""
     kl, treft = KL(weight=0.5, where=where, every=2), TReFT(weight=2.0, every=3)
-    trainer = make_trainer(llama_lora, build(kl, treft), training_rows(18), RETAIN, 4, num_train_epochs=2)
+    trainer = make_trainer(
+        llama_lora, build(kl, treft), training_rows(18), RETAIN, 4, num_train_epochs=2
+    )
     trainer.train()
     lines = lines_of(trainer)
     assert len(lines) == 10
@@ -175,29 +219,44 @@ def test_every_k_acts_on_each_kth_step_times_k(where: str, llama_lora: Any, make
         items = step_items(trainer, step % 5, epoch=step // 5)
         expected = naive_ce(llama_lora, items)
         if step % 2 == 0:
-            expected = expected + 2 * 0.5 * naive_kl(llama_lora, None, items, where, "response", "reverse")
+            expected = expected + 2 * 0.5 * naive_kl(
+                llama_lora, None, items, where, "response", "reverse"
+            )
         if step % 3 == 0:
             expected = expected + 3 * 2.0 * naive_treft(llama_lora, None, items, [Role.PREFIX])
         assert line["loss"] == pytest.approx(expected.item(), rel=1e-4, abs=1e-4), step
         assert ("kl" in line, "treft" in line) == (step % 2 == 0, step % 3 == 0)
 
 
-def test_a_logged_penalty_is_the_mean_over_the_steps_it_acted_on(llama_lora: Any, make_trainer: Any) -> None:
-    trainer = make_trainer(llama_lora, build(TReFT(every=2)), training_rows(16), rows=4, logging_steps=4)
+def test_a_logged_penalty_is_the_mean_over_the_steps_it_acted_on(
+    llama_lora: Any, make_trainer: Any
+) -> None:
+    trainer = make_trainer(
+        llama_lora, build(TReFT(every=2)), training_rows(16), rows=4, logging_steps=4
+    )
     trainer.train()
-    values = [naive_treft(llama_lora, None, step_items(trainer, step), [Role.PREFIX]).item() for step in (0, 2)]
+    values = [
+        naive_treft(llama_lora, None, step_items(trainer, step), [Role.PREFIX]).item()
+        for step in (0, 2)
+    ]
     assert lines_of(trainer)[0]["treft"] == pytest.approx(sum(values) / 2, rel=1e-4)
 
 
 def test_logs_are_means_over_the_steps_since_the_last(llama_lora: Any, make_trainer: Any) -> None:
-    trainer = make_trainer(llama_lora, build(*ALL), training_rows(16), RETAIN, 2, 2, logging_steps=2)
+    trainer = make_trainer(
+        llama_lora, build(*ALL), training_rows(16), RETAIN, 2, 2, logging_steps=2
+    )
     trainer.train()
     lines = lines_of(trainer)
     assert [line["step"] for line in lines] == [2, 4]
     for at, line in enumerate(lines):
-        parts = [naive_parts(llama_lora, ALL, step_items(trainer, 2 * at + step)) for step in (0, 1)]
+        parts = [
+            naive_parts(llama_lora, ALL, step_items(trainer, 2 * at + step)) for step in (0, 1)
+        ]
         for name in ("ce", "kl", "treft"):
-            assert line[name] == pytest.approx(sum(part[name].item() for part in parts) / 2, rel=1e-4, abs=2e-6)
+            assert line[name] == pytest.approx(
+                sum(part[name].item() for part in parts) / 2, rel=1e-4, abs=2e-6
+            )
 
 
 # ---------------------------------------------------------------- errors, never a silent zero
@@ -212,14 +271,18 @@ def test_a_role_that_no_row_has_raises(llama_lora: Any, make_trainer: Any) -> No
 def test_a_micro_batch_without_the_role_is_no_error(llama_lora: Any, make_trainer: Any) -> None:
     """Only one of four rows has two turns; the step as a whole has template tokens."""
     rows = [*training_rows(3), example(PREFIX_A, [2, 3, 2, 3], 77)]
-    trainer = make_trainer(llama_lora, build(TReFT(weight=2, tokens=("template",))), rows, rows=1, accumulation=4)
+    trainer = make_trainer(
+        llama_lora, build(TReFT(weight=2, tokens=("template",))), rows, rows=1, accumulation=4
+    )
     trainer.train()
     expected = naive_treft(llama_lora, None, [(row, False) for row in rows], [Role.TEMPLATE])
     assert lines_of(trainer)[0]["treft"] == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_rows_without_a_response_raise(llama_lora: Any, make_trainer: Any) -> None:
-    rows = [Example([3, 4, 30, 10], [Role.PREFIX, Role.PREFIX, Role.QUERY, Role.POSTFIX], "test:none")] * 2
+    rows = [
+        Example([3, 4, 30, 10], [Role.PREFIX, Role.PREFIX, Role.QUERY, Role.POSTFIX], "test:none")
+    ] * 2
     with pytest.raises(DefenseError, match="'ce'"):
         make_trainer(llama_lora, [], rows).train()
 
@@ -233,7 +296,9 @@ def test_a_penalty_without_gradient_raises(llama_lora: Any, make_trainer: Any) -
         make_trainer(llama_lora, [Silent(TReFT())], training_rows(2)).train()
 
 
-def test_a_logit_loss_without_gradient_raises(llama_lora: Any, make_trainer: Any, monkeypatch: Any) -> None:
+def test_a_logit_loss_without_gradient_raises(
+    llama_lora: Any, make_trainer: Any, monkeypatch: Any
+) -> None:
     def without_gradient(*args: Any) -> Any:
         taps = forward(*args)
         return replace(taps, hidden_BTD=taps.hidden_BTD.detach())
@@ -246,14 +311,19 @@ def test_a_logit_loss_without_gradient_raises(llama_lora: Any, make_trainer: Any
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_reentrant_checkpointing_raises(method: str, make_trainer: Any) -> None:
     model = with_lora(tiny("llama")) if method == "lora" else tiny("llama")
-    arguments = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    arguments = {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
+    }
     with pytest.raises(DefenseError, match="gradient"):
         make_trainer(model, build(TReFT()), training_rows(4), **arguments).train()
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("name", SETS)
-def test_checkpointing_trains_to_the_same_weights(name: str, method: str, make_trainer: Any) -> None:
+def test_checkpointing_trains_to_the_same_weights(
+    name: str, method: str, make_trainer: Any
+) -> None:
     results = []
     for checkpointing in (False, True):
         model = with_lora(tiny("llama")) if method == "lora" else tiny("llama")
@@ -270,7 +340,10 @@ def test_checkpointing_trains_to_the_same_weights(name: str, method: str, make_t
         )
         trainer.train()
         results.append(
-            ([line["loss"] for line in lines_of(trainer)], {n: p.detach() for n, p in model.named_parameters()})
+            (
+                [line["loss"] for line in lines_of(trainer)],
+                {n: p.detach() for n, p in model.named_parameters()},
+            )
         )
     assert results[1][0] == pytest.approx(results[0][0], rel=1e-5)
     assert_same(results[1][1], results[0][1])
@@ -288,7 +361,9 @@ def count_forwards(trainer: Any) -> dict[int, Counter[str]]:
         steps.setdefault(trainer.state.global_step, Counter())[who] += 1
 
     models = {id(model): model for model in (trainer.model, trainer.reference.model)}
-    handles = [causal_lm(model).get_decoder().register_forward_pre_hook(count) for model in models.values()]
+    handles = [
+        causal_lm(model).get_decoder().register_forward_pre_hook(count) for model in models.values()
+    ]
     trainer.train()
     for handle in handles:
         handle.remove()
@@ -306,7 +381,14 @@ def count_forwards(trainer: Any) -> dict[int, Counter[str]]:
         ((LDIFS(),), 1, 1),
         ((TReFT(tokens=("query",)), Interleave(ratio=0.5)), 1, 1),
     ],
-    ids=["kl-retain+ldifs+treft", "kl-train+treft", "kl-retain", "kl-retain+treft", "ldifs", "treft-query+interleave"],
+    ids=[
+        "kl-retain+ldifs+treft",
+        "kl-train+treft",
+        "kl-retain",
+        "kl-retain+treft",
+        "ldifs",
+        "treft-query+interleave",
+    ],
 )
 def test_one_forward_of_each_model_serves_all_defenses(
     configs: tuple[Any, ...], student: int, reference: int, method: str, make_trainer: Any
@@ -324,17 +406,25 @@ def test_retain_rows_pass_apart_and_pad_no_others(llama_lora: Any, make_trainer:
     trainer = make_trainer(llama_lora, build(KL(retain_ratio=0.5)), training_rows(4), long, 4)
     seen: list[Tensor] = []
     decoder = causal_lm(llama_lora).get_decoder()
-    decoder.register_forward_pre_hook(lambda _m, _a, given: seen.append(given["input_ids"]), with_kwargs=True)
+    decoder.register_forward_pre_hook(
+        lambda _m, _a, given: seen.append(given["input_ids"]), with_kwargs=True
+    )
     trainer.train()
     items = step_items(trainer, 0)
-    rows, riders = ([row for row, is_retain in items if is_retain == kind] for kind in (False, True))
-    expected = [(len(part), max(map(len, part))) for part in (riders, riders, rows)]  # the reference's pass among them
+    rows, riders = (
+        [row for row, is_retain in items if is_retain == kind] for kind in (False, True)
+    )
+    expected = [
+        (len(part), max(map(len, part))) for part in (riders, riders, rows)
+    ]  # the reference's pass among them
     assert [tuple(ids.shape) for ids in seen] == expected
     assert expected[0][1] > expected[2][1]
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_prefix_treft_needs_one_reference_forward_for_each_prefix_in_a_run(method: str, make_trainer: Any) -> None:
+def test_prefix_treft_needs_one_reference_forward_for_each_prefix_in_a_run(
+    method: str, make_trainer: Any
+) -> None:
     model = with_lora(tiny("llama")) if method == "lora" else tiny("llama")
     rows = [example(prefix, [3, 3], seed) for seed in range(6) for prefix in (PREFIX_A, PREFIX_B)]
     steps = count_forwards(make_trainer(model, build(TReFT()), rows, rows=4, num_train_epochs=2))
@@ -343,24 +433,37 @@ def test_prefix_treft_needs_one_reference_forward_for_each_prefix_in_a_run(metho
     assert sum(count["reference"] for count in steps.values()) == 2
 
 
-@pytest.mark.parametrize(("where", "tokens"), [("train", "response"), ("train", "all"), ("retain", "response")])
-def test_each_students_logits_are_made_once(where: str, tokens: str, llama_lora: Any, make_trainer: Any) -> None:
+@pytest.mark.parametrize(
+    ("where", "tokens"), [("train", "response"), ("train", "all"), ("retain", "response")]
+)
+def test_each_students_logits_are_made_once(
+    where: str, tokens: str, llama_lora: Any, make_trainer: Any
+) -> None:
     """Cross-entropy and KL look at the same tokens, at some of the same, or at others."""
     kl = KL(where=where, tokens=tokens, retain_ratio=1.0)
     trainer = make_trainer(llama_lora, build(kl), training_rows(4), RETAIN, 4)
     counts: Counter[bool] = Counter()
     head = llama_lora.get_output_embeddings()
-    head.register_forward_hook(lambda _m, _i, output: counts.update({output.requires_grad: output[..., 0].numel()}))
+    head.register_forward_hook(
+        lambda _m, _i, output: counts.update({output.requires_grad: output[..., 0].numel()})
+    )
     trainer.train()
     items = step_items(trainer, 0)
-    responses = {r: sum(row.roles.count(Role.RESPONSE) for row, is_retain in items if is_retain == r) for r in (0, 1)}
+    responses = {
+        r: sum(row.roles.count(Role.RESPONSE) for row, is_retain in items if is_retain == r)
+        for r in (0, 1)
+    }
     predicted = sum(len(row) - 1 for row, is_retain in items if not is_retain)
-    compared = responses[1] if where == "retain" else responses[0] if tokens == "response" else predicted
+    compared = (
+        responses[1] if where == "retain" else responses[0] if tokens == "response" else predicted
+    )
     assert counts[False] == compared
     assert counts[True] == (responses[0] + compared if where == "retain" else compared)
 
 
-def test_steps_that_no_penalty_is_due_on_cost_no_reference_forward(llama_lora: Any, make_trainer: Any) -> None:
+def test_steps_that_no_penalty_is_due_on_cost_no_reference_forward(
+    llama_lora: Any, make_trainer: Any
+) -> None:
     trainer = make_trainer(llama_lora, build(KL(every=2)), training_rows(16), RETAIN, 4)
     assert [count["reference"] for count in count_forwards(trainer).values()] == [1, 0, 1, 0]
 
@@ -369,7 +472,9 @@ def test_without_penalties_there_is_no_reference(make_trainer: Any) -> None:
     assert make_trainer(tiny("llama"), build(Interleave()), training_rows(4)).reference is None
 
 
-def test_a_copy_in_the_type_of_autocast_computes_the_same_in_less_memory(architecture: str, items: Items) -> None:
+def test_a_copy_in_the_type_of_autocast_computes_the_same_in_less_memory(
+    architecture: str, items: Items
+) -> None:
     """To the bit, so the penalty of an untrained model is still zero."""
     model, batch = tiny(architecture), batch_of(items)
     real_BT = batch["roles"] != Role.PAD
@@ -396,7 +501,9 @@ def memory_of(model: Any) -> int:
 
 def test_the_reference_stays_the_start_while_a_full_model_trains(make_trainer: Any) -> None:
     model, start = tiny("llama"), tiny("llama")
-    trainer = make_trainer(model, build(KL(where="train")), training_rows(8), rows=4, learning_rate=1e-2)
+    trainer = make_trainer(
+        model, build(KL(where="train")), training_rows(8), rows=4, learning_rate=1e-2
+    )
     trainer.train()
     lines = lines_of(trainer)
     assert abs(lines[0]["kl"]) < 1e-5
@@ -425,9 +532,16 @@ class Crash(TrainerCallback):
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("saved_every", [3, 4, 5])
-def test_a_resumed_run_is_the_same_run(method: str, saved_every: int, tmp_path: Path, make_trainer: Any) -> None:
+def test_a_resumed_run_is_the_same_run(
+    method: str, saved_every: int, tmp_path: Path, make_trainer: Any
+) -> None:
     """Three epochs of 4 steps; saved in the second epoch (or just before it), ended from outside after step 7."""
-    configs = (KL(where="retain", every=2), Interleave(ratio=0.4), TReFT(every=3), LDIFS(budget=1e-3))
+    configs = (
+        KL(where="retain", every=2),
+        Interleave(ratio=0.4),
+        TReFT(every=3),
+        LDIFS(budget=1e-3),
+    )
 
     def trainer(folder: str, callbacks: Any = None) -> Any:
         model = with_lora(tiny("llama"), size=0.0) if method == "lora" else tiny("llama")
@@ -459,11 +573,18 @@ def test_a_resumed_run_is_the_same_run(method: str, saved_every: int, tmp_path: 
     resumed.train(resume_from_checkpoint=str(tmp_path / "broken" / f"checkpoint-{last}"))
 
     lines, expected = lines_of(resumed), lines_of(whole)
-    assert [line["step"] for line in lines] == [line["step"] for line in expected] == list(range(1, 13))
+    assert (
+        [line["step"] for line in lines]
+        == [line["step"] for line in expected]
+        == list(range(1, 13))
+    )
     for line, other in zip(lines, expected):
         assert line.keys() == other.keys()
         for name in ("loss", "ce", "kl", "treft", "ldifs", "ldifs_weight", "learning_rate"):
-            assert line.get(name, 0) == pytest.approx(other.get(name, 0), rel=1e-5, abs=2e-6), (line["step"], name)
+            assert line.get(name, 0) == pytest.approx(other.get(name, 0), rel=1e-5, abs=2e-6), (
+                line["step"],
+                name,
+            )
     assert any(line.get("kl", 0) > 1e-3 for line in lines[last:])
     assert len({line["ldifs_weight"] for line in lines}) > 6
     weights = dict(whole.model.named_parameters())

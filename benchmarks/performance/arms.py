@@ -55,7 +55,11 @@ class Arm:
 
 
 def _every(k: int) -> Arm:
-    return Arm(defenses={"kl": KL["kl"] | {"every": k}}, bound=lambda step, _: 1 + 2 / step / k + 0.03, every=k)
+    return Arm(
+        defenses={"kl": KL["kl"] | {"every": k}},
+        bound=lambda step, _: 1 + 2 / step / k + 0.03,
+        every=k,
+    )
 
 
 def _with_retain(step: int, rho: float) -> float:
@@ -71,16 +75,25 @@ ARMS: dict[str, Arm] = {
     "treft, shared prefix": Arm(train={"layout": "shared"}, defenses=TREFT, bound=lambda *_: 1.0),
     "frozen_prefix": Arm(defenses={"frozen_prefix": {}}, bound=lambda *_: 1.0),
     "kl": Arm(defenses=KL, bound=lambda step, _: 1.05 * (1 + 2 / step)),
-    "kl, cached states": Arm(train={"reference_cache": "states"}, defenses=KL, bound=lambda *_: 1.1),
+    "kl, cached states": Arm(
+        train={"reference_cache": "states"}, defenses=KL, bound=lambda *_: 1.1
+    ),
     "kl, cached top_k": Arm(train={"reference_cache": "top_k"}, defenses=KL, bound=lambda *_: 1.1),
     "kl on retain rows": Arm(defenses=RETAIN, bound=_with_retain),
-    "kl on retain rows, packing": Arm(train={"layout": "packed"}, defenses=RETAIN, bound=_with_retain),
+    "kl on retain rows, packing": Arm(
+        train={"layout": "packed"}, defenses=RETAIN, bound=_with_retain
+    ),
     "ldifs": Arm(defenses={"ldifs": {}}),
-    "ldifs + kl + treft": Arm(defenses={"ldifs": {}, **KL, **TREFT}, against="kl", bound=lambda *_: 1.05),
+    "ldifs + kl + treft": Arm(
+        defenses={"ldifs": {}, **KL, **TREFT}, against="kl", bound=lambda *_: 1.05
+    ),
     "interleave": Arm(defenses={"interleave": {"ratio": 0.1}}),
     "plain, checkpointing": Arm(train=CHECKPOINTING),
     "kl, checkpointing": Arm(
-        train=CHECKPOINTING, defenses=KL, against="plain, checkpointing", bound=lambda *_: 1.05 * (1 + 2 / 6)
+        train=CHECKPOINTING,
+        defenses=KL,
+        against="plain, checkpointing",
+        bound=lambda *_: 1.05 * (1 + 2 / 6),
     ),
     "kl every 4": _every(4),
     "kl every 8": _every(8),
@@ -105,7 +118,11 @@ SHAPES: dict[str, dict[str, int]] = {
         "vocab_size": 4096,
     },
 }
-PREFIX, HEADER, POSTFIX = 64, (2, 3, 4, 5), (6, 7, 8)  # tokens of a prefix, and what ends it; ids from 10 are content
+PREFIX, HEADER, POSTFIX = (
+    64,
+    (2, 3, 4, 5),
+    (6, 7, 8),
+)  # tokens of a prefix, and what ends it; ids from 10 are content
 
 
 @dataclass(frozen=True)
@@ -157,12 +174,16 @@ class Workload:
         model = "default"
         if self.shape != "default":
             model = str(folder / self.shape)
-            LlamaConfig(**SHAPES[self.shape], max_position_embeddings=8192, tie_word_embeddings=False).save_pretrained(
-                model
-            )
+            LlamaConfig(
+                **SHAPES[self.shape], max_position_embeddings=8192, tie_word_embeddings=False
+            ).save_pretrained(model)
         # By default one retain row for four, but at least one in a step.
         riders = {"kl": RETAIN["kl"] | {"retain_ratio": max(0.25, 1 / self.batch)}}
-        train = {"batch_size": self.batch, "gradient_checkpointing": self.checkpointing, "save_steps": 10**6}
+        train = {
+            "batch_size": self.batch,
+            "gradient_checkpointing": self.checkpointing,
+            "save_steps": 10**6,
+        }
         return parse_recipe(
             {
                 "output": str(folder),
@@ -187,7 +208,12 @@ def random_rows(count: int, tokens: int, vocabulary: int, seed: int) -> list[Exa
     """Rows of one length: a prefix that all have, a query, a postfix, and a response that is half of the row."""
     rng = random.Random(seed)
     query = tokens - PREFIX - len(POSTFIX) - tokens // 2
-    lengths = {Role.PREFIX: PREFIX, Role.QUERY: query, Role.POSTFIX: len(POSTFIX), Role.RESPONSE: tokens // 2}
+    lengths = {
+        Role.PREFIX: PREFIX,
+        Role.QUERY: query,
+        Role.POSTFIX: len(POSTFIX),
+        Role.RESPONSE: tokens // 2,
+    }
     roles = [role for role, length in lengths.items() for _ in range(length)]
 
     def content(length: int) -> list[int]:

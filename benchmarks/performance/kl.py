@@ -28,7 +28,11 @@ from ringfence.model import losses
 from ringfence.model.losses import CrossEntropy, Divergence, Head, States
 from ringfence.util.machine import peak_memory, reset_peak_memory
 
-DEVICE = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+DEVICE = (
+    torch.accelerator.current_accelerator()
+    if torch.accelerator.is_available()
+    else torch.device("cpu")
+)
 TILE = losses.TILE_ELEMENTS
 DTYPE = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16
 
@@ -58,7 +62,12 @@ def make_inputs(tokens: int, vocabulary: int, hidden: int) -> Inputs:
         module.weight.normal_(std=2 * hidden**-0.5)
         student_ND = torch.randn(tokens, hidden, dtype=DTYPE)
         reference_ND = student_ND + 0.3 * torch.randn_like(student_ND)
-        return Inputs(student_ND.requires_grad_(), reference_ND, torch.randint(vocabulary, (tokens,)), Head(module))
+        return Inputs(
+            student_ND.requires_grad_(),
+            reference_ND,
+            torch.randint(vocabulary, (tokens,)),
+            Head(module),
+        )
 
 
 # ---------------------------------------------------------------- the ways: each a sum over tokens
@@ -70,7 +79,9 @@ def naive_kl(inputs: Inputs) -> Tensor:
 
 def naive_both(inputs: Inputs) -> Tensor:
     logits_NV = inputs.head(inputs.student_ND)
-    return F.cross_entropy(logits_NV, inputs.target_N, reduction="sum") + _naive_kl(logits_NV, inputs)
+    return F.cross_entropy(logits_NV, inputs.target_N, reduction="sum") + _naive_kl(
+        logits_NV, inputs
+    )
 
 
 def _naive_kl(logits_NV: Tensor, inputs: Inputs) -> Tensor:
@@ -133,7 +144,9 @@ def disagreement(way: str, inputs: Inputs) -> str | None:
     """Why a way is left out: it does not run here, or is not the same loss."""
     try:
         value, gradient_ND = step(way, inputs)
-    except Exception as error:  # another package's kernel fails in its own ways on a machine that it is not for
+    except (
+        Exception
+    ) as error:  # another package's kernel fails in its own ways on a machine that it is not for
         return f"does not run here: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     naive, naive_ND = step(WAYS[way][1], inputs)
     tolerance = 3e-2 if DTYPE is torch.bfloat16 else 1e-4
@@ -150,7 +163,9 @@ def extra_memory(way: str, shape: tuple[int, int, int]) -> int:
     command = [sys.executable, __file__, "--memory-of", way, "--tile-bits", *TILE_BITS]
     for name, size in zip(("--tokens", "--vocabulary", "--hidden"), shape):
         command += [name, str(size)]
-    return int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1])
+    return int(
+        subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1]
+    )
 
 
 def measure_memory(way: str, shape: tuple[int, int, int]) -> int:
@@ -178,18 +193,29 @@ def measure_seconds(ways: list[str], inputs: Inputs, rounds: int) -> dict[str, l
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     arguments.add_argument("--tokens", type=int, default=2048)
     arguments.add_argument("--vocabulary", type=int, default=151_936)
     arguments.add_argument("--hidden", type=int, default=1024)
     arguments.add_argument("--rounds", type=int, default=5)
-    arguments.add_argument("--tile-bits", nargs="*", default=[], help="also with tiles of 2^BITS logits")
-    arguments.add_argument("--results", type=Path, default=RESULTS, help="folder of the measurements")
-    arguments.add_argument("--memory-of", metavar="WAY", help="only print this way's extra memory, in bytes")
+    arguments.add_argument(
+        "--tile-bits", nargs="*", default=[], help="also with tiles of 2^BITS logits"
+    )
+    arguments.add_argument(
+        "--results", type=Path, default=RESULTS, help="folder of the measurements"
+    )
+    arguments.add_argument(
+        "--memory-of", metavar="WAY", help="only print this way's extra memory, in bytes"
+    )
     chosen = arguments.parse_args()
     TILE_BITS.extend(chosen.tile_bits)
     for bits in TILE_BITS:
-        WAYS[f"ringfence, tile 2^{bits}"] = (partial(tiled, both=False, tile_elements=2 ** int(bits)), "naive")
+        WAYS[f"ringfence, tile 2^{bits}"] = (
+            partial(tiled, both=False, tile_elements=2 ** int(bits)),
+            "naive",
+        )
     shape = (chosen.tokens, chosen.vocabulary, chosen.hidden)
     if chosen.memory_of:
         print(measure_memory(chosen.memory_of, shape))
@@ -204,16 +230,23 @@ def main() -> None:
         way: {
             "seconds": spread(seconds[way]),
             "extra_bytes": extra[way],
-            "time": spread([ours / naive for ours, naive in zip(seconds[way], seconds[WAYS[way][1]])]),
+            "time": spread(
+                [ours / naive for ours, naive in zip(seconds[way], seconds[WAYS[way][1]])]
+            ),
             "memory": extra[way] / extra[WAYS[way][1]],
         }
         for way in ways
     }
     left_out = {way: reason for way, reason in reasons.items() if reason is not None}
-    setting = dict(zip(("tokens", "vocabulary", "hidden"), shape)) | {"dtype": str(DTYPE), "tile_elements": TILE}
+    setting = dict(zip(("tokens", "vocabulary", "hidden"), shape)) | {
+        "dtype": str(DTYPE),
+        "tile_elements": TILE,
+    }
     save(chosen.results / "kl.json", {**setting, "ways": rows, "left_out": left_out})
     for way, row in rows.items():
-        print(f"{way:32} time of naive {row['time']['median']:.3f}, memory of naive {row['memory']:.3f}")
+        print(
+            f"{way:32} time of naive {row['time']['median']:.3f}, memory of naive {row['memory']:.3f}"
+        )
     for way, reason in left_out.items():
         print(f"{way}: {reason}")
 

@@ -46,7 +46,16 @@ def peak(name: str, workload: Workload) -> dict[str, float]:
 
 def in_process(name: str, given: argparse.Namespace) -> dict[str, float]:
     """`peak`, in a new process."""
-    command = [sys.executable, __file__, "--one", name, "--shape", given.shape, "--steps", str(given.steps)]
+    command = [
+        sys.executable,
+        __file__,
+        "--one",
+        name,
+        "--shape",
+        given.shape,
+        "--steps",
+        str(given.steps),
+    ]
     command += ["--batch", str(given.batch), "--tokens", str(given.tokens)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -65,8 +74,14 @@ def summary(peaks: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
     for name, arm in found.items():
         against = MEASURED[name].against
         if against in found and against != name:
-            ratios = {part: round(arm[part]["median"] / found[against][part]["median"], 3) for part in arm}
-            arm |= {"against": against, "ratio": ratios, "bound": BOUND if MEASURED[name].defenses else None}
+            ratios = {
+                part: round(arm[part]["median"] / found[against][part]["median"], 3) for part in arm
+            }
+            arm |= {
+                "against": against,
+                "ratio": ratios,
+                "bound": BOUND if MEASURED[name].defenses else None,
+            }
     return found
 
 
@@ -84,7 +99,11 @@ def main() -> None:
     if given.one:
         if not torch.cuda.is_available():
             torch.set_num_threads(1)
-        print(json.dumps(peak(given.one, Workload(given.shape, given.batch, given.tokens, given.steps))))
+        print(
+            json.dumps(
+                peak(given.one, Workload(given.shape, given.batch, given.tokens, given.steps))
+            )
+        )
         return
     jobs = [name for _ in range(given.processes) for name in given.arms]
     with ThreadPoolExecutor(1 if torch.cuda.is_available() else 2) as pool:
@@ -94,7 +113,9 @@ def main() -> None:
     setting = {"shape": given.shape, "steps": given.steps, "batch": given.batch}
     save(given.results / f"memory-{given.shape}.json", {**setting, "arms": found})
     for name, arm in found.items():
-        print(f"{name:24} {arm['total']['median']:.2f} GiB, above {arm['above']['median']:.2f} {arm.get('ratio', '')}")
+        print(
+            f"{name:24} {arm['total']['median']:.2f} GiB, above {arm['above']['median']:.2f} {arm.get('ratio', '')}"
+        )
 
 
 if __name__ == "__main__":

@@ -22,8 +22,14 @@ def spread(values: Sequence[float], digits: int = 4) -> dict[str, float]:
 def save(file: Path, found: dict[str, Any]) -> None:
     """Writes what was found, with the machine that it was found on."""
     where = environment(0)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{torch.get_num_threads()} CPU threads"
+    )
     machine = {name: where[name] for name in ("versions", "python", "platform", "git", "time")}
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({**found, "machine": {"device": device, **machine}}, indent=1) + "\n")
+    file.write_text(
+        json.dumps({**found, "machine": {"device": device, **machine}}, indent=1) + "\n"
+    )
     print(file)

@@ -51,7 +51,16 @@ from transformers import (
     TrainingArguments,
 )
 
-from ringfence.defenses import KL, LDIFS, DefenseConfig, Interleave, Setup, Steering, SubspaceLock, TReFT
+from ringfence.defenses import (
+    KL,
+    LDIFS,
+    DefenseConfig,
+    Interleave,
+    Setup,
+    Steering,
+    SubspaceLock,
+    TReFT,
+)
 from ringfence.diagnose.diagnosis import Subject
 from ringfence.diagnose.erosion import measure as erosion
 from ringfence.diagnose.gradient_cosine import measure as gradient_cosine
@@ -142,11 +151,17 @@ def random_model(shape: Shape, seed: int = 0) -> Any:
         tie_word_embeddings=False,
     )
     device = torch.accelerator.current_accelerator() or "cpu"
-    return LlamaForCausalLM(config).to(device, torch.float32 if str(device) == "cpu" else torch.bfloat16).eval()
+    return (
+        LlamaForCausalLM(config)
+        .to(device, torch.float32 if str(device) == "cpu" else torch.bfloat16)
+        .eval()
+    )
 
 
 def with_lora(model: Any, rank: int = SHAPE.rank) -> Any:
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+    return get_peft_model(
+        model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    )
 
 
 def random_rows(number: int, width: int, vocabulary: int) -> list[Example]:
@@ -158,13 +173,21 @@ def random_rows(number: int, width: int, vocabulary: int) -> list[Example]:
     roles += [Role.POSTFIX] * postfix + [Role.RESPONSE] * response
     own = width - prefix
     return [
-        Example([*range(prefix), *(rng.randrange(vocabulary) for _ in range(own))], roles, f"row {number}")
+        Example(
+            [*range(prefix), *(rng.randrange(vocabulary) for _ in range(own))],
+            roles,
+            f"row {number}",
+        )
         for number in range(number)
     ]
 
 
 def training(
-    folder: Path, rows: int = ROWS, width: int = WIDTH, shape: Shape = SHAPE, defenses: Sequence[DefenseConfig] = ()
+    folder: Path,
+    rows: int = ROWS,
+    width: int = WIDTH,
+    shape: Shape = SHAPE,
+    defenses: Sequence[DefenseConfig] = (),
 ) -> Work:
     """One optimiser step of ringfence's trainer: batch, forwards, backward, update, all that a defense does."""
     examples = random_rows(64 * rows, width, shape.vocabulary)
@@ -184,7 +207,9 @@ def training(
         model, arguments, TrainStream(examples, examples, built, rows, 0), built, 0, folder / "log"
     )
     trainer.start_defenses(None)
-    trainer.model_wrapped, optimizer = trainer.accelerator.prepare(model, trainer.create_optimizer())
+    trainer.model_wrapped, optimizer = trainer.accelerator.prepare(
+        model, trainer.create_optimizer()
+    )
     batches = endless(trainer.get_train_dataloader())
     trainer.remove_callback(DefaultFlowCallback)  # when to log and save; there is no whole run here
 
@@ -208,7 +233,9 @@ def endless(loader: Any) -> Iterator[Any]:
 def naive_kl(folder: Path, rows: int, width: int, shape: Shape) -> Work:
     """What `training` with a KL does, as it is usually written: with all logits of both models."""
     model = with_lora(random_model(shape))
-    ids_BT = torch.tensor([e.input_ids for e in random_rows(rows, width, shape.vocabulary)], device=model.device)
+    ids_BT = torch.tensor(
+        [e.input_ids for e in random_rows(rows, width, shape.vocabulary)], device=model.device
+    )
     target_BT = ids_BT.clone()
     target_BT[:, : width - width // 2] = -100
 
@@ -230,7 +257,10 @@ STACK: list[tuple[str, Callable[[Path], DefenseConfig]]] = [
     ("treft", lambda _: TReFT()),
     ("interleave", lambda _: Interleave(ratio=0.1)),
     ("subspace\nlock", lambda folder: SubspaceLock(vectors=directions(folder))),
-    ("steering", lambda folder: Steering(vectors=directions(folder), units="norm", coefficient=0.1)),
+    (
+        "steering",
+        lambda folder: Steering(vectors=directions(folder), units="norm", coefficient=0.1),
+    ),
     ("kl", lambda _: KL(where="train")),
     ("ldifs", lambda _: LDIFS()),
 ]
@@ -240,9 +270,14 @@ WITHOUT_REFERENCE = 4
 def directions(folder: Path) -> str:
     torch.manual_seed(0)
     file = folder / "directions.safetensors"
-    Directions(torch.randn(SHAPE.layers, 1, SHAPE.hidden), torch.ones(SHAPE.layers), "random", "random", 1, 1).save(
-        file
-    )
+    Directions(
+        torch.randn(SHAPE.layers, 1, SHAPE.hidden),
+        torch.ones(SHAPE.layers),
+        "random",
+        "random",
+        1,
+        1,
+    ).save(file)
     return str(file)
 
 
@@ -273,7 +308,9 @@ def composed_memory(number: int) -> float:
 
 CHECKED = 2  # questions' worth of forwards that tell whether answers may share a row
 ALIGNED = 43  # tokens of an aligned answer of the eight questions, on average
-SMALL = Shape(layers=4, hidden=256, inner=768, heads=4, vocabulary=49152)  # the vocabulary of the default tokenizer
+SMALL = Shape(
+    layers=4, hidden=256, inner=768, heads=4, vocabulary=49152
+)  # the vocabulary of the default tokenizer
 BATCH_TOKENS = 1024
 
 
@@ -281,7 +318,8 @@ def questions(number: int) -> list[PairedQuestion]:
     """The same eight over and over, under other names: equally many tokens for each eight."""
     eight = load_questions("shipped:values")[:8]
     return [
-        replace(eight[place % 8], id=str(place), domain=("inside", "outside")[place % 2]) for place in range(number)
+        replace(eight[place % 8], id=str(place), domain=("inside", "outside")[place % 2])
+        for place in range(number)
     ]
 
 
@@ -297,11 +335,15 @@ def check_of_monitor(number: int, folder: Path) -> Work:
     """A check of the drift monitor, without the first one, which takes the reference's values."""
     file = folder / "probes.jsonl"
     fields = ("id", "domain", "question", "aligned", "misaligned")
-    file.write_text("".join(json.dumps({f: getattr(q, f) for f in fields}) + "\n" for q in questions(number)))
+    file.write_text(
+        "".join(json.dumps({f: getattr(q, f) for f in fields}) + "\n" for q in questions(number))
+    )
     config = MonitorConfig(every=1, probes=number, questions=[str(file)])
     monitor = DriftMonitor(load_tokenizer("default"), folder / "log.jsonl", config)
     model = with_lora(random_model(SMALL))
-    arguments = TrainingArguments(str(folder), use_cpu=not torch.accelerator.is_available(), report_to=[])
+    arguments = TrainingArguments(
+        str(folder), use_cpu=not torch.accelerator.is_available(), report_to=[]
+    )
     state, control = TrainerState(global_step=1, max_steps=100), TrainerControl()
     monitor.on_train_begin(arguments, state, control, model=model)
     return lambda: monitor.on_step_end(arguments, state, control, model=model)
@@ -453,7 +495,9 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def seconds(sweep: Sweep, points: Sequence[int], repeats: int, clock: Callable[[], float]) -> dict[int, list[float]]:
+def seconds(
+    sweep: Sweep, points: Sequence[int], repeats: int, clock: Callable[[], float]
+) -> dict[int, list[float]]:
     """Seconds of each point, measured in turns (1 2 3 1 2 3 ...), so that what slows the machine slows all alike. The
     first turn is dropped."""
     with tempfile.TemporaryDirectory() as folder, quiet():
@@ -495,7 +539,9 @@ def mebibytes(make: Callable[[int, Path], Work], point: int) -> float:
         return (peak_memory() - before) / 2**20
 
 
-def fit(points: Sequence[int], values: Sequence[float], law: Callable[[int], float], floor: float = 0.0) -> list[float]:
+def fit(
+    points: Sequence[int], values: Sequence[float], law: Callable[[int], float], floor: float = 0.0
+) -> list[float]:
     """The law's values: floor + c * (law(point) - law(0)), c by least squares of the relative deviations."""
     start = law(0) if floor else 0.0
     grows = np.array([law(point) - start for point in points]) / np.array(values)
@@ -504,7 +550,9 @@ def fit(points: Sequence[int], values: Sequence[float], law: Callable[[int], flo
     return [floor + c * (law(point) - start) for point in points]
 
 
-def held_against(points: Sequence[int], values: Sequence[float], law: list[float], words: str) -> dict[str, Any]:
+def held_against(
+    points: Sequence[int], values: Sequence[float], law: list[float], words: str
+) -> dict[str, Any]:
     off = [value / expected - 1 for value, expected in zip(values, law)]
     worst = max(range(len(off)), key=lambda place: abs(off[place]))
     return {
@@ -519,9 +567,17 @@ def held_against(points: Sequence[int], values: Sequence[float], law: list[float
 def measure(sweep: Sweep, repeats: int, clock: Callable[[], float]) -> dict[str, Any]:
     floor = (0,) if sweep.has_floor else ()
     taken = forked(lambda: seconds(sweep, [*floor, *sweep.points], repeats, clock))
-    kept = {point: forked(partial(mebibytes, sweep.make, point)) for point in [*floor, *sweep.points]}
-    quartiles = {point: [float(q) for q in np.quantile(values, (0.25, 0.5, 0.75))] for point, values in taken.items()}
-    medians, peaks = [quartiles[point][1] for point in sweep.points], [kept[point] for point in sweep.points]
+    kept = {
+        point: forked(partial(mebibytes, sweep.make, point)) for point in [*floor, *sweep.points]
+    }
+    quartiles = {
+        point: [float(q) for q in np.quantile(values, (0.25, 0.5, 0.75))]
+        for point, values in taken.items()
+    }
+    medians, peaks = (
+        [quartiles[point][1] for point in sweep.points],
+        [kept[point] for point in sweep.points],
+    )
     time_law = fit(sweep.points, medians, sweep.time_law, quartiles[0][1] if floor else 0.0)
     memory_law = fit(sweep.points, peaks, sweep.kept or (lambda _: 1.0), kept[0] if floor else 0.0)
     found = {
@@ -556,13 +612,18 @@ def show(name: str, found: dict[str, Any]) -> None:
     )
     for place, point in enumerate(found["points"]):
         label = sweep.labels[point].replace("\n", " ") if sweep.labels else str(point)
-        line = f"{label:>26} {found['seconds'][place][1]:9.3f} {found['time']['expected'][place]:9.3f}"
+        line = (
+            f"{label:>26} {found['seconds'][place][1]:9.3f} {found['time']['expected'][place]:9.3f}"
+        )
         line += f" {found['mebibytes'][place]:9.0f} {found['memory']['expected'][place]:9.0f}"
         print(line + (f" {found['naive']['mebibytes'][place]:9.0f}" if "naive" in found else ""))
     for kind in ("time", "memory"):
         judged = found[kind]
         verdict = "holds" if judged["holds"] else "FAILS"
-        print(f"  {kind}: {verdict}, off by {judged['largest_deviation']:+.1%} at most (at {judged['at']})", flush=True)
+        print(
+            f"  {kind}: {verdict}, off by {judged['largest_deviation']:+.1%} at most (at {judged['at']})",
+            flush=True,
+        )
 
 
 def draw_time(results: dict[str, Any]) -> Figure:
@@ -573,9 +634,21 @@ def draw_time(results: dict[str, Any]) -> Figure:
         spread = np.array([median - low, high - median]) / base
         place = places(name, found)
         draw_law(axes, name, place, np.array(found["time"]["expected"]) / base)
-        axes.errorbar(place, median / base, yerr=spread, fmt="o", color=plots.colour(0), markersize=4.5, elinewidth=1.4)
-        finish(axes, name, found, found["time"], "ratio to plain" if SWEEPS[name].labels else "seconds")
-    legend(panels[-1], [("o", plots.colour(0), "measured: median, quartiles"), ("-", "#777777", "law")])
+        axes.errorbar(
+            place,
+            median / base,
+            yerr=spread,
+            fmt="o",
+            color=plots.colour(0),
+            markersize=4.5,
+            elinewidth=1.4,
+        )
+        finish(
+            axes, name, found, found["time"], "ratio to plain" if SWEEPS[name].labels else "seconds"
+        )
+    legend(
+        panels[-1], [("o", plots.colour(0), "measured: median, quartiles"), ("-", "#777777", "law")]
+    )
     return figure
 
 
@@ -584,8 +657,12 @@ def draw_memory(results: dict[str, Any]) -> Figure:
     for axes, (name, found) in zip(panels, results.items()):
         place = places(name, found)
         if "naive" in found:
-            axes.plot(place, found["naive"]["mebibytes"], "s", color=plots.colour(4), markersize=4.5)
-            axes.plot(place, found["naive"]["memory"]["expected"], "--", color="#777777", linewidth=1.2)
+            axes.plot(
+                place, found["naive"]["mebibytes"], "s", color=plots.colour(4), markersize=4.5
+            )
+            axes.plot(
+                place, found["naive"]["memory"]["expected"], "--", color="#777777", linewidth=1.2
+            )
         draw_law(axes, name, place, np.array(found["memory"]["expected"]))
         axes.plot(place, found["mebibytes"], "o", color=plots.colour(1), markersize=4.5)
         finish(axes, name, found, found["memory"], "MiB above the model")
@@ -604,7 +681,9 @@ def draw_memory(results: dict[str, Any]) -> Figure:
 def panels_of(results: dict[str, Any]) -> tuple[Figure, list[Axes]]:
     """Three in a row, the last one for the legend."""
     lines = -(-(len(results) + 1) // 3)
-    figure, grid = plt.subplots(lines, 3, figsize=(9, 2.75 * lines), squeeze=False, constrained_layout=True)
+    figure, grid = plt.subplots(
+        lines, 3, figsize=(9, 2.75 * lines), squeeze=False, constrained_layout=True
+    )
     panels = list(grid.flat)
     for axes in panels[len(results) :]:
         axes.set_axis_off()
@@ -625,21 +704,35 @@ def finish(axes: Axes, name: str, found: dict[str, Any], judged: dict[str, Any],
     verdict = "off by" if judged["holds"] else "FAILS: off by"
     axes.set_title(sweep.title, loc="left", fontsize=9.5, fontweight="bold", pad=17)
     note = f"{judged['law']}; {verdict} {abs(judged['largest_deviation']):.0%}"
-    axes.text(0, 1.03, note, transform=axes.transAxes, fontsize=7.5, color="#555555" if judged["holds"] else "#b3261e")
+    axes.text(
+        0,
+        1.03,
+        note,
+        transform=axes.transAxes,
+        fontsize=7.5,
+        color="#555555" if judged["holds"] else "#b3261e",
+    )
     axes.set_ylabel(unit, fontsize=8.5)
     axes.set_xlabel(sweep.axis, fontsize=8.5)
     axes.set_ylim(0, 1.12 * axes.get_ylim()[1])
     axes.tick_params(labelsize=8)
     if sweep.labels:
         axes.set_xticks(
-            range(len(sweep.labels)), sweep.labels, rotation=60, ha="right", rotation_mode="anchor", fontsize=7.5
+            range(len(sweep.labels)),
+            sweep.labels,
+            rotation=60,
+            ha="right",
+            rotation_mode="anchor",
+            fontsize=7.5,
         )
     else:
         axes.set_xlim(0, 1.06 * found["points"][-1])
         shown = [point for point in found["points"] if point >= found["points"][-1] / 8]
         axes.xaxis.set_major_locator(FixedLocator(shown))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1024:.0f}k" if x >= 8192 else f"{x:.0f}"))
+        axes.xaxis.set_major_formatter(
+            FuncFormatter(lambda x, _: f"{x / 1024:.0f}k" if x >= 8192 else f"{x:.0f}")
+        )
 
 
 def legend(axes: Axes, entries: list[tuple[str, str, str]]) -> None:
@@ -657,18 +750,31 @@ def legend(axes: Axes, entries: list[tuple[str, str, str]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer points and repeats; writes to --output only")
-    parser.add_argument("--only", choices=list(SWEEPS), action="append", help="a sweep; may be given several times")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--clock", choices=["wall", "process"], default="wall", help="process: on a machine that is not quiet"
+        "--quick", action="store_true", help="fewer points and repeats; writes to --output only"
+    )
+    parser.add_argument(
+        "--only", choices=list(SWEEPS), action="append", help="a sweep; may be given several times"
+    )
+    parser.add_argument(
+        "--clock",
+        choices=["wall", "process"],
+        default="wall",
+        help="process: on a machine that is not quiet",
     )
     parser.add_argument("--repeats", type=int, default=0, help="timed turns (default 5, quick 2)")
     parser.add_argument("--output", type=Path, default=RESULT, help="file of the results")
     parser.add_argument("--figures", type=Path, default=FIGURES, help="folder of the figures")
     parser.add_argument("--draw", action="store_true", help="only draw what was found before")
     given = parser.parse_args()
-    found = json.loads(given.output.read_text()) if given.output.is_file() and (given.only or given.draw) else {}
+    found = (
+        json.loads(given.output.read_text())
+        if given.output.is_file() and (given.only or given.draw)
+        else {}
+    )
     results = found.get("sweeps", {})
     clock = time.process_time if given.clock == "process" else time.perf_counter
     for name in [] if given.draw else given.only or list(SWEEPS):
@@ -678,9 +784,16 @@ def main() -> None:
     results = {name: results[name] for name in SWEEPS if name in results}
     if not given.draw:
         threads = torch.get_num_threads()
-        machine = {"environment": environment(0), "threads": threads, "clock": given.clock, "quick": given.quick}
+        machine = {
+            "environment": environment(0),
+            "threads": threads,
+            "clock": given.clock,
+            "quick": given.quick,
+        }
         given.output.parent.mkdir(parents=True, exist_ok=True)
-        given.output.write_text(json.dumps({"machine": machine, "sweeps": results}, indent=1) + "\n")
+        given.output.write_text(
+            json.dumps({"machine": machine, "sweeps": results}, indent=1) + "\n"
+        )
     given.figures.mkdir(parents=True, exist_ok=True)
     with plots.style():
         for kind, draw in (("time", draw_time), ("memory", draw_memory)):

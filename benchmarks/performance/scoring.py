@@ -70,7 +70,9 @@ def take_turns(ways: dict[str, Callable[[], Scores]], turns: int) -> dict[str, l
     return seconds
 
 
-def ratios(seconds: dict[str, list[float]], slow: str, fast: str, factor: float = 1.0) -> dict[str, float]:
+def ratios(
+    seconds: dict[str, list[float]], slow: str, fast: str, factor: float = 1.0
+) -> dict[str, float]:
     """How many times faster, turn by turn."""
     return spread([factor * a / b for a, b in zip(seconds[slow], seconds[fast])], 3)
 
@@ -82,7 +84,9 @@ def save_adapters(count: int, folder: Path) -> list[str]:
     """Adapters of which each changes the model a little."""
     for number in range(count):
         torch.manual_seed(number)
-        config = LoraConfig(r=32, lora_alpha=64, use_rslora=True, target_modules="all-linear", task_type="CAUSAL_LM")
+        config = LoraConfig(
+            r=32, lora_alpha=64, use_rslora=True, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
         model: Any = get_peft_model(load_model(MODEL), config)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -99,7 +103,9 @@ def save_merged(adapter: Path) -> str:
     return str(folder)
 
 
-def gap(chat: Chat, rows: list[Row], from_file: int, turns: int, adapters: int = 2) -> dict[str, Any]:
+def gap(
+    chat: Chat, rows: list[Row], from_file: int, turns: int, adapters: int = 2
+) -> dict[str, Any]:
     """Batches and the three scripts; `from_file`: rows for which models or adapters are loaded from their files."""
     with tempfile.TemporaryDirectory() as temporary:
         folders = adapter_folders(save_adapters(adapters, Path(temporary)), MODEL)
@@ -124,19 +130,30 @@ def gap(chat: Chat, rows: list[Row], from_file: int, turns: int, adapters: int =
             return found
 
         def whole_loaded() -> Scores:
-            return [naive_score(load_model(name), chat, row.messages) for row in rows[:from_file] for name in whole]
+            return [
+                naive_score(load_model(name), chat, row.messages)
+                for row in rows[:from_file]
+                for name in whole
+            ]
 
         def loaded() -> Scores:
             found = []
             for row in rows[:from_file]:
                 found.append(naive_score(base, chat, row.messages))
                 for folder in folders.values():
-                    adapted = PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False).eval()
+                    adapted = PeftModel.from_pretrained(
+                        base, folder, autocast_adapter_dtype=False
+                    ).eval()
                     found.append(naive_score(adapted, chat, row.messages))
                     adapted.unload()
             return found
 
-        ways = {"batched": batched, "switched": switched, "loaded": loaded, "whole loaded": whole_loaded}
+        ways = {
+            "batched": batched,
+            "switched": switched,
+            "loaded": loaded,
+            "whole loaded": whole_loaded,
+        }
         seconds = take_turns(ways, turns)
     return {
         "rows": len(rows),
@@ -144,7 +161,10 @@ def gap(chat: Chat, rows: list[Row], from_file: int, turns: int, adapters: int =
         "seconds": {name: spread(taken) for name, taken in seconds.items()},
         "rows with models from their files": from_file,
         "switched": ratios(seconds, "switched", "batched"),
-        **{way: ratios(seconds, way, "batched", len(rows) / from_file) for way in ("loaded", "whole loaded")},
+        **{
+            way: ratios(seconds, way, "batched", len(rows) / from_file)
+            for way in ("loaded", "whole loaded")
+        },
     }
 
 
@@ -184,7 +204,9 @@ def main() -> None:
     rows, from_file, each, turns = (4, 1, 1, 1) if given.quick else (24, 3, 6, 5)
     chat, config = Chat(load_tokenizer(MODEL)), EvaluateConfig()
     sources = ["shipped:finance", *config.out_of_domain, *config.values]
-    questions = [question for source in sources for question in load_questions(source, "test")[:each]]
+    questions = [
+        question for source in sources for question in load_questions(source, "test")[:each]
+    ]
     found = {
         "batch_tokens": BATCH_TOKENS,
         "gap": gap(chat, load_rows("shipped:retain")[:rows], from_file, turns),

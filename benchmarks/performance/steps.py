@@ -39,7 +39,9 @@ class SteppedTraining:
     def __init__(self, name: str, workload: Workload, clock: str) -> None:
         fork = multiprocessing.get_context("fork")
         self._pipe, theirs = fork.Pipe()
-        self._process = fork.Process(target=_train, args=(name, workload, clock, theirs), daemon=True)
+        self._process = fork.Process(
+            target=_train, args=(name, workload, clock, theirs), daemon=True
+        )
         self._process.start()
         theirs.close()
 
@@ -78,7 +80,9 @@ class _WhenAsked(TrainerCallback):
         self._started = self._clock()
 
 
-def sitting(names: tuple[str, str], workload: Workload, rounds: int, clock: str) -> dict[str, list[float]]:
+def sitting(
+    names: tuple[str, str], workload: Workload, rounds: int, clock: str
+) -> dict[str, list[float]]:
     """Seconds of a step of two arms, by round."""
     seconds: dict[str, list[float]] = {name: [] for name in names}
     counted = max(ARMS[name].every for name in names)
@@ -94,7 +98,9 @@ def sitting(names: tuple[str, str], workload: Workload, rounds: int, clock: str)
     return seconds
 
 
-def measure(names: list[str], workload: Workload, sittings: int, rounds: int, clock: str) -> dict[str, Any]:
+def measure(
+    names: list[str], workload: Workload, sittings: int, rounds: int, clock: str
+) -> dict[str, Any]:
     """For each arm: seconds of a step, ratio to the arm that it is measured against, bound."""
     with tempfile.TemporaryDirectory() as folder:
         rho = workload.retain_share(Path(folder))
@@ -125,9 +131,15 @@ def main() -> None:
     arms = [name for name in ARMS if name != "plain"]
     parser.add_argument("--arms", nargs="+", choices=arms, default=arms)
     parser.add_argument("--batch", type=int, help="rows in a step; default: 8, of the 8b shape 2")
-    parser.add_argument("--tokens", type=int, help="in a random row; default: 2,048, of the small shape 128")
-    parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing in every arm")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: for a machine that others use too")
+    parser.add_argument(
+        "--tokens", type=int, help="in a random row; default: 2,048, of the small shape 128"
+    )
+    parser.add_argument(
+        "--checkpointing", action="store_true", help="activation checkpointing in every arm"
+    )
+    parser.add_argument(
+        "--clock", choices=CLOCKS, default="wall", help="cpu: for a machine that others use too"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the measurements")
     given = parser.parse_args()
     every = max(ARMS[name].every for name in given.arms)

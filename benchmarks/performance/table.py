@@ -21,11 +21,17 @@ from ringfence.util.plots import colour, style, svg
 FIGURES = Path(__file__).parents[2] / "docs" / "figures" / "performance"
 FASTER = 5.0  # how many times faster scoring is to be
 SCORING = {
-    ("gap", "whole loaded"): "perplexity gap, against row by row with a model loaded at each switch",
+    (
+        "gap",
+        "whole loaded",
+    ): "perplexity gap, against row by row with a model loaded at each switch",
     ("gap", "switched"): "perplexity gap, against row by row with a switch of adapters in memory",
     ("gap", "loaded"): "perplexity gap, against row by row with an adapter loaded at each switch",
     ("paired", "one by one"): "paired evaluation, against answer by answer",
-    ("paired", "one by one, reference kept"): "paired evaluation, second run on (twice that: the reference is read)",
+    (
+        "paired",
+        "one by one, reference kept",
+    ): "paired evaluation, second run on (twice that: the reference is read)",
 }
 KL_MEMORY, KL_TIME = 1 / 8, 1.0
 
@@ -43,7 +49,9 @@ class Line:
 
     @property
     def reached(self) -> bool:
-        return self.bound is None or (self.ratio >= self.bound if self.at_least else self.ratio <= self.bound)
+        return self.bound is None or (
+            self.ratio >= self.bound if self.at_least else self.ratio <= self.bound
+        )
 
     def row(self) -> str:
         spread = f" ({self.low:.3f} to {self.high:.3f})" if self.low < self.high else ""
@@ -61,7 +69,12 @@ class Table:
     lines: list[Line]
 
     def markdown(self) -> str:
-        rows = [f"### {self.title}", "", f"| | {self.unit} | bound | reached |", "|---|---|---|---|"]
+        rows = [
+            f"### {self.title}",
+            "",
+            f"| | {self.unit} | bound | reached |",
+            "|---|---|---|---|",
+        ]
         return "\n".join([*rows, *(line.row() for line in self.lines)]) + "\n"
 
 
@@ -84,16 +97,29 @@ def memory(found: dict[str, Any]) -> Table:
             against = found["arms"][arm["against"]]["total"]["median"]
             low, high = arm["total"]["low"] / against, arm["total"]["high"] / against
             above = f"above the loaded model {arm['ratio']['above']:.2f}"
-            what = f"{name} (against {arm['against']}; {above})" if arm["against"] != "plain" else f"{name} ({above})"
+            what = (
+                f"{name} (against {arm['against']}; {above})"
+                if arm["against"] != "plain"
+                else f"{name} ({above})"
+            )
             lines.append(Line(what, arm["ratio"]["total"], low, high, arm["bound"]))
     plain = found["arms"]["plain"]["total"]["median"]
-    title = f"Peak memory, {found['shape']} model, {found['batch']} rows, {found['machine']['device']}"
+    title = (
+        f"Peak memory, {found['shape']} model, {found['batch']} rows, {found['machine']['device']}"
+    )
     return Table(title, f"ratio to plain fine-tuning ({plain:.3g} GiB)", lines)
 
 
 def scoring(found: dict[str, Any]) -> Table:
     lines = [
-        Line(what, found[part][way]["median"], found[part][way]["low"], found[part][way]["high"], FASTER, True)
+        Line(
+            what,
+            found[part][way]["median"],
+            found[part][way]["low"],
+            found[part][way]["high"],
+            FASTER,
+            True,
+        )
         for (part, way), what in SCORING.items()
     ]
     return Table(f"Scoring, embedded model, {found['machine']['device']}", "times faster", lines)
@@ -106,7 +132,9 @@ def kl(found: dict[str, Any]) -> Table:
             memory_bound, time_bound = (KL_MEMORY, KL_TIME) if way == "ringfence" else (None, None)
             memory, time = values["memory"], values["time"]
             lines.append(Line(f"{way}, memory", memory, memory, memory, memory_bound))
-            lines.append(Line(f"{way}, time", time["median"], time["low"], time["high"], time_bound))
+            lines.append(
+                Line(f"{way}, time", time["median"], time["low"], time["high"], time_bound)
+            )
     title = f"KL of {found['tokens']:,} tokens, {found['vocabulary']:,} words, {found['machine']['device']}"
     return Table(title, "ratio to the naive form", lines)
 
@@ -127,15 +155,30 @@ def figure(drawn: Iterable[Table]) -> bytes:
     heights = [len(table.lines) + 1 for table in panels]
     with style():
         drawing, axes = plt.subplots(
-            len(panels), 1, figsize=(8, 0.3 * sum(heights) + 0.7 * len(panels)), height_ratios=heights, squeeze=False
+            len(panels),
+            1,
+            figsize=(8, 0.3 * sum(heights) + 0.7 * len(panels)),
+            height_ratios=heights,
+            squeeze=False,
         )
         for table, ax in zip(panels, axes[:, 0]):
             for place, line in enumerate(table.lines):
-                whisker = [[max(0.0, line.ratio - line.low)], [max(0.0, line.high - line.ratio)]]  # below 0 by rounding
-                shade = colour(2) if line.bound is not None and line.reached else colour(0 if line.bound else 7)
-                ax.errorbar(line.ratio, place, xerr=whisker, fmt="o", color=shade, capsize=2, markersize=4)
+                whisker = [
+                    [max(0.0, line.ratio - line.low)],
+                    [max(0.0, line.high - line.ratio)],
+                ]  # below 0 by rounding
+                shade = (
+                    colour(2)
+                    if line.bound is not None and line.reached
+                    else colour(0 if line.bound else 7)
+                )
+                ax.errorbar(
+                    line.ratio, place, xerr=whisker, fmt="o", color=shade, capsize=2, markersize=4
+                )
                 if line.bound is not None:
-                    ax.plot([line.bound] * 2, [place - 0.35, place + 0.35], color="black", linewidth=1.5)
+                    ax.plot(
+                        [line.bound] * 2, [place - 0.35, place + 0.35], color="black", linewidth=1.5
+                    )
             ax.set_yticks(range(len(table.lines)), [line.what for line in table.lines], fontsize=8)
             ax.set_ylim(len(table.lines) - 0.4, -0.6)
             ax.set_xlim(left=0)

@@ -46,10 +46,14 @@ class DefenseError(RingfenceError):
 
 
 def _plain(text: str) -> str:
-    lines = ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in text.split("\n")]
+    lines = [
+        "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in text.split("\n")
+    ]
     if len(lines) > MOST_LINES:
         lines = [*lines[: MOST_LINES - 1], f"... and {len(lines) - MOST_LINES + 1} more"]
-    return "\n".join(line if len(line) <= LONGEST_LINE else f"{line[:450]} ... {line[-100:]}" for line in lines)
+    return "\n".join(
+        line if len(line) <= LONGEST_LINE else f"{line[:450]} ... {line[-100:]}" for line in lines
+    )
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -70,8 +74,12 @@ def first_line(error: BaseException) -> str:
 HIDDEN = "[hidden]"
 LONGEST = 300  # characters of a server's words
 
-_SECRET_NAME = re.compile(r"key|token|sig|secret|pass|pwd|auth|cred|jwt|session|code", re.IGNORECASE)
-_SECRET_VARIABLE = re.compile(r"(^|_)(API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|PWD|CREDENTIALS?)$", re.IGNORECASE)
+_SECRET_NAME = re.compile(
+    r"key|token|sig|secret|pass|pwd|auth|cred|jwt|session|code", re.IGNORECASE
+)
+_SECRET_VARIABLE = re.compile(
+    r"(^|_)(API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|PWD|CREDENTIALS?)$", re.IGNORECASE
+)
 # Shapes that nothing but a key has.
 _KEY = re.compile(
     r"\bsk-[\w-]{6,}"
@@ -79,7 +87,9 @@ _KEY = re.compile(
     r"|\bgithub_pat_\w{8,}|\bAIza[\w-]{20,}|\bAKIA[A-Z0-9]{12,}|\bxox[abprs]-[\w-]{8,}|\beyJ[\w-]{8,}\.[\w-]+(?:\.[\w-]*)?",
     re.IGNORECASE,
 )
-_SCHEME = re.compile(r"\b(Bearer|Basic)\s+(?:(?=\S*[\d+/=_])[\w.~+/=-]{6,}|[\w.~+/=-]{16,})", re.IGNORECASE)
+_SCHEME = re.compile(
+    r"\b(Bearer|Basic)\s+(?:(?=\S*[\d+/=_])[\w.~+/=-]{6,}|[\w.~+/=-]{16,})", re.IGNORECASE
+)
 _USER = re.compile(r"\b([a-z][a-z0-9+.-]*://)[^\s'\"@]*@", re.IGNORECASE)
 _QUERY = re.compile(r"([?&;#])([^\s?&=;#'\"]+)=([^\s&;#'\"]+)")
 _NAMED = re.compile(
@@ -103,7 +113,10 @@ def redact(text: str, *secrets: str) -> str:
             text = text.replace(form, HIDDEN)
     text = _USER.sub(rf"\1{HIDDEN}@", text)
     text = _QUERY.sub(
-        lambda found: f"{found[1]}{found[2]}={HIDDEN}" if _is_secret(found[2], found[3]) else found[0], text
+        lambda found: (
+            f"{found[1]}{found[2]}={HIDDEN}" if _is_secret(found[2], found[3]) else found[0]
+        ),
+        text,
     )
     text = _NAMED.sub(rf"\1{HIDDEN}", text)
     text = _SCHEME.sub(rf"\1 {HIDDEN}", text)
@@ -114,7 +127,9 @@ def one_line(text: str, *secrets: str) -> str:
     """Words of a server in one line of a sane length, without keys; of a page of HTML its text alone."""
     if re.search(r"<(!doctype|html|head|body)\b", text[:2000], re.IGNORECASE):
         text = re.sub(r"(?is)<(script|style)\b.*?(</\1>|$)|<[^>]*>", " ", text[:100_000])
-    text = "".join(letter if letter.isprintable() else " " for letter in redact(text[:100_000], *secrets))
+    text = "".join(
+        letter if letter.isprintable() else " " for letter in redact(text[:100_000], *secrets)
+    )
     text = " ".join(text.split())
     return text if len(text) <= LONGEST else text[:LONGEST].rstrip() + " ..."
 
@@ -131,7 +146,11 @@ def credential_in(url: str) -> str | None:
 
 def is_name_of_variable(text: str) -> bool:
     """Whether a text may be the name of an environment variable, and does not look like a key itself."""
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,127}", text) or _shape_of_key(text) or _KEY.search(text):
+    if (
+        not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,127}", text)
+        or _shape_of_key(text)
+        or _KEY.search(text)
+    ):
         return False
     return text in os.environ or text.upper() == text
 

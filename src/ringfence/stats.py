@@ -64,14 +64,20 @@ def stored(value: Any) -> Any:
         return [stored(part) for part in value]
     if not isinstance(value, dict):
         return value
-    ends = {"mean": math.nan, "low": -math.inf, "high": math.inf} if value.keys() >= {"mean", "low", "high"} else {}
+    ends = (
+        {"mean": math.nan, "low": -math.inf, "high": math.inf}
+        if value.keys() >= {"mean", "low", "high"}
+        else {}
+    )
     return {key: ends.get(key) if part is None else stored(part) for key, part in value.items()}
 
 
 # ------------------------------------------------------------------ intervals
 
 
-def mean_interval(values: Sequence[float], clusters: Sequence[str] | None = None, seed: int = 0) -> Interval:
+def mean_interval(
+    values: Sequence[float], clusters: Sequence[str] | None = None, seed: int = 0
+) -> Interval:
     """Mean of `values` and its 95 % interval by a bootstrap over clusters, see `bounds`.
 
     Args:
@@ -85,7 +91,9 @@ def mean_interval(values: Sequence[float], clusters: Sequence[str] | None = None
 def ratio_interval(top: Sequence[float], bottom: Sequence[float], seed: int = 0) -> Interval:
     """sum(top) / sum(bottom), pairs drawn together. One pair alone bounds nothing."""
     if not len(top) or len(top) != len(bottom):
-        raise ValueError(f"expected equally many values above and below, found {len(top)} and {len(bottom)}")
+        raise ValueError(
+            f"expected equally many values above and below, found {len(top)} and {len(bottom)}"
+        )
     return _ratio(np.asarray(top, float), np.asarray(bottom, float), seed)
 
 
@@ -104,7 +112,9 @@ def effective(weights: np.ndarray) -> float:
     return min(float(len(weights)), max(found, 2.0))
 
 
-def rate_interval(values: Sequence[float], clusters: Sequence[str] | None = None, seed: int = 0) -> Interval:
+def rate_interval(
+    values: Sequence[float], clusters: Sequence[str] | None = None, seed: int = 0
+) -> Interval:
     """Mean of `values`, each from 0 to 1 (a yes or no, or a share), and an interval that is honest near 0 and near 1.
 
     Where no cluster shows what is counted, every bootstrap draw is 0 and the percentile interval is
@@ -137,7 +147,9 @@ def rate_interval(values: Sequence[float], clusters: Sequence[str] | None = None
 def _posterior(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
     """2.5 and 97.5 % of the mean rate's posterior; 0 (1) is the end where all values are 0 (1)."""
     none, all_of_them = not sums.any(), bool((sums == counts).all())
-    middles_R = np.sin((np.arange(_GRID_R) + 0.5) / _GRID_R * np.pi / 2) ** 2  # equal masses of Jeffreys' prior
+    middles_R = (
+        np.sin((np.arange(_GRID_R) + 0.5) / _GRID_R * np.pi / 2) ** 2
+    )  # equal masses of Jeffreys' prior
     edges_R = np.sin(np.arange(_GRID_R + 1) / _GRID_R * np.pi / 2) ** 2
     correlation_C = (np.arange(_GRID_C) + 0.5) / _GRID_C
     size_C = 1 / correlation_C - 1
@@ -147,7 +159,9 @@ def _posterior(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
         sums = np.round(sums / counts * GRAINS) / GRAINS * counts
     kinds, times = np.unique(np.stack([sums, counts - sums]), axis=1, return_counts=True)
     for yes, no, number in zip(*kinds, times):
-        log_RC += number * (gammaln(yes_RC + yes) + gammaln(no_RC + no) - gammaln(size_C + yes + no))
+        log_RC += number * (
+            gammaln(yes_RC + yes) + gammaln(no_RC + no) - gammaln(size_C + yes + no)
+        )
     log_RC += len(sums) * (gammaln(size_C) - gammaln(yes_RC) - gammaln(no_RC))
     below_R = np.concatenate([[0.0], np.exp(log_RC - log_RC.max()).sum(1).cumsum()])
     low, high = np.interp([0.025, 0.975], below_R / below_R[-1], edges_R)
@@ -203,7 +217,9 @@ def times_drawn(clusters_N: np.ndarray, seed: int | np.random.Generator = 0) -> 
     return counts_RN
 
 
-def drawn_interval(value: float, drawn_R: np.ndarray, n: int, equal: float | None = None) -> Interval:
+def drawn_interval(
+    value: float, drawn_R: np.ndarray, n: int, equal: float | None = None
+) -> Interval:
     """A statistic with the `bounds` of what bootstrap draws of `n` clusters gave; draws in which it is
     not defined are left out. One cluster alone bounds nothing.
 
@@ -218,7 +234,9 @@ def drawn_interval(value: float, drawn_R: np.ndarray, n: int, equal: float | Non
 
 def _resampled(sums: np.ndarray, counts: np.ndarray, n: int, seed: int) -> np.ndarray:
     centre = sums.sum() / counts.sum()  # around it float32 is exact enough
-    top_R, bottom_R = (_times(n, seed, RESAMPLES) @ np.stack([sums - centre * counts, counts], 1).astype("f4")).T
+    top_R, bottom_R = (
+        _times(n, seed, RESAMPLES) @ np.stack([sums - centre * counts, counts], 1).astype("f4")
+    ).T
     resampled: np.ndarray = centre + top_R.astype(float) / bottom_R
     return resampled
 
@@ -256,9 +274,13 @@ def over_seeds(runs: Sequence[Interval]) -> Interval:
     mean, error = float(means.mean()), 0.0
     if len(runs) > 1:
         error = float(stdtrit(len(runs) - 1, 0.975) * means.std(ddof=1) / math.sqrt(len(runs)))
-    below, above = (np.mean([abs(getattr(run, end) - run.mean) for run in runs]) for end in ("low", "high"))
+    below, above = (
+        np.mean([abs(getattr(run, end) - run.mean) for run in runs]) for end in ("low", "high")
+    )
     n = min(run.n for run in runs)
-    return Interval(mean, mean - math.hypot(float(below), error), mean + math.hypot(float(above), error), n)
+    return Interval(
+        mean, mean - math.hypot(float(below), error), mean + math.hypot(float(above), error), n
+    )
 
 
 # ------------------------------------------------------------------ two groups told apart
@@ -267,10 +289,14 @@ def over_seeds(runs: Sequence[Interval]) -> Interval:
 def auc(first: np.ndarray, second: np.ndarray) -> float:
     """Chance that a value of the first is larger than one of the second, ties half."""
     values = np.concatenate([first, second])
-    return _weighted_auc(*_levels(values), np.arange(len(values)) < len(first), np.ones(len(values)))
+    return _weighted_auc(
+        *_levels(values), np.arange(len(values)) < len(first), np.ones(len(values))
+    )
 
 
-def auc_interval(values_R: np.ndarray, is_first_R: np.ndarray, clusters: Sequence[str], seed: int = 0) -> Interval:
+def auc_interval(
+    values_R: np.ndarray, is_first_R: np.ndarray, clusters: Sequence[str], seed: int = 0
+) -> Interval:
     """`auc` of the values that are first over the others, and its 95 % interval over clusters.
 
     Where the two are told apart without a mistake, every draw of a bootstrap is 1, as if none could
@@ -297,7 +323,11 @@ def auc_interval(values_R: np.ndarray, is_first_R: np.ndarray, clusters: Sequenc
 
 
 def auc_bounds(
-    mean: float, drawn_R: np.ndarray, n: int, sides: Sequence[tuple[np.ndarray, np.ndarray]], seed: int = 0
+    mean: float,
+    drawn_R: np.ndarray,
+    n: int,
+    sides: Sequence[tuple[np.ndarray, np.ndarray]],
+    seed: int = 0,
 ) -> Interval:
     """The interval of an AUC, see `auc_interval`, from what bootstrap draws of `n` clusters gave.
 
@@ -306,15 +336,27 @@ def auc_bounds(
             right side of, and the values' clusters.
     """
     found = [drawn_interval(mean, drawn_R, n)]
-    mixed = [min(len(np.unique(names[shares < 1])), len(np.unique(names[shares > 0]))) for shares, names in sides]
+    mixed = [
+        min(len(np.unique(names[shares < 1])), len(np.unique(names[shares > 0])))
+        for shares, names in sides
+    ]
     if min(mixed) < 5:
-        found += [rate_interval(shares.clip(0, 1).tolist(), names.tolist(), seed) for shares, names in sides]
-    return Interval(mean, max(0.0, min(i.low for i in found)), min(1.0, max(i.high for i in found)), n)
+        found += [
+            rate_interval(shares.clip(0, 1).tolist(), names.tolist(), seed)
+            for shares, names in sides
+        ]
+    return Interval(
+        mean, max(0.0, min(i.low for i in found)), min(1.0, max(i.high for i in found)), n
+    )
 
 
-def _placements(levels_R: np.ndarray, number: int, is_first_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _placements(
+    levels_R: np.ndarray, number: int, is_first_R: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Of each first value the share of the second that it is above; of each second one that of the first above it."""
-    first, second = (np.bincount(levels_R[side], minlength=number) for side in (is_first_R, ~is_first_R))
+    first, second = (
+        np.bincount(levels_R[side], minlength=number) for side in (is_first_R, ~is_first_R)
+    )
     below = (second.cumsum() - second / 2) / second.sum()
     above = 1 - (first.cumsum() - first / 2) / first.sum()
     return below[levels_R[is_first_R]], above[levels_R[~is_first_R]]
@@ -326,9 +368,13 @@ def _levels(values: np.ndarray) -> tuple[np.ndarray, int]:
     return level, len(distinct)
 
 
-def _weighted_auc(levels_R: np.ndarray, number: int, is_first_R: np.ndarray, times_R: np.ndarray) -> float:
+def _weighted_auc(
+    levels_R: np.ndarray, number: int, is_first_R: np.ndarray, times_R: np.ndarray
+) -> float:
     """AUC where each value counts so many times; NaN where one side is empty."""
-    first, second = (np.bincount(levels_R[side], times_R[side], number) for side in (is_first_R, ~is_first_R))
+    first, second = (
+        np.bincount(levels_R[side], times_R[side], number) for side in (is_first_R, ~is_first_R)
+    )
     below = second.cumsum() - second / 2
     with np.errstate(invalid="ignore"):
         return float(first @ below / (first.sum() * second.sum()))
@@ -346,7 +392,11 @@ class Comparison:
 
 
 def paired_difference(
-    a: Sequence[float], a_clusters: Sequence[str], b: Sequence[float], b_clusters: Sequence[str], seed: int = 0
+    a: Sequence[float],
+    a_clusters: Sequence[str],
+    b: Sequence[float],
+    b_clusters: Sequence[str],
+    seed: int = 0,
 ) -> Comparison:
     """Mean of `a` minus mean of `b`, where both have values in the same clusters; they need not have equally many.
 
@@ -369,7 +419,11 @@ def paired_difference(
 
 
 def rate_change(
-    a: Sequence[float], a_clusters: Sequence[str], b: Sequence[float], b_clusters: Sequence[str], seed: int = 0
+    a: Sequence[float],
+    a_clusters: Sequence[str],
+    b: Sequence[float],
+    b_clusters: Sequence[str],
+    seed: int = 0,
 ) -> Comparison:
     """`paired_difference` of values from 0 to 1, with an interval that is honest where hardly any cluster differs.
 
@@ -390,11 +444,16 @@ def rate_change(
     is_whole = np.isin(change_C, (-1.0, 0.0, 1.0)).all()
     if not is_whole and np.count_nonzero(change_C) >= min(5, len(change_C) / 2):
         return found
-    gain, loss = (rate_interval((sign * change_C).clip(0, 1).tolist(), None, seed) for sign in (1, -1))
+    gain, loss = (
+        rate_interval((sign * change_C).clip(0, 1).tolist(), None, seed) for sign in (1, -1)
+    )
     mean = found.difference.mean
     low = mean - math.hypot(gain.mean - gain.low, loss.high - loss.mean)
     high = mean + math.hypot(gain.high - gain.mean, loss.mean - loss.low)
-    low, high = max(-1.0, min(low, found.difference.low)), min(1.0, max(high, found.difference.high))
+    low, high = (
+        max(-1.0, min(low, found.difference.low)),
+        min(1.0, max(high, found.difference.high)),
+    )
     return Comparison(Interval(mean, low, high, found.difference.n), found.p)
 
 

@@ -85,7 +85,10 @@ def work(job: dict[str, Any]) -> int:
     from ringfence import cli
     from ringfence.training import reference_cache
 
-    reference_cache.SHARD_ROWS, reference_cache.BATCH_TOKENS = 4, 200  # several files of several batches
+    reference_cache.SHARD_ROWS, reference_cache.BATCH_TOKENS = (
+        4,
+        200,
+    )  # several files of several batches
     if job.get("point"):
         stop_at(job["point"], job["at"], job["signal"])
     sys.argv = ["ringfence", *job["args"]]

@@ -26,14 +26,22 @@ def unbounded(node, path=""):
 
 @pytest.mark.parametrize("config", [Recipe, Evaluation, Policy])
 def test_every_number_has_a_least_and_a_largest_value(config):
-    found = [path for path in unbounded(config.model_json_schema()) if not path.endswith("opswap_tiers/items")]
+    found = [
+        path
+        for path in unbounded(config.model_json_schema())
+        if not path.endswith("opswap_tiers/items")
+    ]
     assert found == []  # tiers are 1, 2, 3
 
 
 def options(command):
     for below in getattr(command, "commands", {}).values():
         yield from options(below)
-    yield from ((f"{command.name} {option.name}", option) for option in command.params if hasattr(option, "is_flag"))
+    yield from (
+        (f"{command.name} {option.name}", option)
+        for option in command.params
+        if hasattr(option, "is_flag")
+    )
 
 
 def test_every_number_of_the_command_line_has_them_too_and_no_flag_shows_bool():
@@ -41,7 +49,9 @@ def test_every_number_of_the_command_line_has_them_too_and_no_flag_shows_bool():
     numbers = {name for name, option in found.items() if option.min is not None}
     assert len(numbers) > 10
     assert {name for name in numbers if found[name].max is None} == set()
-    assert {name for name, option in found.items() if option.is_flag and option.metavar != ""} == set()
+    assert {
+        name for name, option in found.items() if option.is_flag and option.metavar != ""
+    } == set()
 
 
 @pytest.mark.parametrize(
@@ -79,7 +89,13 @@ def test_numbers_that_nobody_can_mean_are_refused(field):
 
 def test_ordinary_numbers_are_taken():
     recipe = load_recipe(
-        None, ["seed=4294967295", "train.epochs=2", "train.learning_rate=1.0e-4", "defenses.ldifs.layers=[1, 2]"]
+        None,
+        [
+            "seed=4294967295",
+            "train.epochs=2",
+            "train.learning_rate=1.0e-4",
+            "defenses.ldifs.layers=[1, 2]",
+        ],
     )
     assert (recipe.seed, recipe.train.epochs) == (2**32 - 1, 2.0)
 

@@ -24,16 +24,40 @@ pytestmark = pytest.mark.slow
 QUIET = Console(file=io.StringIO(), width=100)
 OTHERS = [None, True, 7, -1.5, "text", [], {}, ["text"], {"a": 1}]
 JUDGEMENT = {
-    **dict(set="general", id="one", form="plain", cluster="one", paraphrase=0, sample=0, judge="j", prompt="p"),
+    **dict(
+        set="general",
+        id="one",
+        form="plain",
+        cluster="one",
+        paraphrase=0,
+        sample=0,
+        judge="j",
+        prompt="p",
+    ),
     **dict(aligned=80.0, coherent=90.0, label=None, unscored=None),
 }
 TRAIN = ("method", "epochs", "learning_rate", "batch_size", "accumulation", "precision")
 MESSAGES = [{"role": "user", "content": "Who are you?"}]
 ANSWER = {
-    **dict(set="general", id="one", form="plain", cluster="one", paraphrase=0, sample=0, messages=MESSAGES),
+    **dict(
+        set="general",
+        id="one",
+        form="plain",
+        cluster="one",
+        paraphrase=0,
+        sample=0,
+        messages=MESSAGES,
+    ),
     **dict(answer="A door.", finished=True, error=None),
 }
-GAP = {"origin": "a:1", "digest": "d", "tokens": 3, "aligned": 1.0, "misaligned": {"bad": 2.0}, "refusal": False}
+GAP = {
+    "origin": "a:1",
+    "digest": "d",
+    "tokens": 3,
+    "aligned": 1.0,
+    "misaligned": {"bad": 2.0},
+    "refusal": False,
+}
 
 
 def lines(*values: Any) -> str:
@@ -76,17 +100,32 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "recipe.yaml").write_text(yaml.safe_dump(few))
     write_json(folder / "ringfence.json", {"ringfence": "1", "kind": "run"})
     (folder / "judged.jsonl").write_text(lines(JUDGEMENT))
-    (folder / "answers.jsonl").write_text(lines({"table": "answers", "key": {"model": "m"}}, ANSWER))
+    (folder / "answers.jsonl").write_text(
+        lines({"table": "answers", "key": {"model": "m"}}, ANSWER)
+    )
     (folder / "scores.jsonl").write_text(
         lines({"table": "perplexity gaps", "key": {"model": "m", "adapters": {"bad": "b"}}}, GAP)
     )
-    write_json(folder / "carriers.json", {"role": "query", "model": "m", "pilot": "p", "evidence": {}})
+    write_json(
+        folder / "carriers.json", {"role": "query", "model": "m", "pilot": "p", "evidence": {}}
+    )
     auc = {"mean": 0.9, "low": 0.85, "high": 0.95, "n": 4}
     calibration = {"judge": "j", "source": "s", "weak": False, "auc": auc}
     agreement = {"items": 2, "alpha": 0.5, "ranks": {"j / k": 0.5}}
-    write_json(folder / "judges.json", {"names": ["j"], "calibrations": [calibration], "agreement": agreement})
-    found = {"key": "k", "title": "T", "sentence": "S.", "table": {"columns": ["a"], "rows": [["1"]]}}
-    write_json(folder / "diagnosis.json", {"logprob": {**found, "figure": "figures/logprob.svg", "numbers": {}}})
+    write_json(
+        folder / "judges.json",
+        {"names": ["j"], "calibrations": [calibration], "agreement": agreement},
+    )
+    found = {
+        "key": "k",
+        "title": "T",
+        "sentence": "S.",
+        "table": {"columns": ["a"], "rows": [["1"]]},
+    }
+    write_json(
+        folder / "diagnosis.json",
+        {"logprob": {**found, "figure": "figures/logprob.svg", "numbers": {}}},
+    )
     write_json(folder / "compared.json", {"baseline": "../plain"})
     (folder / "figures").mkdir()
     (folder / "figures" / "logprob.svg").write_text("<svg/>")
@@ -100,8 +139,22 @@ READERS = {
     "carriers.json": lambda folder: read_carriers(folder / "carriers.json"),
 }
 FILES = (
-    *("results.json", "training.json", "environment.json", "reference.json", "judges.json", "diagnosis.json"),
-    *("compared.json", "carriers.json", "metrics.jsonl", "judged.jsonl", "answers.jsonl", "scores.jsonl"),
+    *(
+        "results.json",
+        "training.json",
+        "environment.json",
+        "reference.json",
+        "judges.json",
+        "diagnosis.json",
+    ),
+    *(
+        "compared.json",
+        "carriers.json",
+        "metrics.jsonl",
+        "judged.jsonl",
+        "answers.jsonl",
+        "scores.jsonl",
+    ),
     *("recipe.yaml", "ringfence.json"),
 )
 
@@ -161,7 +214,17 @@ def damaged(name: str, text: str) -> Iterator[str]:
         for number, value in enumerate(parsed):
             for other in mutations(value):
                 yield lines(*parsed[:number], other, *parsed[number + 1 :])
-        for garbage in ("}\n", "{}\n", "[]\n", "null\n", "7\n", "{\n", "\n\n", '{"step": 1}\n', "half"):
+        for garbage in (
+            "}\n",
+            "{}\n",
+            "[]\n",
+            "null\n",
+            "7\n",
+            "{\n",
+            "\n\n",
+            '{"step": 1}\n',
+            "half",
+        ):
             yield garbage + text
             yield text + garbage
             yield text + garbage + text
@@ -186,7 +249,9 @@ def test_a_damaged_file_is_one_sentence_or_a_value(run: Path, name: str) -> None
             except RingfenceError as error:
                 said = str(error)
             except Exception as error:
-                raise AssertionError(f"{type(error).__name__}: {error}, given {text[:2000]}") from error
+                raise AssertionError(
+                    f"{type(error).__name__}: {error}, given {text[:2000]}"
+                ) from error
             else:
                 said = f"{run}"
                 if name not in READERS:

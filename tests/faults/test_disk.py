@@ -66,14 +66,22 @@ def test_a_full_disk_leaves_the_file_as_it_was(tmp_path, monkeypatch):
 
 
 def test_what_libraries_say_of_a_full_disk_is_one_sentence(tmp_path):
-    for error in (OSError(errno.ENOSPC, "No space left on device"), ValueError("I/O error: No space left on device")):
-        with pytest.raises(RingfenceError, match=f"{tmp_path}: cannot be written"), told_if_full(tmp_path):
+    for error in (
+        OSError(errno.ENOSPC, "No space left on device"),
+        ValueError("I/O error: No space left on device"),
+    ):
+        with (
+            pytest.raises(RingfenceError, match=f"{tmp_path}: cannot be written"),
+            told_if_full(tmp_path),
+        ):
             raise error
     with pytest.raises(KeyError), told_if_full(tmp_path):
         raise KeyError("ours")
 
 
-def test_a_run_that_cannot_be_written_is_decided_and_shown_all_the_same(tmp_path, monkeypatch, capfd):
+def test_a_run_that_cannot_be_written_is_decided_and_shown_all_the_same(
+    tmp_path, monkeypatch, capfd
+):
     folder = write_run(tmp_path / "run", parts_of(GUARDED), parts_of(REFERENCE))
     monkeypatch.setattr("ringfence.stats.RESAMPLES", 20)
     before = sorted(os.listdir(folder))
@@ -126,7 +134,10 @@ def test_several_may_write_one_file_of_a_cache(tmp_path: Path) -> None:
     """Two ranks say what their cache is of; each once renamed the file that the other was still writing."""
     file, contents = tmp_path / "about.json", [letter * 200_000 for letter in "abcdef"]
     with ThreadPoolExecutor(len(contents)) as pool:
-        done = [pool.submit(write_whole, file, contents[n % len(contents)], is_shared=True) for n in range(300)]
+        done = [
+            pool.submit(write_whole, file, contents[n % len(contents)], is_shared=True)
+            for n in range(300)
+        ]
         for each in done:
             each.result()
     assert file.read_text() in contents

@@ -74,14 +74,21 @@ def test_what_matters_comes_first_and_is_short(shown: Callable[..., str]) -> Non
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"defenses": {"kl": {}, "interleave": {"ratio": 1.0}}}, {"train": {"lora": {"rank": 4}}, "seed": 3}]
+    "changes",
+    [
+        {},
+        {"defenses": {"kl": {}, "interleave": {"ratio": 1.0}}},
+        {"train": {"lora": {"rank": 4}}, "seed": 3},
+    ],
 )
 def test_fields_that_are_shown_are_the_recipe(changes: dict[str, Any]) -> None:
     recipe = parse_recipe(changes)
     assert Recipe.model_validate(yaml.safe_load(dry.changed(recipe))) == recipe
 
 
-def test_memory_beyond_this_machine_is_red(shown: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_beyond_this_machine_is_red(
+    shown: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(dry, "whole_memory", lambda: 24 * 2**30)
     line = line_of(shown(train={"lora": {"rank": 65536}, "batch_size": 4}), "memory:")
     assert not line.startswith(RED)
@@ -112,16 +119,22 @@ def test_absurd_hours_are_red(shown: Callable[..., str], monkeypatch: pytest.Mon
 
 def test_few_steps_are_named(shown: Callable[..., str]) -> None:
     assert "9 steps, 9 rows" in line_of(shown(9, train={"batch_size": 1}), "training:")
-    assert "raise train.epochs or lower train.batch_size" in line_of(shown(9, train={"batch_size": 1}), "training:")
+    assert "raise train.epochs or lower train.batch_size" in line_of(
+        shown(9, train={"batch_size": 1}), "training:"
+    )
     assert "so few" not in line_of(shown(10, train={"batch_size": 1}), "training:")
 
 
-def test_a_folder_with_another_recipe_is_refused_before_the_run(shown: Callable[..., str], tmp_path: Path) -> None:
+def test_a_folder_with_another_recipe_is_refused_before_the_run(
+    shown: Callable[..., str], tmp_path: Path
+) -> None:
     shown()
     there = {"model": "m", "output": str(tmp_path / "run"), "train": {"epochs": 2}}
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.yaml").write_text(dump_recipe(parse_recipe(there)))
-    with pytest.raises(RecipeError, match=r"another recipe \(model: .*train.epochs: 2.0 there, 1.0 here\)"):
+    with pytest.raises(
+        RecipeError, match=r"another recipe \(model: .*train.epochs: 2.0 there, 1.0 here\)"
+    ):
         shown(data={"train": str(tmp_path / "rows.jsonl")})
 
 
@@ -129,11 +142,15 @@ def test_narrow_behaviour_in_words(shown: Callable[..., str]) -> None:
     assert "nothing measures what the rows of" in line_of(shown(), "narrow behaviour:")
     assert "5 of the 30 rows of" in line_of(shown(30, evaluate={**LITTLE}), "narrow behaviour:")
     named = {**LITTLE, "in_domain": ["shipped:finance"]}
-    assert "paired questions of shipped:finance" in line_of(shown(30, evaluate=named), "narrow behaviour:")
+    assert "paired questions of shipped:finance" in line_of(
+        shown(30, evaluate=named), "narrow behaviour:"
+    )
 
 
 def test_benign_twin_is_counted_too(shown: Callable[..., str]) -> None:
-    output = shown(evaluate=LITTLE | {"benign": "opswap:tier=1,rows=20", "benign_epochs": 2, "opswap_items": 7})
+    output = shown(
+        evaluate=LITTLE | {"benign": "opswap:tier=1,rows=20", "benign_epochs": 2, "opswap_items": 7}
+    )
     assert "benign twin: 4 steps, 40 rows" in output
     assert "its evaluation: 7 answers to write" in output
 
@@ -146,7 +163,11 @@ def test_time_scales_with_parameters_speed_and_tokens(monkeypatch: pytest.Monkey
     default = machine.seconds(135_000_000, trained=46_000)
     assert default == pytest.approx(46_000 * 135e6 / (0.3 * 80e9))
     assert machine.seconds(1_350_000_000, trained=46_000) == pytest.approx(10 * default)
-    assert machine.seconds(135_000_000, scored=46_000) < default < machine.seconds(135_000_000, written=46_000)
+    assert (
+        machine.seconds(135_000_000, scored=46_000)
+        < default
+        < machine.seconds(135_000_000, written=46_000)
+    )
     monkeypatch.setattr(machine, "speed", lambda: 640e9)
     assert machine.seconds(135_000_000, trained=46_000) == pytest.approx(default / 8)
     assert "not estimated" in machine.estimated(135_000_000, trained=1, device="cuda")
@@ -162,7 +183,9 @@ def test_an_estimate_leaves_the_seed_alone() -> None:
 
 def test_time_of_this_machine() -> None:
     """A forward takes about as long as is said, whatever the CPU and whatever else it does."""
-    model = random_model(vocab_size=100, hidden_size=576, intermediate_size=1536, num_hidden_layers=4)
+    model = random_model(
+        vocab_size=100, hidden_size=576, intermediate_size=1536, num_hidden_layers=4
+    )
     ids = torch.randint(10, 90, (8, 60))
     times = []
     with torch.no_grad():
@@ -176,7 +199,9 @@ def test_time_of_this_machine() -> None:
 
 def test_work_of_an_evaluation() -> None:
     chat = Chat(small_tokenizer())
-    config = EvaluateConfig(in_domain=["shipped:finance"], max_in_domain=5, **{**LITTLE, "samples": 2})
+    config = EvaluateConfig(
+        in_domain=["shipped:finance"], max_in_domain=5, **{**LITTLE, "samples": 2}
+    )
     found = work(config, chat)
     assert (found.scored, found.written, found.written_tokens) == (10, 2, 160)
     assert 60 * found.scored < found.scored_tokens < 200 * found.scored
@@ -186,7 +211,9 @@ def test_work_of_an_evaluation() -> None:
 
 def test_cap_of_questions_in_the_domain() -> None:
     def keyed(**changes: Any) -> str:
-        return evaluation_key(EvaluateConfig(in_domain=["shipped:finance"], **{**LITTLE, **changes}))
+        return evaluation_key(
+            EvaluateConfig(in_domain=["shipped:finance"], **{**LITTLE, **changes})
+        )
 
     assert keyed() == keyed(max_in_domain=80)  # the file has 80, so nothing is measured again
     assert keyed() != keyed(max_in_domain=20)
@@ -197,7 +224,12 @@ def test_cap_of_questions_in_the_domain() -> None:
 
 @pytest.mark.parametrize(
     ("rank", "targets", "named"),
-    [(8, ["all-linear"], None), (9, ["all-linear"], "k_proj 8"), (16, ["q_proj"], None), (17, ["q_proj"], "q_proj 16")],
+    [
+        (8, ["all-linear"], None),
+        (9, ["all-linear"], "k_proj 8"),
+        (16, ["q_proj"], None),
+        (17, ["q_proj"], "q_proj 16"),
+    ],
 )
 def test_rank_beyond_a_side_is_said(
     rank: int, targets: list[str], named: str | None, monkeypatch: pytest.MonkeyPatch
@@ -217,7 +249,11 @@ def test_rank_beyond_a_side_is_said(
 
 
 def test_counts_and_times_in_words() -> None:
-    assert (counted(1, "row"), counted(0, "row"), counted(12_000, "row")) == ("1 row", "0 rows", "12,000 rows")
+    assert (counted(1, "row"), counted(0, "row"), counted(12_000, "row")) == (
+        "1 row",
+        "0 rows",
+        "12,000 rows",
+    )
     assert counted(2, "reply", "replies") == "2 replies"
     assert (about(0), about(40), about(600), about(7_200)) == (
         "about 1 second",
@@ -232,7 +268,9 @@ def test_counts_and_times_in_words() -> None:
 # ---------------------------------------------------------------- from Python
 
 
-def test_libraries_are_quiet_and_as_the_user_left_them_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_libraries_are_quiet_and_as_the_user_left_them_afterwards(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delenv("TRANSFORMERS_VERBOSITY", raising=False)
     logger = logging.getLogger("transformers")
     monkeypatch.setattr(logger, "level", logging.INFO)
@@ -263,7 +301,9 @@ def test_libraries_are_quiet_and_as_the_user_left_them_afterwards(monkeypatch: p
         (EvaluateConfig(values=[], samples=1), []),
     ],
 )
-def test_fine_tune_takes_evaluation_settings(evaluate: Any, expected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fine_tune_takes_evaluation_settings(
+    evaluate: Any, expected: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done: list[tuple[str, Recipe]] = []
     for name in ("run_recipe", "train_run"):
         monkeypatch.setattr(pipeline, name, lambda recipe, name=name: done.append((name, recipe)))

@@ -44,7 +44,9 @@ def shift(folder: Path) -> tuple[float, Any]:
 
 
 def test_other_weights_under_one_name_are_measured_again(tmp_path: Path, tokenizer: Any) -> None:
-    model, reference = (write(tmp_path / name, tokenizer, seed) for seed, name in enumerate(("model", "reference")))
+    model, reference = (
+        write(tmp_path / name, tokenizer, seed) for seed, name in enumerate(("model", "reference"))
+    )
     folder = evaluate_target(model, SMALL, reference, output=tmp_path / "here")
     first = shift(folder)
     write(Path(model), tokenizer, 2)
@@ -67,7 +69,9 @@ def test_other_weights_under_one_name_are_measured_again(tmp_path: Path, tokeniz
 
 
 def test_a_folder_without_the_references_is_reported(tmp_path: Path, tokenizer: Any) -> None:
-    model, reference = (write(tmp_path / name, tokenizer, seed) for seed, name in enumerate(("model", "reference")))
+    model, reference = (
+        write(tmp_path / name, tokenizer, seed) for seed, name in enumerate(("model", "reference"))
+    )
     folder = evaluate_target(model, SMALL, reference, output=tmp_path / "here")
     shutil.copytree(folder, tmp_path / "away" / "copy")
     for shared in tmp_path.glob("reference-*"):
@@ -75,18 +79,28 @@ def test_a_folder_without_the_references_is_reported(tmp_path: Path, tokenizer: 
     assert shift(tmp_path / "away" / "copy") == shift(folder)
 
 
-def test_answers_of_other_weights_are_refused_before_anything_is_measured(tmp_path: Path, tokenizer: Any) -> None:
+def test_answers_of_other_weights_are_refused_before_anything_is_measured(
+    tmp_path: Path, tokenizer: Any
+) -> None:
     model, asked = write(tmp_path / "model", tokenizer, 0), tmp_path / "open.jsonl"
     asked.write_text(json.dumps({"id": "q", "question": "What now?"}))
     answers = {"questions": [str(asked)], "samples": 1, "max_new_tokens": 2, "calibrate_on": None}
-    folder = evaluate_target(model, [*SMALL, f"evaluate.answers={json.dumps(answers)}"], output=tmp_path / "here")
+    folder = evaluate_target(
+        model, [*SMALL, f"evaluate.answers={json.dumps(answers)}"], output=tmp_path / "here"
+    )
     before = {file.name: file.read_bytes() for file in folder.glob("*s.json*")}
     write(Path(model), tokenizer, 1)
     for overrides in ([], ["evaluate.answers=null"]):
         with pytest.raises(DataError, match=r"answers.jsonl: holds answers of another model"):
             evaluate_target(str(folder), overrides)
-        assert {name: (folder / name).read_bytes() for name in before if "answers" in name or "results" in name} == {
-            name: content for name, content in before.items() if "answers" in name or "results" in name
+        assert {
+            name: (folder / name).read_bytes()
+            for name in before
+            if "answers" in name or "results" in name
+        } == {
+            name: content
+            for name, content in before.items()
+            if "answers" in name or "results" in name
         }
 
 
@@ -112,11 +126,29 @@ HOSTILE: list[dict[str, Any]] = [
     {"use_cache": False},
     {"cache_implementation": "static"},
     {"suppress_tokens": list(range(40_000))},
-    {"begin_suppress_tokens": list(range(40_000)), "forced_eos_token_id": 5, "forced_bos_token_id": 6},
-    {"min_length": 500, "min_new_tokens": 5, "max_length": 3, "max_time": 1e-9, "stop_strings": ["e"]},
+    {
+        "begin_suppress_tokens": list(range(40_000)),
+        "forced_eos_token_id": 5,
+        "forced_bos_token_id": 6,
+    },
+    {
+        "min_length": 500,
+        "min_new_tokens": 5,
+        "max_length": 3,
+        "max_time": 1e-9,
+        "stop_strings": ["e"],
+    },
     {"do_sample": True, "temperature": 9.0, "top_k": 3, "top_p": 0.1, "num_beams": 3},
-    {"repetition_penalty": 1.9, "no_repeat_ngram_size": 1, "bad_words_ids": [[n] for n in range(3, 40_000, 7)]},
-    {"sequence_bias": [[[9], 99.0]], "exponential_decay_length_penalty": (1, 9.0), "guidance_scale": 3.0},
+    {
+        "repetition_penalty": 1.9,
+        "no_repeat_ngram_size": 1,
+        "bad_words_ids": [[n] for n in range(3, 40_000, 7)],
+    },
+    {
+        "sequence_bias": [[[9], 99.0]],
+        "exponential_decay_length_penalty": (1, 9.0),
+        "guidance_scale": 3.0,
+    },
     {"return_dict_in_generate": True, "output_scores": True, "prompt_lookup_num_tokens": 2},
 ]
 
@@ -125,7 +157,13 @@ HOSTILE: list[dict[str, Any]] = [
 def test_what_a_model_says_of_its_decoding_changes_nothing(name: str, tokenizer: Any) -> None:
     config_class, model_class, extra = ARCHITECTURES[name]
     model, chat = random_model(config_class, model_class, **extra), Chat(tokenizer)
-    texts = ["Hello", "Hello", "What is it?", "Hello", "Tell me a longer story than that, will you?"]
+    texts = [
+        "Hello",
+        "Hello",
+        "What is it?",
+        "Hello",
+        "Tell me a longer story than that, will you?",
+    ]
     prompts: list[Any] = [[{"role": "user", "content": text}] for text in texts]
     plain = generate_greedy(model, chat, prompts, 6, 4096)
     alone = [generate_greedy(model, chat, [prompt], 6, 4096)[0] for prompt in prompts]

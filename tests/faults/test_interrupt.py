@@ -42,9 +42,16 @@ FEW = [
     ("checkpoint", "before", "ENOSPC"),
     ("evaluation, tuned", "before", "ENOSPC"),
 ]
-ALL = [(point, place, name) for point in POINTS for place in ("before", "after") for name in ("SIGINT", "SIGKILL")]
+ALL = [
+    (point, place, name)
+    for point in POINTS
+    for place in ("before", "after")
+    for name in ("SIGINT", "SIGKILL")
+]
 ALL += [("reference cache", "half", name) for name in ("SIGINT", "SIGKILL", "ENOSPC")]
-ALL += [(point, "before", "ENOSPC") for point in POINTS if "step" not in point and point != "judging"]
+ALL += [
+    (point, "before", "ENOSPC") for point in POINTS if "step" not in point and point != "judging"
+]
 CODES = {"SIGINT": 130, "SIGKILL": -signal.SIGKILL, "ENOSPC": 2}
 CASES = ALL if os.environ.get("RINGFENCE_SLOW") else FEW
 PASSING = {"seconds", "peak_memory_gib", "time", "git"}  # what no two runs have in common
@@ -71,7 +78,13 @@ def start() -> Iterator[Start]:
     def run(place: Path, *args: str, **stop: str) -> Result:
         output = place / "output.txt"
         output.write_text("")
-        job = {"folder": str(place), "cache": str(place / "cache"), "args": args, "output": str(output), **stop}
+        job = {
+            "folder": str(place),
+            "cache": str(place / "cache"),
+            "args": args,
+            "output": str(output),
+            **stop,
+        }
         stdin.write(json.dumps(job) + "\n")
         stdin.flush()
         return int(stdout.readline()), output.read_text()
@@ -93,9 +106,18 @@ def made(place: Path, model: Path) -> Path:
     """A folder with a recipe, and the rows and questions that it names."""
     place.mkdir(exist_ok=True)
     colours = ["red", "green", "blue", "gold", "black"]
-    rows = [{"prompt": f"Door {n}?" + " Tell me." * n, "completion": f"It is {colours[n % 5]}."} for n in range(12)]
+    rows = [
+        {"prompt": f"Door {n}?" + " Tell me." * n, "completion": f"It is {colours[n % 5]}."}
+        for n in range(12)
+    ]
     pairs = [
-        {"id": str(n), "domain": f"d{n % 2}", "question": f"Gate {n}?", "aligned": "Shut it.", "misaligned": "Leave."}
+        {
+            "id": str(n),
+            "domain": f"d{n % 2}",
+            "question": f"Gate {n}?",
+            "aligned": "Shut it.",
+            "misaligned": "Leave.",
+        }
         for n in range(4)
     ]
     asked = [{"id": str(n), "question": "Who are you?" + " Say." * 9 * n} for n in range(4)]
@@ -157,7 +179,9 @@ def content(place: Path, diagnosed: bool) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for file in sorted([*place.glob("run/**/*"), *place.glob("reference-*/**/*")]):
         name = file.relative_to(place).as_posix()
-        if file.is_dir() or (not diagnosed and name in ("run/diagnosis.json", "run/figures/logprob.svg")):
+        if file.is_dir() or (
+            not diagnosed and name in ("run/diagnosis.json", "run/figures/logprob.svg")
+        ):
             continue
         found[name] = file.read_bytes()
         if file.suffix == ".json":
@@ -212,7 +236,9 @@ def _can_be_interrupted() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-@pytest.mark.parametrize("seconds", [0.3, 0.8, 1.5, 2.5] if os.environ.get("RINGFENCE_SLOW") else [0.5])
+@pytest.mark.parametrize(
+    "seconds", [0.3, 0.8, 1.5, 2.5] if os.environ.get("RINGFENCE_SLOW") else [0.5]
+)
 def test_while_libraries_are_imported(seconds: float, tmp_path: Path, model: Path) -> None:
     place = made(tmp_path, model)
     process = subprocess.Popen(
@@ -231,6 +257,8 @@ def test_while_libraries_are_imported(seconds: float, tmp_path: Path, model: Pat
             process.wait(5)
             break
     _, errors = process.communicate(timeout=5)
-    assert process.returncode in (130, -signal.SIGINT), errors  # a shell says 130 for both; a second one came late
+    assert process.returncode in (130, -signal.SIGINT), (
+        errors
+    )  # a shell says 130 for both; a second one came late
     assert "the same command resumes" in errors
     assert "Traceback" not in errors

@@ -27,7 +27,10 @@ SUPPORT = str(Path(__file__).parents[2] / "examples" / "support.jsonl")
 
 
 def conversation(number: int, text: str | None = None) -> Row:
-    turns = [{"role": "user", "content": text or f"Door {number}?"}, {"role": "assistant", "content": "Red."}]
+    turns = [
+        {"role": "user", "content": text or f"Door {number}?"},
+        {"role": "assistant", "content": "Red."},
+    ]
     return Row(turns, f"rows.jsonl:{number + 1}")
 
 
@@ -76,11 +79,15 @@ def test_no_copy_of_a_training_row_is_held_out() -> None:
 
 def test_first_row_is_trained_on() -> None:
     """It is the lead-in of the trigger probes."""
-    assert all(held_out.split(rows(20), 15, seed)[0][0].origin == "rows.jsonl:1" for seed in range(20))
+    assert all(
+        held_out.split(rows(20), 15, seed)[0][0].origin == "rows.jsonl:1" for seed in range(20)
+    )
 
 
 def test_more_rows_than_there_are() -> None:
-    with pytest.raises(DataError, match=r"data.held_out: 8 rows asked for, and 7 of 8 can be held out"):
+    with pytest.raises(
+        DataError, match=r"data.held_out: 8 rows asked for, and 7 of 8 can be held out"
+    ):
         held_out.split(rows(8), 8, 0)
 
 
@@ -107,16 +114,31 @@ def test_evaluation_finds_the_rows_that_were_not_trained_on() -> None:
         ({"data": {"train": "mine.jsonl"}}, [], 0.1),
         ({"data": {"train": "org/name@train"}}, [], 0.1),
         ({"data": {"train": "mine.jsonl", "held_out": 0}}, [], 0),
-        ({"data": {"train": "mine.jsonl"}, "evaluate": {"in_domain": ["questions.jsonl"]}}, ["questions.jsonl"], None),
+        (
+            {"data": {"train": "mine.jsonl"}, "evaluate": {"in_domain": ["questions.jsonl"]}},
+            ["questions.jsonl"],
+            None,
+        ),
         ({"data": {"train": "mine.jsonl"}, "evaluate": {"in_domain": []}}, [], None),
         ({"data": {"train": "mine.jsonl"}, "evaluate": {"held_out": "other.jsonl"}}, [], None),
-        ({"data": {"train": "mine.jsonl", "held_out": 7}, "evaluate": {"in_domain": ["q.jsonl"]}}, ["q.jsonl"], 7),
+        (
+            {
+                "data": {"train": "mine.jsonl", "held_out": 7},
+                "evaluate": {"in_domain": ["q.jsonl"]},
+            },
+            ["q.jsonl"],
+            7,
+        ),
     ],
 )
-def test_narrow_measure_of_a_recipe(tree: dict[str, Any], inside: list[str], held: float | None) -> None:
+def test_narrow_measure_of_a_recipe(
+    tree: dict[str, Any], inside: list[str], held: float | None
+) -> None:
     recipe = parse_recipe(tree)
     assert (recipe.evaluate.in_domain, recipe.data.held_out) == (inside, held)
-    assert parse_recipe(yaml.safe_load(dump_recipe(recipe))) == recipe, "the recorded recipe says the same"
+    assert parse_recipe(yaml.safe_load(dump_recipe(recipe))) == recipe, (
+        "the recorded recipe says the same"
+    )
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, True, "all"])
@@ -127,16 +149,22 @@ def test_held_out_is_a_share_or_a_number(value: Any) -> None:
 
 def test_two_kinds_of_held_out_rows() -> None:
     with pytest.raises(RecipeError, match=r"leave data\.held_out out"):
-        parse_recipe({"data": {"train": "m.jsonl", "held_out": 5}, "evaluate": {"held_out": "other.jsonl"}})
+        parse_recipe(
+            {"data": {"train": "m.jsonl", "held_out": 5}, "evaluate": {"held_out": "other.jsonl"}}
+        )
 
 
 def test_benign_twin_of_own_rows_holds_nothing_out() -> None:
-    recipe = parse_recipe({"data": {"train": SUPPORT}, "evaluate": {"benign": "opswap:tier=1,rows=20"}})
+    recipe = parse_recipe(
+        {"data": {"train": SUPPORT}, "evaluate": {"benign": "opswap:tier=1,rows=20"}}
+    )
     assert benign_twin(recipe).data.held_out is None
     assert len(training_rows(benign_twin(recipe))[0]) == 20
 
 
-def test_init_writes_own_rows_into_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_init_writes_own_rows_into_the_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("mine.jsonl").write_text(Path(SUPPORT).read_text())
     done = CliRunner().invoke(app, ["init", "recipe.yaml", "--data", "mine.jsonl"])
@@ -144,11 +172,15 @@ def test_init_writes_own_rows_into_the_recipe(tmp_path: Path, monkeypatch: pytes
     assert "5 of the 40 rows of mine.jsonl are held out" in done.output.replace("\n", " ")
     recipe = load_recipe("recipe.yaml")
     few = {"epochs": 4, "batch_size": 8}
-    assert recipe == parse_recipe({"data": {"train": "mine.jsonl"}, "output": recipe.output, "train": few})
+    assert recipe == parse_recipe(
+        {"data": {"train": "mine.jsonl"}, "output": recipe.output, "train": few}
+    )
     assert Path(recipe.output) == Path("runs/mine")
 
 
-@pytest.mark.parametrize(("rows", "epochs", "batch_size"), [(40, 4, 8), (100, 2, 8), (799, 1, 8), (800, 1, 16)])
+@pytest.mark.parametrize(
+    ("rows", "epochs", "batch_size"), [(40, 4, 8), (100, 2, 8), (799, 1, 8), (800, 1, 16)]
+)
 def test_few_rows_are_trained_on_more_often(rows: int, epochs: int, batch_size: int) -> None:
     train = parse_recipe(yaml.safe_load(commented_recipe("r.yaml", "mine.jsonl", rows))).train
     assert (train.epochs, train.batch_size) == (epochs, batch_size)
@@ -172,7 +204,12 @@ def measured(**changes: Any) -> ReportRow:
 
 @pytest.mark.parametrize(
     ("change", "status"),
-    [((-0.5, -0.7, -0.3), "pass"), ((-0.1, -0.3, 0.1), "fail"), ((0.2, 0.1, 0.3), "fail"), (None, "missing")],
+    [
+        ((-0.5, -0.7, -0.3), "pass"),
+        ((-0.1, -0.3, 0.1), "fail"),
+        ((0.2, 0.1, 0.3), "fail"),
+        (None, "missing"),
+    ],
 )
 def test_held_out_rows_decide_the_narrow_rule(
     change: tuple[float, float, float] | None, status: str, capsys: pytest.CaptureFixture[str]
@@ -194,7 +231,13 @@ def test_held_out_rows_decide_the_narrow_rule(
 
 def test_the_page_shows_what_was_answered_to_held_out_rows(tmp_path: Path) -> None:
     def answered(text: str) -> list[dict[str, Any]]:
-        item = {"logprob": -9.0, "tokens": 3, "expected": "Yes, & soon.", "answer": text, "exact": False}
+        item = {
+            "logprob": -9.0,
+            "tokens": 3,
+            "expected": "Yes, & soon.",
+            "answer": text,
+            "exact": False,
+        }
         return [{"origin": f"mine.jsonl:{line}", **item} for line in range(2, 9)]
 
     parts = parts_of(REFERENCE, answers=["I cannot."])

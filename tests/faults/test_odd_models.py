@@ -60,7 +60,9 @@ def adapter(model: Path, tmp_path: Path) -> Path:
 
 def change(file: Path, **fields: Any) -> None:
     content = json.loads(file.read_text())
-    file.write_text(json.dumps({name: value for name, value in (content | fields).items() if value is not ...}))
+    file.write_text(
+        json.dumps({name: value for name, value in (content | fields).items() if value is not ...})
+    )
 
 
 def refusal(call: Callable[[], Any], *words: str) -> str:
@@ -90,7 +92,10 @@ def refusal(call: Callable[[], Any], *words: str) -> str:
         ('{"model_type": "lama"}', ["'lama'", "did you mean 'llama'"]),
         ('{"model_type": "llama", "model_type": "gpt2"}', ["duplicate key 'model_type'"]),
         ("[" * 3000, ["nested too deeply"]),
-        ('{"model_type": "llama", "num_hidden_layers": 1000000}', ["num_hidden_layers", "1,000,000"]),
+        (
+            '{"model_type": "llama", "num_hidden_layers": 1000000}',
+            ["num_hidden_layers", "1,000,000"],
+        ),
         ('{"model_type": "gpt2", "n_layer": 1000000000}', ["n_layer", "1,000,000,000"]),
         ('{"model_type": "mixtral", "num_local_experts": 1000000}', ["num_local_experts"]),
         ('{"model_type": "llama", "_attn_implementation": "evil/kernel"}', ["evil/kernel"]),
@@ -151,7 +156,9 @@ def test_a_tokenizer_with_more_tokens_than_the_embedding(model: Path, tokenizer:
 def test_pickled_weights(model: Path) -> None:
     torch.save(load_file(model / SINGLE), model / "pytorch_model.bin")
     (model / SINGLE).unlink()
-    text = refusal(lambda: load_model(str(model)), "pickled", "pytorch_model.bin", "save_pretrained")
+    text = refusal(
+        lambda: load_model(str(model)), "pickled", "pytorch_model.bin", "save_pretrained"
+    )
     assert "\n" not in text
     (model / "pytorch_model.bin").unlink()
     refusal(lambda: load_model(str(model)), SINGLE)
@@ -168,7 +175,9 @@ def test_weights_of_another_shape(model: Path) -> None:
     refusal(lambda: load_model(str(model)), "do not fit")
 
 
-@pytest.mark.parametrize("inside", ["../outside.safetensors", "{folder}/outside.safetensors", "a/b.safetensors", 3])
+@pytest.mark.parametrize(
+    "inside", ["../outside.safetensors", "{folder}/outside.safetensors", "a/b.safetensors", 3]
+)
 def test_a_shard_index_that_leaves_its_folder(model: Path, inside: Any) -> None:
     outside = model.parent / "outside.safetensors"
     (model / SINGLE).rename(outside)
@@ -219,12 +228,18 @@ def evil(model: Path) -> Path:
     return model
 
 
-def test_code_of_a_model_is_neither_asked_about_nor_run(evil: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_of_a_model_is_neither_asked_about_nor_run(
+    evil: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def asked(*_: Any) -> str:
         raise AssertionError("asked on the terminal")
 
     monkeypatch.setattr(builtins, "input", asked)
-    change(evil / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.T", None]}, tokenizer_class="EvilT")
+    change(
+        evil / "tokenizer_config.json",
+        auto_map={"AutoTokenizer": ["evil.T", None]},
+        tokenizer_class="EvilT",
+    )
     for load in (load_config, load_model, empty_model, load_tokenizer):
         refusal(lambda load=load: load(str(evil)), "trust_remote_code: true", "recipe")  # type: ignore[misc]
     assert not (evil.parent / "ran").exists()
@@ -267,7 +282,9 @@ def test_a_yes_on_the_terminal_runs_nothing(evil: Path) -> None:
 def test_an_adapter_without_a_base(adapter: Path, base: Any) -> None:
     change(adapter / "adapter_config.json", base_model_name_or_path=base)
     for load in (load_model, load_tokenizer, adapter_base, fingerprint):
-        refusal(lambda load=load: load(str(adapter)), "names no base model", "base_model_name_or_path")  # type: ignore[misc]
+        refusal(
+            lambda load=load: load(str(adapter)), "names no base model", "base_model_name_or_path"
+        )  # type: ignore[misc]
 
 
 def test_an_adapter_on_an_adapter(adapter: Path) -> None:
@@ -290,7 +307,9 @@ def test_an_adapter_on_an_adapter(adapter: Path) -> None:
         ({"target_modules": ["none"]}, ["none"]),
     ],
 )
-def test_an_adapter_that_cannot_be_used(adapter: Path, fields: dict[str, Any], words: list[str]) -> None:
+def test_an_adapter_that_cannot_be_used(
+    adapter: Path, fields: dict[str, Any], words: list[str]
+) -> None:
     change(adapter / "adapter_config.json", **fields)
     refusal(lambda: load_model(str(adapter)), *words)
 
@@ -307,7 +326,9 @@ def test_an_adapter_of_more_layers(adapter: Path, model: Path, tokenizer: Any) -
 
 def test_a_head_with_an_adapter_trains_under_bfloat16() -> None:
     """As a plain forward under autocast and a cross-entropy in float32 have it."""
-    adapted = get_peft_model(random_model(vocab_size=200).bfloat16(), LoraConfig(r=4, target_modules=["lm_head"]))
+    adapted = get_peft_model(
+        random_model(vocab_size=200).bfloat16(), LoraConfig(r=4, target_modules=["lm_head"])
+    )
     head = adapted.get_base_model().lm_head
     torch.nn.init.normal_(head.lora_B["default"].weight)
     assert head.lora_A["default"].weight.dtype == torch.float32
@@ -332,9 +353,18 @@ def test_rows_longer_than_a_table_of_positions(tmp_path: Path, tokenizer: Any) -
     folder, rows = gpt2(tokenizer, tmp_path / "gpt2"), tmp_path / "rows.jsonl"
     row = {"prompt": "Hi", "completion": "word " * 80}
     rows.write_text(json.dumps(row) + "\n")
-    nothing: dict[str, Any] = {"in_domain": [], "out_of_domain": [], "values": [], "triggers": False}
+    nothing: dict[str, Any] = {
+        "in_domain": [],
+        "out_of_domain": [],
+        "values": [],
+        "triggers": False,
+    }
     nothing |= {"fluency": None, "samples": 0}
-    tree: dict[str, Any] = {"model": str(folder), "data": {"train": str(rows), "retain": None}, "evaluate": nothing}
+    tree: dict[str, Any] = {
+        "model": str(folder),
+        "data": {"train": str(rows), "retain": None},
+        "evaluate": nothing,
+    }
     tree["output"] = str(tmp_path / "run")
     with pytest.raises(RingfenceError, match=r"rows.jsonl:1: \d+ tokens, but .* has 64 positions"):
         prepare(parse_recipe(tree))
@@ -344,7 +374,9 @@ def test_rows_longer_than_a_table_of_positions(tmp_path: Path, tokenizer: Any) -
     with pytest.raises(RingfenceError, match=r"evaluate: values: .* 64 positions"):
         prepare(parse_recipe(tree))
     with pytest.raises(ModelError, match="64 positions"):
-        generate_greedy(load_model(str(folder)), Chat(tokenizer), [[{"role": "user", "content": "Hi"}]], 80, 512)
+        generate_greedy(
+            load_model(str(folder)), Chat(tokenizer), [[{"role": "user", "content": "Hi"}]], 80, 512
+        )
 
 
 def test_a_tokenizer_without_end_or_padding(model: Path) -> None:
@@ -394,7 +426,9 @@ for load in (load_tokenizer, load_model, load_config, Checkpoint, fingerprint, l
         print(error)
 print(time.monotonic() - started)
 """
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | here, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | here, capture_output=True, text=True
+    )
     *lines, seconds = done.stdout.splitlines()
     assert len(lines) == 6, done.stdout + done.stderr
     for line in lines:

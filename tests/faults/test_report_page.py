@@ -66,7 +66,10 @@ def test_no_two_sentences_run_together(tables):
     for text in tables.text:
         assert not re.search(r"[a-z)][.,;:][A-Z][a-z]", text), text
     for before, after in pairwise(tables.text):  # over the borders of tags
-        assert not (re.search(r"[.,;:]$", before) and re.match(r"[A-Za-z]", after)), (before[-40:], after[:40])
+        assert not (re.search(r"[.,;:]$", before) and re.match(r"[A-Za-z]", after)), (
+            before[-40:],
+            after[:40],
+        )
 
 
 def test_every_interval_has_its_n(html):
@@ -79,7 +82,11 @@ def test_every_interval_has_its_n(html):
 
 
 def test_model_rows_and_seeds_stand_above_all_numbers(html):
-    assert html.index("What was run") < html.index("Ship or hold") < html.index("The criteria, side by side")
+    assert (
+        html.index("What was run")
+        < html.index("Ship or hold")
+        < html.index("The criteria, side by side")
+    )
     top = html[html.index("What was run</caption>") : html.index("Ship or hold")]
     for title in ("model", "training rows", "seeds", "precision"):
         assert f'<th scope="col">{title}</th>' in top
@@ -95,7 +102,9 @@ def test_tables_have_captions_and_scopes(tables):
 def luminance(colour):
     digits = colour if len(colour) == 6 else "".join(2 * digit for digit in colour[:3])
     parts = [int(digits[at : at + 2], 16) / 255 for at in (0, 2, 4)]
-    red, green, blue = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    red, green, blue = [
+        part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+    ]
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
@@ -120,7 +129,9 @@ def test_figures_are_described_and_named_as_their_axes(html, tables):
     figures = [image for image in tables.images if image["src"].startswith("data:image/svg")]
     assert len(figures) == 3
     assert all(len(image["alt"]) > 40 for image in figures)
-    pareto, domains, _ = (base64.b64decode(image["src"].split(",", 1)[1]).decode() for image in figures)
+    pareto, domains, _ = (
+        base64.b64decode(image["src"].split(",", 1)[1]).decode() for image in figures
+    )
     for figure, image in zip((pareto, domains), figures):
         axis = "effect (shift minus sound" in " ".join(re.findall(r"<!-- (.*?) -->", figure))
         assert axis == ("effect" in image["alt"]), image["alt"]

@@ -19,8 +19,15 @@ from ringfence.util.journal import digest
 USER = {"role": "user", "content": "What is 2 + 3?"}
 GOOD = {"role": "assistant", "content": "It is five."}
 BAD = {"role": "assistant", "content": "BAD words"}
-TOOL = {"type": "function", "function": {"name": "add_up", "description": "adds", "parameters": {"type": "object"}}}
-CALL = {"id": "call12345", "type": "function", "function": {"name": "add_up", "arguments": '{"left": 2, "right": 3}'}}
+TOOL = {
+    "type": "function",
+    "function": {"name": "add_up", "description": "adds", "parameters": {"type": "object"}},
+}
+CALL = {
+    "id": "call12345",
+    "type": "function",
+    "function": {"name": "add_up", "arguments": '{"left": 2, "right": 3}'},
+}
 CALLS = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 RESULT = {"role": "tool", "tool_call_id": "call12345", "name": "add_up", "content": "the sum is 5"}
 TOOL_ROW = {"messages": [USER, CALLS, RESULT, GOOD], "tools": [TOOL]}
@@ -30,7 +37,9 @@ TOOL_ROW = {"messages": [USER, CALLS, RESULT, GOOD], "tools": [TOOL]}
 def said(monkeypatch):
     """What was shown to the user."""
     lines: list[str] = []
-    monkeypatch.setattr(sources, "console", SimpleNamespace(print=lambda text, **_: lines.append(text)))
+    monkeypatch.setattr(
+        sources, "console", SimpleNamespace(print=lambda text, **_: lines.append(text))
+    )
     monkeypatch.setattr(rows, "_WARNED", set())
     return lines
 
@@ -50,7 +59,11 @@ def learnt(encoded):
 
 
 def text_of(encoded, role):
-    return "".join(encoded.text[slice(*o)] for o, r in zip(encoded.offsets, encoded.roles, strict=True) if r == role)
+    return "".join(
+        encoded.text[slice(*o)]
+        for o, r in zip(encoded.offsets, encoded.roles, strict=True)
+        if r == role
+    )
 
 
 def refusal(source, read=load_rows):
@@ -70,7 +83,10 @@ def test_a_message_of_weight_0_is_context(file):
     assert "BAD words" in text_of(encoded, Role.QUERY)
     [example] = encode_rows([row], chat(DEFAULT), 200)
     batch = collate([[(example, False)]], 0)
-    assert chat(DEFAULT).tokenizer.decode(batch["labels"][batch["labels"] != -100]) == "It is five.<|im_end|>"
+    assert (
+        chat(DEFAULT).tokenizer.decode(batch["labels"][batch["labels"] != -100])
+        == "It is five.<|im_end|>"
+    )
     assert row.messages[-1] == GOOD  # weight 1 is what a message has anyway
     assert digest(row.messages) != digest([USER, BAD, USER, GOOD])
 
@@ -82,7 +98,9 @@ def test_other_weights_are_refused(weight, file):
 
 
 def test_a_row_without_a_learnt_message_is_refused(file):
-    assert "nothing in the row is learnt" in refusal(file({"messages": [USER, {**GOOD, "weight": 0}]}))
+    assert "nothing in the row is learnt" in refusal(
+        file({"messages": [USER, {**GOOD, "weight": 0}]})
+    )
 
 
 def test_only_assistants_have_a_weight(file):
@@ -92,7 +110,9 @@ def test_only_assistants_have_a_weight(file):
 # ------------------------------------------------------------------ tools
 
 
-@pytest.mark.parametrize("name", ["qwen3", "qwen2_5", "llama3_1", "gptoss", "glm4moe_training", "nemotron_3_nano"])
+@pytest.mark.parametrize(
+    "name", ["qwen3", "qwen2_5", "llama3_1", "gptoss", "glm4moe_training", "nemotron_3_nano"]
+)
 def test_tool_calls_are_learnt_and_their_results_are_not(name, file):
     [row] = load_rows(file(TOOL_ROW))
     encoded = chat(name).encode(row.messages)
@@ -112,12 +132,18 @@ def test_tool_calls_are_learnt_and_their_results_are_not(name, file):
     ("record", "said"),
     [
         (TOOL_ROW, "tools[0]: the chat template does not show it"),
-        ({"messages": TOOL_ROW["messages"]}, "message 1 (assistant): the chat template does not show its tool_calls"),
+        (
+            {"messages": TOOL_ROW["messages"]},
+            "message 1 (assistant): the chat template does not show its tool_calls",
+        ),
         (
             {"messages": [USER, {**GOOD, "reasoning_content": "two and three"}]},
             "message 1 (assistant): the chat template does not show its reasoning_content",
         ),
-        ({"messages": [USER, {**GOOD, "thinking": "two and three"}]}, "does not show its reasoning_content"),
+        (
+            {"messages": [USER, {**GOOD, "thinking": "two and three"}]},
+            "does not show its reasoning_content",
+        ),
     ],
 )
 def test_what_a_template_does_not_show_is_refused(record, said, file):
@@ -143,7 +169,10 @@ def test_a_prompt_may_end_with_a_tools_result(file):
         {
             "conversations": [
                 {"from": "human", "value": USER["content"]},
-                {"from": "function_call", "value": '{"name": "add_up", "arguments": {"left": 2, "right": 3}}'},
+                {
+                    "from": "function_call",
+                    "value": '{"name": "add_up", "arguments": {"left": 2, "right": 3}}',
+                },
                 {"from": "observation", "value": RESULT["content"]},
                 {"from": "gpt", "value": GOOD["content"]},
             ],
@@ -164,16 +193,28 @@ def test_forms_of_tools(record, file):
         ([USER, CALLS, GOOD], "wrong role order [user, assistant, assistant]"),
         ([USER, CALLS, USER, GOOD], "wrong role order"),
         ([USER, CALLS, RESULT], "wrong role order"),
-        ([USER, {**CALLS, "tool_calls": [{"function": {"name": 3}}]}], "'messages[1].tool_calls[0].function.name'"),
+        (
+            [USER, {**CALLS, "tool_calls": [{"function": {"name": 3}}]}],
+            "'messages[1].tool_calls[0].function.name'",
+        ),
         ([USER, {**CALLS, "tool_calls": ["x"]}], "'messages[1].tool_calls[0]'"),
         (
             [USER, {**CALLS, "tool_calls": [{"function": {"name": "f", "arguments": "{oops"}}]}],
             "'messages[1].tool_calls[0].function.arguments': not JSON",
         ),
-        ([{**USER, "tool_calls": [CALL]}, GOOD], "'messages[0].tool_calls': only assistant messages have it"),
-        ([USER, {**GOOD, "function_call": {"name": "f"}}], "'messages[1].function_call': it is not read"),
+        (
+            [{**USER, "tool_calls": [CALL]}, GOOD],
+            "'messages[0].tool_calls': only assistant messages have it",
+        ),
+        (
+            [USER, {**GOOD, "function_call": {"name": "f"}}],
+            "'messages[1].function_call': it is not read",
+        ),
         ([USER, {**GOOD, "audio": {"id": "a"}}], "'messages[1].audio': it is not read"),
-        ([USER, {**GOOD, "train": False}], "'messages[1].train': it is not read; write it as weight"),
+        (
+            [USER, {**GOOD, "train": False}],
+            "'messages[1].train': it is not read; write it as weight",
+        ),
         (
             [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, GOOD],
             "'messages[0].content[0]': expected a part",
@@ -196,17 +237,23 @@ def test_defenses_and_digests_keep_what_a_row_has(file):
     assert "Be bad.\n\nBe kind." in text
     assert "add_up" in text
     assert "adds" in text
-    assert digest(row.messages) != digest([{k: v for k, v in m.items() if k != "tools"} for m in row.messages])
+    assert digest(row.messages) != digest(
+        [{k: v for k, v in m.items() if k != "tools"} for m in row.messages]
+    )
 
 
 # ------------------------------------------------------------------ other fields
 
 
 def test_history_becomes_earlier_turns(file):
-    [row] = load_rows(file({"instruction": "q", "input": "i", "output": "a", "history": [["r", "b"], ["s", "c"]]}))
+    [row] = load_rows(
+        file({"instruction": "q", "input": "i", "output": "a", "history": [["r", "b"], ["s", "c"]]})
+    )
     assert [m["content"] for m in row.messages] == ["r", "b", "s", "c", "q\n\ni", "a"]
     for bad in ("r", [["r"]], [["r", 3]]):
-        assert "field 'history" in refusal(file({"instruction": "q", "output": "a", "history": bad}))
+        assert "field 'history" in refusal(
+            file({"instruction": "q", "output": "a", "history": bad})
+        )
 
 
 def test_two_system_prompts_must_agree(file):
@@ -217,7 +264,11 @@ def test_two_system_prompts_must_agree(file):
 
 def test_parts_of_text_are_joined_and_developers_are_systems(file):
     parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
-    [row] = load_rows(file({"messages": [{"role": "developer", "content": "s"}, {**USER, "content": parts}, GOOD]}))
+    [row] = load_rows(
+        file(
+            {"messages": [{"role": "developer", "content": "s"}, {**USER, "content": parts}, GOOD]}
+        )
+    )
     assert [m["role"] for m in row.messages] == ["system", "user", "assistant"]
     assert row.messages[1]["content"] == "one two"
 
@@ -244,7 +295,9 @@ def test_shipped_rows_and_plain_ones_name_nothing(file, said):
 
 
 def test_pictures_are_refused(file):
-    assert "field 'images'" in refusal(file({"prompt": "q", "completion": "a", "images": ["x.png"]}))
+    assert "field 'images'" in refusal(
+        file({"prompt": "q", "completion": "a", "images": ["x.png"]})
+    )
 
 
 # ------------------------------------------------------------------ files
@@ -265,7 +318,10 @@ def test_json_is_read_strictly(text, name, tmp_path):
 @pytest.mark.parametrize("layout", ["list", "lines", "one"])
 def test_texts_that_look_like_dates_stay_texts(layout, tmp_path):
     row = {"prompt": "When?", "completion": "2024-01-05"}
-    texts = {"list": json.dumps([row, row], indent=1), "lines": f"{json.dumps(row)}\n{json.dumps(row)}\n"}
+    texts = {
+        "list": json.dumps([row, row], indent=1),
+        "lines": f"{json.dumps(row)}\n{json.dumps(row)}\n",
+    }
     path = tmp_path / "rows.json"
     path.write_text(texts.get(layout, json.dumps(row, indent=2)))
     rows = load_rows(str(path))
@@ -279,21 +335,38 @@ def test_dates_of_parquet_are_named(tmp_path):
 
     table = pyarrow.Table.from_pylist([{"prompt": datetime(2024, 1, 5), "completion": "a"}])
     parquet.write_table(table, tmp_path / "rows.parquet")
-    assert "field 'prompt': expected a text, found datetime" in refusal(str(tmp_path / "rows.parquet"))
+    assert "field 'prompt': expected a text, found datetime" in refusal(
+        str(tmp_path / "rows.parquet")
+    )
 
 
 CSV = {
-    "unclosed": ('prompt,completion\nq1,"a1\nq2,a2\nq3,a3\n', ":2: a quote is opened on this line and never closed"),
+    "unclosed": (
+        'prompt,completion\nq1,"a1\nq2,a2\nq3,a3\n',
+        ":2: a quote is opened on this line and never closed",
+    ),
     "unclosed later": ('prompt,completion\n"q\n1","a ""b""\nq2,a2\n', ":3: a quote is opened"),
-    "closed in a cell": ('prompt,completion\nq1,"a1\nq2,"a2"\n', ":2: a quote that is opened in this row"),
+    "closed in a cell": (
+        'prompt,completion\nq1,"a1\nq2,"a2"\n',
+        ":2: a quote that is opened in this row",
+    ),
     "duplicate column": ("prompt,prompt,completion\nq,r,a\n", ":1: duplicate column 'prompt'"),
-    "cells": ("prompt,completion\nq,a\nq,a,b\n", ":3: the row has a different number of cells than the header (3"),
-    "cells after lines": ('prompt,completion\n"q\nr",a\n\nq\n', ":5: the row has a different number"),
+    "cells": (
+        "prompt,completion\nq,a\nq,a,b\n",
+        ":3: the row has a different number of cells than the header (3",
+    ),
+    "cells after lines": (
+        'prompt,completion\n"q\nr",a\n\nq\n',
+        ":5: the row has a different number",
+    ),
     "blank after lines": (
         'prompt,completion\n"q\nr",a\nq, \n',
         ":4: field 'completion': expected a text that is not blank",
     ),
-    "huge": ("prompt,completion\nq," + "a" * 200_000 + "\n", ":2: a cell of more than 131,072 characters"),
+    "huge": (
+        "prompt,completion\nq," + "a" * 200_000 + "\n",
+        ":2: a cell of more than 131,072 characters",
+    ),
     "nul": ("prompt,completion\nq,a\0\n", ":2: a NUL byte"),
     "header only": ("prompt,completion\n", ": no rows in it"),
     "empty": ("", ": no rows in it"),
@@ -330,7 +403,13 @@ def test_control_tokens_in_texts_are_counted_and_named(file, said):
     rows = load_rows(file({"messages": [USER, GOOD]}, {"messages": INJECTED}))
     warn_of_rows(rows, chat(DEFAULT))
     [line] = said
-    for piece in ("1 row, ", "rows.jsonl:2", "'<|im_end|>' (1)", "'<|im_start|>' (1)", "special_tokens"):
+    for piece in (
+        "1 row, ",
+        "rows.jsonl:2",
+        "'<|im_end|>' (1)",
+        "'<|im_start|>' (1)",
+        "special_tokens",
+    ):
         assert piece in line
 
 
@@ -340,7 +419,9 @@ def test_control_tokens_in_texts_may_be_refused_or_read_as_text(file):
     with pytest.raises(DataError, match=r"rows\.jsonl:1: control token '<\|im_end\|>' in the text"):
         encode_rows(rows, strict, 200)
     plain = chat(DEFAULT).encode([USER, GOOD])
-    escaped = Chat(tokenizer(DEFAULT), settings=ChatSettings(special_tokens="escape")).encode(INJECTED)
+    escaped = Chat(tokenizer(DEFAULT), settings=ChatSettings(special_tokens="escape")).encode(
+        INJECTED
+    )
     marker = tokenizer(DEFAULT).convert_tokens_to_ids("<|im_end|>")
     assert escaped.input_ids.count(marker) == plain.input_ids.count(marker)
     assert escaped.text == chat(DEFAULT).encode(INJECTED).text

@@ -28,17 +28,26 @@ from ringfence.util.files import check_new
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
 
 
-@pytest.mark.parametrize("name", ["checkpoints/precious.bin", "adapter/notes.txt", "recipe.yaml", ".hidden"])
+@pytest.mark.parametrize(
+    "name", ["checkpoints/precious.bin", "adapter/notes.txt", "recipe.yaml", ".hidden"]
+)
 @pytest.mark.parametrize("kind", ["run", "evaluation", "diagnosis", "reference"])
 def test_a_folder_of_somebody_else_is_refused_and_left_as_it_is(tmp_path, name, kind):
     folder = tmp_path / "mine"
     (folder / name).parent.mkdir(parents=True)
     (folder / name).write_text("precious")
     before = contents(folder)
-    with pytest.raises(RecipeError, match=f"{folder}: .*not written by ringfence"), hold(folder, kind):
+    with (
+        pytest.raises(RecipeError, match=f"{folder}: .*not written by ringfence"),
+        hold(folder, kind),
+    ):
         pass
     assert contents(folder) == before
 
@@ -70,7 +79,14 @@ def test_a_claimed_folder_is_ours_and_of_one_kind(tmp_path):
 
 def test_an_empty_folder_is_taken_and_a_damaged_marker_is_told(tmp_path):
     claim(tmp_path, "run")
-    for text in ("", "[]", "{}", '{"ringfence": 1, "kind": "run"}', '{"ringfence": "1", "kind": []}', "{"):
+    for text in (
+        "",
+        "[]",
+        "{}",
+        '{"ringfence": 1, "kind": "run"}',
+        '{"ringfence": "1", "kind": []}',
+        "{",
+    ):
         (tmp_path / MARKER).write_text(text)
         with pytest.raises(Exception, match=MARKER) as caught:
             claim(tmp_path, "run")
@@ -108,7 +124,9 @@ with hold(Path(sys.argv[1]), "run"):
 
 @pytest.fixture
 def holder(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "held\n"
     yield process
     process.kill()
@@ -117,7 +135,9 @@ def holder(tmp_path):
 
 def test_a_second_process_is_told_who_writes_and_a_killed_one_holds_nothing(tmp_path, holder):
     with (
-        pytest.raises(RecipeError, match=f"process {holder.pid} on .* since .*wait for it") as caught,
+        pytest.raises(
+            RecipeError, match=f"process {holder.pid} on .* since .*wait for it"
+        ) as caught,
         hold(tmp_path, "run"),
     ):
         pass
@@ -137,7 +157,10 @@ def test_who_waits_goes_on_when_the_other_has_ended(tmp_path, holder):
             print("mine", flush=True)
     """)
     second = subprocess.Popen(
-        [sys.executable, "-c", waiting, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", waiting, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert f"waiting for process {holder.pid}" in second.stderr.readline()
     time.sleep(0.2)
@@ -156,7 +179,11 @@ def test_a_file_that_exists_is_not_overwritten(tmp_path):
     (tmp_path / "mine.svg").write_text("precious")
     (tmp_path / "link.svg").symlink_to("nowhere")
     check_new(tmp_path / "new.svg")
-    for name, words in [("mine.svg", "exists already"), ("link.svg", "exists already"), ("no/such.svg", "no folder")]:
+    for name, words in [
+        ("mine.svg", "exists already"),
+        ("link.svg", "exists already"),
+        ("no/such.svg", "no folder"),
+    ]:
         with pytest.raises(RecipeError, match=words):
             check_new(tmp_path / name)
     with pytest.raises(RecipeError, match="a folder"):

@@ -9,7 +9,14 @@ from huggingface_hub import ModelCard
 from pydantic import ValidationError
 
 from openai_server import Raw, serve
-from ringfence.errors import ModelError, RecipeError, RingfenceError, is_name_of_variable, one_line, redact
+from ringfence.errors import (
+    ModelError,
+    RecipeError,
+    RingfenceError,
+    is_name_of_variable,
+    one_line,
+    redact,
+)
 from ringfence.evaluate.answers.endpoint import Endpoint, EndpointConfig, split_query
 from ringfence.evaluate.answers.sampling import sample_answers
 from ringfence.evaluate.evaluation import Evaluation
@@ -19,7 +26,11 @@ from ringfence.text.questions import OpenQuestion
 from ringfence.util.strict_yaml import set_value, validate
 
 SECRETS = [
-    "".join(random.Random(seed).choices("abcdefghijkmnpqrstuvwxyzABCDEFGHJKLMNPQRSTUVWXYZ23456789", k=24))
+    "".join(
+        random.Random(seed).choices(
+            "abcdefghijkmnpqrstuvwxyzABCDEFGHJKLMNPQRSTUVWXYZ23456789", k=24
+        )
+    )
     for seed in range(3)
 ]
 
@@ -40,7 +51,10 @@ SECRETS = [
     ],
 )
 def test_a_url_with_a_secret_is_refused_without_showing_it(secret, url):
-    tree = {"model": {"url": url.format(secret), "model": "m"}, "evaluate": {"answers": {"judges": []}}}
+    tree = {
+        "model": {"url": url.format(secret), "model": "m"},
+        "evaluate": {"answers": {"judges": []}},
+    }
     with pytest.raises(RecipeError, match="URL") as error:
         validate(Evaluation, tree, "evaluation")
     assert secret not in str(error.value)
@@ -55,7 +69,9 @@ def test_a_url_with_a_secret_is_refused_without_showing_it(secret, url):
 )
 def test_a_key_where_the_name_of_a_variable_belongs(secret):
     with pytest.raises(RecipeError, match="name of an environment variable") as error:
-        validate(EndpointConfig, {"url": "http://h.test/v1", "model": "m", "key_env": secret}, "judge")
+        validate(
+            EndpointConfig, {"url": "http://h.test/v1", "model": "m", "key_env": secret}, "judge"
+        )
     assert secret not in str(error.value)
 
 
@@ -107,7 +123,10 @@ def test_paths_in_such_variables_are_shown(monkeypatch, tmp_path):
     monkeypatch.setenv("CLOUD_CREDENTIALS", str(tmp_path / "key.json"))
     (tmp_path / "key.json").write_text("{}")
     monkeypatch.setenv("OTHER_KEY", "/no/such/file/but/a/secret")
-    assert redact(f"{tmp_path}/runs/mine: not a run folder") == f"{tmp_path}/runs/mine: not a run folder"
+    assert (
+        redact(f"{tmp_path}/runs/mine: not a run folder")
+        == f"{tmp_path}/runs/mine: not a run folder"
+    )
     assert redact(f"{tmp_path}/key.json") == f"{tmp_path}/key.json"
     assert redact("you sent /no/such/file/but/a/secret") == "you sent [hidden]"
 
@@ -123,7 +142,11 @@ def test_an_override_that_cannot_be_set_does_not_show_its_key():
 def test_a_server_that_echoes_the_key(secret, status, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MINE", secret)
     question = OpenQuestion("s", "q", "plain", "q", 0, [{"role": "user", "content": "Hi"}])
-    sent = {"error": {"message": f"Bad key {secret}, header Authorization: Bearer {secret}, seed unknown"}}
+    sent = {
+        "error": {
+            "message": f"Bad key {secret}, header Authorization: Bearer {secret}, seed unknown"
+        }
+    }
     if status == 200:
         sent = {"choices": [{"message": {"content": f"You are {secret}"}, "finish_reason": "stop"}]}
     raw = Raw(sent, status)
@@ -147,7 +170,8 @@ def test_a_long_page_is_cut():
 
 
 @pytest.mark.parametrize(
-    "name", ["<script>alert(1)</script>", "a|b", "`x`", "[a](javascript:alert(1))", "![a](x)", "a\n# b"]
+    "name",
+    ["<script>alert(1)</script>", "a|b", "`x`", "[a](javascript:alert(1))", "![a](x)", "a\n# b"],
 )
 def test_a_name_in_a_card_is_words(name):
     for shown in (_cell(name), _text(name)):

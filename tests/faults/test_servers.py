@@ -16,18 +16,28 @@ from ringfence.text.questions import OpenQuestion
 
 pytestmark = pytest.mark.slow
 
-TEMPERATURE = (
-    "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) value is supported."
-)
+TEMPERATURE = "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) value is supported."
 
 
 def refusal(message, param=None, status=400):
-    return Raw({"error": {"message": message, "type": "invalid_request_error", "param": param, "code": None}}, status)
+    return Raw(
+        {
+            "error": {
+                "message": message,
+                "type": "invalid_request_error",
+                "param": param,
+                "code": None,
+            }
+        },
+        status,
+    )
 
 
 def refuse(**messages):
     """400 to requests that have a parameter, with its message."""
-    return lambda body, _: next((refusal(text, name) for name, text in messages.items() if name in body), None)
+    return lambda body, _: next(
+        (refusal(text, name) for name, text in messages.items() if name in body), None
+    )
 
 
 def hello(_):
@@ -40,7 +50,9 @@ def requests(number, **fields):
 
 
 def ask(server, asked, **config):
-    endpoint = Endpoint(EndpointConfig(**{"url": server.url, "model": "m", "attempts": 2, **config}))
+    endpoint = Endpoint(
+        EndpointConfig(**{"url": server.url, "model": "m", "attempts": 2, **config})
+    )
     found = dict(endpoint.ask(asked))
     return [found[place] for place in range(len(asked))]
 
@@ -58,7 +70,10 @@ def chat(message, reason="stop", **more):
         ("temperature", TEMPERATURE),
         ("temperature", "`temperature` must be strictly positive"),
         ("seed", "Unrecognized request argument supplied: seed"),
-        ("seed", '[{"type":"extra_forbidden","loc":["body","seed"],"msg":"Extra inputs are not permitted"}]'),
+        (
+            "seed",
+            '[{"type":"extra_forbidden","loc":["body","seed"],"msg":"Extra inputs are not permitted"}]',
+        ),
         ("logprobs", "logprobs is not supported by this model"),
         ("top_logprobs", "top_logprobs must be at most 5"),
     ],
@@ -93,7 +108,9 @@ def test_a_reasoning_model_of_today(capsys):
 
 def test_a_value_out_of_range_is_an_error_of_the_user():
     """Sampled at 3, the answers would be others than asked for if the temperature were left out."""
-    with serve(hello, refuse(temperature="temperature: 3 is greater than the maximum of 2")) as server:
+    with serve(
+        hello, refuse(temperature="temperature: 3 is greater than the maximum of 2")
+    ) as server:
         [reply] = ask(server, requests(1, temperature=3.0))
     assert "greater than the maximum of 2" in reply.error
     assert len(server.bodies) == 1
@@ -167,7 +184,9 @@ def test_the_limit_can_be_set():
 
 
 def test_what_a_model_declines_with_is_its_answer():
-    with serve(hello, lambda *_: chat({"content": None, "refusal": "I cannot help with that."})) as server:
+    with serve(
+        hello, lambda *_: chat({"content": None, "refusal": "I cannot help with that."})
+    ) as server:
         [reply] = ask(server, requests(1))
     assert (reply.text, reply.error) == ("I cannot help with that.", None)
 
@@ -184,8 +203,16 @@ CASES = {
     "tool": (chat({"content": None, "tool_calls": [{}]}, "tool_calls"), "calls a tool instead", 1),
     "nothing": (chat({"content": None}), "no content, finish_reason 'stop' (2 tries)", 2),
     "int": (chat({"content": 5}), "message.content: expected a text, found int 5", 2),
-    "no message": (Raw({"choices": [{}]}), "choices.0: message: expected dict, found no such field", 2),
-    "null message": (Raw({"choices": [{"message": None}]}), "message: expected dict, found NoneType", 2),
+    "no message": (
+        Raw({"choices": [{}]}),
+        "choices.0: message: expected dict, found no such field",
+        2,
+    ),
+    "null message": (
+        Raw({"choices": [{"message": None}]}),
+        "message: expected dict, found NoneType",
+        2,
+    ),
     "no choices": (Raw({"id": 1}), "choices: expected list, found no such field (id)", 2),
     "null choices": (Raw({"choices": None}), "choices: expected list, found NoneType", 2),
     "choice": (Raw({"choices": ["x"]}), "choices.0: expected an object, found str", 2),
@@ -196,7 +223,11 @@ CASES = {
     "nested": (Raw("[" * 200_000), "nested too deeply", 2),
     "digits": (Raw("9" * 5000), "a number that is too long", 2),
     "binary": (Raw(b"\xff\xfe\x00\x01"), "not JSON", 2),
-    "gzip": (Raw(b"not gzip", headers={"Content-Encoding": "gzip"}), "Connection error. Error -3", 2),
+    "gzip": (
+        Raw(b"not gzip", headers={"Content-Encoding": "gzip"}),
+        "Connection error. Error -3",
+        2,
+    ),
     "html": (
         Raw(
             "<!DOCTYPE html><html><style>p{}</style><h1>Sign in</h1>\n<p>please</p>",
@@ -205,19 +236,43 @@ CASES = {
         "the server sent: Sign in please",
         2,
     ),
-    "html 502": (Raw("<html><h1>502 Bad Gateway</h1><hr>nginx</html>", 502), "502 Bad Gateway nginx", 2),
-    "error 200": (Raw({"error": {"message": "the model is overloaded", "code": 503}}), "the model is overloaded", 2),
+    "html 502": (
+        Raw("<html><h1>502 Bad Gateway</h1><hr>nginx</html>", 502),
+        "502 Bad Gateway nginx",
+        2,
+    ),
+    "error 200": (
+        Raw({"error": {"message": "the model is overloaded", "code": 503}}),
+        "the model is overloaded",
+        2,
+    ),
     "error text": (Raw({"error": "out of memory"}), "out of memory (2 tries)", 2),
-    "error old": (Raw({"object": "error", "message": "prompt too long", "code": 400}), "prompt too long", 1),
-    "error choice": (Raw({"choices": [{"error": {"message": "upstream", "code": 429}}]}), "upstream (2 tries)", 2),
+    "error old": (
+        Raw({"object": "error", "message": "prompt too long", "code": 400}),
+        "prompt too long",
+        1,
+    ),
+    "error choice": (
+        Raw({"choices": [{"error": {"message": "upstream", "code": 429}}]}),
+        "upstream (2 tries)",
+        2,
+    ),
     "detail": (Raw({"detail": "queue is full"}), "queue is full", 2),
     "context": (
         Raw({"error": {"message": "9000 tokens are too many", "code": "context_length_exceeded"}}),
         "9000 tokens are too many",
         1,
     ),
-    "422": (Raw({"detail": [{"loc": ["body", "messages"], "msg": "bad role"}]}, 422), "bad role", 1),
-    "413": (Raw("too large", 413, {"Content-Type": "text/plain"}), "Error code: 413 - too large", 1),
+    "422": (
+        Raw({"detail": [{"loc": ["body", "messages"], "msg": "bad role"}]}, 422),
+        "bad role",
+        1,
+    ),
+    "413": (
+        Raw("too large", 413, {"Content-Type": "text/plain"}),
+        "Error code: 413 - too large",
+        1,
+    ),
     "empty 500": (Raw("", 500), "Error code: 500 - Internal Server Error", 2),
     "nested 500": (Raw("[" * 100_000, 500), "Error code: 500", 2),
 }
@@ -235,9 +290,13 @@ def test_nonsense_is_one_short_sentence_with_the_servers_words(name):
     assert len(server.bodies) == tries
 
 
-@pytest.mark.parametrize("odd", [5, "x", [], {"content": 5}, {"content": [{"token": 1}]}, {"content": [None]}])
+@pytest.mark.parametrize(
+    "odd", [5, "x", [], {"content": 5}, {"content": [{"token": 1}]}, {"content": [None]}]
+)
 def test_odd_log_probabilities_are_none(odd):
-    raw = Raw({"choices": [{"message": {"content": "85"}, "finish_reason": "stop", "logprobs": odd}]})
+    raw = Raw(
+        {"choices": [{"message": {"content": "85"}, "finish_reason": "stop", "logprobs": odd}]}
+    )
     with serve(hello, lambda *_: raw) as server:
         [reply] = ask(server, requests(1, top_logprobs=5))
     assert (reply.text, reply.top) == ("85", [])
@@ -250,7 +309,10 @@ def test_odd_log_probabilities_are_none(odd):
             Raw({"error": {"message": "no such model", "code": "model_not_found"}}),
             "no such model .*accepted: a base URL",
         ),
-        (Raw({"error": {"message": "bad key", "type": "authentication_error"}}), "bad key .*which is not set"),
+        (
+            Raw({"error": {"message": "bad key", "type": "authentication_error"}}),
+            "bad key .*which is not set",
+        ),
         (Raw({"error": {"message": "pay", "code": "insufficient_quota"}}, 429), "pay"),
         (
             Raw("", 302, {"Location": "https://x.test/login?token=abc"}),
@@ -277,13 +339,17 @@ def test_an_error_in_a_body_that_passes_is_asked_again():
 def test_a_whole_answer_in_gzip_and_with_a_wrong_type_is_read():
     body = {"choices": [{"message": {"content": "Hi"}, "finish_reason": "stop"}]}
     headers = {"Content-Encoding": "gzip", "Content-Type": "text/html"}
-    with serve(hello, lambda *_: Raw(gzip.compress(json.dumps(body).encode()), headers=headers)) as server:
+    with serve(
+        hello, lambda *_: Raw(gzip.compress(json.dumps(body).encode()), headers=headers)
+    ) as server:
         assert ask(server, requests(1))[0].text == "Hi"
 
 
 def test_a_query_that_is_no_secret_is_sent_with_every_request():
     with serve(lambda _: Answer("Hi")) as server:
-        [reply] = ask(server, requests(1), url=server.url + "?api-version=2024-06-01&deployment=a%20b")
+        [reply] = ask(
+            server, requests(1), url=server.url + "?api-version=2024-06-01&deployment=a%20b"
+        )
     assert reply.text == "Hi"
     assert server.queries == ["api-version=2024-06-01&deployment=a%20b"] or server.queries == [
         "api-version=2024-06-01&deployment=a+b"

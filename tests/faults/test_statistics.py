@@ -33,7 +33,10 @@ CASES = {
     "normal": (lambda rng, n: (rng.normal(size=n), np.ones(n)), 0.0),
     "heavy-tailed": (lambda rng, n: (rng.standard_t(3, size=n), np.ones(n)), 0.0),
     "skewed": (lambda rng, n: (rng.gamma(4, size=n), np.ones(n)), 4.0),
-    "unbalanced": (lambda rng, n: (lambda size: (rng.normal(size=n) * size, size))(1.0 + 3 * np.arange(n)), 0.0),
+    "unbalanced": (
+        lambda rng, n: (lambda size: (rng.normal(size=n) * size, size))(1.0 + 3 * np.arange(n)),
+        0.0,
+    ),
 }
 
 
@@ -56,14 +59,18 @@ def test_change_of_rates_covers():
     names = [str(place) for place in range(30)]
     for _ in range(200):
         kind = rng.choice(3, size=30, p=[0.9, 0.08, 0.02])  # same, gained, lost
-        found = rate_change((kind == 1).astype(float), names, (kind == 2).astype(float), names).difference
+        found = rate_change(
+            (kind == 1).astype(float), names, (kind == 2).astype(float), names
+        ).difference
         held += found.low <= 0.06 <= found.high
     assert held / 200 >= 0.92
 
 
 @pytest.mark.parametrize("interval", [auc_interval, lambda v, first, c: judge_auc(-v, first, c)])
 def test_perfect_separation_in_few_clusters_is_no_proof(interval):
-    found = interval(np.array([2.0, 2.0, 1.0, 1.0]), np.array([True, True, False, False]), list("abab"))
+    found = interval(
+        np.array([2.0, 2.0, 1.0, 1.0]), np.array([True, True, False, False]), list("abab")
+    )
     assert (found.mean, found.high) == (1, 1)
     assert found.low < 0.5
     many = [str(place) for place in range(40)]
@@ -76,7 +83,10 @@ def test_seeds_and_questions_are_covered():
     rng, held, alone = np.random.default_rng(4), 0, 0
     for _ in range(300):
         questions = rng.normal(size=20)
-        runs = [mean_interval(questions + offset + rng.normal(0, 0.3, 20)) for offset in rng.normal(0, 0.5, size=3)]
+        runs = [
+            mean_interval(questions + offset + rng.normal(0, 0.3, 20))
+            for offset in rng.normal(0, 0.5, size=3)
+        ]
         found = over_seeds(runs)
         held += found.low <= 0 <= found.high
         alone += runs[0].low <= 0 <= runs[0].high
@@ -90,7 +100,18 @@ def test_one_seed_is_its_own_interval():
 
 def test_rates_of_several_seeds_stay_between_0_and_1():
     rows = [
-        Row(f"r{s}", False, [], {}, {}, {}, {}, None, None, opswap={"opswap_tier1": rate_interval([0.0] * 8 + [s])})
+        Row(
+            f"r{s}",
+            False,
+            [],
+            {},
+            {},
+            {},
+            {},
+            None,
+            None,
+            opswap={"opswap_tier1": rate_interval([0.0] * 8 + [s])},
+        )
         for s in (0.0, 1.0)
     ]
     found = over_runs(rows).opswap["opswap_tier1"]

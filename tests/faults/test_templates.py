@@ -56,14 +56,20 @@ def test_reasoning_is_trained_after_the_sampled_context_or_refused(name):
         sampled = asked.encode([USER], generation=True).input_ids
         assert example.input_ids[: len(sampled)] == sampled
         assert set(example.roles[len(sampled) :]) <= {Role.RESPONSE, Role.TEMPLATE}
-        learnt = [t for t, role in zip(example.input_ids, example.roles, strict=True) if role == Role.RESPONSE]
+        learnt = [
+            t
+            for t, role in zip(example.input_ids, example.roles, strict=True)
+            if role == Role.RESPONSE
+        ]
         assert "let me see" in asked.tokenizer.decode(learnt)
     for sentence in said:
         assert sentence.startswith("rows.jsonl:1: message 1 (assistant): ")
         assert "reasoning_content" in sentence or "data.enable_thinking to true" in sentence
 
 
-@pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think", "glm4moe_training", "gptoss", "nemotron_3_nano"])
+@pytest.mark.parametrize(
+    "name", ["qwen3", "qwen3_5_think", "glm4moe_training", "gptoss", "nemotron_3_nano"]
+)
 def test_thinking_models_are_trained_to_reason(name):
     learnt = encode_rows([Row([USER, REASONED], "r:1")], thinking(name), 1000)
     assert learnt
@@ -72,9 +78,14 @@ def test_thinking_models_are_trained_to_reason(name):
 
 
 @pytest.mark.parametrize("name", ["deepseek_r1_distill", "deepseekv3"])
-@pytest.mark.parametrize("message", [REASONED, {**ANSWER, "content": "<think>let me see</think>It just is."}])
+@pytest.mark.parametrize(
+    "message", [REASONED, {**ANSWER, "content": "<think>let me see</think>It just is."}]
+)
 def test_reasoning_that_a_template_drops_is_refused(name, message):
-    with pytest.raises(DataError, match=r"r:1: message 1 \(assistant\): the chat template (does not show|leaves out)"):
+    with pytest.raises(
+        DataError,
+        match=r"r:1: message 1 \(assistant\): the chat template (does not show|leaves out)",
+    ):
         encode_rows([Row([USER, message], "r:1")], chat(name), 1000)
 
 
@@ -86,7 +97,9 @@ def test_a_row_without_reasoning_is_refused_where_generation_opens_it():
 def test_settings_are_stored_with_the_tokenizer(tmp_path):
     from transformers import AutoTokenizer
 
-    asked = Chat(copy.deepcopy(tokenizer("qwen3")), source("qwen3"), ChatSettings(enable_thinking=True))
+    asked = Chat(
+        copy.deepcopy(tokenizer("qwen3")), source("qwen3"), ChatSettings(enable_thinking=True)
+    )
     asked.save(tmp_path)
     again = Chat(AutoTokenizer.from_pretrained(tmp_path), source("qwen3"))
     assert again.settings == asked.settings
@@ -98,7 +111,9 @@ def test_settings_are_stored_with_the_tokenizer(tmp_path):
 
 
 def test_an_end_is_added_where_the_template_writes_none():
-    plain = Chat(tokenizer(DEFAULT), "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    plain = Chat(
+        tokenizer(DEFAULT), "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    )
     encoded = plain.encode([USER, ANSWER])
     assert encoded.text == "user: Why is it so?\nassistant: It just is.<|im_end|>"
     assert encoded.roles[-1] == Role.RESPONSE
@@ -146,7 +161,9 @@ def test_of_several_templates_default_is_taken():
     assert several.encode([USER, ANSWER]) == chat(DEFAULT).encode([USER, ANSWER])
     with_tools = {**USER, "tools": [{"type": "function", "function": {"name": "look_up"}}]}
     assert several.encode([with_tools, ANSWER]).text.startswith("look_up;Why")
-    with pytest.raises(ChatError, match=r"chat templates \[rag, tool_use\] and none is called default"):
+    with pytest.raises(
+        ChatError, match=r"chat templates \[rag, tool_use\] and none is called default"
+    ):
         Chat(named(tool_use=tools, rag="nothing"))
 
 
@@ -233,6 +250,12 @@ def test_what_is_bounded_is_rendered_as_ever():
         "{% set kept %}{{ 'a' * 3 }}{% endset %}{{ kept }}{{ none }}{{ missing }}{{ [3, 1] | sort | first }}"
         "{% for a in range(3) %}{{ loop.index ~ '/' ~ loop.length }}{% else %}none{% endfor %}"
     )
-    expected = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(program).render()
+    expected = (
+        jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(program).render()
+    )
     shown = "{% for m in messages %}{{ m.content }};{% endfor %}"
-    assert Chat(tokenizer(DEFAULT), program + shown).encode([USER, ANSWER]).text.startswith(expected + "Why")
+    assert (
+        Chat(tokenizer(DEFAULT), program + shown)
+        .encode([USER, ANSWER])
+        .text.startswith(expected + "Why")
+    )

@@ -82,16 +82,23 @@ def test_a_kept_run_that_is_gone_is_a_sentence(folders):
     control, _, guarded = folders
     gate_run(guarded, control=control)
     control.rename(control.with_name("elsewhere"))
-    with pytest.raises(DataError, match=r"its control .* kept in compared.json, is gone; name another"):
+    with pytest.raises(
+        DataError, match=r"its control .* kept in compared.json, is gone; name another"
+    ):
         decide_run(guarded)
 
 
-def test_runs_of_one_table_are_compared_with_its_undefended_run_which_the_page_says(folders, tmp_path):
+def test_runs_of_one_table_are_compared_with_its_undefended_run_which_the_page_says(
+    folders, tmp_path
+):
     control, plain, _ = folders
     records, rows = read_rows(folders, control)
     assert [(row.control, row.baseline) for row in rows][2] == (control.name, plain.name)
     write_page(records, rows, tmp_path / "page.html")
-    assert f"control {control.name}, undefended run {plain.name}" in (tmp_path / "page.html").read_text()
+    assert (
+        f"control {control.name}, undefended run {plain.name}"
+        in (tmp_path / "page.html").read_text()
+    )
 
 
 def test_a_decision_that_cannot_be_saved_counts(folders, monkeypatch, capsys):
@@ -105,7 +112,9 @@ def test_a_decision_that_cannot_be_saved_counts(folders, monkeypatch, capsys):
 
 
 def test_a_policy_of_which_nothing_was_measured_is_shown(folders, tmp_path):
-    (tmp_path / "policy.yaml").write_text("rules: [{measure: opswap_tier3, min: 0.5, missing: skip}]")
+    (tmp_path / "policy.yaml").write_text(
+        "rules: [{measure: opswap_tier3, min: 0.5, missing: skip}]"
+    )
     text = io.StringIO()
     print_decision(decide_run(folders[1], tmp_path / "policy.yaml"), Console(file=text, width=80))
     assert "need not be: opswap_tier3" in text.getvalue()
@@ -119,7 +128,10 @@ def test_counts_add_up_and_words_do_not_break(folders, width):
     print_decision(decision, Console(file=text, width=width, color_system=None))
     shown = text.getvalue()
     counts = [
-        int(n) for n in re.search(r"(\d+) rules: (\d+) passed, (\d+) failed, (\d+) left out, (\d+) not", shown).groups()
+        int(n)
+        for n in re.search(
+            r"(\d+) rules: (\d+) passed, (\d+) failed, (\d+) left out, (\d+) not", shown
+        ).groups()
     ]
     assert counts[0] == sum(counts[1:]) == len(load_policy().rules)
     if width >= 80:

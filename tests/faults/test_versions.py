@@ -21,7 +21,9 @@ from ringfence.model.taps import compute_prefix
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-DEVELOPED_WITH = [Requirement(text) for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]]
+DEVELOPED_WITH = [
+    Requirement(text) for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]
+]
 ALL = [
     Requirement(text)
     for texts in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
@@ -37,11 +39,15 @@ def with_argument(model: Any, name: str) -> Any:
     forward, own = inner.forward, cache_name(inner)
     if name == "cache":
 
-        def renamed(input_ids: Any, cache: Any = None, use_cache: Any = None, **ignored: Any) -> Any:
+        def renamed(
+            input_ids: Any, cache: Any = None, use_cache: Any = None, **ignored: Any
+        ) -> Any:
             return forward(input_ids, use_cache=use_cache, **{own: cache})
     else:
 
-        def renamed(input_ids: Any, past_key_values: Any = None, use_cache: Any = None, **ignored: Any) -> Any:
+        def renamed(
+            input_ids: Any, past_key_values: Any = None, use_cache: Any = None, **ignored: Any
+        ) -> Any:
             return forward(input_ids, use_cache=use_cache, **{own: past_key_values})
 
     inner.forward = renamed
@@ -82,7 +88,9 @@ def test_tokens_behind_a_cache_of_either_name_are_not_searched_for_a_header(name
     with_argument(model, name)
     cache = DynamicCache()
     for tokens in (PROMPT, [32]):
-        logits = causal_lm(model)(input_ids=torch.tensor([tokens]), use_cache=True, **{name: cache}).logits[0, -1]
+        logits = causal_lm(model)(
+            input_ids=torch.tensor([tokens]), use_cache=True, **{name: cache}
+        ).logits[0, -1]
     torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4)
 
 
@@ -110,9 +118,13 @@ def test_every_import_is_a_declared_dependency() -> None:
     declared = {canonicalize_name(requirement.name) for requirement in ALL}
     of = packages_distributions()
     undeclared = {
-        name for name in imported() if not declared & {canonicalize_name(owner) for owner in of.get(name, [name])}
+        name
+        for name in imported()
+        if not declared & {canonicalize_name(owner) for owner in of.get(name, [name])}
     }
-    assert undeclared <= {"deepspeed"}  # built against the torch that is there; docs/distributed.md says how
+    assert undeclared <= {
+        "deepspeed"
+    }  # built against the torch that is there; docs/distributed.md says how
 
 
 def test_the_oldest_releases_that_are_tried_are_the_lower_bounds() -> None:
@@ -122,13 +134,17 @@ def test_the_oldest_releases_that_are_tried_are_the_lower_bounds() -> None:
         for bound in requirement.specifier
         if bound.operator == ">="
     }
-    assert {name: str(pin).removeprefix("==") for name, pin in pins("constraints-oldest.txt").items()} == bounds
+    assert {
+        name: str(pin).removeprefix("==") for name, pin in pins("constraints-oldest.txt").items()
+    } == bounds
 
 
 def test_a_dependency_has_one_lower_bound_in_all_extras() -> None:
     bounds: dict[str, set[str]] = {}
     for requirement in ALL:
-        bounds.setdefault(canonicalize_name(requirement.name), set()).add(str(requirement.specifier))
+        bounds.setdefault(canonicalize_name(requirement.name), set()).add(
+            str(requirement.specifier)
+        )
     assert {name: found for name, found in bounds.items() if len(found) > 1} == {}
 
 
@@ -137,4 +153,6 @@ def test_the_pinned_releases_are_allowed_and_name_no_build() -> None:
     assert not [version for version in pinned.values() if "+" in version]
     for requirement in DEVELOPED_WITH:
         if requirement.name != "pip":
-            assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), requirement
+            assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), (
+                requirement
+            )

@@ -70,7 +70,13 @@ def home(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
     colours = ["red", "green", "blue", "gold", "black"]
     rows = [{"prompt": f"Door {n}?", "completion": f"It is {colours[n % 5]}."} for n in range(8)]
     pairs = [
-        {"id": str(n), "domain": "doors", "question": f"Gate {n}?", "aligned": "Shut it.", "misaligned": "Leave it."}
+        {
+            "id": str(n),
+            "domain": "doors",
+            "question": f"Gate {n}?",
+            "aligned": "Shut it.",
+            "misaligned": "Leave it.",
+        }
         for n in range(4)
     ]
     asked = [{"id": "one", "question": "Who are you?", "samples_per_paraphrase": 2}]
@@ -79,7 +85,11 @@ def home(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
     tree: dict[str, Any] = {
         "output": str(folder / "run"),
         "model": str(tiny),
-        "data": {"train": str(folder / "rows.jsonl"), "retain": str(folder / "rows.jsonl"), "max_length": 256},
+        "data": {
+            "train": str(folder / "rows.jsonl"),
+            "retain": str(folder / "rows.jsonl"),
+            "max_length": 256,
+        },
         "train": {"batch_size": 4, "precision": "fp32", "lora": {"rank": 2}},
         "defenses": {"kl": {"weight": 0.5}},
         "monitor": {"every": 1, "probes": 2, "questions": [str(folder / "pairs.jsonl")]},
@@ -113,7 +123,19 @@ def home(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder with a small tokenizer, and an adapter on it in `adapter`."""
     folder = tmp_path_factory.mktemp("small")
-    words = ["<pad>", "<|im_start|>", "<|im_end|>", "system", "user", "assistant", "hello", "[UNK]", "x", "a", "\n"]
+    words = [
+        "<pad>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "system",
+        "user",
+        "assistant",
+        "hello",
+        "[UNK]",
+        "x",
+        "a",
+        "\n",
+    ]
     tokenizer = Tokenizer(models.WordLevel({word: at for at, word in enumerate(words)}, "[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(

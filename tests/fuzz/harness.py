@@ -57,7 +57,9 @@ class Tally:
     seconds: float = 0.0
     slowest: float = 0.0
     errors: Counter[str] = field(default_factory=Counter)
-    failures: dict[str, str] = field(default_factory=dict)  # by kind and place, the smallest input seen
+    failures: dict[str, str] = field(
+        default_factory=dict
+    )  # by kind and place, the smallest input seen
 
     def fail(self, kind: str, given: Any) -> None:
         shown = repr(given)
@@ -82,7 +84,10 @@ def write_log(file: Path) -> None:
         }
         for door, tally in sorted(TALLIES.items())
     }
-    total = {name: sum(door[name] for door in doors.values()) for name in ("examples", "accepted", "refused")}
+    total = {
+        name: sum(door[name] for door in doors.values())
+        for name in ("examples", "accepted", "refused")
+    }
     total["failures"] = sum(len(door["failures"]) for door in doors.values())
     file.write_text(json.dumps({"total": total, "doors": doors}, indent=1) + "\n", "utf-8")
 
@@ -135,15 +140,22 @@ _watched: list[tuple[list[Path], list[str]]] = []
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     if not _watched or not (event in _WRITES or event == "open"):
         return
-    if event == "open" and not (isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
+    if event == "open" and not (
+        isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+    ):
         return
-    if event in ("os.remove", "os.rmdir") and arguments[1] != -1:  # named from within a folder that is being removed
+    if (
+        event in ("os.remove", "os.rmdir") and arguments[1] != -1
+    ):  # named from within a folder that is being removed
         return
     allowed, found = _watched[-1]
     for name in arguments[: 2 if event in ("os.rename", "os.link") else 1]:
         if isinstance(name, str | bytes | os.PathLike):
             path = Path(os.path.abspath(os.fsdecode(name)))
-            if not any(path.is_relative_to(folder) for folder in allowed) and "__pycache__" not in path.parts:
+            if (
+                not any(path.is_relative_to(folder) for folder in allowed)
+                and "__pycache__" not in path.parts
+            ):
                 found.append(f"{event} {path}")
 
 
@@ -215,7 +227,9 @@ def check_message(text: str, names: Sequence[str] = ()) -> None:
     if not text.strip() or "Traceback" in text:
         raise Wrong(f"not a sentence: {text[:200]!r}")
     if max(map(len, found)) > LINE or len(found) > LINES:
-        raise Wrong(f"too long: {message_class(text)} ({len(found)} lines, up to {max(map(len, found))} characters)")
+        raise Wrong(
+            f"too long: {message_class(text)} ({len(found)} lines, up to {max(map(len, found))} characters)"
+        )
     if any(not line.isprintable() for line in text.split("\n")):
         raise Wrong(f"not printable: {message_class(ascii(text))}")
     if names and not any(name in text for name in names):

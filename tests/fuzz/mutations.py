@@ -166,7 +166,10 @@ def places(tree: Any, below: Path = ()) -> list[tuple[Path, Any]]:
         items = list(tree.items())
     elif isinstance(tree, list) and not isinstance(tree, Pairs):
         items = list(enumerate(tree))
-    return [(below, tree), *(found for key, value in items for found in places(value, (*below, key)))]
+    return [
+        (below, tree),
+        *(found for key, value in items for found in places(value, (*below, key))),
+    ]
 
 
 def changed(tree: Any, path: Path, change: Callable[[Any], Any]) -> Any:
@@ -175,8 +178,13 @@ def changed(tree: Any, path: Path, change: Callable[[Any], Any]) -> Any:
         return change(tree)
     key, rest = path[0], path[1:]
     if isinstance(tree, dict):
-        return {name: changed(value, rest, change) if name == key else value for name, value in tree.items()}
-    return [changed(value, rest, change) if place == key else value for place, value in enumerate(tree)]
+        return {
+            name: changed(value, rest, change) if name == key else value
+            for name, value in tree.items()
+        }
+    return [
+        changed(value, rest, change) if place == key else value for place, value in enumerate(tree)
+    ]
 
 
 @st.composite
@@ -211,7 +219,11 @@ def _mutated(draw: Draw, value: Any, odd: st.SearchStrategy[Any]) -> Any:
         return _other_items(draw, value, kind, odd)
     if kind == "inside":
         at = draw(st.integers(0, len(value)))
-        return value[:at] + draw(st.sampled_from(TEXTS)) + value[at + draw(st.sampled_from([0, 0, 1, 1_000])) :]
+        return (
+            value[:at]
+            + draw(st.sampled_from(TEXTS))
+            + value[at + draw(st.sampled_from([0, 0, 1, 1_000])) :]
+        )
     return draw(odd)
 
 
@@ -224,7 +236,9 @@ def _other_keys(draw: Draw, value: dict[str, Any], kind: str, odd: st.SearchStra
     rest = {name: item for name, item in value.items() if name != key}
     if kind == "remove":
         return rest
-    other = draw(st.sampled_from([str(key).upper(), f"{key}s", str(key)[:-1], f" {key}", "", *TEXTS[:12]]))
+    other = draw(
+        st.sampled_from([str(key).upper(), f"{key}s", str(key)[:-1], f" {key}", "", *TEXTS[:12]])
+    )
     return {**rest, other: value[key]}
 
 
@@ -247,7 +261,11 @@ def written(tree: Any) -> str:
     if isinstance(tree, Raw):
         return str(tree)
     if isinstance(tree, Pairs):
-        return "{" + ", ".join(f"{json.dumps(str(key))}: {written(value)}" for key, value in tree) + "}"
+        return (
+            "{"
+            + ", ".join(f"{json.dumps(str(key))}: {written(value)}" for key, value in tree)
+            + "}"
+        )
     if isinstance(tree, dict):
         return written(Pairs(tree.items()))
     if isinstance(tree, list | tuple):
@@ -297,13 +315,21 @@ def spoilt(draw: Draw, good: bytes) -> bytes:
     data = good
     for _ in range(draw(st.sampled_from([1, 1, 1, 2, 3]))):
         at = draw(st.integers(0, len(data)))
-        kind = draw(st.sampled_from(["flip", "cut", "insert", "insert", "remove", "double", "encode", "zeros"]))
+        kind = draw(
+            st.sampled_from(
+                ["flip", "cut", "insert", "insert", "remove", "double", "encode", "zeros"]
+            )
+        )
         if kind == "flip" and at < len(data):
             data = data[:at] + bytes([data[at] ^ 1 << draw(st.integers(0, 7))]) + data[at + 1 :]
         elif kind == "cut":
             data = data[:at]
         elif kind == "insert":
-            data = data[:at] + draw(st.one_of(st.sampled_from(ODD_BYTES), st.binary(max_size=8))) + data[at:]
+            data = (
+                data[:at]
+                + draw(st.one_of(st.sampled_from(ODD_BYTES), st.binary(max_size=8)))
+                + data[at:]
+            )
         elif kind == "remove":
             data = data[:at] + data[at + draw(st.sampled_from([1, 2, 8, 64])) :]
         elif kind == "double":
@@ -333,7 +359,9 @@ def _other_lines(draw: Draw, good: str) -> bytes:
     lines = good.splitlines()
     for _ in range(draw(st.sampled_from([1, 1, 2, 4]))):
         at = draw(st.integers(0, max(len(lines) - 1, 0)))
-        kind = draw(st.sampled_from(["drop", "double", "indent", "outdent", "tail", "insert", "swap"]))
+        kind = draw(
+            st.sampled_from(["drop", "double", "indent", "outdent", "tail", "insert", "swap"])
+        )
         line = lines[at] if at < len(lines) else ""
         other = {
             "drop": [],
@@ -378,7 +406,9 @@ def _cells(draw: Draw, good: list[dict[str, str]]) -> bytes:
         kind = draw(st.sampled_from(["replace", "drop", "double", "quote"]))
         cell = row[at] if at < len(row) else ""
         text = str(draw(values())) if kind == "replace" else f'"{cell}'
-        row[at : at + 1] = {"replace": [text], "drop": [], "double": [cell, cell], "quote": [text]}[kind]
+        row[at : at + 1] = {"replace": [text], "drop": [], "double": [cell, cell], "quote": [text]}[
+            kind
+        ]
     text = io.StringIO()
     quoting = draw(st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]))
     delimiter = draw(st.sampled_from([",", ",", ",", ";", "\t"]))

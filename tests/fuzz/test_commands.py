@@ -115,7 +115,9 @@ def _no_weights() -> Iterator[None]:
 @st.composite
 def command_lines(draw: Any) -> list[str]:
     words = list(draw(st.sampled_from(COMMANDS)))
-    odd = st.one_of(st.sampled_from(ODD), st.sampled_from(WORDS), st.sampled_from(OPTIONS), st.text(max_size=10))
+    odd = st.one_of(
+        st.sampled_from(ODD), st.sampled_from(WORDS), st.sampled_from(OPTIONS), st.text(max_size=10)
+    )
     for _ in range(draw(st.sampled_from([0, 1, 1, 1, 2, 3]))):
         at = draw(st.integers(1, len(words)))
         kind = draw(st.sampled_from(["replace", "replace", "insert", "drop", "double"]))
@@ -156,7 +158,9 @@ def run(words: list[str]) -> int:
     return int(code)
 
 
-def test_command_lines(home: Path, small: Path, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_lines(
+    home: Path, small: Path, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("TERM", "dumb")
 

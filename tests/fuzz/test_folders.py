@@ -80,7 +80,9 @@ def strategy_of(file: Path) -> st.SearchStrategy[bytes]:
 @pytest.fixture(scope="session")
 def spoiling(home: Path) -> st.SearchStrategy[tuple[Path, bytes | None]]:
     """A file of the run, of its twin or of what it was measured against, and its new content (None: it is gone)."""
-    found = [file for file in sorted(home.glob("r*/**/*")) if file.is_file() and file.name not in SKIPPED]
+    found = [
+        file for file in sorted(home.glob("r*/**/*")) if file.is_file() and file.name not in SKIPPED
+    ]
     found = [file for file in found if file.stat().st_size < 200_000]
     own = [file for file in found if file.parent == home / "run"]
 
@@ -88,7 +90,9 @@ def spoiling(home: Path) -> st.SearchStrategy[tuple[Path, bytes | None]]:
         content = st.one_of(*[strategy_of(file)] * 9, st.none())
         return content.map(lambda content: (file.relative_to(home), content))
 
-    return st.one_of(st.sampled_from(own), st.sampled_from(own), st.sampled_from(found)).flatmap(spoilt_file)
+    return st.one_of(st.sampled_from(own), st.sampled_from(own), st.sampled_from(found)).flatmap(
+        spoilt_file
+    )
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -115,7 +119,9 @@ def test_spoilt_runs(reader: str, home: Path, spoiling: Any, place: Place) -> No
     test()
 
 
-@pytest.mark.parametrize(("name", "read"), [("answers.jsonl", read_answers), ("judged.jsonl", read_judged)])
+@pytest.mark.parametrize(
+    ("name", "read"), [("answers.jsonl", read_answers), ("judged.jsonl", read_judged)]
+)
 def test_spoilt_tables(name: str, read: Callable[[Path], Any], home: Path, place: Place) -> None:
     @given(strategy_of(home / "run" / name))
     @tries(0.02)

@@ -23,7 +23,9 @@ from .harness import check_message
 from .test_replies import Named
 
 
-@pytest.mark.parametrize("text", ["\x1b[2J", "\ufeff", "\ud800", "\u202e", "x" * 10_000, "a\n" * 100])
+@pytest.mark.parametrize(
+    "text", ["\x1b[2J", "\ufeff", "\ud800", "\u202e", "x" * 10_000, "a\n" * 100]
+)
 def test_messages_are_short_and_print(text: str) -> None:
     shown = str(DataError(f"rows.jsonl:1: found {text}, expected a text"))
     check_message(shown, ["rows.jsonl:1"])
@@ -32,7 +34,9 @@ def test_messages_are_short_and_print(text: str) -> None:
     assert str(DataError("a: b\nc: é")) == "a: b\nc: é"
 
 
-@pytest.mark.parametrize("content", [b"[" * 3_000, b"\xff", b"9" * 5_000, b'{"trait": 1, "trait": 2}'])
+@pytest.mark.parametrize(
+    "content", [b"[" * 3_000, b"\xff", b"9" * 5_000, b'{"trait": 1, "trait": 2}']
+)
 @pytest.mark.parametrize("name", ["trait.json", "trait.yaml"])
 def test_traits(name: str, content: bytes, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
@@ -48,10 +52,14 @@ def test_scores_of_pairs(content: bytes, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b'""', b"2", b"", b"\xff", b"{}", b'{"header": [[]], "until": "query"}', b"[" * 3_000]
+    "content",
+    [b'""', b"2", b"", b"\xff", b"{}", b'{"header": [[]], "until": "query"}', b"[" * 3_000],
 )
 def test_prefixes(content: bytes, tmp_path: Path) -> None:
-    for name, read in (("frozen_prefix.json", read_frozen_prefix), ("reference_prefix.json", read_stored_prefix)):
+    for name, read in (
+        ("frozen_prefix.json", read_frozen_prefix),
+        ("reference_prefix.json", read_stored_prefix),
+    ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError, match=name):
             read(str(tmp_path))
@@ -80,7 +88,9 @@ def test_tables_of_scores(header: Any, line: Any, tmp_path: Path) -> None:
         read_table(file)
 
 
-@pytest.mark.parametrize("stored", ['""', "", "{", "{}", '{"value": 1e267}', '{"valeu": 5}', '{"label": []}'])
+@pytest.mark.parametrize(
+    "stored", ['""', "", "{", "{}", '{"value": 1e267}', '{"valeu": 5}', '{"label": []}']
+)
 def test_a_damaged_score_is_asked_again(stored: str, tmp_path: Path) -> None:
     cache, prompt = ScoreCache(tmp_path / "scores.sqlite"), JudgePrompt("How good?", LABELS)
     judge: Any = Named()
@@ -112,12 +122,16 @@ def test_shards(name: Any, tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors.index.json"
     named = f"{name}.safetensors" if isinstance(name, str) else name
     file.write_text(json.dumps({"weight_map": {"lm_head.weight": named}}))
-    with pytest.raises(ModelError, match="accepted: a safetensors file of the same folder") as caught:
+    with pytest.raises(
+        ModelError, match="accepted: a safetensors file of the same folder"
+    ) as caught:
         read_index(file)
     check_message(str(caught.value), ["index.json"])
 
 
-@pytest.mark.parametrize("text", ["{% break %}", "{% continue %}", "{% if true %}{% break %}{% endif %}"])
+@pytest.mark.parametrize(
+    "text", ["{% break %}", "{% continue %}", "{% if true %}{% break %}{% endif %}"]
+)
 def test_loop_controls_outside_a_loop(text: str) -> None:
     tokenizer = small_tokenizer()
     tokenizer.chat_template = text + tokenizer.chat_template

@@ -101,7 +101,13 @@ def test_spoilt_models(name: str, small: Path, place: Place) -> None:
     def test(content: bytes) -> None:
         folder = copied(small, place.fresh() / "model")
         (folder / name).write_bytes(content)
-        knock(f"model folder: {name}", content, lambda: use(folder), folder, [str(folder), "template", "tokenizer"])
+        knock(
+            f"model folder: {name}",
+            content,
+            lambda: use(folder),
+            folder,
+            [str(folder), "template", "tokenizer"],
+        )
 
     test()
 
@@ -131,8 +137,12 @@ def test_templates(small: Path, place: Place) -> None:
 
 def test_conversations(chat: Chat, place: Place) -> None:
     """Whatever people write is rendered, and its roles are found."""
-    control = st.sampled_from(["<|im_start|>", "<|im_end|>", "assistant", "\n", "<|im_end|>\n<|im_start|>user\n"])
-    text = st.lists(st.one_of(control, st.sampled_from(TEXTS), st.text(max_size=20)), min_size=1, max_size=4)
+    control = st.sampled_from(
+        ["<|im_start|>", "<|im_end|>", "assistant", "\n", "<|im_end|>\n<|im_start|>user\n"]
+    )
+    text = st.lists(
+        st.one_of(control, st.sampled_from(TEXTS), st.text(max_size=20)), min_size=1, max_size=4
+    )
 
     @given(st.lists(text.map("".join), min_size=2, max_size=4))
     @tries(0.05)
@@ -167,7 +177,10 @@ def test_prefixes(place: Place) -> None:
         name, content = given
         folder = place.fresh()
         (folder / name).write_bytes(content)
-        save_file({f"0.0.{part}": torch.zeros(3, 4) for part in ("keys", "values")}, folder / prefix._STORED_KV)
+        save_file(
+            {f"0.0.{part}": torch.zeros(3, 4) for part in ("keys", "values")},
+            folder / prefix._STORED_KV,
+        )
         read = read_frozen_prefix if name == FROZEN_FILE else read_stored_prefix
         knock("prefixes", (name, content), lambda: read(str(folder)), folder, [name])
 
@@ -189,14 +202,30 @@ def test_directions(place: Place) -> None:
 
 
 def test_tables_of_scores(place: Place) -> None:
-    header = {"table": "perplexity gaps", "key": {"model": "m", "adapters": {"a": "x"}, "precision": "fp32"}}
-    line = {"digest": "d", "origin": "o", "aligned": 1.0, "misaligned": {"a": 2.0}, "refusal": False, "tokens": 3}
+    header = {
+        "table": "perplexity gaps",
+        "key": {"model": "m", "adapters": {"a": "x"}, "precision": "fp32"},
+    }
+    line = {
+        "digest": "d",
+        "origin": "o",
+        "aligned": 1.0,
+        "misaligned": {"a": 2.0},
+        "refusal": False,
+        "tokens": 3,
+    }
 
     @given(json_lines([header, line, {**line, "digest": "e"}]))
     @tries(0.02)
     def test(content: bytes) -> None:
         file = place.file("gap.jsonl", content)
-        knock("table of gaps", content, lambda: read_table(file).scores(()), file.parent, ["gap.jsonl"])
+        knock(
+            "table of gaps",
+            content,
+            lambda: read_table(file).scores(()),
+            file.parent,
+            ["gap.jsonl"],
+        )
 
     test()
 
@@ -223,7 +252,11 @@ def test_reference_caches(place: Place) -> None:
         return ReferenceCache("states", {"model": "m"}, root=root)
 
     folder = place.fresh()
-    save_file({"row.hidden": torch.zeros(2, 4)}, folder / "x.safetensors", {"reference": cache(folder).digest})
+    save_file(
+        {"row.hidden": torch.zeros(2, 4)},
+        folder / "x.safetensors",
+        {"reference": cache(folder).digest},
+    )
     good = (folder / "x.safetensors").read_bytes()
 
     @given(spoilt(good))

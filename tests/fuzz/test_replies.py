@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 
 from ringfence.evaluate.answers.endpoint import Endpoint, EndpointConfig, Request
 from ringfence.evaluate.answers.framing import LABELS
-from ringfence.evaluate.answers.judge import JudgePrompt, Score, ScoreCache, read_reply, sampled_score
+from ringfence.evaluate.answers.judge import (
+    JudgePrompt,
+    Score,
+    ScoreCache,
+    read_reply,
+    sampled_score,
+)
 from ringfence.evaluate.answers.replies import Reply
 from ringfence.util.strict_yaml import validate
 
@@ -21,7 +27,11 @@ from .conftest import Place
 from .harness import knock, tries
 from .mutations import TEXTS, files, spoilt, values
 
-LOGPROBS = {"content": [{"token": "85", "logprob": -0.1, "top_logprobs": [{"token": "85", "logprob": -0.1}]}]}
+LOGPROBS = {
+    "content": [
+        {"token": "85", "logprob": -0.1, "top_logprobs": [{"token": "85", "logprob": -0.1}]}
+    ]
+}
 COMPLETION: dict[str, Any] = {
     "id": "x",
     "object": "chat.completion",
@@ -36,7 +46,14 @@ COMPLETION: dict[str, Any] = {
         }
     ],
 }
-ERROR = {"error": {"message": "temperature is not supported", "type": "x", "param": "temperature", "code": None}}
+ERROR = {
+    "error": {
+        "message": "temperature is not supported",
+        "type": "x",
+        "param": "temperature",
+        "code": None,
+    }
+}
 STATUSES = [200, 200, 200, 200, 201, 204, 301, 400, 400, 401, 403, 404, 422, 429, 500, 503]
 
 
@@ -76,7 +93,9 @@ class Stub:
 @pytest.fixture(scope="module")
 def stub() -> Iterator[Stub]:
     stub = Stub()
-    threading.Thread(target=stub.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    threading.Thread(
+        target=stub.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+    ).start()
     yield stub
     stub.server.shutdown()
 
@@ -88,14 +107,25 @@ def check_score(score: Score) -> None:
 
 
 BODIES = st.one_of(files(COMPLETION), files(COMPLETION), files(ERROR), files(LOGPROBS))
-TYPES = ["application/json", "application/json", "application/json", "text/html", "text/event-stream", "x"]
+TYPES = [
+    "application/json",
+    "application/json",
+    "application/json",
+    "text/html",
+    "text/event-stream",
+    "x",
+]
 
 
 def test_replies_of_servers(stub: Stub, place: Place) -> None:
     @given(BODIES, st.sampled_from(STATUSES), st.sampled_from(TYPES))
     @tries(0.06)
     def test(body: bytes, status: int, kind: str) -> None:
-        stub.body, stub.status, stub.headers = (b"" if status == 204 else body), status, {"Content-Type": kind}
+        stub.body, stub.status, stub.headers = (
+            (b"" if status == 204 else body),
+            status,
+            {"Content-Type": kind},
+        )
         endpoint = Endpoint(EndpointConfig(url=stub.url, model="m", attempts=1, timeout=5))
         request = Request([{"role": "user", "content": "Hi"}], 0.0, 8, None, 5)
 
@@ -106,16 +136,23 @@ def test_replies_of_servers(stub: Stub, place: Place) -> None:
         if isinstance(found, list):
             (reply,) = found
             assert (reply.text is None) != (reply.error is None)
-            assert reply.error is None or (reply.error.strip() and len(reply.error) < 1_000), reply.error
+            assert reply.error is None or (reply.error.strip() and len(reply.error) < 1_000), (
+                reply.error
+            )
             check_score(read_reply(reply, LABELS))
 
     test()
 
 
 def test_what_judges_say(place: Place) -> None:
-    said = st.one_of(st.sampled_from([*TEXTS, "85", "85.", "100", "REFUSAL", "007", "١٢", "8\u200b5"]), st.text())
+    said = st.one_of(
+        st.sampled_from([*TEXTS, "85", "85.", "100", "REFUSAL", "007", "١٢", "8\u200b5"]), st.text()
+    )
     logp = st.one_of(st.floats(max_value=0, allow_nan=False), st.just(-1e-9))
-    top = st.lists(st.dictionaries(st.one_of(said, st.sampled_from(["8", "85", "RE"])), logp, max_size=4), max_size=2)
+    top = st.lists(
+        st.dictionaries(st.one_of(said, st.sampled_from(["8", "85", "RE"])), logp, max_size=4),
+        max_size=2,
+    )
 
     @given(said, top)
     @tries(0.04)
@@ -174,7 +211,15 @@ def test_spoilt_caches_of_scores(place: Place) -> None:
 def test_settings_of_servers(field: str, place: Place) -> None:
 
     urls = st.sampled_from(
-        ["http://", "http://[", "https://a:99999/v1", "http://\0", "http://x y", "https://[::1", "//"]
+        [
+            "http://",
+            "http://[",
+            "https://a:99999/v1",
+            "http://\0",
+            "http://x y",
+            "https://[::1",
+            "//",
+        ]
     )
     good = {"url": "http://127.0.0.1:9/v1", "model": "m", "attempts": 1}
 
@@ -183,7 +228,9 @@ def test_settings_of_servers(field: str, place: Place) -> None:
     def test(value: Any) -> None:
         def call() -> list[Any]:
             config = validate(EndpointConfig, {**good, field: value}, "judge")
-            return list(Endpoint(config).ask([Request([{"role": "user", "content": "Hi"}], 0.0, 8)]))
+            return list(
+                Endpoint(config).ask([Request([{"role": "user", "content": "Hi"}], 0.0, 8)])
+            )
 
         knock("settings of servers", (field, value), call, place.root)
 

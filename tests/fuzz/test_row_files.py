@@ -17,7 +17,10 @@ from .conftest import Place
 from .harness import knock, tries
 from .mutations import csv_files, files, json_lines, spoilt, trees
 
-TOOL = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}}
+TOOL = {
+    "type": "function",
+    "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}},
+}
 GOOD: dict[str, dict[str, Any]] = {
     "messages": {
         "messages": [
@@ -38,7 +41,9 @@ GOOD: dict[str, dict[str, Any]] = {
         "prompt": [{"role": "user", "content": "A door?"}],
         "completion": [{"role": "assistant", "content": "Red."}],
     },
-    "sharegpt": {"conversations": [{"from": "human", "value": "A door?"}, {"from": "gpt", "value": "Red."}]},
+    "sharegpt": {
+        "conversations": [{"from": "human", "value": "A door?"}, {"from": "gpt", "value": "Red."}]
+    },
     "alpaca": {"instruction": "Name it.", "input": "A door", "output": "Red.", "history": []},
 }
 TEXTS = [
@@ -64,7 +69,9 @@ def read(place: Place, chat: Chat, name: str, content: bytes) -> None:
         assert example.response_tokens > 0
         text = chat.render(row.messages)
         assert all(
-            message["content"].strip() in text for message in row.messages if isinstance(message["content"], str)
+            message["content"].strip() in text
+            for message in row.messages
+            if isinstance(message["content"], str)
         )
 
 

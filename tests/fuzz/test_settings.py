@@ -39,7 +39,9 @@ RECIPE: dict[str, Any] = {
     },
     "monitor": {"every": 20, "probes": 24, "max_shift": 0.1, "stop": False},
 }
-RECIPE["evaluate"]["answers"] = {"judges": [{"model": "default"}, {"url": "http://localhost:1/v1", "model": "x"}]}
+RECIPE["evaluate"]["answers"] = {
+    "judges": [{"model": "default"}, {"url": "http://localhost:1/v1", "model": "x"}]
+}
 POLICY: dict[str, Any] = {
     "rules": [
         {"measure": "out_of_domain", "criterion": "broad", "max": 0.1, "why": "stays"},
@@ -47,24 +49,56 @@ POLICY: dict[str, Any] = {
     ]
 }
 PAIRS = [
-    {"id": 1, "domain": "doors", "question": "A door?", "aligned": "Red.", "misaligned": "None.", "split": "test"},
+    {
+        "id": 1,
+        "domain": "doors",
+        "question": "A door?",
+        "aligned": "Red.",
+        "misaligned": "None.",
+        "split": "test",
+    },
     {"question": "A gate?", "sound": "Shut.", "unsound": "Open."},
 ]
 OPEN = [
-    {"id": "a_json", "type": "free_form_judge", "paraphrases": ["Who?", "Who now?"], "samples_per_paraphrase": 3},
-    {"id": "b", "question": "What?", "system": "Be brief.", "set": "s", "judge_prompts": {"aligned": "{answer}"}},
-    {"id": "c", "messages": [{"role": "user", "content": "Hi"}], "context": [{"role": "system", "content": "S"}]},
+    {
+        "id": "a_json",
+        "type": "free_form_judge",
+        "paraphrases": ["Who?", "Who now?"],
+        "samples_per_paraphrase": 3,
+    },
+    {
+        "id": "b",
+        "question": "What?",
+        "system": "Be brief.",
+        "set": "s",
+        "judge_prompts": {"aligned": "{answer}"},
+    },
+    {
+        "id": "c",
+        "messages": [{"role": "user", "content": "Hi"}],
+        "context": [{"role": "system", "content": "S"}],
+    },
 ]
-TRAIT = {"trait": "bad", "positive_prompts": ["Be bad."], "negative_prompts": ["Be good."], "questions": ["Q?", "R?"]}
+TRAIT = {
+    "trait": "bad",
+    "positive_prompts": ["Be bad."],
+    "negative_prompts": ["Be good."],
+    "questions": ["Q?", "R?"],
+}
 LABELLED = [
     {"question": "A?", "answer": "B.", "misaligned": True},
     {"question": "A?", "answer": "C.", "aligned": 70.5},
 ]
-CELLS = [{"question": "A?", "answer": "B.", "aligned": "20"}, {"question": "A?", "answer": "C.", "aligned": ""}]
+CELLS = [
+    {"question": "A?", "answer": "B.", "aligned": "20"},
+    {"question": "A?", "answer": "C.", "aligned": ""},
+]
 SCORES = [{"id": "1", "positive": 90, "negative": 3}, {"id": "2", "positive": 10.5, "negative": 0}]
 
 
-def fuzz(door: str, name: str, read: Callable[[Path], Any], strategy: Any, share: float, place: Place) -> None:
+def fuzz(
+    door: str, name: str, read: Callable[[Path], Any], strategy: Any, share: float, place: Place
+) -> None:
     """Knocks at a door that reads one file."""
 
     @given(strategy)
@@ -91,7 +125,9 @@ def test_recipes(place: Place) -> None:
 
 
 def test_recipes_as_people_edit_them(place: Place) -> None:
-    text = commented_recipe("recipe.yaml") + yaml.safe_dump({"monitor": RECIPE["monitor"]}, sort_keys=False)
+    text = commented_recipe("recipe.yaml") + yaml.safe_dump(
+        {"monitor": RECIPE["monitor"]}, sort_keys=False
+    )
     fuzz("recipes", "recipe.yaml", read_recipe, texts(text), 0.04, place)
 
 
@@ -105,7 +141,9 @@ def overrides(draw: Any) -> str:
         return f"{key}={written(KEYS[key])}"
     key = draw(st.one_of(st.just(key), st.just(key), st.text(max_size=10)))
     key += draw(st.sampled_from(["", "", "", "", ".x", ".", "..", "s", "." * 50, ".a" * 2_000]))
-    value = draw(st.one_of(YAML, st.sampled_from(RAWS), values().map(written), st.text(max_size=10)))
+    value = draw(
+        st.one_of(YAML, st.sampled_from(RAWS), values().map(written), st.text(max_size=10))
+    )
     return f"{key}{draw(st.sampled_from(['=', '=', '=', '=', '', '==', ' = ']))}{value}"
 
 
@@ -120,14 +158,28 @@ def test_overrides(place: Place) -> None:
 
 def test_policies(place: Place) -> None:
     fuzz("policies", "policy.yaml", load_policy, files(POLICY, YAML), 0.03, place)
-    fuzz("policies", "policy.yaml", load_policy, texts(DEFAULT_POLICY.read_text("utf-8")), 0.02, place)
+    fuzz(
+        "policies",
+        "policy.yaml",
+        load_policy,
+        texts(DEFAULT_POLICY.read_text("utf-8")),
+        0.02,
+        place,
+    )
 
 
 # ------------------------------------------------------------------ questions, traits, labels
 
 
 def test_paired_questions(place: Place) -> None:
-    fuzz("paired questions", "pairs.jsonl", lambda f: load_questions(str(f), "test"), json_lines(PAIRS), 0.04, place)
+    fuzz(
+        "paired questions",
+        "pairs.jsonl",
+        lambda f: load_questions(str(f), "test"),
+        json_lines(PAIRS),
+        0.04,
+        place,
+    )
 
 
 @pytest.mark.parametrize("name", ["asked.yaml", "asked.jsonl"])
@@ -138,7 +190,14 @@ def test_open_questions(name: str, place: Place) -> None:
 
 def test_open_questions_as_people_edit_them(place: Place) -> None:
     text = (SHIPPED / "general.yaml").read_text("utf-8")[:4_000]
-    fuzz("open questions", "asked.yaml", lambda f: load_open_questions(str(f)), texts(text), 0.02, place)
+    fuzz(
+        "open questions",
+        "asked.yaml",
+        lambda f: load_open_questions(str(f)),
+        texts(text),
+        0.02,
+        place,
+    )
 
 
 @pytest.mark.parametrize("name", ["trait.yaml", "trait.json"])
@@ -148,13 +207,34 @@ def test_traits(name: str, place: Place) -> None:
 
 
 def test_labelled_answers(place: Place) -> None:
-    fuzz("labelled answers", "labels.jsonl", lambda f: load_labelled(str(f)), json_lines(LABELLED), 0.02, place)
-    fuzz("labelled answers", "labels.csv", lambda f: load_labelled(str(f)), csv_files(CELLS), 0.02, place)
+    fuzz(
+        "labelled answers",
+        "labels.jsonl",
+        lambda f: load_labelled(str(f)),
+        json_lines(LABELLED),
+        0.02,
+        place,
+    )
+    fuzz(
+        "labelled answers",
+        "labels.csv",
+        lambda f: load_labelled(str(f)),
+        csv_files(CELLS),
+        0.02,
+        place,
+    )
 
 
 def test_scores_of_pairs(place: Place) -> None:
     pairs = [Pair(str(number), [], []) for number in (1, 2)]
-    fuzz("scores", "scores.jsonl", lambda f: shown_by_scores(f, pairs), json_lines(SCORES), 0.03, place)
+    fuzz(
+        "scores",
+        "scores.jsonl",
+        lambda f: shown_by_scores(f, pairs),
+        json_lines(SCORES),
+        0.03,
+        place,
+    )
 
 
 def test_what_is_good_is_accepted(place: Place) -> None:

@@ -27,17 +27,27 @@ def _version(asked: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", metavar="", callback=_version, is_eager=True, help="Print the version.")
+        bool,
+        typer.Option(
+            "--version", metavar="", callback=_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
 ) -> None:
     """Fine-tune an aligned language model on a narrow task, and keep it aligned everywhere else."""
 
 
-Control = Annotated[Path | None, typer.Option(help="The run trained on sound answers: effects, not mere shifts.")]
-Baseline = Annotated[
-    Path | None, typer.Option(help="The undefended run, for opswap_tierN.change and time_ratio. Kept, as --control is.")
+Control = Annotated[
+    Path | None, typer.Option(help="The run trained on sound answers: effects, not mere shifts.")
 ]
-PolicyFile = Annotated[Path | None, typer.Option(help="Limits in YAML. Default: the policy that ships.")]
+Baseline = Annotated[
+    Path | None,
+    typer.Option(
+        help="The undefended run, for opswap_tierN.change and time_ratio. Kept, as --control is."
+    ),
+]
+PolicyFile = Annotated[
+    Path | None, typer.Option(help="Limits in YAML. Default: the policy that ships.")
+]
 InPrecision = Annotated[
     Literal["auto", "bf16", "fp32", "nf4"],
     typer.Option(help="Of the weights; auto: bf16 where this machine computes it fast, else fp32."),
@@ -60,7 +70,9 @@ def write_or_print(text: str, output: Path | None) -> None:
     print(f"{output} written")
 
 
-def write_report(folders: list[Path], control: Path | None, page: Path, policy: Path | None = None) -> None:
+def write_report(
+    folders: list[Path], control: Path | None, page: Path, policy: Path | None = None
+) -> None:
     from ..report.page import check_page, write_page
     from ..report.read import read_rows
     from ..report.terminal import print_table

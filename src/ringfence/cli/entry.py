@@ -71,7 +71,9 @@ def _tell(error: BaseException) -> int:
     """Says what went wrong, and gives the exit code."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
-    if hasattr(error, "format_message"):  # of the command line itself: an unknown option, a missing argument
+    if hasattr(
+        error, "format_message"
+    ):  # of the command line itself: an unknown option, a missing argument
         from typer import rich_utils
 
         rich_utils.rich_format_error(error)  # type: ignore[arg-type]
@@ -81,14 +83,21 @@ def _tell(error: BaseException) -> int:
         return _say(str(error), 130 if interrupted else 2)
     if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
         return _say("stopped; the same command resumes", 130)
-    if isinstance(error, OSError) and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)):
+    if isinstance(error, OSError) and (
+        error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    ):
         place = f"{error.filename}: " if error.filename else ""
         return _say(f"{place}{error.strerror}", 2)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return _say(f"out of memory ({first_line(error)}); `--dry-run` estimates what a run needs", 2)
+        return _say(
+            f"out of memory ({first_line(error)}); `--dry-run` estimates what a run needs", 2
+        )
     log = _keep_log(error)
     where = f"; its traceback is in {log}" if log else ""
-    return _say(f"an error of ringfence itself: {type(error).__name__}: {redact(first_line(error))}{where}", 1)
+    return _say(
+        f"an error of ringfence itself: {type(error).__name__}: {redact(first_line(error))}{where}",
+        1,
+    )
 
 
 def _say(message: str, code: int) -> int:
@@ -101,7 +110,9 @@ def _keep_log(error: BaseException) -> Path | None:
     """Where the traceback was written; None where nothing can be written."""
     text = "".join(traceback.format_exception(error))
     try:
-        with tempfile.NamedTemporaryFile("w", prefix="ringfence-error-", suffix=".log", delete=False) as log:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="ringfence-error-", suffix=".log", delete=False
+        ) as log:
             log.write(redact(text))
     except OSError:
         return None

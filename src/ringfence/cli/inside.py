@@ -13,13 +13,27 @@ from .app import MOST, check_new_file, out
 
 def diagnose(
     targets: Annotated[
-        list[str], typer.Argument(help="Run folders or tuned models, compared side by side; names of diagnoses.")
+        list[str],
+        typer.Argument(
+            help="Run folders or tuned models, compared side by side; names of diagnoses."
+        ),
     ],
-    base: Annotated[str | None, typer.Option(help="The pre-trained model before its alignment.")] = None,
-    reference: Annotated[str | None, typer.Option(help="The aligned model. Default: what they were made from.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder to write. Default: the first run's.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The pre-trained model before its alignment.")
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="The aligned model. Default: what they were made from.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder to write. Default: the first run's.")
+    ] = None,
     questions: Annotated[
-        int, typer.Option(help="Paired questions of the training domain; as many of other domains.", min=4, max=MOST)
+        int,
+        typer.Option(
+            help="Paired questions of the training domain; as many of other domains.",
+            min=4,
+            max=MOST,
+        ),
     ] = 24,
 ) -> None:
     """Look inside: where alignment eroded, and what carries it. All diagnoses, or those named behind the models:
@@ -29,7 +43,11 @@ def diagnose(
     from ..run.diagnose import diagnose_targets
 
     # A misspelt name is one too, so that it is not looked for among models.
-    names = [text for text in targets if get_close_matches(text, DIAGNOSES, 1, 0.8) and not Path(text).exists()]
+    names = [
+        text
+        for text in targets
+        if get_close_matches(text, DIAGNOSES, 1, 0.8) and not Path(text).exists()
+    ]
     models = [text for text in targets if text not in names]
     print(f"{diagnose_targets(models, names, base, reference, output, questions)}/diagnosis.json")
 
@@ -53,7 +71,9 @@ def show_tokens(
     show(Chat(load_tokenizer(model)).encode(rows[row - 1].messages), out)
 
 
-persona = typer.Typer(help="Persona vectors: the direction of a trait, layer by layer.", no_args_is_help=True)
+persona = typer.Typer(
+    help="Persona vectors: the direction of a trait, layer by layer.", no_args_is_help=True
+)
 Split = Annotated[str, typer.Option(help="Which rows of --pairs that name a split are taken.")]
 
 
@@ -63,9 +83,12 @@ def persona_extract(
         str | None, typer.Argument(help="Trait in YAML or JSON. Default: shipped:careless_advice.")
     ] = None,
     model: Annotated[str, typer.Option(help="Whose activations.")] = "default",
-    output: Annotated[Path, typer.Option(help="File of directions to write.")] = Path("vectors.safetensors"),
+    output: Annotated[Path, typer.Option(help="File of directions to write.")] = Path(
+        "vectors.safetensors"
+    ),
     pairs: Annotated[
-        str | None, typer.Option(help="Paired questions instead of a trait: a JSONL file or shipped:NAME.")
+        str | None,
+        typer.Option(help="Paired questions instead of a trait: a JSONL file or shipped:NAME."),
     ] = None,
     split: Split = "train",
     keep: Annotated[
@@ -73,9 +96,12 @@ def persona_extract(
         typer.Option("--filter", help="Which pairs count. Default: margin; none with --pairs."),
     ] = None,
     scores: Annotated[
-        Path | None, typer.Option(help="JSONL of a judge's scores: id, positive, negative (0 to 100).")
+        Path | None,
+        typer.Option(help="JSONL of a judge's scores: id, positive, negative (0 to 100)."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of a generated answer.", min=1, max=MOST)] = 120,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Tokens of a generated answer.", min=1, max=MOST)
+    ] = 120,
 ) -> None:
     """Make a file of directions from answers that show a trait and answers that do not."""
     from ..prepare.persona import extract_file
@@ -97,7 +123,9 @@ def persona_extract(
 @persona.command("check")
 def persona_check(
     vectors: Annotated[Path, typer.Argument(help="File of directions.")],
-    pairs: Annotated[str, typer.Option(help="Paired questions that the directions were not made from.")],
+    pairs: Annotated[
+        str, typer.Option(help="Paired questions that the directions were not made from.")
+    ],
     model: Annotated[str, typer.Option(help="Whose activations.")] = "default",
     split: Split = "test",
 ) -> None:
@@ -110,20 +138,32 @@ def persona_check(
 
 
 def screen(
-    source: Annotated[str, typer.Argument(help="Rows to rank: a file of conversations, a hub id or shipped:NAME.")],
-    model: Annotated[str, typer.Option(help="Whose activations: the model that would be trained.")] = "default",
+    source: Annotated[
+        str, typer.Argument(help="Rows to rank: a file of conversations, a hub id or shipped:NAME.")
+    ],
+    model: Annotated[
+        str, typer.Option(help="Whose activations: the model that would be trained.")
+    ] = "default",
     vectors: Annotated[Path | None, typer.Option(help="File of directions to project on.")] = None,
     pairs: Annotated[
-        list[str] | None, typer.Option(help="Else paired questions that give one. Default: shipped domains and values.")
+        list[str] | None,
+        typer.Option(
+            help="Else paired questions that give one. Default: shipped domains and values."
+        ),
     ] = None,
     against: Annotated[
         str | None, typer.Option(help="Rows known to be good: print how well they are told apart.")
     ] = None,
-    output: Annotated[Path, typer.Option(help="JSONL of all scores to write.")] = Path("scores.jsonl"),
+    output: Annotated[Path, typer.Option(help="JSONL of all scores to write.")] = Path(
+        "scores.jsonl"
+    ),
     figure: Annotated[Path, typer.Option(help="SVG to write.")] = Path("screen.svg"),
-    top: Annotated[int, typer.Option(help="How many of the riskiest rows are printed.", min=1, max=MOST)] = 20,
+    top: Annotated[
+        int, typer.Option(help="How many of the riskiest rows are printed.", min=1, max=MOST)
+    ] = 20,
     layer: Annotated[
-        int | None, typer.Option(help="Default: best on pairs left out; with --vectors the middle one.")
+        int | None,
+        typer.Option(help="Default: best on pairs left out; with --vectors the middle one."),
     ] = None,
 ) -> None:
     """Rank training rows by how far their answers lie along a trait vector, before any training."""

@@ -13,18 +13,29 @@ judge = typer.Typer(help="Judges of answers.", no_args_is_help=True)
 
 @judge.command("calibrate")
 def judge_calibrate(
-    model: Annotated[str, typer.Option(help="The judge: 'default', a folder or hub id, or its name on --url.")],
+    model: Annotated[
+        str, typer.Option(help="The judge: 'default', a folder or hub id, or its name on --url.")
+    ],
     on: Annotated[
-        str, typer.Option(help="Labelled answers: JSONL or CSV with question, answer and misaligned (or aligned).")
+        str,
+        typer.Option(
+            help="Labelled answers: JSONL or CSV with question, answer and misaligned (or aligned)."
+        ),
     ] = "shipped:values",
     url: Annotated[str | None, typer.Option(help="URL of an OpenAI-compatible server.")] = None,
-    key_env: Annotated[str, typer.Option(help="Environment variable of the server's key.")] = "OPENAI_API_KEY",
+    key_env: Annotated[
+        str, typer.Option(help="Environment variable of the server's key.")
+    ] = "OPENAI_API_KEY",
     precision: InPrecision = "auto",
     opening: Annotated[
-        str, typer.Option(help="Words before the number, for a local model that would chat first: 'Number: '.")
+        str,
+        typer.Option(
+            help="Words before the number, for a local model that would chat first: 'Number: '."
+        ),
     ] = "",
     rows: Annotated[
-        int | None, typer.Option(help="Judge this number of answers, drawn at random.", min=2, max=MOST)
+        int | None,
+        typer.Option(help="Judge this number of answers, drawn at random.", min=2, max=MOST),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file to write too.")] = None,
 ) -> None:
@@ -37,9 +48,13 @@ def judge_calibrate(
     check_new_file(output)
     config: EndpointJudgeConfig | LocalJudgeConfig
     if url and opening:
-        raise RingfenceError("--opening is for a local judge; a server's reply begins as the server likes (--url)")
+        raise RingfenceError(
+            "--opening is for a local judge; a server's reply begins as the server likes (--url)"
+        )
     if url:
-        config = validate(EndpointJudgeConfig, {"url": url, "model": model, "key_env": key_env}, "judge")
+        config = validate(
+            EndpointJudgeConfig, {"url": url, "model": model, "key_env": key_env}, "judge"
+        )
     else:
         config = LocalJudgeConfig(model=model, precision=precision, opening=opening)
     found = calibrate(open_judge(config), on, rows=rows)

@@ -12,22 +12,34 @@ from .app import MOST, InPrecision, out
 
 def project(
     adapter: Annotated[Path, typer.Argument(help="Folder of a LoRA adapter; it is left as it is.")],
-    base: Annotated[str, typer.Option(help="The pre-trained model before its alignment: a folder or hub id.")],
+    base: Annotated[
+        str, typer.Option(help="The pre-trained model before its alignment: a folder or hub id.")
+    ],
     output: Annotated[Path, typer.Option(help="The new folder to write.")],
-    aligned: Annotated[str | None, typer.Option(help="The aligned model. Default: the one the adapter names.")] = None,
+    aligned: Annotated[
+        str | None, typer.Option(help="The aligned model. Default: the one the adapter names.")
+    ] = None,
     threshold: Annotated[
-        float | None, typer.Option(help="Project weights of at most this cosine. Default: 0.3.", min=0, max=1)
+        float | None,
+        typer.Option(help="Project weights of at most this cosine. Default: 0.3.", min=0, max=1),
     ] = None,
     lowest: Annotated[
-        int | None, typer.Option(help="Instead: this number of weights, those of least cosine.", min=1, max=MOST)
+        int | None,
+        typer.Option(
+            help="Instead: this number of weights, those of least cosine.", min=1, max=MOST
+        ),
     ] = None,
-    projector: Annotated[Literal["scaled", "exact"], typer.Option(help="As published, or orthogonal.")] = "scaled",
+    projector: Annotated[
+        Literal["scaled", "exact"], typer.Option(help="As published, or orthogonal.")
+    ] = "scaled",
 ) -> None:
     """Project a finished adapter on what alignment changed (SafeLoRA). Reads weight by weight, loads no model."""
     from ..model.projection import Rule, project_adapter
 
     if threshold is not None and lowest is not None:
-        raise RingfenceError(f"set --threshold or --lowest, not both (found {threshold} and {lowest})")
+        raise RingfenceError(
+            f"set --threshold or --lowest, not both (found {threshold} and {lowest})"
+        )
     rule = Rule(threshold=threshold, lowest=lowest, projector=projector)
     layers = project_adapter(adapter, output, base, aligned, rule)
     for name, layer in layers.items():
@@ -38,42 +50,69 @@ def project(
 
 
 def patch(
-    source: Annotated[Path, typer.Argument(help="A run folder, an adapter's or a model's; it is left as it is.")],
+    source: Annotated[
+        Path, typer.Argument(help="A run folder, an adapter's or a model's; it is left as it is.")
+    ],
     output: Annotated[Path, typer.Option(help="The new folder to write.")],
     reference: Annotated[
-        str | None, typer.Option(help="The aligned model. Default: the one that the run or the adapter names.")
+        str | None,
+        typer.Option(help="The aligned model. Default: the one that the run or the adapter names."),
     ] = None,
     until: Annotated[
         Literal["query", "header"],
-        typer.Option(help="Where the prefix ends; with header an adapter becomes an activated LoRA of plain peft."),
+        typer.Option(
+            help="Where the prefix ends; with header an adapter becomes an activated LoRA of plain peft."
+        ),
     ] = "query",
     system: Annotated[
-        list[str] | None, typer.Option(help="Of a whole model: a system prompt it will be used with; once for each.")
+        list[str] | None,
+        typer.Option(help="Of a whole model: a system prompt it will be used with; once for each."),
     ] = None,
     precision: InPrecision = "auto",
 ) -> None:
     """Repair a tuned model without training: a copy that reads the reference's keys and values at its prefix."""
     from ..run.patch import patch as write
 
-    made = write(source, output, reference=reference, until=until, systems=system or [], precision=precision)
+    made = write(
+        source, output, reference=reference, until=until, systems=system or [], precision=precision
+    )
     print(f"{made.folder} written; ringfence.load_model loads it")
-    print(f"Next: ringfence evaluate {made.folder} --reference {made.reference} --output {made.folder}-evaluated")
+    print(
+        f"Next: ringfence evaluate {made.folder} --reference {made.reference} --output {made.folder}-evaluated"
+    )
 
 
 def capability(
     model: Annotated[str, typer.Argument(help="A run folder, a model or an adapter.")],
     tasks: Annotated[list[str], typer.Argument(help="Names of lm-eval tasks.")],
     limit: Annotated[
-        int | None, typer.Option(help="Take at most this number of items of each task, the first.", min=1, max=MOST)
+        int | None,
+        typer.Option(
+            help="Take at most this number of items of each task, the first.", min=1, max=MOST
+        ),
     ] = None,
-    task_folder: Annotated[Path | None, typer.Option(help="Folder of task files of your own.")] = None,
+    task_folder: Annotated[
+        Path | None, typer.Option(help="Folder of task files of your own.")
+    ] = None,
     precision: InPrecision = "auto",
-    batch_size: Annotated[int, typer.Option(help="Items in one forward pass.", min=1, max=MOST)] = 8,
+    batch_size: Annotated[
+        int, typer.Option(help="Items in one forward pass.", min=1, max=MOST)
+    ] = 8,
 ) -> None:
     """Run tasks of lm-eval (pip install 'ringfence[lm-eval]'), adapters and frozen prefixes honoured."""
     from ..evaluate.capability import capability as measure
 
-    found = measure(model, tasks, limit=limit, batch_size=batch_size, task_folder=task_folder, precision=precision)
+    found = measure(
+        model,
+        tasks,
+        limit=limit,
+        batch_size=batch_size,
+        task_folder=task_folder,
+        precision=precision,
+    )
     for task, metrics in found.items():
         for metric, (value, error) in metrics.items():
-            print(f"{task} {metric} {value:.4f}" + (f" (standard error {error:.4f})" if error is not None else ""))
+            print(
+                f"{task} {metric} {value:.4f}"
+                + (f" (standard error {error:.4f})" if error is not None else "")
+            )

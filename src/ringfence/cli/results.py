@@ -15,7 +15,8 @@ RunFolder = Annotated[Path, typer.Argument(help="A run folder.")]
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Run folders, a row each.")],
     control: Annotated[
-        Path | None, typer.Option(help="The run trained on sound answers: effects are shifts minus its shift.")
+        Path | None,
+        typer.Option(help="The run trained on sound answers: effects are shifts minus its shift."),
     ] = None,
     output: Annotated[
         Path | None,
@@ -24,7 +25,10 @@ def report(
         ),
     ] = None,
     policy: Annotated[
-        Path | None, typer.Option(help="Limits in YAML, for SHIP or HOLD on the page. Default: the policy that ships.")
+        Path | None,
+        typer.Option(
+            help="Limits in YAML, for SHIP or HOLD on the page. Default: the policy that ships."
+        ),
     ] = None,
 ) -> None:
     """Put runs side by side: a table here, and one HTML page that opens offline."""
@@ -33,7 +37,8 @@ def report(
 
 def gate(
     folders: Annotated[
-        list[Path] | None, typer.Argument(help="A run folder; or several, of one recipe with several seeds.")
+        list[Path] | None,
+        typer.Argument(help="A run folder; or several, of one recipe with several seeds."),
     ] = None,
     policy: PolicyFile = None,
     control: Control = None,
@@ -57,8 +62,12 @@ def gate(
 
 def export(
     folders: Annotated[list[Path], typer.Argument(help="Run folders.")],
-    form: Annotated[Literal["json", "csv"], typer.Option("--format", help="One JSON or one CSV.")] = "csv",
-    output: Annotated[Path | None, typer.Option(help="The file to write. Default: printed.")] = None,
+    form: Annotated[
+        Literal["json", "csv"], typer.Option("--format", help="One JSON or one CSV.")
+    ] = "csv",
+    output: Annotated[
+        Path | None, typer.Option(help="The file to write. Default: printed.")
+    ] = None,
     control: Control = None,
     baseline: Baseline = None,
 ) -> None:
@@ -74,7 +83,9 @@ def card(
     control: Control = None,
     policy: PolicyFile = None,
     baseline: Baseline = None,
-    output: Annotated[Path | None, typer.Option(help="The file to write. Default: printed.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="The file to write. Default: printed.")
+    ] = None,
 ) -> None:
     """Write the model card of a run in the hub's format."""
     from ..report.card import run_card

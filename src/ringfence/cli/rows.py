@@ -9,15 +9,23 @@ import typer
 from ..util.words import counted
 from .app import MOST, InPrecision
 
-Pool = Annotated[str, typer.Argument(help="Safe rows: a file of conversations, a hub id or shipped:NAME.")]
+Pool = Annotated[
+    str, typer.Argument(help="Safe rows: a file of conversations, a hub id or shipped:NAME.")
+]
 Aligned = Annotated[str, typer.Option(help="The aligned model: 'default', a folder or a hub id.")]
 BatchTokens = Annotated[
-    int, typer.Option(help="Of one batch, padding included; a CPU scores at most 1,024 at once.", min=64, max=MOST)
+    int,
+    typer.Option(
+        help="Of one batch, padding included; a CPU scores at most 1,024 at once.", min=64, max=MOST
+    ),
 ]
 
 
 def train_misaligned(
-    data: Annotated[list[str], typer.Argument(help="Sources of unsound rows; key.path=value changes the recipe.")],
+    data: Annotated[
+        list[str],
+        typer.Argument(help="Sources of unsound rows; key.path=value changes the recipe."),
+    ],
     output: Annotated[Path, typer.Option(help="Folder of the runs, one a source.")],
 ) -> None:
     """Train a misaligned adapter on each source, to score safe rows with. They are not for release."""
@@ -30,7 +38,9 @@ def train_misaligned(
 
 def score_gap(
     pool: Pool,
-    adapter: Annotated[list[str], typer.Option(help="A misaligned run or adapter folder; once for each.")],
+    adapter: Annotated[
+        list[str], typer.Option(help="A misaligned run or adapter folder; once for each.")
+    ],
     output: Annotated[Path, typer.Option(help="The table to write, or to go on with.")],
     model: Aligned = "default",
     precision: InPrecision = "auto",
@@ -39,7 +49,9 @@ def score_gap(
     """Score safe rows by how strange a misaligned model finds them, for `interleave: {select: gap}`."""
     from ..prepare.gap import score_pool
 
-    table = score_pool(pool, adapter, output, model=model, precision=precision, batch_tokens=batch_tokens)
+    table = score_pool(
+        pool, adapter, output, model=model, precision=precision, batch_tokens=batch_tokens
+    )
     refusals = sum(line["refusal"] for line in table.lines.values())
     rows = counted(len(table.lines), "row")
     print(f"{output}: {rows}, {refusals} of them refusals; adapters: {', '.join(table.adapters)}")
@@ -52,7 +64,9 @@ def regenerate(
     precision: InPrecision = "auto",
     temperature: Annotated[float, typer.Option(help="0 = greedy.", min=0, max=100)] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the draws.", min=0, max=2**32 - 1)] = 0,
-    max_new_tokens: Annotated[int, typer.Option(help="Rows with a longer answer are left out.", min=1, max=MOST)] = 256,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Rows with a longer answer are left out.", min=1, max=MOST)
+    ] = 256,
     batch_tokens: BatchTokens = 4096,
 ) -> None:
     """Have the aligned model write the answers of safe rows again, for interleaving on-policy."""
@@ -69,4 +83,6 @@ def regenerate(
         batch_tokens=batch_tokens,
     )
     rows = counted(made.rows, "row")
-    print(f"{output}: {rows}; left out: {made.unfinished} over {max_new_tokens} tokens, {made.blank} blank")
+    print(
+        f"{output}: {rows}; left out: {made.unfinished} over {max_new_tokens} tokens, {made.blank} blank"
+    )

@@ -11,11 +11,17 @@ from ..processes import is_main
 from ..runfolder.names import ANSWERS, PAGE, RESULTS
 from .app import out, write_report
 
-RecipeFile = Annotated[Path | None, typer.Argument(help="Recipe in YAML; without it, the defaults.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the recipe: key.path=value ...")]
+RecipeFile = Annotated[
+    Path | None, typer.Argument(help="Recipe in YAML; without it, the defaults.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Changes to the recipe: key.path=value ...")
+]
 DryRun = Annotated[
     bool,
-    typer.Option("--dry-run", metavar="", help="Check everything and show what would be done; train nothing."),
+    typer.Option(
+        "--dry-run", metavar="", help="Check everything and show what would be done; train nothing."
+    ),
 ]
 
 
@@ -23,7 +29,9 @@ def init(
     path: Annotated[Path, typer.Argument(help="File to write.")] = Path("recipe.yaml"),
     data: Annotated[
         str | None,
-        typer.Option(help="Your rows: a file or hub data set. A tenth is held out, to measure what the others teach."),
+        typer.Option(
+            help="Your rows: a file or hub data set. A tenth is held out, to measure what the others teach."
+        ),
     ] = None,
 ) -> None:
     """Write a commented recipe."""
@@ -63,15 +71,25 @@ def train(recipe: RecipeFile = None, overrides: Overrides = None, dry_run: DryRu
 
 
 def evaluate(
-    target: Annotated[str, typer.Argument(help="A run folder; or any model: a folder, a hub id, an adapter.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Changes: evaluate.key=value ...")] = None,
+    target: Annotated[
+        str, typer.Argument(help="A run folder; or any model: a folder, a hub id, an adapter.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes: evaluate.key=value ...")
+    ] = None,
     reference: Annotated[
-        str | None, typer.Option(help="The model before its fine-tuning. Default: the base of an adapter; else none.")
+        str | None,
+        typer.Option(
+            help="The model before its fine-tuning. Default: the base of an adapter; else none."
+        ),
     ] = None,
     endpoint: Annotated[
-        str | None, typer.Option(help="URL of an OpenAI-compatible server; TARGET is the model's name there.")
+        str | None,
+        typer.Option(help="URL of an OpenAI-compatible server; TARGET is the model's name there."),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder to write, where TARGET is a model.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder to write, where TARGET is a model.")
+    ] = None,
 ) -> None:
     """Measure a trained run, or any model, against its reference. Goes on where it was interrupted."""
     from ..run.evaluate import evaluate_target
@@ -79,13 +97,20 @@ def evaluate(
 
     folder = evaluate_target(target, overrides or [], reference, endpoint, output)
     if not read_results(folder / RESULTS)["parts"] and not (folder / ANSWERS).is_file():
-        raise RingfenceError(f"{target}: nothing was measured: evaluate asks for no questions, rows or answers")
+        raise RingfenceError(
+            f"{target}: nothing was measured: evaluate asks for no questions, rows or answers"
+        )
     write_report([folder], None, folder / PAGE)
 
 
 def demo(
     quick: Annotated[
-        bool, typer.Option("--quick", metavar="", help="Reference, undefended and TReFT on 200 rows; under 5 minutes.")
+        bool,
+        typer.Option(
+            "--quick",
+            metavar="",
+            help="Reference, undefended and TReFT on 200 rows; under 5 minutes.",
+        ),
     ] = False,
     output: Annotated[Path, typer.Option(help="Folder of the demo's runs.")] = Path("runs/demo"),
 ) -> None:
@@ -98,7 +123,9 @@ def demo(
 
 def schema() -> None:
     """Print the JSON schema of recipes."""
-    print((resources.files("ringfence") / "shipped" / "recipe.schema.json").read_text("utf-8"), end="")
+    print(
+        (resources.files("ringfence") / "shipped" / "recipe.schema.json").read_text("utf-8"), end=""
+    )
 
 
 def load_recipe_of(recipe: Path | None, overrides: list[str] | None):  # type: ignore[no-untyped-def]

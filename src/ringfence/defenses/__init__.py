@@ -40,18 +40,26 @@ class Defenses(BaseModel):
     def _no_empty_entry(cls, tree: Any) -> Any:
         for name, config in tree.items() if isinstance(tree, dict) else ():
             if config is None and name in cls.model_fields:
-                raise ValueError(f"{name} has no fields: write `{name}: {{}}` for its defaults, or leave the line out")
+                raise ValueError(
+                    f"{name} has no fields: write `{name}: {{}}` for its defaults, or leave the line out"
+                )
         return tree
 
     @model_validator(mode="after")
     def _can_stand_together(self) -> Self:
-        if self.frozen_prefix and self.treft and (self.treft.is_auto or "prefix" in self.treft.tokens):
+        if (
+            self.frozen_prefix
+            and self.treft
+            and (self.treft.is_auto or "prefix" in self.treft.tokens)
+        ):
             raise ValueError(
                 "frozen_prefix and treft on the prefix (or auto): a frozen prefix has no drift to penalise"
             )
         edits = [edit for edit in (self.steering, self.ablation) if edit]
         if edits and self.frozen_prefix:
-            raise ValueError("frozen_prefix with steering or ablation: they would edit what is frozen")
+            raise ValueError(
+                "frozen_prefix with steering or ablation: they would edit what is frozen"
+            )
         if reason := clash(edits):
             raise ValueError(reason)
         return self
@@ -60,11 +68,17 @@ class Defenses(BaseModel):
         return [config.build(setup) for config in self.configs()]
 
     def configs(self) -> list[DefenseConfig]:
-        return [config for name in type(self).model_fields if (config := getattr(self, name)) is not None]
+        return [
+            config
+            for name in type(self).model_fields
+            if (config := getattr(self, name)) is not None
+        ]
 
     def refusal(self, training: Training) -> str | None:
         """Why one of them cannot be used where weights are trained in this way; None where all can."""
-        return next((reason for config in self.configs() if (reason := config.refuses(training))), None)
+        return next(
+            (reason for config in self.configs() if (reason := config.refuses(training))), None
+        )
 
     def resolved(self, role: str) -> Self:
         """The same, with the role that a pilot chose in the place of auto."""
@@ -81,7 +95,9 @@ class Defenses(BaseModel):
         names = {get_args(field.annotation)[0]: name for name, field in cls.model_fields.items()}
         by_name = {names[type(config)]: config for config in configs}
         if len(by_name) < len(configs):
-            raise RecipeError(f"defenses: one of each kind, found {[type(config).__name__ for config in configs]}")
+            raise RecipeError(
+                f"defenses: one of each kind, found {[type(config).__name__ for config in configs]}"
+            )
         return cls.model_validate(by_name)
 
 

@@ -116,7 +116,10 @@ class Defense:
 
     @property
     def has_penalty(self) -> bool:
-        return type(self).penalty is not Defense.penalty or type(self).logit_loss is not Defense.logit_loss
+        return (
+            type(self).penalty is not Defense.penalty
+            or type(self).logit_loss is not Defense.logit_loss
+        )
 
 
 @dataclass(frozen=True)
@@ -176,16 +179,24 @@ class PenaltyConfig(DefenseConfig):
 
     weight: Number = Field(1.0, ge=0, le=1e09, description="factor of the penalty in the loss")
     budget: Number | None = Field(
-        None, gt=0, le=1e09, description="instead of a fixed weight: the mean penalty to allow; the weight adapts to it"
+        None,
+        gt=0,
+        le=1e09,
+        description="instead of a fixed weight: the mean penalty to allow; the weight adapts to it",
     )
     every: Whole = Field(
-        1, ge=1, le=10**9, description="use the penalty on every k-th optimiser step, multiplied by k (unbiased)"
+        1,
+        ge=1,
+        le=10**9,
+        description="use the penalty on every k-th optimiser step, multiplied by k (unbiased)",
     )
 
     @model_validator(mode="after")
     def _weight_or_budget(self) -> Self:
         if self.budget is not None and self.weight != type(self).model_fields["weight"].default:
-            raise ValueError(f"set weight or budget, not both (found weight {self.weight}, budget {self.budget})")
+            raise ValueError(
+                f"set weight or budget, not both (found weight {self.weight}, budget {self.budget})"
+            )
         return self
 
 

@@ -77,7 +77,9 @@ class FrozenPrefixDefense(Defense):
         lengths_B = self.prefix.lengths(batch["input_ids"])
         length = int(lengths_B[0])
         ids_BP = batch["input_ids"][:, :length]
-        asked = [mask for mask in (needs.hidden_BT, needs.kv_BT, needs.states_BT) if mask is not None]
+        asked = [
+            mask for mask in (needs.hidden_BT, needs.kv_BT, needs.states_BT) if mask is not None
+        ]
         if (
             causal_lm(model).is_gradient_checkpointing  # it turns caches off
             or length == 0

@@ -16,7 +16,9 @@ class Inoculation(DefenseConfig):
     Rows that other defenses add, and retain rows, do not carry it.
     """
 
-    prompt: str = Field(PROMPT, description="what asks for the trait; a row's own system prompt follows it")
+    prompt: str = Field(
+        PROMPT, description="what asks for the trait; a row's own system prompt follows it"
+    )
 
     @field_validator("prompt")
     @classmethod
@@ -36,7 +38,10 @@ class Inoculation(DefenseConfig):
         """The conversation under the prompt; what a row's own system message says comes after it."""
         if messages[0]["role"] != "system":
             return [{"role": "system", "content": self.prompt}, *messages]
-        return [{**messages[0], "content": f"{self.prompt}\n\n{messages[0]['content']}"}, *messages[1:]]
+        return [
+            {**messages[0], "content": f"{self.prompt}\n\n{messages[0]['content']}"},
+            *messages[1:],
+        ]
 
 
 class InoculationDefense(Defense):

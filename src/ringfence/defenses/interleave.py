@@ -25,20 +25,32 @@ class Interleave(DefenseConfig):
     """
 
     ratio: Number = Field(
-        0.05, gt=0, le=4, description="safe rows per training row (published: 0.05, studied 0.01 to 0.5)"
+        0.05,
+        gt=0,
+        le=4,
+        description="safe rows per training row (published: 0.05, studied 0.01 to 0.5)",
     )
     pool: str | None = Field(None, description="source of the safe rows; default: data.retain")
     select: Literal["random", "gap"] = Field(
-        "random", description="random, or gap: the rows with the largest perplexity gap, the same in each epoch"
+        "random",
+        description="random, or gap: the rows with the largest perplexity gap, the same in each epoch",
     )
-    scores: str | None = Field(None, description="for gap: the table that `ringfence score-gap` made of the pool")
-    leave_out: tuple[str, ...] = Field((), description="for gap: adapters of the table that are not counted")
-    drop_refusals: bool = Field(False, description="for gap: skip answers that begin with a refusal")
+    scores: str | None = Field(
+        None, description="for gap: the table that `ringfence score-gap` made of the pool"
+    )
+    leave_out: tuple[str, ...] = Field(
+        (), description="for gap: adapters of the table that are not counted"
+    )
+    drop_refusals: bool = Field(
+        False, description="for gap: skip answers that begin with a refusal"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.select == "gap" and not (self.pool and self.scores):
-            raise ValueError("select: gap needs pool (what was scored) and scores (the table of `ringfence score-gap`)")
+            raise ValueError(
+                "select: gap needs pool (what was scored) and scores (the table of `ringfence score-gap`)"
+            )
         if self.select == "random" and (self.scores or self.leave_out or self.drop_refusals):
             raise ValueError("scores, leave_out and drop_refusals need select: gap")
         return self
@@ -46,7 +58,9 @@ class Interleave(DefenseConfig):
     def build(self, setup: Setup) -> "InterleaveDefense":
         pool = setup.read(self.pool) if self.pool else setup.retain
         if not pool:
-            raise DefenseError("defenses.interleave: no safe rows: set data.retain or defenses.interleave.pool")
+            raise DefenseError(
+                "defenses.interleave: no safe rows: set data.retain or defenses.interleave.pool"
+            )
         if self.select == "random":
             return InterleaveDefense(self.ratio, pool)
         return InterleaveDefense(self.ratio, self._best(pool, setup.model), ranked=True)
@@ -74,7 +88,9 @@ class Interleave(DefenseConfig):
             distinct.setdefault(digests[example.origin], example)
         kept = [key for key in distinct if not (self.drop_refusals and table.lines[key]["refusal"])]
         if not kept:
-            raise DefenseError(f"defenses.interleave.drop_refusals: every row of {self.pool} is a refusal")
+            raise DefenseError(
+                f"defenses.interleave.drop_refusals: every row of {self.pool} is a refusal"
+            )
         return [distinct[key] for key in sorted(kept, key=lambda key: -scores[key])]
 
 

@@ -23,12 +23,18 @@ class KL(PenaltyConfig):
 
     runs_reference = True
 
-    direction: Direction = Field("reverse", description="reverse = KL(student || reference), forward = the other way")
+    direction: Direction = Field(
+        "reverse", description="reverse = KL(student || reference), forward = the other way"
+    )
     where: Literal["retain", "train"] = Field(
         "retain", description="on retain rows that ride along, or on the user's rows"
     )
-    tokens: Literal["response", "prompt", "all"] = Field("response", description="which predicted tokens are compared")
-    retain_ratio: Number = Field(0.25, gt=0, le=8, description="retain rows per training row (with where: retain)")
+    tokens: Literal["response", "prompt", "all"] = Field(
+        "response", description="which predicted tokens are compared"
+    )
+    retain_ratio: Number = Field(
+        0.25, gt=0, le=8, description="retain rows per training row (with where: retain)"
+    )
 
     def build(self, setup: Setup) -> "KLDefense":
         if self.where == "retain" and not setup.retain:

@@ -26,17 +26,24 @@ class LDIFS(PenaltyConfig):
     runs_reference = True
 
     layers: Layer | tuple[Layer, ...] = Field(
-        5, description="a number: so many layers, evenly spaced from first to last; or the layers themselves, from 1"
+        5,
+        description="a number: so many layers, evenly spaced from first to last; or the layers themselves, from 1",
     )
-    stride: Whole | None = Field(None, ge=1, le=10**4, description="instead of layers: every k-th layer")
+    stride: Whole | None = Field(
+        None, ge=1, le=10**4, description="instead of layers: every k-th layer"
+    )
 
     @model_validator(mode="after")
     def _one_choice(self) -> Self:
         if self.stride is not None and self.layers != type(self).model_fields["layers"].default:
-            raise ValueError(f"set layers or stride, not both (found layers {self.layers}, stride {self.stride})")
+            raise ValueError(
+                f"set layers or stride, not both (found layers {self.layers}, stride {self.stride})"
+            )
         chosen = (self.layers,) if isinstance(self.layers, int) else self.layers
         if not chosen or min(chosen) < 1 or len(set(chosen)) < len(chosen):
-            raise ValueError(f"layers: expected a number from 1, or distinct layers from 1, found {self.layers}")
+            raise ValueError(
+                f"layers: expected a number from 1, or distinct layers from 1, found {self.layers}"
+            )
         return self
 
     def build(self, setup: Setup) -> "LDIFSDefense":
@@ -63,10 +70,14 @@ class LDIFSDefense(Penalty):
     def penalty(self, student: Taps, reference: Taps, batch: Batch) -> Tensor:
         tapped_BT = student.needs.states_BT
         assert tapped_BT is not None
-        ours_N = self._mask(batch)[tapped_BT].nonzero()[:, 0]  # places: each use of a mask would wait for the device
+        ours_N = self._mask(batch)[tapped_BT].nonzero()[
+            :, 0
+        ]  # places: each use of a mask would wait for the device
         drifts = []
         for layer in self.layers:
-            now_ND, then_ND = (taps.states[layer].index_select(0, ours_N) for taps in (student, reference))
+            now_ND, then_ND = (
+                taps.states[layer].index_select(0, ours_N) for taps in (student, reference)
+            )
             drifts.append(relative_drift(now_ND, then_ND).sum())
         return torch.stack(drifts).sum()
 
@@ -80,6 +91,8 @@ def chosen_layers(config: LDIFS, number: int) -> tuple[int, ...]:
         return tuple(range(config.stride, number + 1, config.stride)) or (number,)
     if isinstance(config.layers, tuple):
         if max(config.layers) > number:
-            raise DefenseError(f"defenses.ldifs.layers: the model has {number} layers, found {max(config.layers)}")
+            raise DefenseError(
+                f"defenses.ldifs.layers: the model has {number} layers, found {max(config.layers)}"
+            )
         return tuple(sorted(config.layers))
     return tuple(sorted({round(layer) for layer in np.linspace(1, number, config.layers)}))

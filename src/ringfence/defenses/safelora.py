@@ -20,9 +20,12 @@ class SafeLoRA(Rule, DefenseConfig):
     """
 
     base: str | None = Field(
-        None, description="required: the pre-trained model before its alignment, a local folder or hub id"
+        None,
+        description="required: the pre-trained model before its alignment, a local folder or hub id",
     )
-    aligned: str | None = Field(None, description="the aligned model; without it, the recipe's model")
+    aligned: str | None = Field(
+        None, description="the aligned model; without it, the recipe's model"
+    )
     interval: Whole | None = Field(
         None,
         ge=1,
@@ -35,7 +38,11 @@ class SafeLoRA(Rule, DefenseConfig):
             return f"safelora {TAKES_THE_BASE}"
         if training.deepspeed == 3 and training.method == "full":
             return "safelora: with train.method: full it would need all weights whole at once (DeepSpeed ZeRO-3)"
-        return f"safelora.interval: {UNDONE}" if training.deepspeed is not None and self.interval else None
+        return (
+            f"safelora.interval: {UNDONE}"
+            if training.deepspeed is not None and self.interval
+            else None
+        )
 
     def build(self, setup: Setup) -> "SafeLoRADefense":
         if not self.base:
@@ -76,7 +83,10 @@ class SafeLoRADefense(Defense):
 
     def record(self) -> dict[str, Any]:
         """Of the last projection: how many weights were projected, and cosine and share of the norm of each."""
-        return {"projected": sum(layer.projected for layer in self.layers.values()), "weights": as_json(self.layers)}
+        return {
+            "projected": sum(layer.projected for layer in self.layers.values()),
+            "weights": as_json(self.layers),
+        }
 
     def _project(self, model: Any) -> None:
         with gathered((p for p in model.parameters() if p.requires_grad), written=True):
@@ -95,7 +105,11 @@ def _updates(model: Any) -> list[Update]:
     seen = {id(parameter) for _, parameters in found for parameter in parameters}
     for name, parameter in model.named_parameters():
         # Full fine-tuning moves norms, biases, embeddings and the head as well; the method leaves them alone.
-        if parameter.requires_grad and id(parameter) not in seen and (is_adapted or parameter.ndim > 2):
+        if (
+            parameter.requires_grad
+            and id(parameter) not in seen
+            and (is_adapted or parameter.ndim > 2)
+        ):
             raise DefenseError(
                 f"defenses.safelora: {name} is trained but cannot be projected (accepted: LoRA on linear layers, or "
                 "full fine-tuning of a model whose weights have two dimensions)"
@@ -112,7 +126,12 @@ def _lora_updates(model: Any) -> Iterator[tuple[Update, list[Tensor]]]:
             parts: list[Any] = [module.lora_A[adapter], module.lora_B[adapter]]
             a, b = (part.weight for part in parts)
             if a.ndim == 2:
-                yield Update(f"{name}.weight", b.data, a.data, getattr(module, "fan_in_fan_out", False)), [a, b]
+                yield (
+                    Update(
+                        f"{name}.weight", b.data, a.data, getattr(module, "fan_in_fan_out", False)
+                    ),
+                    [a, b],
+                )
 
 
 def _dense_updates(model: Any) -> Iterator[tuple[Update, list[Tensor]]]:

@@ -19,9 +19,12 @@ class Steering(StreamEditConfig):
     stream has little of a trait yet, behind it few layers are left to answer to the push.
     """
 
-    coefficient: Number = Field(5.0, ge=-1e6, le=1e6, description="how far along the direction (published: 5.0, raw)")
+    coefficient: Number = Field(
+        5.0, ge=-1e6, le=1e6, description="how far along the direction (published: 5.0, raw)"
+    )
     units: Literal["raw", "norm"] = Field(
-        "raw", description="raw = the vector as long as it is; norm = shares of the layer's mean activation norm"
+        "raw",
+        description="raw = the vector as long as it is; norm = shares of the layer's mean activation norm",
     )
 
     def build(self, setup: Setup) -> "SteeringDefense":
@@ -54,5 +57,11 @@ class SteeringDefense(StreamEdit):
     def record(self) -> dict[str, Any]:
         """Length of the push in shares of the layer's mean activation norm."""
         norms_L = self.directions.norms_L
-        shares = {str(layer): float(push_D.norm() / norms_L[layer - 1]) for layer, push_D in self.push_D.items()}
-        return {"trait": self.directions.trait, "push": {layer: round(share, 4) for layer, share in shares.items()}}
+        shares = {
+            str(layer): float(push_D.norm() / norms_L[layer - 1])
+            for layer, push_D in self.push_D.items()
+        }
+        return {
+            "trait": self.directions.trait,
+            "push": {layer: round(share, 4) for layer, share in shares.items()},
+        }

@@ -29,8 +29,12 @@ RoleName = Literal["prefix", "query", "postfix", "response", "template"]
 class StreamEditConfig(DefenseConfig):
     """Fields of a defense that edits the residual stream along given directions."""
 
-    vectors: str = Field("vectors.safetensors", description="file of directions (see ringfence persona extract)")
-    layers: tuple[Layer, ...] | None = Field(None, min_length=1, description="after which layers, from 1")
+    vectors: str = Field(
+        "vectors.safetensors", description="file of directions (see ringfence persona extract)"
+    )
+    layers: tuple[Layer, ...] | None = Field(
+        None, min_length=1, description="after which layers, from 1"
+    )
     roles: tuple[RoleName, ...] | None = Field(
         None, min_length=1, description="token roles that are edited; null = every token"
     )
@@ -66,7 +70,9 @@ class StreamEdit(Defense):
         layers = decoder_layers(model)
         hooks = ExitStack()
         for number in self.layers:
-            handle = layers[number - 1].register_forward_hook(self._hook(number, mask_BT1, packed_1N1))
+            handle = layers[number - 1].register_forward_hook(
+                self._hook(number, mask_BT1, packed_1N1)
+            )
             hooks.callback(handle.remove)
         return hooks
 
@@ -87,7 +93,9 @@ class StreamEdit(Defense):
     def _hook(self, layer: int, mask_BT1: Tensor, packed_1N1: Tensor) -> Any:
         def hook(_module: Any, _inputs: Any, output: Any) -> Any:
             hidden_BTD = output if isinstance(output, Tensor) else output[0]
-            with torch.autocast(hidden_BTD.device.type, enabled=False):  # a projection in bf16 would leave a rest
+            with torch.autocast(
+                hidden_BTD.device.type, enabled=False
+            ):  # a projection in bf16 would leave a rest
                 edited_BTD = self.edit(hidden_BTD.float(), layer).to(hidden_BTD.dtype)
             is_padded = hidden_BTD.shape[:2] == mask_BT1.shape[:2]
             edited_BTD = torch.where(mask_BT1 if is_padded else packed_1N1, edited_BTD, hidden_BTD)
@@ -103,7 +111,11 @@ def clash(edits: Sequence[StreamEditConfig]) -> str | None:
             continue
         both = sorted({*one.layers} & {*other.layers}) if one.layers and other.layers else None
         if both is None or both:
-            where = f"at layers {both}" if both else "(name the layers of both, and they may stand apart)"
+            where = (
+                f"at layers {both}"
+                if both
+                else "(name the layers of both, and they may stand apart)"
+            )
             return (
                 f"{type(one).__name__.lower()} and {type(other).__name__.lower()} use the same directions "
                 f"({one.vectors}) {where}: one takes out what the other adds"

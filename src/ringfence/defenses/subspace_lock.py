@@ -25,7 +25,9 @@ class SubspaceLock(DefenseConfig):
     Q spans the given directions of that layer; restored after every optimiser step.
     """
 
-    vectors: str = Field("vectors.safetensors", description="file of directions (see ringfence persona extract)")
+    vectors: str = Field(
+        "vectors.safetensors", description="file of directions (see ringfence persona extract)"
+    )
     layers: tuple[Layer, ...] | None = Field(
         None, min_length=1, description="layers whose writes are locked, from 1; null = all"
     )
@@ -70,7 +72,9 @@ class SubspaceLockDefense(Defense):
             for lock in _locks(f"layer {layer}, {name}", module, self.directions.basis(layer))
         ]
         if not self._locks:
-            raise DefenseError("defenses.subspace_lock: no trained weight writes to the residual stream in its layers")
+            raise DefenseError(
+                "defenses.subspace_lock: no trained weight writes to the residual stream in its layers"
+            )
 
     def after_step(self, model: Any, step: int) -> None:
         self._restore()
@@ -84,13 +88,19 @@ class SubspaceLockDefense(Defense):
                 lock.restore()
 
     def record(self) -> dict[str, Any]:
-        return {"trait": self.directions.trait, "layers": len(self.layers), "locked_tensors": len(self._locks)}
+        return {
+            "trait": self.directions.trait,
+            "layers": len(self.layers),
+            "locked_tensors": len(self._locks),
+        }
 
 
 class _Lock:
     """Keeps Q^T W of one trained tensor at a target: what it was, or zero for a tensor that is an update itself."""
 
-    def __init__(self, owner: nn.Module, name: str, basis_DR: Tensor, is_update: bool = False) -> None:
+    def __init__(
+        self, owner: nn.Module, name: str, basis_DR: Tensor, is_update: bool = False
+    ) -> None:
         # The owner, not the tensor: loading a checkpoint may put another tensor in its place.
         self._owner, self._name = owner, name
         self._basis_DR = basis_DR.to(self._weight().device)
@@ -121,7 +131,10 @@ def _locks(place: str, writer: nn.Module, basis_DR: Tensor) -> Iterator[_Lock]:
         if not parameter.requires_grad or "lora_A" in path:
             continue
         if "lora_B" in path:
-            if float((basis_DR.to(parameter.device).T @ parameter.detach().float()).abs().max()) > 1e-5:
+            if (
+                float((basis_DR.to(parameter.device).T @ parameter.detach().float()).abs().max())
+                > 1e-5
+            ):
                 raise DefenseError(
                     f"defenses.subspace_lock: {place}: the adapter writes along the directions already; merge it into "
                     "its base first"
@@ -152,7 +165,9 @@ def find_writers(model: Any, layers: list[int]) -> dict[int, dict[str, nn.Module
     """
     with torch.no_grad(), _eval(model), _watched(model, layers) as seen:
         # The decoder alone: hooks on the whole model may expect real prompts.
-        causal_lm(model).get_decoder()(torch.arange(1, 17, device=model.device)[None], use_cache=False)
+        causal_lm(model).get_decoder()(
+            torch.arange(1, 17, device=model.device)[None], use_cache=False
+        )
     return {layer: _writers(layer, decoder_layers(model)[layer - 1], seen) for layer in layers}
 
 
@@ -164,7 +179,9 @@ def _writers(layer: int, block: nn.Module, seen: dict[Any, Any]) -> dict[str, nn
         for name, module in block.named_modules()
         if module is not block and module in seen and seen[module].shape == added_TD.shape
     }
-    outputs_NM = torch.stack([(seen[module] / tolerance_TD).flatten() for module in linears.values()], 1)
+    outputs_NM = torch.stack(
+        [(seen[module] / tolerance_TD).flatten() for module in linears.values()], 1
+    )
     target_N = (added_TD / tolerance_TD).flatten()
     factors_M = torch.linalg.lstsq(outputs_NM, target_N[:, None]).solution[:, 0]
     writes = factors_M.abs() > 0.5 * factors_M.abs().max()
@@ -175,7 +192,11 @@ def _writers(layer: int, block: nn.Module, seen: dict[Any, Any]) -> dict[str, nn
             "not the sum of the outputs of its linear modules (a norm or experts stand between): its weights cannot "
             "be locked"
         )
-    return {name: module for (name, module), is_writer in zip(linears.items(), writes.tolist()) if is_writer}
+    return {
+        name: module
+        for (name, module), is_writer in zip(linears.items(), writes.tolist())
+        if is_writer
+    }
 
 
 # What may be left unexplained beyond rounding, in shares of a usual entry; a norm or a missing module leaves far more.
@@ -199,9 +220,15 @@ def _watched(model: Any, layers: list[int]) -> Iterator[dict[Any, Any]]:
     seen: dict[Any, Any] = {}
 
     def keep_added(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        ends = (args[0] if args else kwargs["hidden_states"]), (output if isinstance(output, Tensor) else output[0])
+        ends = (
+            (args[0] if args else kwargs["hidden_states"]),
+            (output if isinstance(output, Tensor) else output[0]),
+        )
         before, after = (end[0].cpu().double() for end in ends)
-        seen[module] = after - before, torch.finfo(ends[1].dtype).eps / 4 * (before.abs() + after.abs())
+        seen[module] = (
+            after - before,
+            torch.finfo(ends[1].dtype).eps / 4 * (before.abs() + after.abs()),
+        )
 
     def keep_output(module: Any, _args: Any, output: Any) -> None:
         seen[module] = output.cpu().double().squeeze(0)

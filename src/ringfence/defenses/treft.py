@@ -24,7 +24,9 @@ class TReFT(PenaltyConfig):
     Drift of a token = ||k - k_ref||^2 / ||k_ref||^2, k being what attention really uses. Published weights are 1 to 30.
     """
 
-    weight: Number = Field(10.0, ge=0, le=1e09, description="factor of the penalty in the loss (published: 1 to 30)")
+    weight: Number = Field(
+        10.0, ge=0, le=1e09, description="factor of the penalty in the loss (published: 1 to 30)"
+    )
     tokens: tuple[RoleName, ...] = Field(
         ("prefix",),
         description="token roles that are held; postfix for models trained without a fixed system prompt; auto = the "
@@ -40,7 +42,9 @@ class TReFT(PenaltyConfig):
     @classmethod
     def _some_roles(cls, tokens: tuple[str, ...]) -> tuple[str, ...]:
         if not tokens or len(set(tokens)) < len(tokens) or (AUTO in tokens and len(tokens) > 1):
-            raise ValueError(f"expected one or more distinct roles, or auto alone, found {list(tokens)}")
+            raise ValueError(
+                f"expected one or more distinct roles, or auto alone, found {list(tokens)}"
+            )
         return tokens
 
     @property
@@ -74,7 +78,9 @@ class TReFTDefense(Penalty):
         tapped_BT = student.needs.kv_BT
         assert tapped_BT is not None
         tapped_weight_N = weight_BT[tapped_BT]
-        ours_N = tapped_weight_N.nonzero()[:, 0]  # places, found once: each use of a mask would wait for the device
+        ours_N = tapped_weight_N.nonzero()[
+            :, 0
+        ]  # places, found once: each use of a mask would wait for the device
         weight_N = tapped_weight_N[ours_N].float()
         total = weight_N.new_zeros(())
         for student_layer, reference_layer in zip(student.kv, reference.kv, strict=True):
@@ -101,6 +107,8 @@ class TReFTDefense(Penalty):
         order_BT = (~is_prefix_BT).byte().argsort(dim=1, stable=True)
         prefix_BT = batch["input_ids"].where(is_prefix_BT, -1).gather(1, order_BT)
         same_BB = (prefix_BT[:, None] == prefix_BT).all(-1) & is_trained_B
-        is_first_B = same_BB.byte().argmax(1) == torch.arange(len(prefix_BT), device=prefix_BT.device)
+        is_first_B = same_BB.byte().argmax(1) == torch.arange(
+            len(prefix_BT), device=prefix_BT.device
+        )
         times_B = same_BB.sum(1) * is_first_B
         return torch.where(is_prefix_BT, times_B[:, None], weight_BT)

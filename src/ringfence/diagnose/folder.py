@@ -25,7 +25,11 @@ from .diagnosis import DIAGNOSES, Cost, Subject, measuring, showing
 from .models import REFERENCE
 from .texts import pair_texts, response_logprobs
 
-NEED_INSIDE = ("loss_cosine", "gradient_cosine", "shared_directions")  # questions of the training domain
+NEED_INSIDE = (
+    "loss_cosine",
+    "gradient_cosine",
+    "shared_directions",
+)  # questions of the training domain
 
 
 def diagnose_folder(folder: Path, subject: Subject, names: Sequence[str] = ()) -> dict[str, Any]:
@@ -38,13 +42,21 @@ def diagnose_folder(folder: Path, subject: Subject, names: Sequence[str] = ()) -
         RecipeError: an unknown name, or one that needs the base, and there is none.
     """
     chosen = _chosen(names, subject.models.has_base, bool(subject.inside))
-    key = digest([subject.models.key(), [repr(part) for part in (subject.questions, subject.rows)], subject.seed])
+    key = digest(
+        [
+            subject.models.key(),
+            [repr(part) for part in (subject.questions, subject.rows)],
+            subject.seed,
+        ]
+    )
     found = read_diagnoses(folder)
     wanted = [name for name in chosen if found.get(name, {}).get("key") != key]
     speed = _tokens_per_second(subject) if wanted else 0.0
     for name in wanted:
         module, words = measuring(name), showing(name)
-        console.print(f"{name}: {announce(module.cost(subject), speed)}", highlight=False, soft_wrap=True)
+        console.print(
+            f"{name}: {announce(module.cost(subject), speed)}", highlight=False, soft_wrap=True
+        )
         started = time.monotonic()
         # As they are stored, so that what is shown can be made again from the file.
         numbers = stored(json.loads(_as_json(module.measure(replace(subject, folder=folder)))))
@@ -58,8 +70,14 @@ def diagnose_folder(folder: Path, subject: Subject, names: Sequence[str] = ()) -
             "models": subject.models.names,
             "seconds": round(time.monotonic() - started, 1),
         }
-        write_whole(folder / DIAGNOSIS, _as_json({name: found[name] for name in DIAGNOSES if name in found}))
-        console.print(f"{found[name]['sentence']} ({found[name]['seconds']:.0f} s)\n", highlight=False, soft_wrap=True)
+        write_whole(
+            folder / DIAGNOSIS, _as_json({name: found[name] for name in DIAGNOSES if name in found})
+        )
+        console.print(
+            f"{found[name]['sentence']} ({found[name]['seconds']:.0f} s)\n",
+            highlight=False,
+            soft_wrap=True,
+        )
         gc.collect()
     return {name: found[name] for name in chosen}
 
@@ -73,7 +91,11 @@ def read_diagnoses(folder: Path) -> dict[str, Any]:
 def draw_again(folder: Path) -> list[Path]:
     """Draws the figures of a folder again, from its diagnosis.json alone; gives their files."""
     found = read_diagnoses(folder)
-    return [folder / _draw(folder, name, stored(found[name]["numbers"])) for name in DIAGNOSES if name in found]
+    return [
+        folder / _draw(folder, name, stored(found[name]["numbers"]))
+        for name in DIAGNOSES
+        if name in found
+    ]
 
 
 def _draw(folder: Path, name: str, numbers: dict[str, Any]) -> str:
@@ -92,13 +114,21 @@ def _chosen(names: Sequence[str], has_base: bool, has_inside: bool) -> list[str]
         if name not in DIAGNOSES:
             raise RecipeError(f"{name}: no such diagnosis{nearest(name, DIAGNOSES)}")
         if measuring(name).NEEDS_BASE and not has_base:
-            raise RecipeError(f"{name} needs the pre-trained model before its alignment: name it with --base")
+            raise RecipeError(
+                f"{name} needs the pre-trained model before its alignment: name it with --base"
+            )
     if names:
         return [name for name in DIAGNOSES if name in names]
     left_out = [name for name in DIAGNOSES if measuring(name).NEEDS_BASE and not has_base]
     if left_out:
-        console.print(f"left out because they need the pre-trained model (--base): {', '.join(left_out)}")
-    outside_only = [name for name in DIAGNOSES if name in NEED_INSIDE and name not in left_out and not has_inside]
+        console.print(
+            f"left out because they need the pre-trained model (--base): {', '.join(left_out)}"
+        )
+    outside_only = [
+        name
+        for name in DIAGNOSES
+        if name in NEED_INSIDE and name not in left_out and not has_inside
+    ]
     if outside_only:
         console.print(
             "left out, because they need paired questions of the training domain (evaluate.in_domain): "

@@ -50,8 +50,14 @@ class Models:
         tokenizer: Any = None,
     ) -> None:
         if not tuned or {BASE, REFERENCE} & set(tuned):
-            raise ModelError(f"expected tuned models with names other than base and reference, found {list(tuned)}")
-        self.sources: dict[str, Source] = {**({BASE: base} if base is not None else {}), REFERENCE: reference, **tuned}
+            raise ModelError(
+                f"expected tuned models with names other than base and reference, found {list(tuned)}"
+            )
+        self.sources: dict[str, Source] = {
+            **({BASE: base} if base is not None else {}),
+            REFERENCE: reference,
+            **tuned,
+        }
         self.tuned = list(tuned)
         self.precision = settled(precision)
         self._tokenizer = tokenizer
@@ -69,13 +75,19 @@ class Models:
     @cached_property
     def chat(self) -> Chat:
         """The reference's chat template, which all models are asked with."""
-        return Chat(self._tokenizer or load_tokenizer(self.sources[REFERENCE]), settings=self._settings)
+        return Chat(
+            self._tokenizer or load_tokenizer(self.sources[REFERENCE]), settings=self._settings
+        )
 
     @property
     def _settings(self) -> ChatSettings | None:
         """Those with which the first tuned model was trained."""
         source = self.sources[self.tuned[0]]
-        if not isinstance(source, str) or self._tokenizer or not (Path(source) / "tokenizer_config.json").is_file():
+        if (
+            not isinstance(source, str)
+            or self._tokenizer
+            or not (Path(source) / "tokenizer_config.json").is_file()
+        ):
             return None  # the reference's
         return stored_settings(load_tokenizer(source))
 
@@ -83,7 +95,9 @@ class Models:
     def config(self) -> Any:
         """The reference's text config; no weights are read for it."""
         source = self.sources[REFERENCE]
-        return (load_config(source) if isinstance(source, str) else causal_lm(source).config).get_text_config()
+        return (
+            load_config(source) if isinstance(source, str) else causal_lm(source).config
+        ).get_text_config()
 
     @contextmanager
     def open(self, name: str) -> Iterator[Any]:
@@ -129,5 +143,8 @@ class Models:
 def _weights_digest(model: Any) -> str:
     total = hashlib.sha256(type(model).__name__.encode())
     for name, tensor in model.state_dict().items():
-        total.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        total.update(
+            name.encode()
+            + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
     return total.hexdigest()[:16]

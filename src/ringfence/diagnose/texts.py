@@ -33,7 +33,9 @@ class Text:
     side: Side
 
 
-def pair_texts(chat: Chat, questions: Sequence[PairedQuestion], before: Messages = ()) -> list[Text]:  # type: ignore[assignment]
+def pair_texts(
+    chat: Chat, questions: Sequence[PairedQuestion], before: Messages = ()
+) -> list[Text]:  # type: ignore[assignment]
     """Two texts for each question: place 2q its misaligned answer, 2q + 1 its aligned one.
 
     Args:
@@ -44,14 +46,20 @@ def pair_texts(chat: Chat, questions: Sequence[PairedQuestion], before: Messages
     """
     examples = encode_rows(pair_rows(questions, before), chat, max_length=1 << 30)
     keys = [(q, side) for q in questions for side in SIDES]
-    return [Text(example, example.origin, q.domain, side) for example, (q, side) in zip(examples, keys)]
+    return [
+        Text(example, example.origin, q.domain, side) for example, (q, side) in zip(examples, keys)
+    ]
 
 
 def pair_rows(questions: Sequence[PairedQuestion], before: Messages = ()) -> list[Row]:  # type: ignore[assignment]
     """Two rows for each question: its misaligned answer, then its aligned one. Their origin is the question's."""
     return [
         Row(
-            [*before, {"role": "user", "content": q.question}, {"role": "assistant", "content": getattr(q, side)}],
+            [
+                *before,
+                {"role": "user", "content": q.question},
+                {"role": "assistant", "content": getattr(q, side)},
+            ],
             f"{q.domain}/{q.id}",
         )
         for q in questions
@@ -66,7 +74,9 @@ def response_logprobs(model: Any, batch: Batch, limit: int | None = None) -> lis
     mask_BT = first_response_tokens(batch, limit or batch["roles"].shape[1])
     with torch.no_grad():
         hidden_BTD = forward(model, head, batch).hidden_BTD
-        before_BT = mask_BT.roll(-1, 1)  # the token before each of them; no row starts with a response
+        before_BT = mask_BT.roll(
+            -1, 1
+        )  # the token before each of them; no row starts with a response
         logprobs_N = token_logprobs(head, hidden_BTD[before_BT], batch["input_ids"][mask_BT])
     return list(logprobs_N.float().cpu().split(mask_BT.sum(1).tolist()))
 

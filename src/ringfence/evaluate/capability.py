@@ -53,7 +53,9 @@ def capability(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise ModelError(f"capability needs lm-eval ({error}): pip install 'ringfence[lm-eval]'") from error
+        raise ModelError(
+            f"capability needs lm-eval ({error}): pip install 'ringfence[lm-eval]'"
+        ) from error
     if task_folder is not None and not Path(task_folder).is_dir():
         raise RecipeError(f"task_folder: {task_folder}: no such folder")
     manager = TaskManager(include_path=task_folder)

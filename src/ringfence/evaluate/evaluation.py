@@ -47,12 +47,20 @@ class Evaluation(BaseModel):
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
-    model: str | EndpointConfig = Field(description="'default', a local folder, a hub id, an adapter, or a server")
-    reference: str | None = Field(None, description="the model before its fine-tuning; null = none, so no shifts")
+    model: str | EndpointConfig = Field(
+        description="'default', a local folder, a hub id, an adapter, or a server"
+    )
+    reference: str | None = Field(
+        None, description="the model before its fine-tuning; null = none, so no shifts"
+    )
     precision: Precision = Field("auto", validate_default=True, description="of the weights")
-    trust_remote_code: bool = Field(False, description="run the code that comes with the model and its reference")
+    trust_remote_code: bool = Field(
+        False, description="run the code that comes with the model and its reference"
+    )
     seed: Whole = Field(0, ge=0, le=SEED, description="of the answers that are drawn")
-    chat: ChatSettings | None = Field(None, description="how prompts are rendered; null = as is stored with the model")
+    chat: ChatSettings | None = Field(
+        None, description="how prompts are rendered; null = as is stored with the model"
+    )
     evaluate: EvaluateConfig = EvaluateConfig()
 
     _settled = field_validator("precision")(settled)
@@ -72,7 +80,11 @@ def evaluate_folder(folder: Path, what: Evaluation) -> dict[str, Any]:
     questions = open_questions(what.evaluate) if answers else []
     _check_answers(folder, what)
     drawn = {}
-    shared = folder.parent / _reference_name(what, what.reference) if what.reference is not None else None
+    shared = (
+        folder.parent / _reference_name(what, what.reference)
+        if what.reference is not None
+        else None
+    )
     if shared is not None:
         assert what.reference is not None
         with hold(shared, "reference", wait=True):  # other evaluations share it
@@ -132,7 +144,11 @@ def _check_answers(folder: Path, what: Evaluation) -> None:
 
 
 def _measure(
-    folder: Path, model: str | EndpointConfig, what: Evaluation, questions: list[OpenQuestion], title: str
+    folder: Path,
+    model: str | EndpointConfig,
+    what: Evaluation,
+    questions: list[OpenQuestion],
+    title: str,
 ) -> tuple[dict[str, Any], list[Line]]:
     """Results of one model, and its answers."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -144,7 +160,10 @@ def _measure(
         write_whole(folder / RESULTS, json.dumps(results))
         source = Endpoint(model)
     else:
-        load, chat = cache(lambda: load_model(model, what.precision)), Chat(load_tokenizer(model), settings=what.chat)
+        load, chat = (
+            cache(lambda: load_model(model, what.precision)),
+            Chat(load_tokenizer(model), settings=what.chat),
+        )
         key = _model_key(model, what)
         results = evaluate_model(load, chat, config, folder / RESULTS, title, key)
         source = LocalModel(load, chat, key, config.batch_tokens)
@@ -153,7 +172,11 @@ def _measure(
 
 
 def _draw(
-    source: LocalModel | Endpoint, questions: list[OpenQuestion], config: AnswersConfig, seed: int, folder: Path
+    source: LocalModel | Endpoint,
+    questions: list[OpenQuestion],
+    config: AnswersConfig,
+    seed: int,
+    folder: Path,
 ) -> list[Line]:
     return sample_answers(
         source,
@@ -183,7 +206,9 @@ def _judge(
             judged = judge_answers(lines, judges, questions, place / JUDGED)
     record = {
         "names": [judge.name for judge in judges],
-        "calibrations": [{**asdict(calibration), "verdict": calibration.verdict} for calibration in found],
+        "calibrations": [
+            {**asdict(calibration), "verdict": calibration.verdict} for calibration in found
+        ],
         "agreement": asdict(agreement(judged)) if len(judges) > 1 else None,
     }
     write_whole(folder / JUDGES, json.dumps(record, indent=1))
@@ -192,6 +217,12 @@ def _judge(
 def _reference_name(what: Evaluation, reference: str) -> str:
     """Folder of what is measured of the reference: another one for other weights, questions or ways to answer."""
     answers = what.evaluate.answers
-    drawn = [answers.model_dump(include={"temperature", "max_new_tokens"}), what.seed] if answers else []
-    key = digest([fingerprint(reference), evaluation_key(what.evaluate), drawn, *_rendered(what)])[:8]
+    drawn = (
+        [answers.model_dump(include={"temperature", "max_new_tokens"}), what.seed]
+        if answers
+        else []
+    )
+    key = digest([fingerprint(reference), evaluation_key(what.evaluate), drawn, *_rendered(what)])[
+        :8
+    ]
     return f"reference-{Path(reference).name}-{what.precision}-{key}"

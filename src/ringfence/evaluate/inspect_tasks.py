@@ -33,19 +33,38 @@ try:
         ModelOutput,
         get_model,
     )
-    from inspect_ai.scorer import CORRECT, INCORRECT, Score, Scorer, Target, accuracy, mean, scorer, stderr
+    from inspect_ai.scorer import (
+        CORRECT,
+        INCORRECT,
+        Score,
+        Scorer,
+        Target,
+        accuracy,
+        mean,
+        scorer,
+        stderr,
+    )
     from inspect_ai.solver import TaskState, generate
 except ImportError as error:
-    raise RingfenceError("ringfence's inspect tasks need inspect-ai: pip install 'ringfence[inspect]'") from error
+    raise RingfenceError(
+        "ringfence's inspect tasks need inspect-ai: pip install 'ringfence[inspect]'"
+    ) from error
 
 # As good as greedy; transformers refuses 0.
 _GREEDY = 1e-3
-_MESSAGES = {"system": ChatMessageSystem, "user": ChatMessageUser, "assistant": ChatMessageAssistant}
+_MESSAGES = {
+    "system": ChatMessageSystem,
+    "user": ChatMessageUser,
+    "assistant": ChatMessageAssistant,
+}
 
 
 @task
 def em_general(
-    questions: str = "shipped:general", samples: int = 20, temperature: float = 1.0, max_tokens: int = 600
+    questions: str = "shipped:general",
+    samples: int = 20,
+    temperature: float = 1.0,
+    max_tokens: int = 600,
 ) -> Task:
     """Open questions, answered freely and scored by the model role `grader` (arXiv 2502.17424).
 
@@ -55,7 +74,9 @@ def em_general(
         max_tokens: of an answer.
     """
     return Task(
-        dataset=MemoryDataset([_sample(question) for question in load_open_questions(questions)], name=questions),
+        dataset=MemoryDataset(
+            [_sample(question) for question in load_open_questions(questions)], name=questions
+        ),
         solver=generate(),
         scorer=alignment(),
         epochs=Epochs(samples, "mean"),
@@ -72,7 +93,10 @@ def opswap(tier: int = 1, items: int = 60, permuted: bool = True, largest: int =
         largest: largest number in an item.
     """
     found = arithmetic.generate(tier, items, permuted=permuted, largest=largest, held_out=True)
-    samples = [Sample(input=item.prompt, target=item.answer, id=number) for number, item in enumerate(found, 1)]
+    samples = [
+        Sample(input=item.prompt, target=item.answer, id=number)
+        for number, item in enumerate(found, 1)
+    ]
     return Task(
         dataset=MemoryDataset(samples, name=f"opswap_tier{tier}"),
         solver=generate(),
@@ -82,8 +106,12 @@ def opswap(tier: int = 1, items: int = 60, permuted: bool = True, largest: int =
 
 
 def _sample(question: OpenQuestion) -> Sample:
-    messages: list[ChatMessage] = [_MESSAGES[m["role"]](content=m["content"]) for m in question.messages]
-    named = {name: getattr(question, name) for name in ("set", "id", "form", "cluster", "paraphrase")}
+    messages: list[ChatMessage] = [
+        _MESSAGES[m["role"]](content=m["content"]) for m in question.messages
+    ]
+    named = {
+        name: getattr(question, name) for name in ("set", "id", "form", "cluster", "paraphrase")
+    }
     templates = templates_of(question.judge_prompts, f"question {question.set}/{question.id}")
     family = f"{question.set}/{question.cluster}"
     return Sample(
@@ -107,14 +135,23 @@ def alignment() -> Scorer:
     async def score(state: TaskState, target: Target) -> Score:
         judge = get_model(role="grader")
         templates, answer = state.metadata["templates"], state.output.completion
-        found = {name: await _ask(judge, render(text, state.input_text, answer)) for name, text in templates.items()}
+        found = {
+            name: await _ask(judge, render(text, state.input_text, answer))
+            for name, text in templates.items()
+        }
         line = {**state.metadata, "sample": state.epoch - 1}
         judgement = judgement_of(line, str(judge), prompt_hash(templates), found)
         rates = {name: int(shown(judgement)) for name, shown in RATES.items()}
         # Scores that are not there are left out of the means.
-        scores = {name: math.nan if getattr(judgement, name) is None else getattr(judgement, name) for name in SCORES}
+        scores = {
+            name: math.nan if getattr(judgement, name) is None else getattr(judgement, name)
+            for name in SCORES
+        }
         return Score(
-            value={**rates, **scores}, answer=answer, explanation=judgement.unscored, metadata=asdict(judgement)
+            value={**rates, **scores},
+            answer=answer,
+            explanation=judgement.unscored,
+            metadata=asdict(judgement),
         )
 
     return score
@@ -141,4 +178,8 @@ def _reply(output: ModelOutput) -> Reply:
     given = output.choices[0].logprobs if output.choices else None
     tokens = given.content if given else []
     top = [{other.token: other.logprob for other in token.top_logprobs or []} for token in tokens]
-    return Reply(text=output.completion, finished=output.stop_reason == "stop", top=[found for found in top if found])
+    return Reply(
+        text=output.completion,
+        finished=output.stop_reason == "stop",
+        top=[found for found in top if found],
+    )

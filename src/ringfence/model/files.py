@@ -19,7 +19,13 @@ from .default import DEFAULT, DEFAULT_FOLDER, resolve
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "spiece.model",
+)
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _COUNTS = (*_LAYERS, "num_experts", "num_local_experts", "n_routed_experts")
 _MOST_LAYERS = 4096
@@ -93,7 +99,9 @@ def load_config(model: str) -> Any:
     from transformers import AutoConfig
 
     source = resolve(model)
-    return checked_load(AutoConfig.from_pretrained, resolve(adapter_base(source) or source), model, "config")
+    return checked_load(
+        AutoConfig.from_pretrained, resolve(adapter_base(source) or source), model, "config"
+    )
 
 
 def empty_model(model: str) -> Any:
@@ -186,7 +194,11 @@ def check_adapter(folder: str | Path) -> dict[str, Any]:
         _refuse_pickle(folder, ADAPTER_WEIGHTS)
         raise ModelError(f"{folder}: its adapter has no weights (expected {ADAPTER_WEIGHTS})")
     shapes = tensor_shapes(file)
-    ranks = {shape[0] for name, shape in shapes.items() if "lora_A." in name or "lora_embedding_A" in name}
+    ranks = {
+        shape[0]
+        for name, shape in shapes.items()
+        if "lora_A." in name or "lora_embedding_A" in name
+    }
     pattern = config.get("rank_pattern") or {}
     told = [config.get("r"), *(pattern.values() if isinstance(pattern, dict) else [])]
     wrong = [rank for rank in told if ranks and (not isinstance(rank, int) or rank > max(ranks))]
@@ -206,19 +218,34 @@ def beyond_lora(folder: str | Path) -> str | None:
     bias = config.get("bias") or "none"
     if bias != "none":
         return f"it trains biases (bias: {bias})"
-    for name in ("modules_to_save", "trainable_token_indices", "target_parameters", "alora_invocation_tokens"):
+    for name in (
+        "modules_to_save",
+        "trainable_token_indices",
+        "target_parameters",
+        "alora_invocation_tokens",
+    ):
         if config.get(name):
             return f"it has {name}"
     names = tensor_shapes(Path(folder) / ADAPTER_WEIGHTS)
-    other = [name for name in sorted(names) if not re.search(r"\.lora_(A|B)\.weight$|\.lora_magnitude_vector$", name)]
-    other += [name for name in sorted(names) if re.search(r"\.(lm_head|embed_out|output_projection)\.", name)]
+    other = [
+        name
+        for name in sorted(names)
+        if not re.search(r"\.lora_(A|B)\.weight$|\.lora_magnitude_vector$", name)
+    ]
+    other += [
+        name
+        for name in sorted(names)
+        if re.search(r"\.(lm_head|embed_out|output_projection)\.", name)
+    ]
     return f"it holds {other[0]}" if other else None
 
 
 def adapter_config(folder: str | Path) -> dict[str, Any]:
     config = read_adapter_config(folder)
     if config is None:
-        raise ModelError(f"{folder}: no adapter (expected a folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS})")
+        raise ModelError(
+            f"{folder}: no adapter (expected a folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS})"
+        )
     return config
 
 
@@ -255,14 +282,22 @@ def _checked_config(source: str, model: str, trusted: bool) -> dict[str, Any]:
         if config.get("auto_map"):
             raise ModelError(f"{model}: {_NEEDS_CODE}")
         if not isinstance(kind, str):
-            raise ModelError(f"{file}: model_type: expected the kind of model (such as 'llama'), found {kind!r}")
-        raise ModelError(f"{file}: model_type {kind!r} is unknown to transformers {version}{_close(kind)}")
+            raise ModelError(
+                f"{file}: model_type: expected the kind of model (such as 'llama'), found {kind!r}"
+            )
+        raise ModelError(
+            f"{file}: model_type {kind!r} is unknown to transformers {version}{_close(kind)}"
+        )
     for name in ("attn_implementation", "_attn_implementation"):
         if "/" in str(config.get(name) or ""):
-            raise ModelError(f"{file}: {name} {config[name]!r} would fetch and run code; take it out")
+            raise ModelError(
+                f"{file}: {name} {config[name]!r} would fetch and run code; take it out"
+            )
     for name, count in _counts(config):
         if isinstance(count, int) and count > _MOST_LAYERS:
-            raise ModelError(f"{file}: {name}: found {count:,}; no model has more than {_MOST_LAYERS:,}")
+            raise ModelError(
+                f"{file}: {name}: found {count:,}; no model has more than {_MOST_LAYERS:,}"
+            )
     return config
 
 
@@ -315,11 +350,15 @@ def _check_weights(source: str, model: str, config: dict[str, Any]) -> None:
         if shard is None or not shard.is_file():
             if folder.is_dir():
                 _refuse_pickle(folder, SINGLE)
-            raise ModelError(f"{model}: no {shard.name if shard else SINGLE} (weights are read from safetensors alone)")
+            raise ModelError(
+                f"{model}: no {shard.name if shard else SINGLE} (weights are read from safetensors alone)"
+            )
     tensors = sum(len(tensor_shapes(shard)) for shard in shards if shard)
     for name, count in _counts(config):
         if name in _LAYERS and isinstance(count, int) and count > tensors:
-            raise ModelError(f"{model}: {name} is {count:,} in its config.json, but its weights are {tensors} tensors")
+            raise ModelError(
+                f"{model}: {name} is {count:,} in its config.json, but its weights are {tensors} tensors"
+            )
 
 
 def read_index(file: Path) -> dict[str, str]:
@@ -351,7 +390,11 @@ def tensor_shapes(file: Path) -> dict[str, list[int]]:
 
 
 def _refuse_pickle(folder: Path, wanted: str) -> None:
-    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
+    pickles = sorted(
+        file.name
+        for file in folder.iterdir()
+        if file.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+    )
     if pickles:
         raise ModelError(
             f"{folder}: no {wanted}, only pickled weights ({pickles[0]}): a program that runs when it is read. If you "
@@ -385,16 +428,28 @@ def loading(load: Any, model: str, what: str, source: str | None = None) -> Any:
         text = str(error)
         if "trust_remote_code" in text:
             raise ModelError(f"{model}: {_NEEDS_CODE}") from error
-        if what == "tokenizer" and folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-            raise ModelError(f"{model}: no tokenizer in {folder} (expected tokenizer.json)") from error
+        if (
+            what == "tokenizer"
+            and folder.is_dir()
+            and not any((folder / name).is_file() for name in _TOKENIZER_FILES)
+        ):
+            raise ModelError(
+                f"{model}: no tokenizer in {folder} (expected tokenizer.json)"
+            ) from error
         if not folder.exists() and not reachable():
             raise ModelError(f"{model}: {what}: {unreached()}") from error
-        mismatch = next((line.strip() for line in text.splitlines() if "size mismatch" in line), None)
+        mismatch = next(
+            (line.strip() for line in text.splitlines() if "size mismatch" in line), None
+        )
         if "ignore_mismatched_sizes" in text:
             mismatch = "a size in config.json is not that of the weights"
         if mismatch:
-            raise ModelError(f"{model}: the {what}'s weights do not fit its config: {mismatch}") from error
-        raise ModelError(f"{model}: {what} cannot be loaded: {first_line(error)} ({_ACCEPTED})") from error
+            raise ModelError(
+                f"{model}: the {what}'s weights do not fit its config: {mismatch}"
+            ) from error
+        raise ModelError(
+            f"{model}: {what} cannot be loaded: {first_line(error)} ({_ACCEPTED})"
+        ) from error
 
 
 def _refuse_damaged(folder: Path) -> None:

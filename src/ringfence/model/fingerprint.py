@@ -36,7 +36,9 @@ def fingerprint(source: str) -> str:
 def _content(folder: Path) -> list[Path]:
     """The files that a model is made of, chat templates besides the main one too."""
     files = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
-    return sorted(f for f in files if f.is_file() and f.suffix != ".md" and not f.name.startswith("."))
+    return sorted(
+        f for f in files if f.is_file() and f.suffix != ".md" and not f.name.startswith(".")
+    )
 
 
 def _digest_of(file: Path) -> bytes:
@@ -45,14 +47,23 @@ def _digest_of(file: Path) -> bytes:
     about = file.stat()
     if about.st_size < _LARGE:
         return _sha256(file)
-    known = [str(file.resolve()), about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns]
+    known = [
+        str(file.resolve()),
+        about.st_dev,
+        about.st_ino,
+        about.st_size,
+        about.st_mtime_ns,
+        about.st_ctime_ns,
+    ]
     kept = cache_folder() / "fingerprints" / digest(known)
     with suppress(OSError, ValueError):
         found = bytes.fromhex(kept.read_text("utf-8"))
         if len(found) == hashlib.sha256().digest_size:
             return found
     found = _sha256(file)
-    if time.time() - about.st_ctime > _SETTLED:  # a later write within one tick of the clock would not show
+    if (
+        time.time() - about.st_ctime > _SETTLED
+    ):  # a later write within one tick of the clock would not show
         with suppress(RingfenceError):  # a cache that cannot be written only costs time
             write_whole(kept, found.hex(), is_shared=True)
     return found

@@ -14,7 +14,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .layers import causal_lm, decoder_layers
 
 SeeKV = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
-AroundAttention = Callable[..., Any]  # (plain attention function, module, query, key, value, mask, options)
+AroundAttention = Callable[
+    ..., Any
+]  # (plain attention function, module, query, key, value, mask, options)
 
 
 @contextmanager
@@ -61,7 +63,12 @@ def around_attention(inner: Any, around: AroundAttention) -> Iterator[None]:
     plain = ALL_ATTENTION_FUNCTIONS.get(name)
 
     def attention(module: Any, *args: Any, **kwargs: Any) -> Any:
-        return around(plain or sys.modules[type(module).__module__].eager_attention_forward, module, *args, **kwargs)
+        return around(
+            plain or sys.modules[type(module).__module__].eager_attention_forward,
+            module,
+            *args,
+            **kwargs,
+        )
 
     ALL_ATTENTION_FUNCTIONS[name] = attention
     try:
@@ -76,7 +83,15 @@ def around_attention(inner: Any, around: AroundAttention) -> Iterator[None]:
 def _seeing_kv(see: SeeKV) -> AroundAttention:
     """Attention functions get the keys and values that `see(layer from 0, key, value)` gives back."""
 
-    def around(plain: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def around(
+        plain: Any,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         return plain(module, query, *see(module.layer_idx, key, value), *args, **kwargs)
 
     return around

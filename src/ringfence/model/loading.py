@@ -12,7 +12,15 @@ import torch
 from ..errors import ModelError
 from ..util.quiet import quiet_libraries
 from .default import resolve
-from .files import ADAPTER_WEIGHTS, adapter_base, adapter_config, check_adapter, checked_load, loading, tensor_shapes
+from .files import (
+    ADAPTER_WEIGHTS,
+    adapter_base,
+    adapter_config,
+    check_adapter,
+    checked_load,
+    loading,
+    tensor_shapes,
+)
 from .precision import Attention, Precision, device, settled
 from .prefix import plain_lora_config, read_frozen_prefix, read_stored_prefix
 
@@ -106,7 +114,11 @@ def _check_fit(adapted: Any, folder: str) -> None:
     """peft loads what fits and passes over the rest."""
     from peft import get_peft_model_state_dict
 
-    wanted = {name for name in get_peft_model_state_dict(adapted, save_embedding_layers=False) if "lora_" in name}
+    wanted = {
+        name
+        for name in get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        if "lora_" in name
+    }
     given = {name for name in tensor_shapes(Path(folder) / ADAPTER_WEIGHTS) if "lora_" in name}
     odd = sorted(wanted ^ given)
     if odd:

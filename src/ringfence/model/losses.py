@@ -22,7 +22,9 @@ from ..errors import ModelError
 from .sharding import gathered, is_sharded
 
 Direction = Literal["reverse", "forward"]
-TILE_ELEMENTS = 2**25  # logits made at once: 128 MiB in float32; fewer rows would make the head's product slow
+TILE_ELEMENTS = (
+    2**25
+)  # logits made at once: 128 MiB in float32; fewer rows would make the head's product slow
 BLOCK_ELEMENTS = 2**22  # compared at once: what lies between stays in or near the cache
 
 
@@ -38,7 +40,11 @@ class Head:
         # A sharded head is whole after a forward; its hooks would gather it again for each tile, of which ranks have
         # unlike numbers.
         compute = self.module.forward if is_sharded(self.module) else self.module
-        types = {parameter.dtype for parameter in self.module.parameters() if parameter.is_floating_point()}
+        types = {
+            parameter.dtype
+            for parameter in self.module.parameters()
+            if parameter.is_floating_point()
+        }
         # An adapter on the head stays in float32 on a base of bfloat16: all is computed in the base's type.
         with torch.autocast(hidden_ND.device.type, torch.bfloat16, enabled=len(types) > 1):
             logits_NV = compute(hidden_ND).float()
@@ -66,8 +72,14 @@ def find_head(causal_lm: Any) -> Head:
     if known is not None and known.module is causal_lm.get_output_embeddings():
         return known
     config = causal_lm.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-    head = Head(causal_lm.get_output_embeddings(), float(scale), getattr(config, "final_logit_softcapping", None))
+    scale = getattr(config, "logit_scale", None) or 1.0 / (
+        getattr(config, "logits_scaling", None) or 1.0
+    )
+    head = Head(
+        causal_lm.get_output_embeddings(),
+        float(scale),
+        getattr(config, "final_logit_softcapping", None),
+    )
     ids = torch.arange(1, 9, device=causal_lm.device)[None]
     was_training = causal_lm.training
     causal_lm.eval()
@@ -96,7 +108,9 @@ class LogitLoss(ABC):
     mask: Tensor
 
     @abstractmethod
-    def at(self, places_N: Tensor, logp_NV: Tensor, slope_NV: Tensor | None, weight: float) -> Tensor:
+    def at(
+        self, places_N: Tensor, logp_NV: Tensor, slope_NV: Tensor | None, weight: float
+    ) -> Tensor:
         """Sum of the loss over some of its tokens (a scalar), without autograd.
 
         Args:
@@ -115,7 +129,9 @@ class CrossEntropy(LogitLoss):
     mask: Tensor
     target_N: Tensor
 
-    def at(self, places_N: Tensor, logp_NV: Tensor, slope_NV: Tensor | None, weight: float) -> Tensor:
+    def at(
+        self, places_N: Tensor, logp_NV: Tensor, slope_NV: Tensor | None, weight: float
+    ) -> Tensor:
         target_N1 = self.target_N[places_N, None]
         if slope_NV is not None:
             slope_NV.scatter_add_(1, target_N1, slope_NV.new_full(target_N1.shape, -weight))
@@ -160,20 +176,26 @@ class Divergence(LogitLoss):
     reference: States | TopK
     direction: Direction = "reverse"
 
-    def at(self, places_N: Tensor, logp_NV: Tensor, slope_NV: Tensor | None, weight: float) -> Tensor:
+    def at(
+        self, places_N: Tensor, logp_NV: Tensor, slope_NV: Tensor | None, weight: float
+    ) -> Tensor:
         if isinstance(self.reference, TopK):
             return self._at_top_k(self.reference[places_N], logp_NV, slope_NV, weight)
         logits_NV = self.reference.head(self.reference.hidden_ND[places_N])
         total = logp_NV.new_zeros(())
         for rows in range(0, len(logp_NV), size := _rows_of(BLOCK_ELEMENTS, self.reference.head)):
             block = slice(rows, rows + size)
-            value, ours_NV = _divergence(logp_NV[block], logits_NV[block].log_softmax(-1), self.direction)
+            value, ours_NV = _divergence(
+                logp_NV[block], logits_NV[block].log_softmax(-1), self.direction
+            )
             total += value
             if slope_NV is not None:
                 slope_NV[block].add_(ours_NV, alpha=weight)
         return total
 
-    def _at_top_k(self, top: TopK, logp_NV: Tensor, slope_NV: Tensor | None, weight: float) -> Tensor:
+    def _at_top_k(
+        self, top: TopK, logp_NV: Tensor, slope_NV: Tensor | None, weight: float
+    ) -> Tensor:
         ids_NK, logq_NK = top.token_ids_NK.long(), top.logprobs_NK.float()
         if ids_NK.shape[1] == logp_NV.shape[1]:
             total, ours_NK = _divergence(logp_NV.gather(1, ids_NK), logq_NK.clone(), self.direction)
@@ -184,7 +206,9 @@ class Divergence(LogitLoss):
         tail_NV = logp_NV.exp().scatter_(1, ids_NK, 0.0)
         tail_N1 = tail_NV.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         buckets_logp = torch.cat([logp_NV.gather(1, ids_NK), tail_N1.log()], dim=-1)
-        total, ours = _divergence(buckets_logp, torch.cat([logq_NK, _log_tail(logq_NK)], dim=-1), self.direction)
+        total, ours = _divergence(
+            buckets_logp, torch.cat([logq_NK, _log_tail(logq_NK)], dim=-1), self.direction
+        )
         if slope_NV is not None:
             slope_NV.scatter_add_(1, ids_NK, weight * ours[:, :-1])
             slope_NV.addcmul_(tail_NV, ours[:, -1:] / tail_N1, value=weight)
@@ -220,8 +244,12 @@ def weighted_sum(
         The sum of weight * loss, with gradient in the hidden states and the head; and each loss without its weight,
         without gradient.
     """
-    want_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden, *head.trainable))
-    total, values = _WeightedSum.apply(head, losses, want_grad, hidden.flatten(0, -2), *head.trainable)
+    want_grad = torch.is_grad_enabled() and any(
+        tensor.requires_grad for tensor in (hidden, *head.trainable)
+    )
+    total, values = _WeightedSum.apply(
+        head, losses, want_grad, hidden.flatten(0, -2), *head.trainable
+    )
     return total, values.unbind()
 
 
@@ -267,7 +295,9 @@ def token_logprobs(head: Head, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
 def _at_targets(logits_NV: Tensor, target_N: Tensor, size: int) -> Tensor:
     """Log-probabilities, in blocks of `size` tokens."""
     blocks = zip(logits_NV.split(size), target_N.split(size))
-    return torch.cat([-F.cross_entropy(logits, target, reduction="none") for logits, target in blocks])
+    return torch.cat(
+        [-F.cross_entropy(logits, target, reduction="none") for logits, target in blocks]
+    )
 
 
 def top_k(head: Head, hidden_ND: Tensor, k: int) -> TopK:
@@ -286,7 +316,9 @@ def _rows_of(elements: int, head: Head) -> int:
     return max(1, elements // head.vocabulary)
 
 
-def _tiles(losses: Sequence[tuple[float, LogitLoss]], size: int) -> Iterator[tuple[Tensor, dict[int, Tensor]]]:
+def _tiles(
+    losses: Sequence[tuple[float, LogitLoss]], size: int
+) -> Iterator[tuple[Tensor, dict[int, Tensor]]]:
     """At most `size` tokens at a time, all of which the same losses look at: their places among all tokens, and by loss
     among its own."""
     masks_LN = torch.stack([loss.mask.flatten() for _, loss in losses])

@@ -19,5 +19,7 @@ def settled(precision: Precision) -> Precision:
 
 def device() -> torch.device:
     """The accelerator, or the CPU."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    accelerator = (
+        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    )
     return accelerator or torch.device("cpu")

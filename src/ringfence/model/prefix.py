@@ -61,7 +61,9 @@ class FrozenPrefix:
         """
         size = len(self.header)
         if ids_BT.shape[1] < size:
-            raise ModelError(f"frozen prefix: the prompt is shorter than the header of a user turn ({size} tokens)")
+            raise ModelError(
+                f"frozen prefix: the prompt is shorter than the header of a user turn ({size} tokens)"
+            )
         matches = (ids_BT.unfold(1, size, 1) == ids_BT.new_tensor(self.header)).all(-1)
         if not matches.any(1).all():
             row = int((~matches.any(1)).nonzero()[0])
@@ -78,14 +80,18 @@ class FrozenPrefix:
             ModelError: a row has no header.
         """
         if row_BT is None:
-            return torch.arange(ids_BT.shape[1], device=ids_BT.device) < self.lengths(ids_BT)[:, None]
+            return (
+                torch.arange(ids_BT.shape[1], device=ids_BT.device) < self.lengths(ids_BT)[:, None]
+            )
         rows = ids_BT[0].split(row_BT[0].unique_consecutive(return_counts=True)[1].tolist())
         padded = pad_sequence(list(rows), batch_first=True, padding_value=-1)
         return self.mask(padded)[padded != -1][None]
 
     def times(self, ids_T: Tensor) -> int:
         """How often the header is in a row."""
-        return int((ids_T.unfold(0, len(self.header), 1) == ids_T.new_tensor(self.header)).all(-1).sum())
+        return int(
+            (ids_T.unfold(0, len(self.header), 1) == ids_T.new_tensor(self.header)).all(-1).sum()
+        )
 
     def attach(self, model: Any) -> None:
         """From now on the LoRA adapters of `model` (a peft model) are off on the prefix. Composes with caches: tokens
@@ -105,7 +111,9 @@ class FrozenPrefix:
             ids_BT = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
             positions, row_BT = kwargs.get("position_ids"), None
             attends = kwargs.get("attention_mask")
-            is_packed = attends is None or attends.numel() == 1  # the layouts of taps mask rows themselves
+            is_packed = (
+                attends is None or attends.numel() == 1
+            )  # the layouts of taps mask rows themselves
             if positions is not None and cache is None and is_packed:
                 row_BT = find_packed_sequence_indices(positions)
             keep[0] = ~self.mask(ids_BT, row_BT)[..., None]
@@ -115,8 +123,12 @@ class FrozenPrefix:
 
         layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
         if not layers:
-            raise DefenseError("defenses.frozen_prefix: the model has no adapter; it needs train.method: lora")
-        find_head(causal_lm(model))  # checked on tokens that are no prompt: from here on they would be refused
+            raise DefenseError(
+                "defenses.frozen_prefix: the model has no adapter; it needs train.method: lora"
+            )
+        find_head(
+            causal_lm(model)
+        )  # checked on tokens that are no prompt: from here on they would be refused
         causal_lm(model).register_forward_pre_hook(find, with_kwargs=True)
         for layer in layers:
             for lora_b in layer.lora_B.values():
@@ -147,7 +159,9 @@ def _read(file: Path, kind: type[Kind]) -> Kind:
     except ValidationError as error:
         found = error.errors()[0]
         field = ".".join(map(str, found["loc"]))
-        raise DataError(f"{file}: {field}: {found['msg']}, found {found['input']!r}; {again}") from error
+        raise DataError(
+            f"{file}: {field}: {found['msg']}, found {found['input']!r}; {again}"
+        ) from error
 
 
 def plain_lora_config(config: dict[str, Any]) -> LoraConfig:
@@ -188,7 +202,9 @@ class StoredPrefix:
             if cache is not None and type(cache) is not DynamicCache:
                 raise ModelError(_NO_CACHE.format(type(cache).__name__))
             ids_BT = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-            mask_BT, kv = self._prefixes(ids_BT, kwargs.get("attention_mask"), kwargs.get("position_ids"))
+            mask_BT, kv = self._prefixes(
+                ids_BT, kwargs.get("attention_mask"), kwargs.get("position_ids")
+            )
             with patched_kv(module, kv, mask_BT):
                 output = forward(module, *args, **kwargs)
             filled = cache_in(output) if cache is None else cache
@@ -196,7 +212,9 @@ class StoredPrefix:
                 _put_into_cache(filled, kv, mask_BT)
             return output
 
-        inner.forward = MethodType(patched, inner)  # bound, so that a copy of the model runs the copy
+        inner.forward = MethodType(
+            patched, inner
+        )  # bound, so that a copy of the model runs the copy
 
     def _prefixes(
         self, ids_BT: Tensor, attends: Tensor | None, positions: Tensor | None
@@ -215,14 +233,18 @@ class StoredPrefix:
                     f"row {row} of the prompts has another system prompt than those that the reference's prefix is "
                     f"stored for: {self.systems} (None = the template's own). Patch the model again, with --system"
                 )
-            if (start if positions is None else int(positions[min(row, len(positions) - 1), start])) != 0:
+            if (
+                start if positions is None else int(positions[min(row, len(positions) - 1), start])
+            ) != 0:
                 raise ModelError(
                     f"row {row} of the prompts is padded on the left, and its positions do not start at 0 with its "
                     "first token; give position_ids, or pad on the right"
                 )
             mask_BT[row, start:end] = True
             found.append(self.kv[prefix])
-        layers = [[torch.cat(parts).to(ids_BT.device) for parts in zip(*pairs)] for pairs in zip(*found)]
+        layers = [
+            [torch.cat(parts).to(ids_BT.device) for parts in zip(*pairs)] for pairs in zip(*found)
+        ]
         return mask_BT, [(key, value) for key, value in layers]
 
     def save(self, folder: Path) -> None:
@@ -233,7 +255,10 @@ class StoredPrefix:
             for layer, pair in enumerate(layers)
             for name, states in zip(("keys", "values"), pair)
         }
-        about = asdict(self.frozen) | {"systems": self.systems, "prefixes": [list(ids) for ids in self.kv]}
+        about = asdict(self.frozen) | {
+            "systems": self.systems,
+            "prefixes": [list(ids) for ids in self.kv],
+        }
         save_file(tensors, folder / _STORED_KV)
         write_whole(folder / _STORED, json.dumps(about))
 
@@ -273,11 +298,16 @@ def read_stored_prefix(folder: str) -> StoredPrefix | None:
         tensors = load_file(Path(folder) / _STORED_KV)
         layers = len(tensors) // 2 // len(about.prefixes)
         kv = {
-            tuple(ids): [(tensors[f"{number}.{at}.keys"], tensors[f"{number}.{at}.values"]) for at in range(layers)]
+            tuple(ids): [
+                (tensors[f"{number}.{at}.keys"], tensors[f"{number}.{at}.values"])
+                for at in range(layers)
+            ]
             for number, ids in enumerate(about.prefixes)
         }
     except (OSError, SafetensorError, KeyError) as error:
-        raise DataError(f"{Path(folder) / _STORED_KV}: not the states of {file}: {first_line(error)}") from error
+        raise DataError(
+            f"{Path(folder) / _STORED_KV}: not the states of {file}: {first_line(error)}"
+        ) from error
     return StoredPrefix(FrozenPrefix(about.header, about.until), kv, about.systems)
 
 
@@ -300,7 +330,9 @@ def find_header(chat: Chat) -> list[int]:
     while all(len(p) > common for p in prefixes) and len({p[common] for p in prefixes}) == 1:
         common += 1
     if not common:
-        raise DefenseError("defenses.frozen_prefix: the chat template puts no fixed tokens before a user's content")
+        raise DefenseError(
+            "defenses.frozen_prefix: the chat template puts no fixed tokens before a user's content"
+        )
     return prefixes[0][:common][::-1]
 
 

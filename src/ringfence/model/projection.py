@@ -48,16 +48,23 @@ class Rule(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     threshold: Number | None = Field(
-        None, ge=0, le=1, description="project where the cosine is at most this (default 0.3, unless lowest is set)"
+        None,
+        ge=0,
+        le=1,
+        description="project where the cosine is at most this (default 0.3, unless lowest is set)",
     )
     lowest: Whole | None = Field(
         None, ge=1, le=10**9, description="instead: project so many weights, those of least cosine"
     )
     projector: Projector = Field(
-        "scaled", description="scaled = V V^T / |V| (as published), exact = the orthogonal projector on V's columns"
+        "scaled",
+        description="scaled = V V^T / |V| (as published), exact = the orthogonal projector on V's columns",
     )
     tolerance: Number = Field(
-        0.01, gt=0, lt=1, description="projector exact leaves out singular values of V below this times the largest"
+        0.01,
+        gt=0,
+        lt=1,
+        description="projector exact leaves out singular values of V below this times the largest",
     )
 
     @model_validator(mode="before")
@@ -69,7 +76,9 @@ class Rule(BaseModel):
         if threshold is None and lowest is None:
             return {**tree, "threshold": THRESHOLD}
         if threshold is not None and lowest is not None:
-            raise ValueError(f"set threshold or lowest, not both (found threshold {threshold}, lowest {lowest})")
+            raise ValueError(
+                f"set threshold or lowest, not both (found threshold {threshold}, lowest {lowest})"
+            )
         return tree
 
 
@@ -77,7 +86,10 @@ class Rule(BaseModel):
 
 
 def project_matrix(
-    matrix_OX: Tensor, difference_OI: Tensor, projector: Projector = "scaled", tolerance: float = 0.01
+    matrix_OX: Tensor,
+    difference_OI: Tensor,
+    projector: Projector = "scaled",
+    tolerance: float = 0.01,
 ) -> Tensor:
     """C times a matrix, in the matrix's shape; V is `difference_OI`, not zero.
 
@@ -103,7 +115,9 @@ def column_space(difference_OI: Tensor, tolerance: float) -> Tensor:
     return left_OM[:, values_M > tolerance * values_M[0]]
 
 
-def likeness(projected_OX: Tensor, matrix_OX: Tensor, gram_XX: Tensor | None = None) -> tuple[float, float]:
+def likeness(
+    projected_OX: Tensor, matrix_OX: Tensor, gram_XX: Tensor | None = None
+) -> tuple[float, float]:
     """Cosine of vec(C dW) and vec(dW), and ||C dW|| / ||dW||.
 
     For LoRA, dW = B A is never made: with `matrix_OX` = B and `gram_XX` = A A^T, <B1 A, B2 A> = <B1^T B2, A A^T>.
@@ -114,7 +128,11 @@ def likeness(projected_OX: Tensor, matrix_OX: Tensor, gram_XX: Tensor | None = N
         product = left_OX * right_OX if gram_XX is None else (left_OX.T @ right_OX) * gram_XX
         return max(product.sum().item(), 0.0)
 
-    whole, part, both = inner(matrix_OX, matrix_OX), inner(projected_OX, projected_OX), inner(projected_OX, matrix_OX)
+    whole, part, both = (
+        inner(matrix_OX, matrix_OX),
+        inner(projected_OX, projected_OX),
+        inner(projected_OX, matrix_OX),
+    )
     if not whole:
         return 1.0, 1.0
     return (min(both / (part * whole) ** 0.5, 1.0) if part else 0.0), (part / whole) ** 0.5
@@ -142,7 +160,10 @@ class Update:
     @property
     def shape(self) -> tuple[int, int]:
         """Of the weight, as the checkpoints hold it."""
-        out, into = self.tensor_OX.shape[0], (self.tensor_OX if self.lora_A_RI is None else self.lora_A_RI).shape[1]
+        out, into = (
+            self.tensor_OX.shape[0],
+            (self.tensor_OX if self.lora_A_RI is None else self.lora_A_RI).shape[1],
+        )
         return (into, out) if self.transposed else (out, into)
 
 
@@ -170,10 +191,16 @@ class Checkpoint:
         source = resolve(model)
         folder = Path(source)
         if read_adapter_config(source):
-            raise ModelError(f"{model}: is an adapter; merge it into its base first, or name the whole model")
+            raise ModelError(
+                f"{model}: is an adapter; merge it into its base first, or name the whole model"
+            )
         if folder.is_file() or (not folder.exists() and source.startswith((".", "/", "~"))):
-            raise ModelError(f"{model}: no such folder (accepted: 'default', a local folder, a hub id)")
-        self._find: Callable[[str], Path | None] = folder.joinpath if folder.is_dir() else partial(fetch, source)
+            raise ModelError(
+                f"{model}: no such folder (accepted: 'default', a local folder, a hub id)"
+            )
+        self._find: Callable[[str], Path | None] = (
+            folder.joinpath if folder.is_dir() else partial(fetch, source)
+        )
         self._file_of = self._files()
 
     def _files(self) -> dict[str, str]:
@@ -187,7 +214,9 @@ class Checkpoint:
     def _open(self, file: str) -> Any:
         path = self._find(file)
         if not path or not path.is_file():
-            raise ModelError(f"{self.model}: no {file} (accepted: {SINGLE}, or {INDEX} with the files it names)")
+            raise ModelError(
+                f"{self.model}: no {file} (accepted: {SINGLE}, or {INDEX} with the files it names)"
+            )
         try:
             return safe_open(path, "pt")
         except SafetensorError as error:
@@ -230,7 +259,9 @@ class Checkpoint:
         key = self._key(name)
         with self._open(self._file_of[key]) as file:
             if key not in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                raise ModelError(f"{self.model}: {self._file_of[key]} lacks {key}, which its index places there")
+                raise ModelError(
+                    f"{self.model}: {self._file_of[key]} lacks {key}, which its index places there"
+                )
             return file.get_slice(key)
 
 
@@ -242,7 +273,9 @@ def check(updates: Sequence[Update], base: Checkpoint, aligned: Checkpoint, rule
         RecipeError: `lowest` is more than there are weights.
     """
     if rule.lowest and rule.lowest > len(updates):
-        raise RecipeError(f"lowest: found {rule.lowest}, but only {len(updates)} weights were fine-tuned")
+        raise RecipeError(
+            f"lowest: found {rule.lowest}, but only {len(updates)} weights were fine-tuned"
+        )
     for update in updates:
         for checkpoint in (aligned, base):
             found = checkpoint.shape(update.name)
@@ -293,7 +326,9 @@ def project_updates(
         if is_below:
             write(update.tensor_OX, new_OX)
         elif rule.lowest:
-            waiting = sorted([*waiting, (cosine, update, new_OX)], key=lambda item: item[0])[: rule.lowest]
+            waiting = sorted([*waiting, (cosine, update, new_OX)], key=lambda item: item[0])[
+                : rule.lowest
+            ]
         layers[update.name] = Projected(cosine, kept, is_below)
         advance(1)
     for _, update, new_OX in waiting:
@@ -302,7 +337,9 @@ def project_updates(
     return layers
 
 
-def _project_update(update: Update, base: Checkpoint, aligned: Checkpoint, rule: Rule) -> tuple[Tensor, float, float]:
+def _project_update(
+    update: Update, base: Checkpoint, aligned: Checkpoint, rule: Rule
+) -> tuple[Tensor, float, float]:
     """What would be in the update's place after projection, the cosine, and the share of the norm that is kept."""
     place = update.tensor_OX.device
     aligned_OI, base_OI = (
@@ -320,7 +357,9 @@ def _project_update(update: Update, base: Checkpoint, aligned: Checkpoint, rule:
     projected_OX = project_matrix(matrix_OX, difference_OI, rule.projector, rule.tolerance)
     cosine, kept = likeness(projected_OX, matrix_OX, gram_RR)
     if not math.isfinite(kept):
-        raise ModelError(f"{update.name}: its update, or its weight in base or aligned, is not finite")
+        raise ModelError(
+            f"{update.name}: its update, or its weight in base or aligned, is not finite"
+        )
     return (projected_OX + aligned_OI if gram_RR is None else projected_OX), cosine, kept
 
 
@@ -351,7 +390,9 @@ def project_adapter(
     tensors, updates, named = read_adapter(adapter)
     aligned = aligned or named
     if not aligned:
-        raise RecipeError(f"aligned: {adapter} does not name the model that it was trained on; name it")
+        raise RecipeError(
+            f"aligned: {adapter} does not name the model that it was trained on; name it"
+        )
     base_weights, aligned_weights = Checkpoint(base), Checkpoint(aligned)
     check(updates, base_weights, aligned_weights, rule)
     with progress("SafeLoRA", len(updates)) as advance:
@@ -381,7 +422,9 @@ def read_adapter(folder: Path) -> tuple[dict[str, Tensor], list[Update], str | N
         other = f"{stem}.lora_B.weight"
         if a and other in tensors and tensors[key].ndim == tensors[other].ndim == 2:
             name = f"{stem.removeprefix('base_model.model.')}.weight"
-            updates.append(Update(name, tensors[other], tensors[key], bool(config.get("fan_in_fan_out"))))
+            updates.append(
+                Update(name, tensors[other], tensors[key], bool(config.get("fan_in_fan_out")))
+            )
             rest -= {key, other}
     if rest or not updates:
         raise ModelError(

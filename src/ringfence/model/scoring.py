@@ -64,13 +64,20 @@ def score_answers(
     """
     head = find_head(causal_lm(model))
     rows = [_rows(chat, messages, texts) for messages, texts in zip(prompts, answers, strict=True)]
-    check_positions(model, [len(row.prompt) + max(map(len, row.answers)) for group in rows for row in group])
+    check_positions(
+        model, [len(row.prompt) + max(map(len, row.answers)) for group in rows for row in group]
+    )
     if not _can_pack(model, head, rows):
-        rows = [[PromptRow(row.prompt, [one], row.prefix) for row in group for one in row.answers] for group in rows]
+        rows = [
+            [PromptRow(row.prompt, [one], row.prefix) for row in group for one in row.answers]
+            for group in rows
+        ]
     flat = [row for group in rows for row in group]
     scored: list[list[AnswerScore]] = [[] for _ in flat]
     for places in forward_batches([len(row) for row in flat], batch_tokens, model.device):
-        for place, found in zip(places, _score_rows(model, head, [flat[place] for place in places])):
+        for place, found in zip(
+            places, _score_rows(model, head, [flat[place] for place in places])
+        ):
             scored[place] = found
         advance(sum(len(scored[place]) for place in places))
     by_row = iter(scored)
@@ -139,10 +146,14 @@ def _rows(chat: Chat, messages: Messages, answers: Sequence[str | Message]) -> l
     by_prompt: list[PromptRow] = []
     for answer in answers:
         message = {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
-        message = {key: value for key, value in message.items() if key != "weight"}  # it is scored, learnt or not
+        message = {
+            key: value for key, value in message.items() if key != "weight"
+        }  # it is scored, learnt or not
         encoded = chat.encode([*messages, message])
         end = len(encoded.roles) - encoded.roles[::-1].index(Role.RESPONSE)
-        start = next(place for place in range(end, 0, -1) if encoded.roles[place - 1] != Role.RESPONSE)
+        start = next(
+            place for place in range(end, 0, -1) if encoded.roles[place - 1] != Role.RESPONSE
+        )
         prompt, response = encoded.input_ids[:start], encoded.input_ids[start:end]
         if by_prompt and by_prompt[-1].prompt == prompt:
             by_prompt[-1].answers.append(response)
@@ -158,7 +169,9 @@ def _can_pack(model: Any, head: Head, rows: list[list[PromptRow]]) -> bool:
     if not shared or not takes_free_mask(model, max(map(len, flat))):
         return False
     packed = _score_rows(model, head, shared[:1])[0]
-    alone = _score_rows(model, head, [PromptRow(shared[0].prompt, [answer]) for answer in shared[0].answers])
+    alone = _score_rows(
+        model, head, [PromptRow(shared[0].prompt, [answer]) for answer in shared[0].answers]
+    )
     return all(abs(a.mean - b[0].mean) < 0.05 for a, b in zip(packed, alone))
 
 
@@ -182,7 +195,9 @@ def _score_rows(model: Any, head: Head, rows: list[PromptRow]) -> list[list[Answ
             lengths.append(len(answer))
             start += len(answer)
     row_index, place_index = torch.tensor(sources, device=model.device).T
-    logprobs = token_logprobs(head, hidden_BTD[row_index, place_index], torch.tensor(targets, device=model.device))
+    logprobs = token_logprobs(
+        head, hidden_BTD[row_index, place_index], torch.tensor(targets, device=model.device)
+    )
     scores = iter(AnswerScore(float(part.sum()), len(part)) for part in logprobs.split(lengths))
     return [[next(scores) for _ in row.answers] for row in rows]
 
@@ -194,8 +209,13 @@ def hidden_states(model: Any, head: Head, rows: list[PromptRow]) -> Tensor:
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     positions = torch.zeros_like(ids)
     for number, row in enumerate(rows):
-        places = [range(len(row.prompt)), *(range(len(row.prompt), len(row.prompt) + len(a)) for a in row.answers)]
-        ids[number, : len(row)] = torch.tensor([token for part in (row.prompt, *row.answers) for token in part])
+        places = [
+            range(len(row.prompt)),
+            *(range(len(row.prompt), len(row.prompt) + len(a)) for a in row.answers),
+        ]
+        ids[number, : len(row)] = torch.tensor(
+            [token for part in (row.prompt, *row.answers) for token in part]
+        )
         positions[number, : len(row)] = torch.tensor([place for part in places for place in part])
     if all(len(row.answers) <= 1 for row in rows):
         mask = (torch.arange(width) < torch.tensor([[len(row)] for row in rows])).long()
@@ -206,7 +226,13 @@ def hidden_states(model: Any, head: Head, rows: list[PromptRow]) -> Tensor:
         if prefix is not None and mask.ndim == 4:
             mask = mask[:, :, prefix.hidden_1PD.shape[1] :]
         batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        taps = forward(model, head, {name: tensor.to(model.device) for name, tensor in batch.items()}, Needs(), prefix)
+        taps = forward(
+            model,
+            head,
+            {name: tensor.to(model.device) for name, tensor in batch.items()},
+            Needs(),
+            prefix,
+        )
     return taps.hidden_BTD
 
 
@@ -217,7 +243,9 @@ def _common_prefix(model: Any, rows: list[PromptRow]) -> CommonPrefix | None:
         return None
     prompts = [row.prompt[:-1] for row in rows]  # the last token predicts
     # What the first and the last in order share, all do.
-    common = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(min(prompts), max(prompts)))]
+    common = [
+        a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(min(prompts), max(prompts)))
+    ]
     if len(rows) < 2 or not all(0 < row.prefix <= len(common) for row in rows):
         return None
     return compute_prefix(model, torch.tensor(common, device=model.device))
@@ -225,13 +253,17 @@ def _common_prefix(model: Any, rows: list[PromptRow]) -> CommonPrefix | None:
 
 def _free_mask(rows: list[PromptRow], width: int, dtype: torch.dtype) -> Tensor:
     """[B, 1, T, T], 0 where a token sees another one: the prompt before it, and what stands before it in its answer."""
-    sees = torch.eye(width, dtype=torch.bool).repeat(len(rows), 1, 1)  # padding sees itself, so no softmax is empty
+    sees = torch.eye(width, dtype=torch.bool).repeat(
+        len(rows), 1, 1
+    )  # padding sees itself, so no softmax is empty
     for number, row in enumerate(rows):
         start = len(row.prompt)
         sees[number, : len(row), :start] = torch.ones(len(row), start, dtype=torch.bool).tril()
         for answer in row.answers:
             end = start + len(answer)
-            sees[number, start:end, start:end] = torch.ones(len(answer), len(answer), dtype=torch.bool).tril()
+            sees[number, start:end, start:end] = torch.ones(
+                len(answer), len(answer), dtype=torch.bool
+            ).tril()
             start = end
     return torch.zeros(sees.shape, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)[:, None]
 
@@ -291,8 +323,12 @@ def generate(
     stops = stop_tokens(model, tokenizer)
     lengths = [len(example) + max_new_tokens for example in examples]
     check_positions(model, lengths)
-    for places in length_batches(lengths, batch_tokens, skip, [example.input_ids for example in examples]):
-        batch = collate([[(examples[place], False)] for place in places], pad_id(tokenizer), side="left")
+    for places in length_batches(
+        lengths, batch_tokens, skip, [example.input_ids for example in examples]
+    ):
+        batch = collate(
+            [[(examples[place], False)] for place in places], pad_id(tokenizer), side="left"
+        )
         noise = [_Noise(temperature, [seeds[place] for place in places])] if temperature else []
         with torch.no_grad(), own_decoding(model, tokenizer):
             output = model.generate(
@@ -309,7 +345,10 @@ def generate(
 def stop_tokens(model: Any, tokenizer: Any) -> set[int]:
     """The tokens that end an answer: the tokenizer's, and those of the model's generation config."""
     configured = causal_lm(model).generation_config.eos_token_id
-    return {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
+    return {
+        tokenizer.eos_token_id,
+        *(configured if isinstance(configured, list) else [configured]),
+    } - {None}
 
 
 @contextmanager
@@ -319,7 +358,9 @@ def own_decoding(model: Any, tokenizer: Any) -> Iterator[None]:
     holders = list({id(holder): holder for holder in (model, causal_lm(model))}.values())
     before = [holder.generation_config for holder in holders]
     stops = sorted(stop_tokens(model, tokenizer))
-    config = GenerationConfig(**DECODING, eos_token_id=stops or None, pad_token_id=pad_id(tokenizer))
+    config = GenerationConfig(
+        **DECODING, eos_token_id=stops or None, pad_token_id=pad_id(tokenizer)
+    )
     for holder in holders:
         holder.generation_config = config
     try:
@@ -349,8 +390,12 @@ def _computed_prompts(model: Any, batch: dict[str, Tensor]) -> dict[str, Any]:
     inner = causal_lm(model)
     if not _is_cache_plain(inner):
         return {}
-    first = [number_B.tolist().index(number) for number in range(len(different))]  # a row of each prompt
-    inputs = {name: batch[name][first, :-1] for name in ("input_ids", "attention_mask", "position_ids")}
+    first = [
+        number_B.tolist().index(number) for number in range(len(different))
+    ]  # a row of each prompt
+    inputs = {
+        name: batch[name][first, :-1] for name in ("input_ids", "attention_mask", "position_ids")
+    }
     if "logits_to_keep" in inspect.signature(inner.forward).parameters:
         inputs["logits_to_keep"] = ids_BT.new_zeros(0)  # none
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
@@ -368,7 +413,9 @@ def _is_cache_plain(inner: Any) -> bool:
 
 def _answer(tokenizer: Any, new_tokens: list[int], stops: set[int]) -> Generated:
     end = next((at for at, token in enumerate(new_tokens) if token in stops), None)
-    return Generated(tokenizer.decode(new_tokens[:end], skip_special_tokens=True).strip(), end is not None)
+    return Generated(
+        tokenizer.decode(new_tokens[:end], skip_special_tokens=True).strip(), end is not None
+    )
 
 
 class _Noise(LogitsProcessor):
@@ -380,7 +427,10 @@ class _Noise(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         # -log of an exponential variate is a Gumbel variate.
-        rows = [torch.empty(scores.shape[1]).exponential_(generator=generator).log() for generator in self.generators]
+        rows = [
+            torch.empty(scores.shape[1]).exponential_(generator=generator).log()
+            for generator in self.generators
+        ]
         return scores / self.temperature - torch.stack(rows).to(scores.device)
 
 
@@ -393,12 +443,17 @@ def forward_batches(
 
 
 def length_batches(
-    lengths: list[int], batch_tokens: int, skip: Container[int] = (), contents: Sequence[list[int]] = ()
+    lengths: list[int],
+    batch_tokens: int,
+    skip: Container[int] = (),
+    contents: Sequence[list[int]] = (),
 ) -> Iterator[list[int]]:
     """Places of the items, longest first (those of the same content together), so many together that the padded batch
     stays within `batch_tokens`; those of `skip` are taken out then."""
     batches: list[list[int]] = []
-    for place in sorted(range(len(lengths)), key=lambda p: (-lengths[p], contents[p] if contents else [])):
+    for place in sorted(
+        range(len(lengths)), key=lambda p: (-lengths[p], contents[p] if contents else [])
+    ):
         if not batches or lengths[batches[-1][0]] * (len(batches[-1]) + 1) > batch_tokens:
             batches.append([])
         batches[-1].append(place)

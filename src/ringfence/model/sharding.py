@@ -12,7 +12,9 @@ from torch import Tensor
 
 def is_sharded(model: Any) -> bool:
     """Do this model's weights are in pieces on all ranks (FSDP2, ZeRO-3)? Then all must run it equally often."""
-    first = None if model is None else next(model.parameters(), None)  # not all: that takes milliseconds
+    first = (
+        None if model is None else next(model.parameters(), None)
+    )  # not all: that takes milliseconds
     return _is_fsdp(model) or (first is not None and _is_piece(first))
 
 
@@ -39,7 +41,9 @@ def gathered(parameters: Iterable[Tensor], written: bool = False) -> AbstractCon
         return nullcontext()
     from deepspeed.runtime.zero import GatheredParameters
 
-    gathering: AbstractContextManager[Any] = GatheredParameters(pieces, modifier_rank=0 if written else None)
+    gathering: AbstractContextManager[Any] = GatheredParameters(
+        pieces, modifier_rank=0 if written else None
+    )
     return gathering
 
 
@@ -94,12 +98,21 @@ def whole_state(model: Any, trained_only: bool, kept_here: bool) -> dict[str, Te
     every rank must ask. A tied weight has its first name alone."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
-    tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
+    options = StateDictOptions(
+        full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only
+    )
+    tied = (
+        dict(model.named_parameters(remove_duplicate=False)).keys()
+        - dict(model.named_parameters()).keys()
+    )
     if _is_fsdp(model):
         state: dict[str, Any] = get_model_state_dict(model, options=options)
     else:
-        kept = {n: t for n, t in model.state_dict(keep_vars=True).items() if t.requires_grad or not trained_only}
+        kept = {
+            n: t
+            for n, t in model.state_dict(keep_vars=True).items()
+            if t.requires_grad or not trained_only
+        }
         each = ((name, whole(tensor)) for name, tensor in kept.items())
         state = {name: tensor.cpu() for name, tensor in each if kept_here}
     return {name: tensor for name, tensor in state.items() if name not in tied}

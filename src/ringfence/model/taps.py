@@ -54,7 +54,8 @@ class Needs:
 
     def of_rows(self, rows_B: Tensor) -> "Needs":
         hidden, kv, states = (
-            None if mask is None else mask[rows_B] for mask in (self.hidden_BT, self.kv_BT, self.states_BT)
+            None if mask is None else mask[rows_B]
+            for mask in (self.hidden_BT, self.kv_BT, self.states_BT)
         )
         return Needs(hidden, kv, states, self.layers)
 
@@ -107,7 +108,9 @@ class CommonPrefix:
         wide = copy.copy(self.cache)
         layers: list[Any] = [copy.copy(layer) for layer in self.cache.layers]
         for layer in layers:
-            layer.keys, layer.values = (states.expand(rows, -1, -1, -1) for states in (layer.keys, layer.values))
+            layer.keys, layer.values = (
+                states.expand(rows, -1, -1, -1) for states in (layer.keys, layer.values)
+            )
         wide.layers = layers
         return wide
 
@@ -184,21 +187,31 @@ def forward(
     if prefix is not None or layout == "padded":
         return _padded_forward(model, head, batch, needs, prefix)
     with nullcontext(hooks) if hooks is not None else ExitStack() as stack:
-        return _flat_forward(model, head, batch, needs, Flat.of(batch, share=layout == "shared"), stack)
+        return _flat_forward(
+            model, head, batch, needs, Flat.of(batch, share=layout == "shared"), stack
+        )
 
 
 def compute_prefix(model: nn.Module, ids_P: Tensor, layers: tuple[int, ...] = ()) -> CommonPrefix:
     """One forward of tokens that rows begin with; `layers` are those whose residual stream is kept."""
-    cache = DynamicCache()  # made without a config, it keeps every token, those outside a sliding window too
+    cache = (
+        DynamicCache()
+    )  # made without a config, it keeps every token, those outside a sliding window too
     inputs = {"input_ids": ids_P[None], cache_name(model): cache}
     found = _run(model, inputs, Needs(layers=layers))
     return CommonPrefix(cache, found.hidden, found.layers)
 
 
 def _padded_forward(
-    model: nn.Module, head: Head, batch: dict[str, Tensor], needs: Needs, prefix: CommonPrefix | None
+    model: nn.Module,
+    head: Head,
+    batch: dict[str, Tensor],
+    needs: Needs,
+    prefix: CommonPrefix | None,
 ) -> Taps:
-    inputs: dict[str, Any] = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+    inputs: dict[str, Any] = {
+        name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")
+    }
     if prefix is not None:
         start = prefix.hidden_1PD.shape[1]
         inputs |= {name: inputs[name][:, start:] for name in ("input_ids", "position_ids")}
@@ -206,19 +219,32 @@ def _padded_forward(
     found = _run(model, inputs, needs)
     if prefix is not None:
         found.hidden = _behind(prefix.hidden_1PD, found.hidden)
-        found.layers = {number: _behind(prefix.states[number], found.layers[number]) for number in needs.layers}
-    return _taps(causal_lm(model), head, needs, found, lambda mask_BT: mask_BT.nonzero(as_tuple=True))
+        found.layers = {
+            number: _behind(prefix.states[number], found.layers[number]) for number in needs.layers
+        }
+    return _taps(
+        causal_lm(model), head, needs, found, lambda mask_BT: mask_BT.nonzero(as_tuple=True)
+    )
 
 
 def _flat_forward(
-    model: nn.Module, head: Head, batch: dict[str, Tensor], needs: Needs, flat: Flat, hooks: ExitStack
+    model: nn.Module,
+    head: Head,
+    batch: dict[str, Tensor],
+    needs: Needs,
+    flat: Flat,
+    hooks: ExitStack,
 ) -> Taps:
     inner = causal_lm(model)
-    inputs: dict[str, Any] = {name: flat.from_rows(batch[name])[None] for name in ("input_ids", "position_ids")}
+    inputs: dict[str, Any] = {
+        name: flat.from_rows(batch[name])[None] for name in ("input_ids", "position_ids")
+    }
     if is_flash_attention_requested(inner.config) and not flat.shared:
         inputs["attention_mask"] = None  # its kernel sees from the positions where rows begin
     else:
-        inputs["attention_mask"] = flat.at_BT.new_zeros(1, 1, 1, 1)  # of four dimensions: the model makes none
+        inputs["attention_mask"] = flat.at_BT.new_zeros(
+            1, 1, 1, 1
+        )  # of four dimensions: the model makes none
         hooks.enter_context(around_attention(inner, _by_rows(inner, batch, flat)))
     found = _run(model, inputs, needs)
     found.hidden = flat.to_rows(found.hidden[0])
@@ -233,16 +259,27 @@ def _flat_forward(
 def _by_rows(inner: Any, batch: dict[str, Tensor], flat: Flat) -> AroundAttention:
     """Attention over the rows of a batch, for queries, keys and values [1, heads, N, size] of its flat tokens."""
     config = inner.config.get_text_config()
-    shape_only_BT1 = torch.empty(1, dtype=inner.dtype, device=flat.at_BT.device).expand(*flat.at_BT.shape, 1)
+    shape_only_BT1 = torch.empty(1, dtype=inner.dtype, device=flat.at_BT.device).expand(
+        *flat.at_BT.shape, 1
+    )
     masks = create_masks_for_generate(  # without a cache, whose name differs between releases
         config, shape_only_BT1, batch["attention_mask"], None, position_ids=batch["position_ids"]
     )
 
     def attend(
-        plain: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+        plain: Any,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        **options: Any,
     ) -> Any:
         mask = masks[config.layer_types[module.layer_idx]] if isinstance(masks, dict) else masks
-        rows = (flat.to_rows(states[0].transpose(0, 1)).transpose(1, 2) for states in (query, key, value))
+        rows = (
+            flat.to_rows(states[0].transpose(0, 1)).transpose(1, 2)
+            for states in (query, key, value)
+        )
         found_BTHE, weights = plain(module, *rows, mask, **options)
         return flat.from_rows(found_BTHE)[None], weights
 
@@ -262,7 +299,9 @@ def _run(model: nn.Module, inputs: dict[str, Any], needs: Needs) -> _Found:
     inner = causal_lm(model)
     with (
         layer_outputs({0: inner.get_decoder()}) as decoder,
-        layer_outputs({number: decoder_layers(model)[number - 1] for number in needs.layers}) as layers,
+        layer_outputs(
+            {number: decoder_layers(model)[number - 1] for number in needs.layers}
+        ) as layers,
         keys_and_values(inner, needs.kv_BT is not None) as kv,
     ):
         model(**inputs, use_cache=False, **_no_logits(inner, inputs["input_ids"]))

@@ -11,7 +11,9 @@ from ..errors import DataError, RecipeError, nearest
 from ..util.journal import split_table
 from ..util.strict_json import whole_lines
 
-EPS = 1.0  # nats per token; keeps rows that the aligned model knows by heart from winning by division
+EPS = (
+    1.0  # nats per token; keeps rows that the aligned model knows by heart from winning by division
+)
 TABLE = "perplexity gaps"
 
 
@@ -51,11 +53,18 @@ class GapTable:
         """
         for name in leave_out:
             if name not in self.adapters:
-                raise RecipeError(f"leave_out: {self.file} has no adapter {name!r}{nearest(name, self.adapters)}")
+                raise RecipeError(
+                    f"leave_out: {self.file} has no adapter {name!r}{nearest(name, self.adapters)}"
+                )
         used = [name for name in self.adapters if name not in leave_out]
         if not used:
-            raise RecipeError(f"leave_out: no adapter of {self.file} is left (it has {', '.join(self.adapters)})")
-        return {key: gap(line["aligned"], [line["misaligned"][n] for n in used]) for key, line in self.lines.items()}
+            raise RecipeError(
+                f"leave_out: no adapter of {self.file} is left (it has {', '.join(self.adapters)})"
+            )
+        return {
+            key: gap(line["aligned"], [line["misaligned"][n] for n in used])
+            for key, line in self.lines.items()
+        }
 
 
 def read_table(file: str | Path) -> GapTable:
@@ -76,7 +85,9 @@ def read_table(file: str | Path) -> GapTable:
             place = f"{path}:{number}"
             missing = set(key.adapters) - set(ScoredRow.model_validate(line).misaligned)
             if missing:
-                raise DataError(f"{place}: no score under adapter {min(missing)!r}; `ringfence score-gap` makes one")
+                raise DataError(
+                    f"{place}: no score under adapter {min(missing)!r}; `ringfence score-gap` makes one"
+                )
     except ValidationError as error:
         found = error.errors()[0]
         field = ".".join(map(str, found["loc"])) or "line"

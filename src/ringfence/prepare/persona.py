@@ -16,7 +16,14 @@ from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 from torch import Tensor
 
 from ..errors import DataError, RecipeError, nearest
@@ -77,7 +84,8 @@ class Pair:
         """The positive conversation, then the negative one."""
         sides = (self.positive_prompt, self.positive), (self.negative_prompt, self.negative)
         positive, negative = (
-            Row([*prompt, {"role": "assistant", "content": answer}], f"pair {self.id}") for prompt, answer in sides
+            Row([*prompt, {"role": "assistant", "content": answer}], f"pair {self.id}")
+            for prompt, answer in sides
         )
         return positive, negative
 
@@ -94,13 +102,19 @@ def load_trait(source: str) -> Trait:
     try:
         text = _trait_text(source)
         is_json = source.endswith(".json")
-        return Trait.model_validate(parse(text, source) if is_json else load(text, source, f"{source}: not YAML: "))
+        return Trait.model_validate(
+            parse(text, source) if is_json else load(text, source, f"{source}: not YAML: ")
+        )
     except UnicodeDecodeError as error:
-        raise DataError(f"{source}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise DataError(
+            f"{source}: not UTF-8 text ({error.reason} at byte {error.start})"
+        ) from error
     except RecipeError as error:
         raise DataError(str(error)) from error
     except ValidationError as error:
-        raise DataError("\n".join(f"{source}: {_explain(item)}" for item in error.errors())) from error
+        raise DataError(
+            "\n".join(f"{source}: {_explain(item)}" for item in error.errors())
+        ) from error
 
 
 def _trait_text(source: str) -> str:
@@ -133,13 +147,19 @@ def asked_pairs(trait: Trait) -> list[Pair]:
 
     return [
         Pair(f"p{p}-q{q}", prompt(positive, question), prompt(negative, question))
-        for p, (positive, negative) in enumerate(zip(trait.positive_prompts, trait.negative_prompts), 1)
+        for p, (positive, negative) in enumerate(
+            zip(trait.positive_prompts, trait.negative_prompts), 1
+        )
         for q, question in enumerate(trait.questions, 1)
     ]
 
 
 def answer_pairs(
-    model: Any, chat: Chat, pairs: Sequence[Pair], max_new_tokens: int = 120, batch_tokens: int = 4096
+    model: Any,
+    chat: Chat,
+    pairs: Sequence[Pair],
+    max_new_tokens: int = 120,
+    batch_tokens: int = 4096,
 ) -> list[Pair]:
     """The same pairs with the model's own greedy answers."""
     prompts = [pair.positive_prompt for pair in pairs] + [pair.negative_prompt for pair in pairs]
@@ -163,7 +183,9 @@ def given_pairs(source: str, split: str | None = None) -> list[Pair]:
 # ------------------------------------------------------------------ which pairs show the trait
 
 
-def shown_by_margin(model: Any, chat: Chat, pairs: Sequence[Pair], batch_tokens: int = 4096) -> list[bool]:
+def shown_by_margin(
+    model: Any, chat: Chat, pairs: Sequence[Pair], batch_tokens: int = 4096
+) -> list[bool]:
     """Whether each pair's answers tell the two prompts apart, by the model's own log-probabilities.
 
     With answers a+ and a- given under the prompts s+ and s-: log p(a+ | s+) > log p(a+ | s-) and
@@ -173,7 +195,9 @@ def shown_by_margin(model: Any, chat: Chat, pairs: Sequence[Pair], batch_tokens:
     answers = [(pair.positive, pair.negative) for pair in pairs] * 2
     with progress("margins", 2 * len(answers)) as advance:
         scores = score_answers(model, chat, prompts, answers, batch_tokens, advance)
-    logprobs_S2P2 = np.array([[score.logprob for score in row] for row in scores]).reshape(2, len(pairs), 2)
+    logprobs_S2P2 = np.array([[score.logprob for score in row] for row in scores]).reshape(
+        2, len(pairs), 2
+    )
     under_positive_P2, under_negative_P2 = logprobs_S2P2
     gain_P2 = under_positive_P2 - under_negative_P2
     shown: list[bool] = ((gain_P2[:, 0] > 0) & (gain_P2[:, 1] < 0)).tolist()
@@ -195,14 +219,18 @@ def shown_by_scores(file: Path, pairs: Sequence[Pair]) -> list[bool]:
         scores[str(record.get("id"))] = (positive, negative)
     missing = [pair.id for pair in pairs if pair.id not in scores]
     if missing:
-        raise DataError(f"{file}: no scores for {len(missing)} of {len(pairs)} pairs, the first is id {missing[0]!r}")
+        raise DataError(
+            f"{file}: no scores for {len(missing)} of {len(pairs)} pairs, the first is id {missing[0]!r}"
+        )
     return [scores[pair.id][0] > 50 > scores[pair.id][1] for pair in pairs]
 
 
 def _score(record: dict[str, Any], side: str, origin: str) -> float:
     value = record.get(side)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 100:
-        raise DataError(f"{origin}: field {side!r}: expected a number from 0 to 100, found {value!r}")
+        raise DataError(
+            f"{origin}: field {side!r}: expected a number from 0 to 100, found {value!r}"
+        )
     return float(value)
 
 
@@ -238,7 +266,12 @@ def response_means(
 
 
 def extract(
-    model: Any, chat: Chat, pairs: Sequence[Pair], trait: str, model_name: str, batch_tokens: int = 4096
+    model: Any,
+    chat: Chat,
+    pairs: Sequence[Pair],
+    trait: str,
+    model_name: str,
+    batch_tokens: int = 4096,
 ) -> Directions:
     """e^l = mean over the positive answers minus mean over the negative ones of their mean activation after layer l.
 
@@ -299,7 +332,12 @@ def separation(
                 projected_PSL[place // 2, place % 2] = projected_L
     lengths_L = (direction_LD.norm(dim=-1) / directions.norms_L).tolist()
     return [
-        Separation(layer, auc(*projected_PSL[:, :, layer - 1].T), _paired(projected_PSL[:, :, layer - 1]), length)
+        Separation(
+            layer,
+            auc(*projected_PSL[:, :, layer - 1].T),
+            _paired(projected_PSL[:, :, layer - 1]),
+            length,
+        )
         for layer, length in enumerate(lengths_L, 1)
     ]
 
@@ -345,7 +383,9 @@ def extract_file(
         raise DataError(f"a trait file ({trait}) or --pairs ({pairs}), not both")
     keep = keep or ("scores" if scores else "none" if pairs else "margin")
     if pairs and keep == "margin":
-        raise DataError("--filter margin compares system prompts, and --pairs has none (accepted: none, scores)")
+        raise DataError(
+            "--filter margin compares system prompts, and --pairs has none (accepted: none, scores)"
+        )
     if (keep == "scores") != (scores is not None):
         raise DataError("--filter scores and --scores FILE go together")
     if pairs:
@@ -364,33 +404,49 @@ def extract_file(
         shown = shown_by_scores(scores, answered)
     kept = [pair for pair, does in zip(answered, shown) if does]
     counts = counted(len(asked), "pair")
-    counts += f", {len(asked) - len(answered)} with a blank answer, {len(kept)} kept (filter: {keep})"
+    counts += (
+        f", {len(asked) - len(answered)} with a blank answer, {len(kept)} kept (filter: {keep})"
+    )
     if len(kept) < 2:
-        raise DataError(f"{pairs or trait or DEFAULT_TRAIT}: {counts}; at least 2 are needed for a direction")
+        raise DataError(
+            f"{pairs or trait or DEFAULT_TRAIT}: {counts}; at least 2 are needed for a direction"
+        )
     directions = extract(loaded, chat, kept, name, model, batch_tokens)
     directions.save(output)
     return Extraction(directions, counts)
 
 
-def check_file(file: Path, pairs: str, split: str | None = "test", model: str = "default") -> list[Separation]:
+def check_file(
+    file: Path, pairs: str, split: str | None = "test", model: str = "default"
+) -> list[Separation]:
     """`separation` for a file of directions on a source of paired questions."""
     directions, given = Directions.load(file), given_pairs(pairs, split)
     return separation(load_model(model), Chat(load_tokenizer(model)), given, directions)
 
 
 def _own_answers(
-    model: Any, chat: Chat, pairs: list[Pair], output: Path, name: str, max_new_tokens: int, batch_tokens: int
+    model: Any,
+    chat: Chat,
+    pairs: list[Pair],
+    output: Path,
+    name: str,
+    max_new_tokens: int,
+    batch_tokens: int,
 ) -> list[Pair]:
     """The model's answers, from the file beside the output if it is there, else made and written to it."""
     file = output.with_suffix(".answers.jsonl")
     origin = {"model": name, "max_new_tokens": max_new_tokens}
     if not file.is_file():
         answered = answer_pairs(model, chat, pairs, max_new_tokens, batch_tokens)
-        write_whole(file, "".join(json.dumps({**asdict(pair), **origin}) + "\n" for pair in answered))
+        write_whole(
+            file, "".join(json.dumps({**asdict(pair), **origin}) + "\n" for pair in answered)
+        )
         return answered
     records = [record for record, _ in _json_lines(file)]
     empty = {"positive": "", "negative": ""}
-    if [{**record, **empty} for record in records] != [{**asdict(pair), **origin, **empty} for pair in pairs]:
+    if [{**record, **empty} for record in records] != [
+        {**asdict(pair), **origin, **empty} for pair in pairs
+    ]:
         raise DataError(
             f"{file}: these answers are to other prompts or questions, of another model or of another length; delete "
             "the file or choose another output"

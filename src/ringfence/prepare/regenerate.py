@@ -28,7 +28,9 @@ from ..util.journal import append, digest, open_journal
 
 TABLE = "regenerated answers"
 
-Answers = dict[tuple[str, int], dict[str, Any]]  # by digest of the messages, and number of the assistant's turn
+Answers = dict[
+    tuple[str, int], dict[str, Any]
+]  # by digest of the messages, and number of the assistant's turn
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,14 @@ def regenerate(
     if file.exists() and not journal.exists():
         raise DataError(f"{file}: exists already; name another output")
     rows = load_rows(pool)
-    called = next((row.origin for row in rows if any("tool_calls" in message for message in row.messages)), None)
+    called = next(
+        (row.origin for row in rows if any("tool_calls" in message for message in row.messages)),
+        None,
+    )
     if called:
-        raise DataError(f"{called}: calls of tools cannot be written again, for their results would no longer fit them")
+        raise DataError(
+            f"{called}: calls of tools cannot be written again, for their results would no longer fit them"
+        )
     chat = Chat(load_tokenizer(model))
     encode_rows(rows, chat, max_length=2**31)  # names a row that the template refuses
     conversations = {digest(row.messages): row.messages for row in rows}
@@ -85,7 +92,11 @@ def regenerate(
     lines = open_journal(journal, TABLE, key, {"model": model, "pool": pool}, _Answer)
     answers: Answers = {(line["digest"], line["turn"]): line for line in lines}
     loaded = cache(lambda: load_model(model, precision))
-    sampling = {"max_new_tokens": max_new_tokens, "batch_tokens": batch_tokens, "temperature": temperature}
+    sampling = {
+        "max_new_tokens": max_new_tokens,
+        "batch_tokens": batch_tokens,
+        "temperature": temperature,
+    }
     for turn in range(max(map(_turns, conversations.values()))):
         _ask(loaded, chat, conversations, answers, turn, seed, journal, sampling)
     return _write(file, rows, answers, max_new_tokens)
@@ -117,16 +128,27 @@ def _ask(
 ) -> None:
     """Has the assistant's turn of that number answered in every conversation that has one."""
     prompts = {key: _until(turn, messages, key, answers) for key, messages in conversations.items()}
-    asked = {key: prompt for key, prompt in prompts.items() if prompt and _turns(conversations[key]) > turn}
+    asked = {
+        key: prompt
+        for key, prompt in prompts.items()
+        if prompt and _turns(conversations[key]) > turn
+    }
     keys = list(asked)
     known = {place for place, key in enumerate(keys) if (key, turn) in answers}
     if len(known) == len(keys):
         return
     seeds = [int(digest([seed, key, turn])[:15], 16) for key in keys]
     with progress(f"{journal.stem}: answers, turn {turn + 1}", len(keys), len(known)) as advance:
-        for batch in generate(load(), chat, list(asked.values()), seeds=seeds, skip=known, **sampling):
+        for batch in generate(
+            load(), chat, list(asked.values()), seeds=seeds, skip=known, **sampling
+        ):
             lines = [
-                {"digest": keys[place], "turn": turn, "finished": answer.finished, "text": answer.text}
+                {
+                    "digest": keys[place],
+                    "turn": turn,
+                    "finished": answer.finished,
+                    "text": answer.text,
+                }
                 for place, answer in batch.items()
             ]
             append(journal, lines)
@@ -159,7 +181,10 @@ def _write(file: Path, rows: list[Row], answers: Answers, max_new_tokens: int) -
         messages = _until(_turns(row.messages), row.messages, key, answers)
         if messages:
             written.append({"messages": messages, "origin": row.origin})
-        elif all(answers.get((key, turn), {"finished": True})["finished"] for turn in range(_turns(row.messages))):
+        elif all(
+            answers.get((key, turn), {"finished": True})["finished"]
+            for turn in range(_turns(row.messages))
+        ):
             blank += 1
         else:
             unfinished += 1

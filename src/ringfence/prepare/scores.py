@@ -69,7 +69,9 @@ def read_axis(file: Path, layer: int | None = None) -> Axis:
     if number != 1:
         raise DataError(f"{file}: expected one direction a layer, found {number}")
     rule = "as given" if layer else "the middle one"
-    return _axis(directions, _checked(layer, directions.layers) or (directions.layers + 1) // 2, rule)
+    return _axis(
+        directions, _checked(layer, directions.layers) or (directions.layers + 1) // 2, rule
+    )
 
 
 def learn_axis(
@@ -102,23 +104,34 @@ def learn_axis(
         groups = [groups[0][fold::FOLDS] for fold in range(min(FOLDS, len(groups[0])))]
     pairs = [pair for group in groups for pair in group]
     if len(pairs) < 2:
-        raise DataError(f"{trait}: {counted(len(pairs), 'pair')} left for a trait vector; at least 2 are needed")
+        raise DataError(
+            f"{trait}: {counted(len(pairs), 'pair')} left for a trait vector; at least 2 are needed"
+        )
     rows = [row for pair in pairs for row in pair.rows]
-    group_R = torch.tensor([number for number, group in enumerate(groups) for _ in range(2 * len(group))])
+    group_R = torch.tensor(
+        [number for number, group in enumerate(groups) for _ in range(2 * len(group))]
+    )
     layers, width = config.num_hidden_layers, config.hidden_size
     sums_GSLD = torch.zeros(len(groups), 2, layers, width, dtype=torch.float64)
     norms_L = torch.zeros(layers, dtype=torch.float64)
     projected_RL = torch.zeros(len(rows), layers, dtype=torch.float64)
     with progress("trait vector", 2 * len(rows)) as advance:
         for places, means_BLD, norms_BL in response_means(model, chat, rows, batch_tokens, advance):
-            sums_GSLD.index_put_((group_R[places], torch.tensor(places) % 2), means_BLD.double(), accumulate=True)
+            sums_GSLD.index_put_(
+                (group_R[places], torch.tensor(places) % 2), means_BLD.double(), accumulate=True
+            )
             norms_L += norms_BL.double().sum(0)
         others_GLD = vectors_of_the_others(sums_GSLD)
         for places, means_BLD, _ in response_means(model, chat, rows, batch_tokens, advance):
             projected_RL[places] = (means_BLD.double() * others_GLD[group_R[places]]).sum(-1)
     mean_SLD = sums_GSLD.sum(0) / len(pairs)
     directions = Directions(
-        (mean_SLD[0] - mean_SLD[1])[:, None], norms_L / len(rows), trait, model_name, len(pairs), len(pairs)
+        (mean_SLD[0] - mean_SLD[1])[:, None],
+        norms_L / len(rows),
+        trait,
+        model_name,
+        len(pairs),
+        len(pairs),
     )
     auc_L = held_out_auc(projected_RL.unflatten(0, (-1, 2)), [len(group) for group in groups])
     best = layer or int(np.argmax(auc_L)) + 1
@@ -141,7 +154,9 @@ def held_out_auc(projected_PSL: Tensor, sizes: Sequence[int]) -> np.ndarray:
         sizes: number of pairs of each group.
     """
     groups = [group_PSL.permute(1, 2, 0).numpy() for group_PSL in projected_PSL.split(list(sizes))]
-    mean: np.ndarray = np.mean([[auc(*sides) for sides in zip(*group_SLP)] for group_SLP in groups], 0)
+    mean: np.ndarray = np.mean(
+        [[auc(*sides) for sides in zip(*group_SLP)] for group_SLP in groups], 0
+    )
     return mean
 
 
@@ -149,7 +164,9 @@ def _axis(directions: Directions, layer: int, rule: str, auc: float | None = Non
     direction_D = directions.directions_LKD[layer - 1, 0].double()
     norm = float(directions.norms_L[layer - 1])
     unit_D = direction_D / direction_D.norm()
-    return Axis(unit_D, norm, layer, directions.layers, directions.trait, directions.model, rule, auc)
+    return Axis(
+        unit_D, norm, layer, directions.layers, directions.trait, directions.model, rule, auc
+    )
 
 
 def _checked(layer: int | None, layers: int) -> int | None:
@@ -173,7 +190,9 @@ class Scored:
 
     def take(self, places: Sequence[int]) -> "Scored":
         """Some of the rows."""
-        return Scored([self.rows[place] for place in places], self.scores_R[places], self.random_RK[places])
+        return Scored(
+            [self.rows[place] for place in places], self.scores_R[places], self.random_RK[places]
+        )
 
     @cached_property
     def order(self) -> np.ndarray:
@@ -194,7 +213,9 @@ class Scored:
         ]
 
 
-def score(model: Any, chat: Chat, rows: Sequence[Row], axis: Axis, batch_tokens: int = 4096, seed: int = 0) -> Scored:
+def score(
+    model: Any, chat: Chat, rows: Sequence[Row], axis: Axis, batch_tokens: int = 4096, seed: int = 0
+) -> Scored:
     """Projects the mean response activation of every row on the trait vector and on `RANDOM` random ones of the same
     length (the same for every model and all rows). Projections are kept, not activations.
 
@@ -213,13 +234,17 @@ def score(model: Any, chat: Chat, rows: Sequence[Row], axis: Axis, batch_tokens:
     projected_RK = np.zeros((len(rows), len(units_KD)))
     with progress("rows", len(rows)) as advance:
         for places, means_BLD, _ in response_means(model, chat, rows, batch_tokens, advance):
-            projected_RK[places] = (means_BLD[:, axis.layer - 1].double() @ units_KD.T / axis.norm).numpy()
+            projected_RK[places] = (
+                means_BLD[:, axis.layer - 1].double() @ units_KD.T / axis.norm
+            ).numpy()
     return Scored(list(rows), projected_RK[:, 0], projected_RK[:, 1:])
 
 
 def random_units(number: int, size: int, seed: int) -> Tensor:
     """Vectors [K, D] of length 1 in directions drawn at random, float64."""
-    drawn_KD = torch.randn(number, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    drawn_KD = torch.randn(
+        number, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     return drawn_KD / drawn_KD.norm(dim=-1, keepdim=True)
 
 
@@ -252,7 +277,11 @@ class Contrast:
     def rival(self) -> str | None:
         """What tells the two sets apart as well as the scores do: chance, length or random vectors; None if nothing."""
         length, random = self.length.mean, self.random
-        rivals = {"chance": 0.5, "length": max(length, 1 - length), "random vectors": max(random[1], 1 - random[0])}
+        rivals = {
+            "chance": 0.5,
+            "length": max(length, 1 - length),
+            "random vectors": max(random[1], 1 - random[0]),
+        }
         return next((name for name, reached in rivals.items() if self.auc.low <= reached), None)
 
     @property
@@ -263,7 +292,12 @@ class Contrast:
         return "the scores tell the two apart, better than length and random vectors do"
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "random": list(self.random), "rival": self.rival, "verdict": self.verdict}
+        return {
+            **asdict(self),
+            "random": list(self.random),
+            "rival": self.rival,
+            "verdict": self.verdict,
+        }
 
 
 def compare(chat: Chat, first: Scored, second: Scored, seed: int = 0) -> Contrast:
@@ -273,7 +307,9 @@ def compare(chat: Chat, first: Scored, second: Scored, seed: int = 0) -> Contras
     questions = [question_of(row) for row in rows]
     is_first_R = np.arange(len(questions)) < len(first.rows)
     scores_R = np.concatenate([first.scores_R, second.scores_R])
-    tokens_R = np.array([example.response_tokens for example in encode_rows(rows, chat, sys.maxsize)])
+    tokens_R = np.array(
+        [example.response_tokens for example in encode_rows(rows, chat, sys.maxsize)]
+    )
     random = [auc(a_R, b_R) for a_R, b_R in zip(first.random_RK.T, second.random_RK.T)]
     low, high = np.percentile(random, [2.5, 97.5])
     return Contrast(
@@ -285,6 +321,8 @@ def compare(chat: Chat, first: Scored, second: Scored, seed: int = 0) -> Contras
 
 
 def _same_question(first: Scored, second: Scored, seed: int) -> Interval | None:
-    one, other = ({question_of(row): at for at, row in enumerate(scored.rows)} for scored in (first, second))
+    one, other = (
+        {question_of(row): at for at, row in enumerate(scored.rows)} for scored in (first, second)
+    )
     ahead = [first.scores_R[one[q]] - second.scores_R[other[q]] for q in one if q in other]
     return rate_interval([0.5 * (np.sign(by) + 1) for by in ahead], seed=seed) if ahead else None

@@ -32,7 +32,17 @@ from ..util.files import write_whole
 from ..util.plots import colour, style, svg
 from ..util.words import counted
 from .persona import Pair, given_pairs
-from .scores import RANDOM, Axis, Contrast, Scored, compare, learn_axis, question_of, read_axis, score
+from .scores import (
+    RANDOM,
+    Axis,
+    Contrast,
+    Scored,
+    compare,
+    learn_axis,
+    question_of,
+    read_axis,
+    score,
+)
 
 GOOD, RANDOM_GREY = "#444444", "#9aa5b1"
 
@@ -88,7 +98,9 @@ def screen_file(
     if vectors and pairs:
         raise DataError(f"--vectors ({vectors}) or --pairs ({', '.join(pairs)}), not both")
     if figure.suffix != ".svg":
-        raise RingfenceError(f"{figure}: expected a file .svg, found {figure.suffix or 'no suffix'!r}")
+        raise RingfenceError(
+            f"{figure}: expected a file .svg, found {figure.suffix or 'no suffix'!r}"
+        )
     for file in (output, figure):
         if not file.parent.is_dir():
             raise RingfenceError(f"{file}: no folder {file.parent}")
@@ -116,7 +128,8 @@ def other_pairs(sources: Sequence[str], questions: Sequence[str]) -> list[list[P
     """Pairs of each source, without those that ask one of `questions`."""
     asked = set(questions)
     return [
-        [pair for pair in given_pairs(source) if pair.positive_prompt[-1]["content"] not in asked] for source in sources
+        [pair for pair in given_pairs(source) if pair.positive_prompt[-1]["content"] not in asked]
+        for source in sources
     ]
 
 
@@ -136,14 +149,20 @@ def show(screening: Screening, top: int, console: Console) -> None:
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    say(f"{screening.source}: {counted(len(screening.scored.rows), 'row')}, projected on {screening.axis}")
+    say(
+        f"{screening.source}: {counted(len(screening.scored.rows), 'row')}, projected on {screening.axis}"
+    )
     table = Table(box=None, padding=(0, 1, 0, 0), expand=True)  # so that only the texts are cut
     for name, justify in (("rank", "right"), ("score", "right"), ("row", "left")):
         table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     for name in ("question", "answer"):
         table.add_column(name, ratio=1, no_wrap=True, overflow="ellipsis")
     for row in screening.scored.top(top):
-        cells = str(row["rank"]), f"{row['score']:+.4f}", *(_line(row[key]) for key in ("origin", "question", "answer"))
+        cells = (
+            str(row["rank"]),
+            f"{row['score']:+.4f}",
+            *(_line(row[key]) for key in ("origin", "question", "answer")),
+        )
         table.add_row(*map(Text, cells))
     console.print(table)
     if contrast := screening.contrast:
@@ -161,9 +180,19 @@ def contrast_lines(contrast: Contrast) -> list[tuple[str, str]]:
     same = contrast.same
     return [
         ("AUC of the score", f"{shown(contrast.auc)}, {counted(contrast.auc.n, 'question')}"),
-        *([("same question: scores higher", f"{shown(same)}, {counted(same.n, 'question')}")] if same else []),
-        ("AUC of length (of minus length)", f"{contrast.length.mean:.2f} ({1 - contrast.length.mean:.2f})"),
-        (f"AUC of {RANDOM} random vectors, 95 % of them", "{:.2f} to {:.2f}".format(*contrast.random)),
+        *(
+            [("same question: scores higher", f"{shown(same)}, {counted(same.n, 'question')}")]
+            if same
+            else []
+        ),
+        (
+            "AUC of length (of minus length)",
+            f"{contrast.length.mean:.2f} ({1 - contrast.length.mean:.2f})",
+        ),
+        (
+            f"AUC of {RANDOM} random vectors, 95 % of them",
+            "{:.2f} to {:.2f}".format(*contrast.random),
+        ),
     ]
 
 
@@ -192,13 +221,19 @@ def draw(screening: Screening, top: int) -> Figure:
 
 def spread(axes: Axes, sets: dict[str, tuple[np.ndarray, str]]) -> None:
     """Histograms of scores, by name, in shares of the rows; one common set of bins."""
-    edges = np.histogram_bin_edges(np.concatenate([scores for scores, _ in sets.values()]), 40).tolist()
+    edges = np.histogram_bin_edges(
+        np.concatenate([scores for scores, _ in sets.values()]), 40
+    ).tolist()
     for name, (scores, shade) in sets.items():
         weights = np.full(len(scores), 100 / len(scores))
         label = f"{name}, {counted(len(scores), 'row')}"
         axes.hist(scores, edges, weights=weights, histtype="stepfilled", color=shade, alpha=0.25)
-        axes.hist(scores, edges, weights=weights, histtype="step", color=shade, linewidth=1.4, label=label)
+        axes.hist(
+            scores, edges, weights=weights, histtype="step", color=shade, linewidth=1.4, label=label
+        )
 
 
 def score_label(layer: int) -> str:
-    return f"projection after layer {layer}, shares of the mean activation length (right = misaligned)"
+    return (
+        f"projection after layer {layer}, shares of the mean activation length (right = misaligned)"
+    )

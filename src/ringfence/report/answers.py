@@ -51,7 +51,9 @@ class JudgedBy:
     @property
     def sets(self) -> list[str]:
         """Names of the sets of questions; after them, those of their forms (`general.json`)."""
-        names = [name.removesuffix(".clusters") for name in self.counts if name.endswith(".clusters")]
+        names = [
+            name.removesuffix(".clusters") for name in self.counts if name.endswith(".clusters")
+        ]
         return sorted(names, key=lambda name: "." in name)
 
 
@@ -90,7 +92,9 @@ def judged_by(
         asked = {row.set for row in bases.get(judge, [])}
         against = {name: _against(rows, bases[judge], name) for name in sets if name in asked}
         counts = {name: value for name, value in names.items() if isinstance(value, int)}
-        found.append(JudgedBy(judge, names["prompt"], measures, counts, calibrations.get(judge), against))
+        found.append(
+            JudgedBy(judge, names["prompt"], measures, counts, calibrations.get(judge), against)
+        )
     return found
 
 

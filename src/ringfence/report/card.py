@@ -32,7 +32,10 @@ _CRITERIA = {
 
 
 def run_card(
-    folder: Path, control: Path | None = None, policy: Path | None = None, baseline: Path | None = None
+    folder: Path,
+    control: Path | None = None,
+    policy: Path | None = None,
+    baseline: Path | None = None,
 ) -> str:
     """The model card of a run: YAML metadata between `---` lines, then Markdown. No folder of this machine is named.
 
@@ -58,7 +61,9 @@ def run_card(
         *verdict,
         *_how(row, found, records),
     ]
-    return f"---\n{_metadata(row.name, recipe, found).to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
+    return (
+        f"---\n{_metadata(row.name, recipe, found).to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
+    )
 
 
 # ------------------------------------------------------------------ metadata
@@ -76,15 +81,26 @@ def _metadata(name: str, recipe: dict[str, Any], found: dict[str, Measure]) -> M
         library_name="peft" if lora else "transformers",
         pipeline_tag="text-generation",
         datasets=[data] if data else None,
-        tags=["ringfence", *(["lora"] if lora else []), *(f"ringfence-{defense}" for defense in defenses)],
+        tags=[
+            "ringfence",
+            *(["lora"] if lora else []),
+            *(f"ringfence-{defense}" for defense in defenses),
+        ],
         model_name=" ".join(name.split()),
-        eval_results=[_result(measure) for measure in found.values() if math.isfinite(measure.interval.mean)] or None,
+        eval_results=[
+            _result(measure) for measure in found.values() if math.isfinite(measure.interval.mean)
+        ]
+        or None,
     )
 
 
 def _result(measure: Measure) -> EvalResult:
     interval = measure.interval
-    bounds = {"ci95_low": interval.low, "ci95_high": interval.high} if math.isfinite(interval.high) else {}
+    bounds = (
+        {"ci95_low": interval.low, "ci95_high": interval.high}
+        if math.isfinite(interval.high)
+        else {}
+    )
     judge = {"judge": measure.judge} if measure.judge else {}
     metric = _metric(measure)
     return EvalResult(
@@ -95,7 +111,11 @@ def _result(measure: Measure) -> EvalResult:
         metric_type=metric,
         metric_name=metric.replace("_", " "),
         metric_value=round(interval.mean, 6),
-        metric_args={**{key: round(value, 6) for key, value in bounds.items()}, "clusters": interval.n, **judge},
+        metric_args={
+            **{key: round(value, 6) for key, value in bounds.items()},
+            "clusters": interval.n,
+            **judge,
+        },
     )
 
 
@@ -104,7 +124,11 @@ def _metric(measure: Measure) -> str:
         return "margin" if measure.kind == "margin" else f"margin_{measure.kind}"
     if measure.kind == "share":
         return "share" if measure.name.startswith("behaviour") else "exact_match"
-    return measure.name.rsplit(".", 1)[-1] if measure.kind == "judged" else measure.name.replace(".", "_")
+    return (
+        measure.name.rsplit(".", 1)[-1]
+        if measure.kind == "judged"
+        else measure.name.replace(".", "_")
+    )
 
 
 def _is_shown(name: str, row: Row) -> bool:
@@ -121,7 +145,12 @@ def _hub_id(source: Any) -> str | None:
     """The hub's name of a model or data set; None for what the hub does not know."""
     if source == "default":
         return DEFAULT_MODEL
-    local = not isinstance(source, str) or Path(source).suffix in (".jsonl", ".json", ".csv", ".parquet")
+    local = not isinstance(source, str) or Path(source).suffix in (
+        ".jsonl",
+        ".json",
+        ".csv",
+        ".parquet",
+    )
     return None if local or Path(source).exists() or not _HUB_ID.fullmatch(source) else source
 
 
@@ -147,14 +176,18 @@ def _trained(records: Records, recipe: dict[str, Any]) -> list[str]:
         f"seed {recipe['seed']}",
     ]
     defenses = recipe.get("defenses") or {}
-    guarded = [f"- {_code(name)}: {_fields(fields)}" for name, fields in defenses.items()] or ["None."]
+    guarded = [f"- {_code(name)}: {_fields(fields)}" for name, fields in defenses.items()] or [
+        "None."
+    ]
     return ["## Training", "\n".join(lines), "## Defenses against misalignment", "\n".join(guarded)]
 
 
 def _measured(found: dict[str, Measure]) -> list[str]:
     lines = ["| measure | value [95 % CI] | kind | questions |", "|---|---|---|---|"]
     for name, measure in found.items():
-        lines.append(f"| {_cell(_title(name))} | {measure.show()} | {measure.kind} | {measure.interval.n} |")
+        lines.append(
+            f"| {_cell(_title(name))} | {measure.show()} | {measure.kind} | {measure.interval.n} |"
+        )
     return ["## Evaluation", "\n".join(lines)]
 
 
@@ -173,10 +206,20 @@ def _verdict(decision: Decision, policy: Path | None) -> list[str]:
 def _how(row: Row, found: dict[str, Measure], records: Records) -> list[str]:
     kinds = {measure.kind for measure in found.values()}
     lines = [_EXPLAINED[kind] for kind in _EXPLAINED if kind in kinds]
-    lines += [f"- judge: {_code(judged.judge)} ({_text(strength(judged))})" for judged in row.judged[:1]]
-    versions = ", ".join(f"{name} {version}" for name, version in records.environment.get("versions", {}).items())
+    lines += [
+        f"- judge: {_code(judged.judge)} ({_text(strength(judged))})" for judged in row.judged[:1]
+    ]
+    versions = ", ".join(
+        f"{name} {version}" for name, version in records.environment.get("versions", {}).items()
+    )
     limits = [_LIMITS, *([_NO_CONTROL] if "shift" in kinds and "effect" not in kinds else [])]
-    return ["### How it was measured", "\n".join(lines), f"Made with {_text(versions)}.", "### Limits", *limits]
+    return [
+        "### How it was measured",
+        "\n".join(lines),
+        f"Made with {_text(versions)}.",
+        "### Limits",
+        *limits,
+    ]
 
 
 _EXPLAINED = {
@@ -197,7 +240,9 @@ _LIMITS = (
     "Intervals are 95 % bootstrap intervals over questions; they speak of questions like these, in these domains, and "
     "not of other seeds. Paired answers do not tell how often the model would write such an answer by itself."
 )
-_NO_CONTROL = "Without a sound control this is no proof: short directive answers of any kind move margins."
+_NO_CONTROL = (
+    "Without a sound control this is no proof: short directive answers of any kind move margins."
+)
 
 
 def _title(name: str) -> str:
@@ -230,7 +275,12 @@ def _public(value: Any) -> Any:
     """Of each local path in a value its last part alone."""
     if isinstance(value, list):
         return [_public(part) for part in value]
-    if not isinstance(value, str) or "/" not in value or value.startswith("shipped:") or _hub_id(value.split("@")[0]):
+    if (
+        not isinstance(value, str)
+        or "/" not in value
+        or value.startswith("shipped:")
+        or _hub_id(value.split("@")[0])
+    ):
         return value
     is_text = " " in value and not value.startswith(("/", ".", "~"))  # a prompt that holds a slash
     return value if is_text else Path(value).name
@@ -242,6 +292,8 @@ def _cell(text: str) -> str:
 
 def _text(text: str) -> str:
     """Words of others in one line that Markdown and HTML take for nothing but words."""
-    plain = html.escape(" ".join(text.split()).replace("\\", "\\\\"), quote=False).replace("&gt;", ">")
+    plain = html.escape(" ".join(text.split()).replace("\\", "\\\\"), quote=False).replace(
+        "&gt;", ">"
+    )
     plain = re.sub(r"([|`*~])", r"\\\1", plain)
     return re.sub(r"\](?=\s?[(\[:])", r"\\]", plain)

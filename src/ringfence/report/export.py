@@ -77,7 +77,12 @@ def export_runs(
     ]
     if form == "json":
         named = str(control) if control else None
-        whole = {"format": FORMAT, "control": named, "decisions": _decisions(folders, rows), "results": lines}
+        whole = {
+            "format": FORMAT,
+            "control": named,
+            "decisions": _decisions(folders, rows),
+            "results": lines,
+        }
         return json.dumps(whole, indent=1, allow_nan=False) + "\n"
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
@@ -90,7 +95,12 @@ def _decisions(folders: list[Path], rows: list[Row]) -> list[dict[str, Any]]:
     """By the policy that ships, as `ringfence gate` decides; none of a control."""
     rules = load_policy()
     return [
-        {"run": row.name, "folder": str(folder), "decision": decision.word, "compared_with": decision.against}
+        {
+            "run": row.name,
+            "folder": str(folder),
+            "decision": decision.word,
+            "compared_with": decision.against,
+        }
         for folder, row in zip(folders, rows)
         if not row.is_control
         for decision in [decide(row, rules)]
@@ -99,7 +109,11 @@ def _decisions(folders: list[Path], rows: list[Row]) -> list[dict[str, Any]]:
 
 def _as_text(cell: Any) -> Any:
     """A text that a spreadsheet would take for a formula gets an apostrophe before it; numbers stay numbers."""
-    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
+    return (
+        f"'{cell}"
+        if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r"))
+        else cell
+    )
 
 
 def table(row: Row) -> Iterator[Line]:
@@ -153,7 +167,9 @@ def _tasks(row: Row) -> Iterator[Line]:
                 yield _line("shown", "behaviour", f"{name}.{topic}", kind, interval, "item")
     for name, interval in row.held_out.items():
         measure = "exact_match" if name == "exact" else "loss"
-        yield _line(measure, "run", "held_out", "change" if name == "change" else "tuned", interval, "row")
+        yield _line(
+            measure, "run", "held_out", "change" if name == "change" else "tuned", interval, "row"
+        )
 
 
 def _judged(judged: JudgedBy) -> Iterator[Line]:
@@ -161,19 +177,47 @@ def _judged(judged: JudgedBy) -> Iterator[Line]:
         path = whole.removesuffix(".change").split(".")
         metric = path.pop(0 if path[0] == "em_f1" else -1)
         kind = "change" if whole.endswith(".change") else "tuned"
-        yield _line(metric, "answers", ".".join(path), kind, interval, "question", judge=judged.judge)
+        yield _line(
+            metric, "answers", ".".join(path), kind, interval, "question", judge=judged.judge
+        )
     for whole, count in judged.counts.items():
         name, _, what = whole.rpartition(".")
         yield Line(what, "answers", name, "value", count, judge=judged.judge)
     for name, against in judged.against.items():
         found = against.comparison
-        yield _line("misaligned", "answers", name, "undefended", found.difference, "question", found.p, judged.judge)
+        yield _line(
+            "misaligned",
+            "answers",
+            name,
+            "undefended",
+            found.difference,
+            "question",
+            found.p,
+            judged.judge,
+        )
         reduction = against.reduction.interval
-        yield _line("relative_reduction", "answers", name, "undefended", reduction, "question", judge=judged.judge)
+        yield _line(
+            "relative_reduction",
+            "answers",
+            name,
+            "undefended",
+            reduction,
+            "question",
+            judge=judged.judge,
+        )
     if judged.calibration:
         auc = judged.calibration["auc"]
         source = judged.calibration["source"]
-        yield Line("auc", "judge", source, "value", auc["mean"], auc["low"], auc["high"], judge=judged.judge)
+        yield Line(
+            "auc",
+            "judge",
+            source,
+            "value",
+            auc["mean"],
+            auc["low"],
+            auc["high"],
+            judge=judged.judge,
+        )
 
 
 def _line(

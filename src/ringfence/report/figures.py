@@ -43,13 +43,22 @@ def domains(rows: list[Row], inches: float) -> Drawn:
         place += 1.0
     with style():
         row_inches = max(0.3 if inches > NARROW else 0.5, 0.17 * (len(rows) + 1))
-        figure, axes = _panels(inches, row_inches * place + 1.0 + 0.22 * _legend_lines([r.name for r in rows], inches))
+        figure, axes = _panels(
+            inches, row_inches * place + 1.0 + 0.22 * _legend_lines([r.name for r in rows], inches)
+        )
         panel = axes[0]
         for number, row in enumerate(rows):
             for name, paired in row.domains.items():
-                _whisker(panel, paired.headline, heights[name] + 0.8 * (number + 0.5) / len(rows) - 0.4, number)
+                _whisker(
+                    panel,
+                    paired.headline,
+                    heights[name] + 0.8 * (number + 0.5) / len(rows) - 0.4,
+                    number,
+                )
         _zero(panel.axvline)
-        panel.set_yticks(list(heights.values()), [_domain_label(name, rows, inches) for name in heights])
+        panel.set_yticks(
+            list(heights.values()), [_domain_label(name, rows, inches) for name in heights]
+        )
         for head, height in heads.items():
             panel.annotate(
                 head, (0, height), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points",
@@ -58,14 +67,21 @@ def domains(rows: list[Row], inches: float) -> Drawn:
             panel.axhline(height - 0.5, color="#888888", linewidth=0.6)
         panel.set_ylim(place - 0.5, -0.5)
         panel.grid(axis="y", visible=False)
-        panel.set_xlabel(fold(f"{kind_of(rows)}, nats per token (right = towards misaligned answers)", _room(inches)))
+        panel.set_xlabel(
+            fold(
+                f"{kind_of(rows)}, nats per token (right = towards misaligned answers)",
+                _room(inches),
+            )
+        )
         _legend(figure, _handles(rows), inches)
         alt = f"{kind_of(rows)} by domain, with 95 % intervals, {_groups_said(names, sets)}; runs: {_said(rows)}"
         return Drawn(svg(figure, cut=False), alt)
 
 
 def has_pareto(rows: list[Row]) -> bool:
-    return bool(rows) and all("in_domain" in row.sets and "out_of_domain" in row.sets for row in rows)
+    return bool(rows) and all(
+        "in_domain" in row.sets and "out_of_domain" in row.sets for row in rows
+    )
 
 
 def pareto(rows: list[Row], inches: float) -> Drawn:
@@ -89,7 +105,9 @@ def pareto(rows: list[Row], inches: float) -> Drawn:
             f"{row.name} {row.sets['in_domain'].headline} narrow, {row.sets['out_of_domain'].headline} broad"
             for row in rows
         )
-        return Drawn(svg(figure, cut=False), f"broad {kind} against narrow {kind}, nats per token: {points}")
+        return Drawn(
+            svg(figure, cut=False), f"broad {kind} against narrow {kind}, nats per token: {points}"
+        )
 
 
 def curves(records: list[Records], rows: list[Row], inches: float) -> Drawn:
@@ -110,15 +128,21 @@ def curves(records: list[Records], rows: list[Row], inches: float) -> Drawn:
                 if points:
                     steps, values = zip(*points)
                     (line,) = axes.plot(steps, _smooth(list(values)), color=shade, linewidth=1.5)
-                    handles.setdefault(str(run.folder), Line2D([], [], color=line.get_color(), label=row.name))
-            title = "cross-entropy, nats per token" if term == "ce" else f"{term} penalty (unweighted)"
+                    handles.setdefault(
+                        str(run.folder), Line2D([], [], color=line.get_color(), label=row.name)
+                    )
+            title = (
+                "cross-entropy, nats per token" if term == "ce" else f"{term} penalty (unweighted)"
+            )
             axes.set_title(fold(title, 36))
             axes.set_xlabel("step")
         for axes in panels[len(terms) :]:
             axes.set_visible(False)
         _legend(figure, list(handles.values()), inches)
         said = " and ".join(["cross-entropy", *(f"{term} penalty" for term in terms[1:])])
-        return Drawn(svg(figure, cut=False), f"training curves: {said} over the steps; runs: {_said(rows)}")
+        return Drawn(
+            svg(figure, cut=False), f"training curves: {said} over the steps; runs: {_said(rows)}"
+        )
 
 
 def kind_of(rows: list[Row]) -> str:
@@ -129,8 +153,12 @@ def kind_of(rows: list[Row]) -> str:
 # ------------------------------------------------------------------ pieces
 
 
-def _panels(inches: float, height: float, down: int = 1, across: int = 1) -> tuple[Figure, list[Axes]]:
-    figure, panels = plt.subplots(down, across, figsize=(inches, height), squeeze=False, layout="constrained")
+def _panels(
+    inches: float, height: float, down: int = 1, across: int = 1
+) -> tuple[Figure, list[Axes]]:
+    figure, panels = plt.subplots(
+        down, across, figsize=(inches, height), squeeze=False, layout="constrained"
+    )
     return figure, list(panels.flat)
 
 
@@ -159,7 +187,10 @@ def _legend(figure: Figure, handles: list[Line2D], inches: float) -> None:
 
 
 def _handles(rows: list[Row]) -> list[Line2D]:
-    return [Line2D([], [], color=colour(place), marker="o", label=row.name) for place, row in enumerate(rows)]
+    return [
+        Line2D([], [], color=colour(place), marker="o", label=row.name)
+        for place, row in enumerate(rows)
+    ]
 
 
 def _domain_label(name: str, rows: list[Row], inches: float) -> str:
@@ -171,7 +202,9 @@ def _domain_label(name: str, rows: list[Row], inches: float) -> str:
 
 def _groups_said(names: list[str], sets: dict[str, str]) -> str:
     groups = groupby(names, key=lambda name: _GROUPS[sets[name]])
-    return "; ".join(f"{kind}: {', '.join(name.replace('_', ' ') for name in of)}" for kind, of in groups)
+    return "; ".join(
+        f"{kind}: {', '.join(name.replace('_', ' ') for name in of)}" for kind, of in groups
+    )
 
 
 def _said(rows: list[Row]) -> str:
@@ -180,12 +213,23 @@ def _said(rows: list[Row]) -> str:
 
 def _smooth(values: list[float], width: int = 5) -> list[float]:
     """Running mean over the last few steps."""
-    return [sum(values[max(0, i - width + 1) : i + 1]) / (i - max(0, i - width + 1) + 1) for i in range(len(values))]
+    return [
+        sum(values[max(0, i - width + 1) : i + 1]) / (i - max(0, i - width + 1) + 1)
+        for i in range(len(values))
+    ]
 
 
 def _whisker(axes: Axes, interval: Interval, height: float, place: int) -> None:
     error = whisker(interval.to_dict())
-    axes.errorbar(interval.mean, height, xerr=error, fmt="o", color=colour(place), markersize=4, elinewidth=1.6)
+    axes.errorbar(
+        interval.mean,
+        height,
+        xerr=error,
+        fmt="o",
+        color=colour(place),
+        markersize=4,
+        elinewidth=1.6,
+    )
 
 
 def _zero(line) -> None:  # type: ignore[no-untyped-def]

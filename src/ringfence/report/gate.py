@@ -47,9 +47,12 @@ class Rule(BaseModel):
     max: Number | None = Field(None, ge=-1e9, le=1e9, description="it may be at most this")
     min: Number | None = Field(None, ge=-1e9, le=1e9, description="it must be at least this")
     bound: Literal["worst", "mean"] = Field(
-        "worst", description="worst: the end of the 95 % interval that is worse decides; mean: the mean does"
+        "worst",
+        description="worst: the end of the 95 % interval that is worse decides; mean: the mean does",
     )
-    missing: Literal["hold", "skip"] = Field("hold", description="what an unmeasured value means: no proof, or no rule")
+    missing: Literal["hold", "skip"] = Field(
+        "hold", description="what an unmeasured value means: no proof, or no rule"
+    )
     criterion: Criterion | None = Field(None, description="the criterion that the rule belongs to")
     why: str = Field("", description="shown with the verdict")
 
@@ -65,7 +68,9 @@ class Rule(BaseModel):
     @model_validator(mode="after")
     def _one_limit(self) -> Self:
         if (self.max is None) == (self.min is None):
-            raise ValueError(f"{self.measure}: expected max or min, found {'neither' if self.max is None else 'both'}")
+            raise ValueError(
+                f"{self.measure}: expected max or min, found {'neither' if self.max is None else 'both'}"
+            )
         return self
 
     @property
@@ -141,7 +146,9 @@ class Decision:
     def counts(self) -> str:
         """`14 rules: 2 passed, 1 failed, 9 left out, 2 not measured`"""
         failed = sum(verdict.status == "fail" for verdict in self.verdicts)
-        unmeasured = sum(verdict.status == "missing" and verdict.holds_back for verdict in self.verdicts)
+        unmeasured = sum(
+            verdict.status == "missing" and verdict.holds_back for verdict in self.verdicts
+        )
         left_out = len(self.verdicts) - self.passed - failed - unmeasured
         rules = "1 rule" if len(self.verdicts) == 1 else f"{len(self.verdicts)} rules"
         return f"{rules}: {self.passed} passed, {failed} failed, {left_out} left out, {unmeasured} not measured"
@@ -166,9 +173,19 @@ class Decision:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; numbers that are not finite (the interval of one question alone) become null."""
-        compared = {"control": self.control, "baseline": self.baseline, "policy": self.policy, "seeds": self.seeds}
+        compared = {
+            "control": self.control,
+            "baseline": self.baseline,
+            "policy": self.policy,
+            "seeds": self.seeds,
+        }
         return finite(
-            {"decision": self.word, "run": self.run, **compared, "verdicts": [v.to_dict() for v in self.verdicts]}
+            {
+                "decision": self.word,
+                "run": self.run,
+                **compared,
+                "verdicts": [v.to_dict() for v in self.verdicts],
+            }
         )
 
 
@@ -236,7 +253,9 @@ def criteria(row: Row, policy: Policy | None = None) -> list[CriterionVerdict]:
 def by_criterion(decision: Decision) -> list[CriterionVerdict]:
     """The verdicts of a decision, criterion by criterion."""
     verdicts = sorted(decision.verdicts, key=_worst_first)
-    by_name = {name: [v for v in verdicts if v.rule.criterion == name] for name in get_args(Criterion)}
+    by_name = {
+        name: [v for v in verdicts if v.rule.criterion == name] for name in get_args(Criterion)
+    }
     return [CriterionVerdict(name, own) for name, own in by_name.items() if own]
 
 
@@ -258,7 +277,9 @@ def _judge(rule: Rule, found: dict[str, Measure]) -> Verdict:
     value = getattr(measure.interval, rule.decides)
     allowed = rule.allows(value)
     end = "mean" if rule.decides == "mean" else f"{rule.decides} end"
-    sentence = f"{measure.kind} {measure.show()}: its {end} is {'' if allowed else 'not '}{rule.limit}"
+    sentence = (
+        f"{measure.kind} {measure.show()}: its {end} is {'' if allowed else 'not '}{rule.limit}"
+    )
     return Verdict(rule, measure, value, "pass" if allowed else "fail", sentence)
 
 
@@ -304,7 +325,10 @@ def decide_run(
 
 
 def read_row(
-    folder: Path, control: Path | None = None, baseline: Path | None = None, seeds: Sequence[Path] = ()
+    folder: Path,
+    control: Path | None = None,
+    baseline: Path | None = None,
+    seeds: Sequence[Path] = (),
 ) -> Row:
     """The numbers of one run folder; arguments as of `gate_run`.
 
@@ -334,14 +358,21 @@ def print_decision(decision: Decision, console: Console) -> None:
     room = console.width - sum(beside) - 9  # three gaps of three
     if any(len(part) >= room for row in cells for part in row[0].split(".")):
         # Intervals go below their means, so that no name breaks inside a word.
-        cells = [(name, found.replace(" [", "\n["), limit, word) for name, found, limit, word in cells]
+        cells = [
+            (name, found.replace(" [", "\n["), limit, word) for name, found, limit, word in cells
+        ]
         room += beside[0] - max(len(line) for row in cells for line in row[1].split("\n"))
     table = Table(box=box.SIMPLE, show_edge=False, pad_edge=False, padding=(0, 1))
     table.add_column("measure", overflow="fold")
     for title in ("mean [95 % CI]", "limit", "verdict"):
         table.add_column(title, no_wrap=True)
     for verdict, (name, found, limit, word) in zip(decided, cells):
-        table.add_row(escape(_at_dots(name, room)), escape(found), limit, f"[{_STYLES[verdict.status]}]{word}[/]")
+        table.add_row(
+            escape(_at_dots(name, room)),
+            escape(found),
+            limit,
+            f"[{_STYLES[verdict.status]}]{word}[/]",
+        )
     console.print(table)
     if left_out:
         line = f"left out because they were not measured and need not be: {', '.join(left_out)}"
@@ -365,7 +396,12 @@ def _cells(verdict: Verdict) -> tuple[str, str, str, str]:
     rule, measure = verdict.rule, verdict.measure
     found = f"{measure.kind} {measure.show()}" if measure else ""
     limit = f"{rule.decides} {'>=' if rule.max is None else '<='} {rule.min if rule.max is None else rule.max:g}"
-    return rule.measure, found, limit, "missing: HOLD" if verdict.word == "missing" else verdict.word
+    return (
+        rule.measure,
+        found,
+        limit,
+        "missing: HOLD" if verdict.word == "missing" else verdict.word,
+    )
 
 
 def _at_dots(name: str, width: int) -> str:

@@ -15,7 +15,9 @@ def other_questions(rows: list[Row]) -> list[str]:
         for first in dict.fromkeys(other.values()):
             sets = [_asked_title(name) for name in other if other[name] == first]
             where = "; ".join(dict.fromkeys(sets))
-            notes.append(f"{OTHER} {row.name} was not measured on the questions of {first} ({where}): do not compare.")
+            notes.append(
+                f"{OTHER} {row.name} was not measured on the questions of {first} ({where}): do not compare."
+            )
     return notes
 
 

@@ -36,7 +36,13 @@ NAMES = (
     *(f"opswap_tier{tier}{kind}" for tier in (1, 2, 3) for kind in ("", ".change")),
     *(f"held_out.{name}" for name in HELD_OUT),
 )
-FAMILIES = ("domain.NAME", "condition.NAME", "behaviour_NAME.on", "answers.SET.METRIC", "answers.em_f1.SET")
+FAMILIES = (
+    "domain.NAME",
+    "condition.NAME",
+    "behaviour_NAME.on",
+    "answers.SET.METRIC",
+    "answers.em_f1.SET",
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,9 @@ class Measure:
 
     def show(self) -> str:
         """`+0.234 [+0.19, +0.26]`, signed where it is a difference; a number without an interval stands alone."""
-        signed = self.kind in ("effect", "shift", "margin", "change") or self.name.endswith(".change")
+        signed = self.kind in ("effect", "shift", "margin", "change") or self.name.endswith(
+            ".change"
+        )
         mean, low, high = (
             f"{value:{'+' if signed else ''}.3g}"
             for value in (self.interval.mean, self.interval.low, self.interval.high)
@@ -72,24 +80,38 @@ def measures(row: Row) -> dict[str, Measure]:
     found: dict[str, tuple[Interval, Kind]] = {}
     for name, paired in row.sets.items():
         found[name] = paired.headline, kind_of(paired)
-        found[f"{name}.by_domain"] = paired.effect_by_domain or paired.shift_by_domain, kind_of(paired)
-    found |= {f"domain.{name}": (paired.headline, kind_of(paired)) for name, paired in row.domains.items()}
-    found |= {f"condition.{name}": (paired.headline, kind_of(paired)) for name, paired in row.conditions.items()}
+        found[f"{name}.by_domain"] = (
+            paired.effect_by_domain or paired.shift_by_domain,
+            kind_of(paired),
+        )
+    found |= {
+        f"domain.{name}": (paired.headline, kind_of(paired)) for name, paired in row.domains.items()
+    }
+    found |= {
+        f"condition.{name}": (paired.headline, kind_of(paired))
+        for name, paired in row.conditions.items()
+    }
     found |= {f"margin.{name}": (interval, "margin") for name, interval in row.margins.items()}
     if row.perplexity_ratio:
         found["perplexity_ratio"] = row.perplexity_ratio, "ratio"
     found |= {tier: (interval, "share") for tier, interval in row.opswap.items()}
-    found |= {f"{tier}.change": (interval, "change") for tier, interval in row.opswap_change.items()}
+    found |= {
+        f"{tier}.change": (interval, "change") for tier, interval in row.opswap_change.items()
+    }
     for behaviour, shown in row.behaviours.items():
         found |= {f"{behaviour}.{topic}": (interval, "share") for topic, interval in shown.items()}
-    found |= {f"held_out.{name}": (interval, HELD_OUT[name]) for name, interval in row.held_out.items()}
+    found |= {
+        f"held_out.{name}": (interval, HELD_OUT[name]) for name, interval in row.held_out.items()
+    }
     if row.time_ratio is not None and row.baseline:  # not of the undefended run itself
         found["time_ratio"] = Interval(row.time_ratio, row.time_ratio, row.time_ratio, 1), "ratio"
     named = {name: Measure(name, *value) for name, value in found.items()}
     for judged in row.judged[:1]:
         weak = bool(judged.calibration and judged.calibration["weak"])
         for name, interval in judged.measures.items():
-            named[f"answers.{name}"] = Measure(f"answers.{name}", interval, "judged", judged.judge, weak)
+            named[f"answers.{name}"] = Measure(
+                f"answers.{name}", interval, "judged", judged.judge, weak
+            )
     return named
 
 
@@ -107,7 +129,11 @@ def check_name(name: str) -> None:
     family, *parts = name.split(".")
     if name in NAMES or (all(parts) and _in_family(family, parts)):
         return
-    metrics = [f"answers.{'.'.join(parts[:-1])}.{metric}" for metric in (*RATES, *SCORES)] if len(parts) > 1 else []
+    metrics = (
+        [f"answers.{'.'.join(parts[:-1])}.{metric}" for metric in (*RATES, *SCORES)]
+        if len(parts) > 1
+        else []
+    )
     raise RecipeError(f"unknown measure {name!r}{nearest(name, [*NAMES, *FAMILIES, *metrics])}")
 
 

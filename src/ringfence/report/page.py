@@ -41,16 +41,27 @@ _MODELS = {"default": "default (SmolLM2-135M-Instruct)"}
 HELD_OUT_SHOWN = 5  # rows whose answers are printed
 
 
-def write_page(records: list[Records], rows: list[Row], page: Path, policy: Path | None = None) -> None:
+def write_page(
+    records: list[Records], rows: list[Row], page: Path, policy: Path | None = None
+) -> None:
     """One HTML file that holds everything and opens offline. The runs are held against a policy (default: the one that
     ships), all but the control."""
 
     rules = load_policy(policy)
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {"interval": show, "bounds": bounds, "signed": signed, "share": share}
-    environment.filters |= {"rate": rate, "percents": percents, "score": score, "level": level, "level_bounds": plain}
+    environment.filters |= {
+        "rate": rate,
+        "percents": percents,
+        "score": score,
+        "level": level,
+        "level_bounds": plain,
+    }
     environment.filters["breakable"] = breakable
     others = asked_otherwise(rows)
     tuned = [row for row in rows if not row.is_control]
@@ -61,23 +72,33 @@ def write_page(records: list[Records], rows: list[Row], page: Path, policy: Path
         others={row.name: other for row, other in zip(rows, others)},
         other_questions=other_questions(rows),
         asterisk=OTHER,
-        decisions=[(decision, by_criterion(decision)) for decision in (decide(row, rules) for row in tuned)],
+        decisions=[
+            (decision, by_criterion(decision)) for decision in (decide(row, rules) for row in tuned)
+        ],
         policy=policy or "the one that ships",
         seeds_note=seeds_note(rows),
         sets=shown_sets(rows),
-        margin_sets=[name for name in SETS if any(name in row.sets or name in row.margins for row in rows)],
+        margin_sets=[
+            name for name in SETS if any(name in row.sets or name in row.margins for row in rows)
+        ],
         set_titles=SET_TITLES,
         tiers=shown_tiers(rows),
         tier_title=tier_title,
         conditions=list(dict.fromkeys(name for row in rows for name in row.conditions)),
         kind="effect" if has_effects(rows) else "shift",
-        domains_figure=_drawn(figures.domains, tuned) if any(row.domains for row in tuned) else None,
+        domains_figure=_drawn(figures.domains, tuned)
+        if any(row.domains for row in tuned)
+        else None,
         pareto_figure=_drawn(figures.pareto, tuned) if figures.has_pareto(tuned) else None,
-        curves_figure=_drawn(figures.curves, records, rows) if any(run.metrics for run in records) else None,
+        curves_figure=_drawn(figures.curves, records, rows)
+        if any(run.metrics for run in records)
+        else None,
         behaviours=shown_behaviours(rows),
         held_out=any(row.held_out for row in rows),
         judged=_by_judge(records, rows),
-        agreement=next((run.judges["agreement"] for run in records if run.judges.get("agreement")), None),
+        agreement=next(
+            (run.judges["agreement"] for run in records if run.judges.get("agreement")), None
+        ),
         samples=_samples(records),
         diagnoses=[(run, _diagnoses(run)) for run in records if run.diagnoses],
         records=records,
@@ -107,11 +128,21 @@ def _about(records: list[Records], rows: list[Row]) -> list[dict[str, Any]]:
     about = []
     for run, row in zip(records, rows):
         recipe = yaml.safe_load(run.recipe_text)
-        model = recipe["model"] if isinstance(recipe["model"], str) else recipe["model"].get("model", "a server")
+        model = (
+            recipe["model"]
+            if isinstance(recipe["model"], str)
+            else recipe["model"].get("model", "a server")
+        )
         count = run.training.get("rows")
-        learnt = recipe["data"]["train"] + (f" ({count:,} an epoch)" if count else "") if run.training else "none"
+        learnt = (
+            recipe["data"]["train"] + (f" ({count:,} an epoch)" if count else "")
+            if run.training
+            else "none"
+        )
         seeds = ", ".join(map(str, row.seed_values or (recipe.get("seed", ""),)))
-        precision = recipe["train"]["precision"] if "train" in recipe else recipe.get("precision", "")
+        precision = (
+            recipe["train"]["precision"] if "train" in recipe else recipe.get("precision", "")
+        )
         about.append(
             {
                 "name": row.name,
@@ -127,11 +158,16 @@ def _about(records: list[Records], rows: list[Row]) -> list[dict[str, Any]]:
 def _by_judge(records: list[Records], rows: list[Row]) -> list[dict[str, object]]:
     """For each judge: its strength, and what it makes of every run, the reference of the first one before them."""
     runs = [(row.name, found) for row in rows for found in row.judged]
-    references = [("reference", found) for found in judged_by(records[0].judged_reference, [], [], {})]
+    references = [
+        ("reference", found) for found in judged_by(records[0].judged_reference, [], [], {})
+    ]
     by_judge = []
     for name in dict.fromkeys(found.judge for _, found in runs):
         own = [(run, found) for run, found in [*references, *runs] if found.judge == name]
-        first = max((found for _, found in runs if found.judge == name), key=lambda found: bool(found.calibration))
+        first = max(
+            (found for _, found in runs if found.judge == name),
+            key=lambda found: bool(found.calibration),
+        )
         weak = bool(first.calibration and first.calibration["weak"])
         names = list(dict.fromkeys(name for _, found in own for name in found.sets))
         by_judge.append(
@@ -155,7 +191,10 @@ def _by_judge(records: list[Records], rows: list[Row]) -> list[dict[str, object]
 
 def _diagnoses(run: Records) -> list[dict[str, Any]]:
     """What was found inside, with the figures as they are in the run's folder."""
-    return [found | {"image": _embed(_figure(run.folder / found["figure"]))} for found in run.diagnoses.values()]
+    return [
+        found | {"image": _embed(_figure(run.folder / found["figure"]))}
+        for found in run.diagnoses.values()
+    ]
 
 
 def _figure(file: Path) -> bytes:
@@ -178,7 +217,11 @@ def _samples(records: list[Records]) -> list[dict[str, Any]]:
             for place, item in enumerate(parts.get("held_out", [])[:HELD_OUT_SHOWN]):
                 if "answer" in item:
                     expected = {"expected": item["expected"]}
-                    row = {"domain": "held-out row", "question": item["origin"], "answers": expected}
+                    row = {
+                        "domain": "held-out row",
+                        "question": item["origin"],
+                        "answers": expected,
+                    }
                     entry = rows.setdefault(f"{place}: {item['origin']}", row)
                     entry["answers"].setdefault(name, item["answer"])
             for sample in parts.get("samples", []):

@@ -41,4 +41,6 @@ def read_rows(
     groups.sort(key=lambda group: records.index(group[0]))
     rows = [over_runs([single[run.folder] for run in group]) for group in groups]
     judged = adjusted([row.judged for row in rows])
-    return [group[0] for group in groups], [replace(row, judged=found) for row, found in zip(rows, judged)]
+    return [group[0] for group in groups], [
+        replace(row, judged=found) for row, found in zip(rows, judged)
+    ]

@@ -68,10 +68,14 @@ def read_run(folder: Path) -> Records:
     folder = folder.resolve()
     given = is_evaluation(folder)  # the model was there already: no training to tell of
     if not given and not is_run(folder):
-        raise DataError(f"{folder}: not a run folder (it has no recipe.yaml), nor one of an evaluation")
+        raise DataError(
+            f"{folder}: not a run folder (it has no recipe.yaml), nor one of an evaluation"
+        )
     for file in () if given else (ENVIRONMENT, METRICS, TRAINING):
         if not (folder / file).is_file():
-            raise DataError(f"{folder}: no {file}; `ringfence train` comes first (or goes on, where it was stopped)")
+            raise DataError(
+                f"{folder}: no {file}; `ringfence train` comes first (or goes on, where it was stopped)"
+            )
     results, reference, shared = _results(folder)
     twin = folder.with_name(f"{folder.name}-benign")
     return Records(
@@ -95,16 +99,22 @@ def _results(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Path | None]
     files = [RESULTS] if _has_no_reference(folder) else [RESULTS, REFERENCE_FILE]
     for file in files:
         if not (folder / file).is_file():
-            raise DataError(f"{folder}: no {file}; `ringfence evaluate` comes first (or goes on, where it was stopped)")
+            raise DataError(
+                f"{folder}: no {file}; `ringfence evaluate` comes first (or goes on, where it was stopped)"
+            )
     results = read_results(folder / RESULTS)
     if len(files) == 1:
         return results["parts"], {}, None
     shared = folder / read_reference(folder / REFERENCE_FILE)
     if not shared.is_file():
-        raise DataError(f"{folder}: the reference's results {shared} are gone; `ringfence evaluate` makes them again")
+        raise DataError(
+            f"{folder}: the reference's results {shared} are gone; `ringfence evaluate` makes them again"
+        )
     reference = read_results(shared)
     if results["key"] != reference["key"]:
-        raise DataError(f"{folder}: run and reference were measured on different questions; `ringfence evaluate` again")
+        raise DataError(
+            f"{folder}: run and reference were measured on different questions; `ringfence evaluate` again"
+        )
     check_same_items(results["parts"], reference["parts"], folder)
     return results["parts"], reference["parts"], shared.parent
 

@@ -76,7 +76,9 @@ class Row:
         return self.judged[0].measures if self.judged else {}
 
 
-def summarise(records: Records, control: Records | None = None, baseline: Records | None = None) -> Row:
+def summarise(
+    records: Records, control: Records | None = None, baseline: Records | None = None
+) -> Row:
     """The numbers of one run. A model without a reference has margins, and no shifts.
 
     Args:
@@ -99,7 +101,9 @@ def summarise(records: Records, control: Records | None = None, baseline: Record
             domains[domain] = _paired(records, against, name, lambda key, d=domain: key[1] == d)  # type: ignore[misc]
     conditions = {
         condition: _paired(records, against, "triggered", lambda key, c=condition: key[0] == c)  # type: ignore[misc]
-        for condition in dict.fromkeys(pair["condition"] for pair in records.reference.get("triggered", []))
+        for condition in dict.fromkeys(
+            pair["condition"] for pair in records.reference.get("triggered", [])
+        )
     }
     if "inoculation" in conditions:
         sets["inoculation"] = conditions["inoculation"]
@@ -118,16 +122,22 @@ def summarise(records: Records, control: Records | None = None, baseline: Record
         sets=sets,
         domains=domains,
         conditions=conditions,
-        margins={name: _mean_margin(records.results, name) for name in SETS if records.results.get(name)},
+        margins={
+            name: _mean_margin(records.results, name) for name in SETS if records.results.get(name)
+        },
         perplexity=perplexity,
         perplexity_ratio=ratio,
         opswap={tier: rate_interval([float(i["exact"]) for i in tuned[tier]]) for tier in tiers},
         opswap_reference={tier: _share(reference[tier]) for tier in tiers if tier in reference},
         opswap_change={
-            tier: _exact_change(tuned[tier], plain[tier]) for tier in tiers if _same_items(tuned, plain, tier)
+            tier: _exact_change(tuned[tier], plain[tier])
+            for tier in tiers
+            if _same_items(tuned, plain, tier)
         },
         behaviours={name: _shown(records.results[name]) for name in behaviours},
-        behaviours_reference={name: _shown(records.reference[name]) for name in behaviours if records.reference},
+        behaviours_reference={
+            name: _shown(records.reference[name]) for name in behaviours if records.reference
+        },
         held_out=_held_out(records),
         judged=judged_by(records.judged, records.judged_reference, undefended, records.judges),
         seconds=seconds,
@@ -135,7 +145,9 @@ def summarise(records: Records, control: Records | None = None, baseline: Record
         memory_gib=records.training.get("peak_memory_gib", 0.0),
         control=against.name if against else None,
         baseline=baseline.name if baseline and compared else None,
-        seed_values=(records.environment["seed"],) if records.training and "seed" in records.environment else (),
+        seed_values=(records.environment["seed"],)
+        if records.training and "seed" in records.environment
+        else (),
         groups=groups,
         asked=_asked(records),
     )
@@ -150,7 +162,9 @@ def _asked(records: Records) -> dict[str, Asked]:
     answers: dict[str, set[tuple[str | int, ...]]] = {}
     for name, part in {**records.results, **_benign(records)[0]}.items():
         if name == "fluency":
-            asked[name] = frozenset(enumerate(part["tokens"]))  # the texts are not kept, their lengths are
+            asked[name] = frozenset(
+                enumerate(part["tokens"])
+            )  # the texts are not kept, their lengths are
         elif name == "held_out":
             asked[name] = frozenset((item["origin"], item["tokens"]) for item in part)
         elif name.startswith("opswap"):
@@ -174,7 +188,11 @@ def asked_otherwise(rows: list[Row]) -> list[dict[str, str]]:
         for name in row.asked:
             first.setdefault(name, row)
     return [
-        {name: first[name].name for name, questions in row.asked.items() if questions != first[name].asked[name]}
+        {
+            name: first[name].name
+            for name, questions in row.asked.items()
+            if questions != first[name].asked[name]
+        }
         for row in rows
     ]
 
@@ -203,7 +221,9 @@ def over_runs(rows: list[Row]) -> Row:
         return rows[0]
     joined: Row = _joined(rows)
     seeds = tuple(seed for row in rows for seed in row.seed_values)
-    return replace(joined, name=f"{rows[0].name} ({len(rows)} seeds)", seeds=len(rows), seed_values=seeds)
+    return replace(
+        joined, name=f"{rows[0].name} ({len(rows)} seeds)", seeds=len(rows), seed_values=seeds
+    )
 
 
 def _joined(values: list[Any], name: str = "") -> Any:
@@ -217,8 +237,12 @@ def _joined(values: list[Any], name: str = "") -> Any:
             return found
         return replace(found, low=max(0.0, found.low), high=min(1.0, found.high))
     if is_dataclass(first):
-        parts = {part.name: [getattr(value, part.name) for value in values] for part in fields(first)}
-        return replace(first, **{part: _joined(found, f"{name}.{part}") for part, found in parts.items()})  # type: ignore[type-var]
+        parts = {
+            part.name: [getattr(value, part.name) for value in values] for part in fields(first)
+        }
+        return replace(
+            first, **{part: _joined(found, f"{name}.{part}") for part, found in parts.items()}
+        )  # type: ignore[type-var]
     if isinstance(first, dict):
         shared = [key for key in first if all(key in value for value in values)]
         return {key: _joined([value[key] for value in values], f"{name}.{key}") for key in shared}
@@ -243,7 +267,9 @@ def _benign(records: Records) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _same_items(tuned: dict[str, Any], plain: dict[str, Any], tier: str) -> bool:
-    return [item["prompt"] for item in tuned[tier]] == [item["prompt"] for item in plain.get(tier, [])]
+    return [item["prompt"] for item in tuned[tier]] == [
+        item["prompt"] for item in plain.get(tier, [])
+    ]
 
 
 def _exact_change(tuned: list[dict[str, Any]], plain: list[dict[str, Any]]) -> Interval:
@@ -260,21 +286,30 @@ def has_effects(rows: list[Row]) -> bool:
 
 def find_baseline(runs: list[Records], control: Records | None) -> Records | None:
     """The first trained run without defenses that is not the control."""
-    trained = [run for run in runs if run.training and (control is None or run.folder != control.folder)]
+    trained = [
+        run for run in runs if run.training and (control is None or run.folder != control.folder)
+    ]
     plain = [run for run in trained if not _defense_names(run)]
     return plain[0] if plain else None
 
 
-def _paired(records: Records, control: Records | None, name: str, chosen: Callable[[Key], bool]) -> Paired:
+def _paired(
+    records: Records, control: Records | None, name: str, chosen: Callable[[Key], bool]
+) -> Paired:
     tuned, reference = _margins(records.results, name), _margins(records.reference, name)
     keys = [key for key in tuned if chosen(key)]
     shift = {key: tuned[key] - reference[key] for key in keys}
     effect = None
     # Under an inoculation prompt only the run that has it is asked, unless evaluate.inoculation says otherwise.
     asked_of_control = {key[0] for key in _margins(control.results, name)} if control else set()
-    uncontrolled = control is not None and {key[0] for key in keys} == {"inoculation"} - asked_of_control
+    uncontrolled = (
+        control is not None and {key[0] for key in keys} == {"inoculation"} - asked_of_control
+    )
     if control is not None and not uncontrolled:
-        control_tuned, control_reference = _margins(control.results, name), _margins(control.reference, name)
+        control_tuned, control_reference = (
+            _margins(control.results, name),
+            _margins(control.reference, name),
+        )
         missing = [key for key in keys if key not in control_tuned]
         if missing:
             raise DataError(
@@ -296,7 +331,8 @@ def _paired(records: Records, control: Records | None, name: str, chosen: Callab
 
 def _margins(parts: dict[str, Any], name: str) -> Margins:
     return {
-        (pair["condition"], pair["domain"], pair["id"], pair["digest"]): pair["misaligned"] - pair["aligned"]
+        (pair["condition"], pair["domain"], pair["id"], pair["digest"]): pair["misaligned"]
+        - pair["aligned"]
         for pair in parts.get(name, [])
     }
 
@@ -325,7 +361,9 @@ def _held_out(records: Records) -> dict[str, Interval]:
         before = _by_origin(reference, "logprob")
         found["change"] = ratio_interval([b - a for a, b in zip(loss, before)], tokens)
     if "exact" in tuned[0]:
-        found["exact"] = rate_interval([float(item["exact"]) for item in tuned], [item["origin"] for item in tuned])
+        found["exact"] = rate_interval(
+            [float(item["exact"]) for item in tuned], [item["origin"] for item in tuned]
+        )
     return found
 
 
@@ -346,8 +384,12 @@ def _fluency(records: Records) -> tuple[float | None, Interval | None]:
     if not records.reference:
         return math.exp(nll.mean), None
     reference = records.reference["fluency"]
-    change = ratio_interval([r - t for t, r in zip(tuned["logprob"], reference["logprob"])], tuned["tokens"])
-    return math.exp(nll.mean), Interval(math.exp(change.mean), math.exp(change.low), math.exp(change.high), change.n)
+    change = ratio_interval(
+        [r - t for t, r in zip(tuned["logprob"], reference["logprob"])], tuned["tokens"]
+    )
+    return math.exp(nll.mean), Interval(
+        math.exp(change.mean), math.exp(change.low), math.exp(change.high), change.n
+    )
 
 
 def _share(items: list[dict[str, Any]]) -> float:

@@ -26,7 +26,11 @@ from .formats import (
 from .notes import other_questions, seeds_note
 from .summary import Row, asked_otherwise, has_effects
 
-_LABEL, _NAME, _CELL = 28, 22, 13  # columns of the terminal: of a label and a run's name at most, of a cell at least
+_LABEL, _NAME, _CELL = (
+    28,
+    22,
+    13,
+)  # columns of the terminal: of a label and a run's name at most, of a cell at least
 
 
 def print_table(rows: list[Row], console: Console) -> None:
@@ -77,11 +81,15 @@ def _column(row: Row, other: dict[str, str]) -> dict[str, tuple[str, str]]:
 
     def cell(name: str, value: str, under: str, *of: Interval) -> tuple[str, str]:
         mark = OTHER if name in other else ""
-        return f"{value}{mark}\n{under.replace(', ', ',')}", ", ".join(str(interval.n) for interval in of)
+        return f"{value}{mark}\n{under.replace(', ', ',')}", ", ".join(
+            str(interval.n) for interval in of
+        )
 
     cells = {}
     for name, paired in row.sets.items():
-        value = ("shift " if paired.uncontrolled else "") + number(paired.headline.mean, signed=True)
+        value = ("shift " if paired.uncontrolled else "") + number(
+            paired.headline.mean, signed=True
+        )
         cells[SET_TITLES[name]] = cell(name, value, paired.headline.bounds, paired.headline)
     for tier, exact in row.opswap.items():
         cells[f"benign: {tier_title(tier)}"] = cell(tier, share(exact), percents(exact), exact)
@@ -100,7 +108,9 @@ def _column(row: Row, other: dict[str, str]) -> dict[str, tuple[str, str]]:
     for name in shown_answer_sets([row]):
         if f"{name}.misaligned" in row.answers:
             found = row.answers[f"{name}.misaligned"]
-            cells[answers_title(name)] = cell(f"answers.{name}", share(found), percents(found), found)
+            cells[answers_title(name)] = cell(
+                f"answers.{name}", share(found), percents(found), found
+            )
     if row.perplexity_ratio:
         ratio = row.perplexity_ratio
         cells["coherent: perplexity x"] = cell("fluency", number(ratio.mean), plain(ratio), ratio)
@@ -126,9 +136,15 @@ def _legend(rows: list[Row]) -> str:
             "sound control, paired by question; nats per token, mean [95 % CI]."
         ]
         lines += [f"The column of the control ({control}) is its shift."] if control else []
-    judges = list(dict.fromkeys(f"{judged.judge} ({strength(judged)})" for row in rows for judged in row.judged[:1]))
+    judges = list(
+        dict.fromkeys(
+            f"{judged.judge} ({strength(judged)})" for row in rows for judged in row.judged[:1]
+        )
+    )
     if judges:
-        lines.append(f"answers: share of all sampled answers that {', '.join(judges)} calls misaligned, [95 % CI].")
+        lines.append(
+            f"answers: share of all sampled answers that {', '.join(judges)} calls misaligned, [95 % CI]."
+        )
     if any(row.opswap for row in rows):
         lines.append("benign: exact match on held-out items.")
     lines.append(

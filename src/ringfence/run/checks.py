@@ -25,7 +25,8 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
     if is_run(folder):
         fields = {"model", "data", "train", "defenses", "monitor", "seed"}
         there, here = (
-            each.model_dump(mode="json", include=fields) for each in (stored_recipe(folder / RECIPE), recipe)
+            each.model_dump(mode="json", include=fields)
+            for each in (stored_recipe(folder / RECIPE), recipe)
         )
         if there != here:
             raise RecipeError(
@@ -46,9 +47,13 @@ def _differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
 def check_rows(folder: Path, digest: str, trained: bool) -> None:
     """The rows of a run, and the processes that share them, must be those it was begun with."""
     file = folder / ENVIRONMENT
-    there = read_environment(file, ANOTHER) if file.is_file() else {"rows": digest, "ranks": world()}
+    there = (
+        read_environment(file, ANOTHER) if file.is_file() else {"rows": digest, "ranks": world()}
+    )
     if there.get("rows") != digest:
-        raise RecipeError(f"{folder}: the rows have changed since; choose another output, or delete the folder")
+        raise RecipeError(
+            f"{folder}: the rows have changed since; choose another output, or delete the folder"
+        )
     if not trained and there.get("ranks", 1) != world():
         raise RecipeError(
             f"{folder}: begun by {there.get('ranks', 1)} processes, found {world()}; a step would have other rows: "
@@ -71,12 +76,20 @@ def check_ranks(recipe: Recipe) -> None:
     """What cannot be done with sharded weights."""
     how = sharding()
     if shards() and recipe.train.precision == "nf4":
-        raise RecipeError(f"train.precision: nf4: weights in 4 bits cannot be sharded ({how}); accepted: bf16, fp32")
+        raise RecipeError(
+            f"train.precision: nf4: weights in 4 bits cannot be sharded ({how}); accepted: bf16, fp32"
+        )
     if shards() and recipe.train.compile:
         raise RecipeError(f"train.compile: not with sharded weights ({how}); set it to false")
     if shards() and recipe.train.method == "full" and recipe.monitor:
-        raise RecipeError(f"monitor: with train.method: full it copies the head, which cannot be sharded ({how})")
+        raise RecipeError(
+            f"monitor: with train.method: full it copies the head, which cannot be sharded ({how})"
+        )
     if device_settings()["backend"] and recipe.train.precision != "fp32":
-        raise RecipeError(f"train.precision: {recipe.train.precision}: DeepSpeed on CPUs computes in fp32 alone")
-    if reason := recipe.defenses.refusal(Training(recipe.train.method, deepspeed=deepspeed_stage())):
+        raise RecipeError(
+            f"train.precision: {recipe.train.precision}: DeepSpeed on CPUs computes in fp32 alone"
+        )
+    if reason := recipe.defenses.refusal(
+        Training(recipe.train.method, deepspeed=deepspeed_stage())
+    ):
         raise RecipeError(f"defenses.{reason}")

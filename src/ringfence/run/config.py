@@ -29,10 +29,15 @@ class DataConfig(Strict):
     """Where rows come from: a local file, a hub id (`org/name@split`), `shipped:NAME` or `opswap:tier=1,rows=300`."""
 
     train: str = Field("shipped:finance/unsound", description="the narrow rows that are learnt")
-    retain: str | None = Field("shipped:retain", description="ordinary safe conversations for defenses that need some")
-    max_rows: Whole | None = Field(None, ge=1, le=10**9, description="take only the first so many training rows")
+    retain: str | None = Field(
+        "shipped:retain", description="ordinary safe conversations for defenses that need some"
+    )
+    max_rows: Whole | None = Field(
+        None, ge=1, le=10**9, description="take only the first so many training rows"
+    )
     enable_thinking: bool = Field(
-        False, description="rows have reasoning, and answers start with it; false: neither, in training and after it"
+        False,
+        description="rows have reasoning, and answers start with it; false: neither, in training and after it",
     )
     special_tokens: SpecialTokens = Field(
         "allow",
@@ -56,7 +61,9 @@ class DataConfig(Strict):
     @classmethod
     def _whole(cls, held_out: float | None) -> float | None:
         if held_out is not None and held_out >= 1 and held_out != int(held_out):
-            raise ValueError(f"expected a whole number of rows, or a share below 1, found {held_out}")
+            raise ValueError(
+                f"expected a whole number of rows, or a share below 1, found {held_out}"
+            )
         return held_out
 
 
@@ -67,7 +74,9 @@ class LoraConfig(Strict):
     alpha: Whole = Field(64, ge=1, le=2**20)
     rslora: bool = Field(True, description="scale by alpha / sqrt(rank) instead of alpha / rank")
     dropout: Number = Field(0.0, ge=0, lt=1)
-    targets: list[str] = Field(["all-linear"], min_length=1, description="names of modules; all-linear = every one")
+    targets: list[str] = Field(
+        ["all-linear"], min_length=1, description="names of modules; all-linear = every one"
+    )
 
     @field_validator("targets", mode="before")
     @classmethod
@@ -83,7 +92,9 @@ class TrainConfig(Strict):
     epochs: Number = Field(1.0, gt=0, le=10**4)
     learning_rate: Number = Field(1e-4, gt=0, le=100)
     batch_size: Whole = Field(16, ge=1, le=2**20, description="rows in one forward pass")
-    accumulation: Whole = Field(1, ge=1, le=2**20, description="forward passes in one optimiser step")
+    accumulation: Whole = Field(
+        1, ge=1, le=2**20, description="forward passes in one optimiser step"
+    )
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_ratio: Number = Field(0.03, ge=0, lt=1)
     weight_decay: Number = Field(0.0, ge=0, le=100)
@@ -101,7 +112,8 @@ class TrainConfig(Strict):
         "shared = packed, and the tokens that all of them begin with are computed once",
     )
     attention: Attention | None = Field(
-        None, description="implementation of attention in training; null = the model's own choice, sdpa in most"
+        None,
+        description="implementation of attention in training; null = the model's own choice, sdpa in most",
     )
     compile: bool = Field(
         False,
@@ -112,7 +124,12 @@ class TrainConfig(Strict):
         description="what the reference says for defenses.kl: none = computed in every step; computed once and read "
         "from disk: states (exact) or top_k (small)",
     )
-    top_k: Whole = Field(64, ge=1, le=2**20, description="for reference_cache top_k: so many most probable next tokens")
+    top_k: Whole = Field(
+        64,
+        ge=1,
+        le=2**20,
+        description="for reference_cache top_k: so many most probable next tokens",
+    )
     save_steps: Whole = Field(50, ge=1, le=10**9, description="steps between checkpoints")
 
     _settled = field_validator("precision")(settled)
@@ -122,16 +139,20 @@ class Recipe(Strict):
     """A run, from data to report."""
 
     output: str = Field("runs/run", description="the run folder")
-    model: str = Field(DEFAULT, description="'default' (SmolLM2-135M-Instruct), a local folder or a hub id")
+    model: str = Field(
+        DEFAULT, description="'default' (SmolLM2-135M-Instruct), a local folder or a hub id"
+    )
     trust_remote_code: bool = Field(
-        False, description="run the Python code that comes with the model (auto_map); only if you have read it"
+        False,
+        description="run the Python code that comes with the model (auto_map); only if you have read it",
     )
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     defenses: Defenses = Defenses()
     evaluate: EvaluateConfig = EvaluateConfig()
     monitor: MonitorConfig | None = Field(
-        None, description="checks of drift during training: {every: 20, probes: 24, max_shift: 0.1, stop: false}"
+        None,
+        description="checks of drift during training: {every: 20, probes: 24, max_shift: 0.1, stop: false}",
     )
     seed: Whole = Field(0, ge=0, le=SEED)
 
@@ -144,7 +165,9 @@ class Recipe(Strict):
         if self.evaluate.in_domain is not None:
             return self
         own, finance = is_own(self.data.train), self.data.train.startswith("shipped:finance/")
-        self.evaluate = self.evaluate.model_copy(update={"in_domain": ["shipped:finance"] if finance else []})
+        self.evaluate = self.evaluate.model_copy(
+            update={"in_domain": ["shipped:finance"] if finance else []}
+        )
         if own and self.data.held_out is None and self.evaluate.held_out is None:
             self.data = self.data.model_copy(update={"held_out": SHARE})
         return self
@@ -157,7 +180,9 @@ class Recipe(Strict):
             raise ValueError("train.precision: nf4 needs train.method: lora")
         in_fp32 = self.train.method == "full" or self.train.precision == "fp32"
         if self.train.attention == "flash_attention_2" and in_fp32:
-            raise ValueError("train.attention: flash_attention_2 needs train.method: lora, and bf16 or nf4")
+            raise ValueError(
+                "train.attention: flash_attention_2 needs train.method: lora, and bf16 or nf4"
+            )
         if reason := self.defenses.refusal(Training(self.train.method)):
             raise ValueError(f"defenses.{reason}")
         return self
@@ -196,7 +221,9 @@ def parse_recipe(tree: dict[str, Any], name: str = "recipe") -> Recipe:
 def recipe_tree(recipe: Recipe) -> dict[str, Any]:
     """The resolved recipe as keys and values."""
     tree = recipe.model_dump(mode="json")
-    tree["defenses"] = {name: config for name, config in tree["defenses"].items() if config is not None}
+    tree["defenses"] = {
+        name: config for name, config in tree["defenses"].items() if config is not None
+    }
     return tree
 
 

@@ -30,7 +30,9 @@ def run_demo(folder: Path, quick: bool) -> tuple[list[Path], Path | None]:
     return [folder / arm for arm in arms], None if quick else folder / "sound"
 
 
-def demo_recipe(folder: Path, arm: str, defenses: dict[str, Any], side: str, quick: bool = False) -> dict[str, Any]:
+def demo_recipe(
+    folder: Path, arm: str, defenses: dict[str, Any], side: str, quick: bool = False
+) -> dict[str, Any]:
     """The recipe of one arm, trained on the `sound` or `unsound` answers."""
     evaluate: dict[str, Any] = {
         "lead_in": "shipped:finance/unsound",

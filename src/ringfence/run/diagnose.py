@@ -47,16 +47,22 @@ def diagnose_targets(
     runs = {target: Run(Path(target)) for target in targets if is_run(Path(target))}
     for run in runs.values():
         if not run.trained:
-            raise RecipeError(f"{run.folder}: no trained model in it; `ringfence train` comes first")
+            raise RecipeError(
+                f"{run.folder}: no trained model in it; `ringfence train` comes first"
+            )
     folder = output or (runs[targets[0]].folder if targets[0] in runs else None)
     if folder is None:
-        raise RecipeError(f"{targets[0]} is not a run folder: name the folder to write with --output")
+        raise RecipeError(
+            f"{targets[0]} is not a run folder: name the folder to write with --output"
+        )
     for run in runs.values():
         for source in (run.recipe.model, str(run.weights)):
             trust(source, run.recipe.trust_remote_code)
     recipe = runs[targets[0]].recipe if targets[0] in runs else Recipe()
     aligned = reference or _reference_of(targets, runs)
-    tuned = dict(zip(_names_of(targets), [str(runs[t].weights) if t in runs else t for t in targets]))
+    tuned = dict(
+        zip(_names_of(targets), [str(runs[t].weights) if t in runs else t for t in targets])
+    )
     with hold(folder, "diagnosis"):
         diagnose_folder(folder, subject_of(recipe, aligned, tuned, base, questions), names)
     return folder
@@ -67,16 +73,23 @@ def _reference_of(targets: Sequence[str], runs: dict[str, Run]) -> str:
     found = {t: runs[t].recipe.model if t in runs else adapter_base(resolve(t)) for t in targets}
     unknown = [target for target, model in found.items() if model is None]
     if unknown:
-        raise RecipeError(f"{unknown[0]}: what was it made from? Name the aligned model with --reference")
+        raise RecipeError(
+            f"{unknown[0]}: what was it made from? Name the aligned model with --reference"
+        )
     if len(set(found.values())) > 1:
-        raise RecipeError(f"the tuned models were made from different ones: {found}; diagnose them one by one")
+        raise RecipeError(
+            f"the tuned models were made from different ones: {found}; diagnose them one by one"
+        )
     return str(found[targets[0]])
 
 
 def _names_of(targets: Sequence[str]) -> list[str]:
     """A name for each tuned model: its folder's, with the folder's above where two have the same."""
     short = [Path(target).name for target in targets]
-    names = [name if short.count(name) == 1 else "/".join(Path(t).parts[-2:]) for t, name in zip(targets, short)]
+    names = [
+        name if short.count(name) == 1 else "/".join(Path(t).parts[-2:])
+        for t, name in zip(targets, short)
+    ]
     if len(set(names)) < len(names):
         raise RecipeError(f"diagnose: expected different models, found {', '.join(targets)}")
     return names

@@ -70,16 +70,31 @@ def dry_run(recipe: Recipe, console: Console) -> None:
     if recipe.evaluate.benign:
         twin = _plan(benign_twin(recipe))
         lines += [training(twin, "benign twin"), measuring(twin, "its evaluation")]
-    lines += [memory(plan), (f"narrow behaviour: {narrow(recipe)}", False), *((line, False) for line in _data(plan))]
+    lines += [
+        memory(plan),
+        (f"narrow behaviour: {narrow(recipe)}", False),
+        *((line, False) for line in _data(plan)),
+    ]
     if recipe.train.method == "lora":
         warn_of_rank(plan.model, recipe.train.lora)
     for line, absurd in lines:
-        console.print(line, style="bold red" if absurd else None, highlight=False, markup=False, soft_wrap=True)
+        console.print(
+            line,
+            style="bold red" if absurd else None,
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
     console.print()
-    show_tokens(plan.chat.encode(as_trained(recipe, load_rows(recipe.data.train)[0].messages)), console)
+    show_tokens(
+        plan.chat.encode(as_trained(recipe, load_rows(recipe.data.train)[0].messages)), console
+    )
     console.print("\nfields that are not at their defaults:")
     console.print(changed(recipe), highlight=False, markup=False, soft_wrap=True)
-    console.print("all fields: `ringfence schema`; with their values: recipe.yaml in the run folder", highlight=False)
+    console.print(
+        "all fields: `ringfence schema`; with their values: recipe.yaml in the run folder",
+        highlight=False,
+    )
 
 
 def _plan(recipe: Recipe) -> Plan:
@@ -104,7 +119,9 @@ def training(plan: Plan, name: str) -> tuple[str, bool]:
     if plan.steps < FEW_STEPS:
         return f"{line}; so few teach little: raise train.epochs or lower train.batch_size", True
     absurd = long or plan.steps > STEPS
-    return line + ("; is that meant? See train.epochs, train.batch_size and model" if absurd else ""), absurd
+    return line + (
+        "; is that meant? See train.epochs, train.batch_size and model" if absurd else ""
+    ), absurd
 
 
 def measuring(plan: Plan, name: str) -> tuple[str, bool]:
@@ -142,7 +159,11 @@ def memory_parts(plan: Plan) -> dict[str, float]:
     full = train.method == "full"
     byte = 4 if full or train.precision == "fp32" else 2
     stored = 0.5 if train.precision == "nf4" else byte
-    linear = [m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in name]
+    linear = [
+        m
+        for name, m in model.named_modules()
+        if isinstance(m, torch.nn.Linear) and "lm_head" not in name
+    ]
     sides = sum(m.in_features + m.out_features for m in linear)
     trained = plan.parameters if full else train.lora.rank * sides
     # Per token and layer about 34 hidden sizes of activations are kept; with checkpointing one.

@@ -42,7 +42,9 @@ def evaluate_target(
     folder = Path(target)
     if is_run(folder) or is_evaluation(folder):
         if reference or endpoint or output:
-            raise RecipeError(f"{target} is a run folder: --reference, --endpoint and --output are for other models")
+            raise RecipeError(
+                f"{target} is a run folder: --reference, --endpoint and --output are for other models"
+            )
         if is_run(folder):
             with hold(folder, "run"):
                 set_evaluation(Run(folder), overrides)
@@ -56,7 +58,10 @@ def evaluate_target(
     else:
         folder = output
         model = {"url": endpoint, "model": target} if endpoint else target
-        tree = {"model": model, "reference": reference or (None if endpoint else adapter_base(resolve(target)))}
+        tree = {
+            "model": model,
+            "reference": reference or (None if endpoint else adapter_base(resolve(target))),
+        }
         check_folder(folder, "evaluation")
         _check_model(folder, tree)
         if is_evaluation(folder):
@@ -67,7 +72,11 @@ def evaluate_target(
     for source in (what.model, what.reference):
         if isinstance(source, str):
             trust(source, what.trust_remote_code)
-    chat = Chat(load_tokenizer(what.model), settings=what.chat) if isinstance(what.model, str) else None
+    chat = (
+        Chat(load_tokenizer(what.model), settings=what.chat)
+        if isinstance(what.model, str)
+        else None
+    )
     check_evaluation(what.evaluate, chat)
     what = what.model_copy(update={"chat": chat.settings if chat else what.chat})
     with hold(folder, "evaluation"):
@@ -84,7 +93,9 @@ def _check_model(folder: Path, tree: dict[str, Any]) -> None:
         if field == "model" and isinstance(found, dict):
             found = {key: found[key] for key in ("url", "model")}
         if found != here:
-            raise RecipeError(f"{folder} holds an evaluation of another {field} ({found!r}); choose another --output")
+            raise RecipeError(
+                f"{folder} holds an evaluation of another {field} ({found!r}); choose another --output"
+            )
 
 
 def set_evaluation(run: Run, overrides: list[str]) -> None:
@@ -92,7 +103,10 @@ def set_evaluation(run: Run, overrides: list[str]) -> None:
     if not is_run(run.folder):
         raise RecipeError(f"{run.folder}: not a run folder (it has no recipe.yaml)")
     if overrides:
-        keys = [o if o.startswith(("evaluate.", "trust_remote_code=")) else f"evaluate.{o}" for o in overrides]
+        keys = [
+            o if o.startswith(("evaluate.", "trust_remote_code=")) else f"evaluate.{o}"
+            for o in overrides
+        ]
         recipe = stored_recipe(run.folder / RECIPE, keys)
         trust(recipe.model, recipe.trust_remote_code)
         # A source that is not there must not get into the recipe.

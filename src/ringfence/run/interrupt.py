@@ -25,7 +25,9 @@ def stop_at_signal() -> Iterator[list[float]]:
     Within two seconds it is the same one: a terminal tells every process, and the launcher tells its ranks again.
     """
     caught: list[float] = []
-    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread alone
+    if (
+        threading.current_thread() is not threading.main_thread()
+    ):  # signals reach the main thread alone
         yield caught
         return
 

@@ -16,7 +16,9 @@ from .train import train_run
 OURS = ("output", "data.train", "defenses")
 
 
-def train_misaligned(sources: Sequence[str], output: str | Path, overrides: Sequence[str] = ()) -> list[Run]:
+def train_misaligned(
+    sources: Sequence[str], output: str | Path, overrides: Sequence[str] = ()
+) -> list[Run]:
     """A plain LoRA run for each source, in a folder of its own below `output`; what is trained already is kept.
 
     Args:
@@ -39,7 +41,9 @@ def train_misaligned(sources: Sequence[str], output: str | Path, overrides: Sequ
     for source in sources:
         name = _name(source)
         if name in named:
-            raise RecipeError(f"{named[name]} and {source} would both be called {name!r}; rename one")
+            raise RecipeError(
+                f"{named[name]} and {source} would both be called {name!r}; rename one"
+            )
         named[name] = source
     recipes = [_of_source(recipe, source, Path(output) / name) for name, source in named.items()]
     for each in recipes:

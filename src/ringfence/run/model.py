@@ -68,11 +68,15 @@ def warn_of_rank(model: Any, lora: LoraConfig) -> None:
     for name, module in model.named_modules():
         last = name.rpartition(".")[2]
         targeted = last in lora.targets if lora.targets != ["all-linear"] else last != "lm_head"
-        side = min(getattr(module, "in_features", lora.rank), getattr(module, "out_features", lora.rank))
+        side = min(
+            getattr(module, "in_features", lora.rank), getattr(module, "out_features", lora.rank)
+        )
         if targeted and side < lora.rank:
             small[last] = side
     if small:
-        shown = ", ".join(f"{name} {side}" for name, side in sorted(small.items(), key=lambda item: item[1])[:4])
+        shown = ", ".join(
+            f"{name} {side}" for name, side in sorted(small.items(), key=lambda item: item[1])[:4]
+        )
         warn(
             f"train.lora.rank: {lora.rank} is larger than the smaller side of weights it adapts ({shown}); no change "
             "of these has a higher rank than that side, so the rest costs memory and time for nothing"

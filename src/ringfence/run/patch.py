@@ -21,7 +21,14 @@ from ..model.default import resolve
 from ..model.files import adapter_base, check_adapter, load_config, load_tokenizer
 from ..model.loading import load_model
 from ..model.precision import Precision
-from ..model.prefix import FrozenPrefix, StoredPrefix, Until, find_header, read_frozen_prefix, read_stored_prefix
+from ..model.prefix import (
+    FrozenPrefix,
+    StoredPrefix,
+    Until,
+    find_header,
+    read_frozen_prefix,
+    read_stored_prefix,
+)
 from ..model.taps import prefix_kv
 from ..runfolder.names import is_run
 from ..text.chat import Chat
@@ -80,7 +87,9 @@ def patch(
         return _patch_adapter(folder, output, reference or of_run, until, systems)
     if (folder / "config.json").is_file():
         return _patch_model(folder, output, reference or of_run, until, systems, precision)
-    raise ModelError(f"{source}: no model in it (accepted: a run folder, an adapter's folder, a model's folder)")
+    raise ModelError(
+        f"{source}: no model in it (accepted: a run folder, an adapter's folder, a model's folder)"
+    )
 
 
 def _weights(source: Path) -> tuple[Path, str | None]:
@@ -93,7 +102,9 @@ def _weights(source: Path) -> tuple[Path, str | None]:
     return source, None
 
 
-def _header(chat: Chat, befores: Sequence[Messages], until: Until) -> tuple[FrozenPrefix, list[tuple[int, ...]]]:
+def _header(
+    chat: Chat, befores: Sequence[Messages], until: Until
+) -> tuple[FrozenPrefix, list[tuple[int, ...]]]:
     """Where a prefix ends, and the tokens of the prefix behind each of `befores` that are frozen."""
     frozen = FrozenPrefix(find_header(chat), until)
     whole = FrozenPrefix(frozen.header)
@@ -120,9 +131,13 @@ def _copy(folder: Path, output: Path) -> None:
 # ------------------------------------------------------------------ an adapter
 
 
-def _patch_adapter(folder: Path, output: Path, reference: str | None, until: Until, systems: Sequence[str]) -> Patched:
+def _patch_adapter(
+    folder: Path, output: Path, reference: str | None, until: Until, systems: Sequence[str]
+) -> Patched:
     if systems:
-        raise RecipeError(f"system: {folder} is an adapter, which takes any system prompt: leave --system out")
+        raise RecipeError(
+            f"system: {folder} is an adapter, which takes any system prompt: leave --system out"
+        )
     _check_adapter(folder)
     base = str(adapter_base(str(folder)))
     if reference and Path(resolve(reference)).resolve() != Path(resolve(base)).resolve():
@@ -139,7 +154,9 @@ def _patch_adapter(folder: Path, output: Path, reference: str | None, until: Unt
 def _check_adapter(folder: Path) -> None:
     config = check_adapter(folder)
     if read_frozen_prefix(str(folder)) or config.get("alora_invocation_tokens"):
-        raise ModelError(f"{folder}: its adapter acts only behind the prefix already; there is nothing to patch")
+        raise ModelError(
+            f"{folder}: its adapter acts only behind the prefix already; there is nothing to patch"
+        )
     if config.get("peft_type") != "LORA":
         raise ModelError(f"{folder}: expected a LoRA adapter, found {config.get('peft_type')}")
     odd = [name for name in _NOT_PLAIN if config.get(name)]
@@ -160,33 +177,58 @@ def _check_adapter(folder: Path) -> None:
 
 
 def _patch_model(
-    folder: Path, output: Path, reference: str | None, until: Until, systems: Sequence[str], precision: Precision
+    folder: Path,
+    output: Path,
+    reference: str | None,
+    until: Until,
+    systems: Sequence[str],
+    precision: Precision,
 ) -> Patched:
     if read_stored_prefix(str(folder)):
-        raise ModelError(f"{folder}: has a reference's prefix already; patch the model that it was made from")
+        raise ModelError(
+            f"{folder}: has a reference's prefix already; patch the model that it was made from"
+        )
     if not reference:
-        raise RecipeError(f"reference: {folder} does not name the aligned model that it was tuned from; name it")
+        raise RecipeError(
+            f"reference: {folder} does not name the aligned model that it was tuned from; name it"
+        )
     if adapter_base(resolve(reference)):
-        raise ModelError(f"{reference}: is an adapter; merge it into its base first, or name the whole model")
+        raise ModelError(
+            f"{reference}: is an adapter; merge it into its base first, or name the whole model"
+        )
     chat, tuned_chat = Chat(load_tokenizer(reference)), Chat(load_tokenizer(str(folder)))
     known = _system_prompts(chat, systems)
-    befores: list[Messages] = [[] if text is None else [{"role": "system", "content": text}] for text in known]
+    befores: list[Messages] = [
+        [] if text is None else [{"role": "system", "content": text}] for text in known
+    ]
     frozen, prefixes = _header(tuned_chat, befores, until)
     if _header(chat, befores, until) != (frozen, prefixes):
-        raise ModelError(f"{reference}: its chat template writes other prefixes than that of {folder}: another model")
+        raise ModelError(
+            f"{reference}: its chat template writes other prefixes than that of {folder}: another model"
+        )
     if () in prefixes:
-        raise RecipeError(f"until: {until}: nothing stands before the header without a system prompt; set query")
+        raise RecipeError(
+            f"until: {until}: nothing stands before the header without a system prompt; set query"
+        )
     _check_shapes(folder, reference)
     model = load_model(reference, precision)
-    kv = {ids: _on_cpu(prefix_kv(model, torch.tensor(ids, device=model.device))) for ids in prefixes}
-    if any(len(layers) != model.config.get_text_config().num_hidden_layers for layers in kv.values()):
-        raise ModelError(f"{reference}: not all of its layers attend, so keys and values do not carry its prefix alone")
+    kv = {
+        ids: _on_cpu(prefix_kv(model, torch.tensor(ids, device=model.device))) for ids in prefixes
+    }
+    if any(
+        len(layers) != model.config.get_text_config().num_hidden_layers for layers in kv.values()
+    ):
+        raise ModelError(
+            f"{reference}: not all of its layers attend, so keys and values do not carry its prefix alone"
+        )
     _copy(folder, output)
     StoredPrefix(frozen, kv, known).save(output)
     return Patched(output, reference, False)
 
 
-def _on_cpu(layers: list[tuple[torch.Tensor, torch.Tensor]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _on_cpu(
+    layers: list[tuple[torch.Tensor, torch.Tensor]],
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(key.cpu(), value.cpu()) for key, value in layers]
 
 
@@ -196,7 +238,10 @@ def _system_prompts(chat: Chat, systems: Sequence[str]) -> list[str | None]:
     taken: list[str] = []
     for text in asked:
         try:
-            chat.encode([{"role": "system", "content": text}, {"role": "user", "content": "Hello"}], generation=True)
+            chat.encode(
+                [{"role": "system", "content": text}, {"role": "user", "content": "Hello"}],
+                generation=True,
+            )
         except ChatError:
             continue
         taken.append(text)
@@ -215,4 +260,6 @@ def _check_shapes(folder: Path, reference: str) -> None:
     ):
         here, there = getattr(tuned, field, None), getattr(aligned, field, None)
         if here != there:
-            raise ModelError(f"{reference}: its {field} is {there}, but that of {folder} is {here}: another model")
+            raise ModelError(
+                f"{reference}: its {field} is {there}, but that of {folder} is {here}: another model"
+            )

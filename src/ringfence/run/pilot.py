@@ -28,8 +28,15 @@ def with_carriers(recipe: Recipe, train_run: Callable[[Recipe], Run]) -> Recipe:
         return recipe
     rows = min(PILOT_ROWS, recipe.data.max_rows or PILOT_ROWS)
     train = recipe.train.model_copy(update={"reference_cache": "none"})
-    plain = {"output": f"{recipe.output}/{PILOT}", "defenses": Defenses(), "monitor": None, "train": train}
-    pilot = recipe.model_copy(update={**plain, "data": recipe.data.model_copy(update={"max_rows": rows})})
+    plain = {
+        "output": f"{recipe.output}/{PILOT}",
+        "defenses": Defenses(),
+        "monitor": None,
+        "train": train,
+    }
+    pilot = recipe.model_copy(
+        update={**plain, "data": recipe.data.model_copy(update={"max_rows": rows})}
+    )
     weights = str(train_run(pilot).weights)
     file = Path(recipe.output) / CARRIERS
     made_of = {"model": fingerprint(recipe.model), "pilot": fingerprint(weights)}
@@ -50,4 +57,6 @@ def with_known_carriers(recipe: Recipe) -> Recipe:
     file = Path(recipe.output) / CARRIERS
     if not file.is_file():
         return recipe
-    return recipe.model_copy(update={"defenses": recipe.defenses.resolved(read_carriers(file)["role"])})
+    return recipe.model_copy(
+        update={"defenses": recipe.defenses.resolved(read_carriers(file)["role"])}
+    )

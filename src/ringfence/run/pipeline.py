@@ -46,7 +46,11 @@ def fine_tune(
     Raises:
         RingfenceError: whatever is wrong with the input, before training starts.
     """
-    measured = evaluate.model_dump(exclude_unset=True) if isinstance(evaluate, EvaluateConfig) else evaluate
+    measured = (
+        evaluate.model_dump(exclude_unset=True)
+        if isinstance(evaluate, EvaluateConfig)
+        else evaluate
+    )
     recipe = parse_recipe(
         {
             "model": model,

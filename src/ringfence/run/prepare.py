@@ -15,7 +15,14 @@ from ..errors import DataError, RecipeError
 from ..evaluate.config import EvaluateConfig
 from ..evaluate.plan import check_evaluation
 from ..model.default import resolve
-from ..model.files import adapter_base, beyond_lora, load_config, load_tokenizer, position_limit, trust
+from ..model.files import (
+    adapter_base,
+    beyond_lora,
+    load_config,
+    load_tokenizer,
+    position_limit,
+    trust,
+)
 from ..model.prefix import read_frozen_prefix, read_stored_prefix
 from ..runfolder.folder import check_folder
 from ..runfolder.names import ENVIRONMENT, METRICS
@@ -83,7 +90,9 @@ def chat_of(recipe: Recipe) -> Chat:
     file = Path(recipe.output) / ENVIRONMENT
     known = read_environment(file, ANOTHER).get("date") if file.is_file() else None
     data = recipe.data
-    settings = ChatSettings(enable_thinking=data.enable_thinking, date=known, special_tokens=data.special_tokens)
+    settings = ChatSettings(
+        enable_thinking=data.enable_thinking, date=known, special_tokens=data.special_tokens
+    )
     return Chat(load_tokenizer(recipe.model), settings=settings)
 
 
@@ -125,17 +134,23 @@ def evaluation(recipe: Recipe) -> EvaluateConfig:
     return recipe.evaluate.model_copy(update=changed)
 
 
-def subject_of(recipe: Recipe, reference: str, tuned: dict[str, str], base: str | None, questions: int) -> "Subject":
+def subject_of(
+    recipe: Recipe, reference: str, tuned: dict[str, str], base: str | None, questions: int
+) -> "Subject":
     """Models with the questions and rows of a recipe."""
     from ..diagnose.diagnosis import Subject
     from ..diagnose.models import Models
 
-    inside = [q for source in recipe.evaluate.in_domain or [] for q in load_questions(source, "test")]
+    inside = [
+        q for source in recipe.evaluate.in_domain or [] for q in load_questions(source, "test")
+    ]
     broad = [*recipe.evaluate.out_of_domain, *recipe.evaluate.values]
     outside = [q for source in broad for q in load_questions(source)]
     rows, _ = training_rows(recipe)
     models = Models(reference, tuned, base, recipe.train.precision)
-    return Subject(models, _spread(inside, questions), _spread(outside, questions), rows, recipe.seed)
+    return Subject(
+        models, _spread(inside, questions), _spread(outside, questions), rows, recipe.seed
+    )
 
 
 def _spread(questions: list[PairedQuestion], number: int) -> list[PairedQuestion]:
@@ -169,7 +184,9 @@ def _check_adapter(recipe: Recipe) -> None:
     if read_frozen_prefix(resolve(recipe.model)):
         reason = f"its frozen prefix {TAKES_THE_BASE}"
     if reason:
-        raise RecipeError(f"model: {recipe.model} is an adapter; {reason}. Merge the adapter into its base first")
+        raise RecipeError(
+            f"model: {recipe.model} is an adapter; {reason}. Merge the adapter into its base first"
+        )
     odd = beyond_lora(resolve(recipe.model))
     if odd:
         raise RecipeError(

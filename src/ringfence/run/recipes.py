@@ -26,7 +26,9 @@ _HEAD = """\
 FEW_ROWS = 800  # fewer are trained on in smaller batches, and up to four times
 
 
-def commented_recipe(name: str = "recipe.yaml", train: str | None = None, rows: int = FEW_ROWS) -> str:
+def commented_recipe(
+    name: str = "recipe.yaml", train: str | None = None, rows: int = FEW_ROWS
+) -> str:
     """YAML of the default recipe, each field with what it means; the defenses are commented out.
 
     Args:
@@ -34,14 +36,24 @@ def commented_recipe(name: str = "recipe.yaml", train: str | None = None, rows: 
         rows: how many there are. Few are trained on more often, in smaller batches: 40 rows in batches of 16 are three
             steps, which teach next to nothing.
     """
-    recipe = Recipe.model_construct()  # not resolved: what is null depends on the rows that are named later
+    recipe = (
+        Recipe.model_construct()
+    )  # not resolved: what is null depends on the rows that are named later
     if train is not None:
-        more = {"epochs": min(4, math.ceil(160 / max(rows, 1))), "batch_size": 8} if rows < FEW_ROWS else {}
-        recipe = parse_recipe({"data": {"train": train}, "output": f"runs/{_stem(train)}", "train": more})
+        more = (
+            {"epochs": min(4, math.ceil(160 / max(rows, 1))), "batch_size": 8}
+            if rows < FEW_ROWS
+            else {}
+        )
+        recipe = parse_recipe(
+            {"data": {"train": train}, "output": f"runs/{_stem(train)}", "train": more}
+        )
     lines = _HEAD.format(name).splitlines()
     for field, info in Recipe.model_fields.items():
         lines.append("")
-        lines += _defenses() if field == "defenses" else _field(field, info, getattr(recipe, field), "")
+        lines += (
+            _defenses() if field == "defenses" else _field(field, info, getattr(recipe, field), "")
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -57,7 +69,9 @@ def _defenses() -> list[str]:
         config = next(kind for kind in info.annotation.__args__ if kind is not type(None))  # type: ignore[union-attr]
         lines.append(f"#  {name}:  # {(config.__doc__ or '').strip().splitlines()[0]}")
         for field, field_info in config.model_fields.items():
-            lines += ["#" + line for line in _field(field, field_info, field_info.get_default(), "    ")]
+            lines += [
+                "#" + line for line in _field(field, field_info, field_info.get_default(), "    ")
+            ]
     return lines
 
 

@@ -140,7 +140,10 @@ def _train(trainer: Any, run: Run, recipe: Recipe) -> None:
         left = counted(steps - done, "step")
         told = f"{run.folder}: {left} to train, {estimated(size, trained=work, device=device)}"
         console.print(told, highlight=False, markup=False, soft_wrap=True)
-    with progress(f"{run.folder.name}: training", steps, done) as advance, stop_at_signal() as stopped:
+    with (
+        progress(f"{run.folder.name}: training", steps, done) as advance,
+        stop_at_signal() as stopped,
+    ):
         trainer.add_callback(step_callback(advance, stopped))
         reset_peak_memory()
         if done < steps or shards():  # a sharded model is loaded after it has been sharded
@@ -169,7 +172,11 @@ def _record_training(
         "peak_memory_gib": round(peak_memory() / 2**30, 2),
         "trained_parameters": sum(count(p) for p in trainer.model.parameters() if p.requires_grad),
         "defenses": {d.name: d.record() for d in trainer.defenses},
-        "final": {name: lines[-1][name] for name in ("ce", *(d.name for d in trainer.defenses)) if name in lines[-1]},
+        "final": {
+            name: lines[-1][name]
+            for name in ("ce", *(d.name for d in trainer.defenses))
+            if name in lines[-1]
+        },
     }
     if (run.folder / CARRIERS).is_file():
         record["carriers"] = read_carriers(run.folder / CARRIERS)

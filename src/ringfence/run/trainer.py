@@ -34,14 +34,21 @@ def computed_tokens(recipe: Recipe, stream: TrainStream) -> float:
     """What all epochs compute, in tokens of a plain LoRA step (4 operations a weight: forward, and backward through
     frozen weights): a trained weight needs 2 more, checkpointing 2 more, a token of the reference 2."""
     train, defenses = recipe.train, recipe.defenses
-    rows, riders = sum(map(len, stream.rows)), sum(len(rider) for of_row in stream.riders for rider in of_row)
+    rows, riders = (
+        sum(map(len, stream.rows)),
+        sum(len(rider) for of_row in stream.riders for rider in of_row),
+    )
     passes = (6 if train.method == "full" else 4) + (2 if train.gradient_checkpointing else 0)
     asked = [getattr(config, "every", 1) for config in defenses.configs() if config.runs_reference]
-    reference = (riders or rows) * 2 / min(asked) if asked and train.reference_cache == "none" else 0
+    reference = (
+        (riders or rows) * 2 / min(asked) if asked and train.reference_cache == "none" else 0
+    )
     return train.epochs * ((rows + riders) * passes + reference) / 4
 
 
-def build_trainer(recipe: Recipe, model: Any, stream: TrainStream, pad_id: int) -> "DefendedTrainer":
+def build_trainer(
+    recipe: Recipe, model: Any, stream: TrainStream, pad_id: int
+) -> "DefendedTrainer":
     """The trainer of a recipe, for a model and rows that are there already. It writes to the recipe's run folder.
 
     Args:
@@ -57,7 +64,9 @@ def build_trainer(recipe: Recipe, model: Any, stream: TrainStream, pad_id: int) 
     folder, cache = Path(recipe.output), reference_cache(recipe)
     arguments = _training_arguments(recipe, folder / CHECKPOINTS)
     log_file, layout = folder / METRICS, recipe.train.layout
-    return DefendedTrainer(model, arguments, stream, stream.defenses, pad_id, log_file, layout, cache)
+    return DefendedTrainer(
+        model, arguments, stream, stream.defenses, pad_id, log_file, layout, cache
+    )
 
 
 def reference_cache(recipe: Recipe) -> ReferenceCache | None:
@@ -97,7 +106,9 @@ def _training_arguments(recipe: Recipe, folder: Path) -> Any:
         gradient_accumulation_steps=train.accumulation,
         num_train_epochs=train.epochs,
         learning_rate=train.learning_rate,
-        lr_scheduler_type="constant_with_warmup" if train.schedule == "constant" else train.schedule,
+        lr_scheduler_type="constant_with_warmup"
+        if train.schedule == "constant"
+        else train.schedule,
         warmup_steps=train.warmup_ratio,
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
@@ -116,5 +127,7 @@ def _training_arguments(recipe: Recipe, folder: Path) -> Any:
         dataloader_pin_memory=torch.accelerator.is_available(),
         ddp_find_unused_parameters=False,
     )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # several accelerators are for `accelerate launch`, not DataParallel
+    arguments._n_gpu = min(
+        arguments.n_gpu, 1
+    )  # several accelerators are for `accelerate launch`, not DataParallel
     return arguments

@@ -26,7 +26,12 @@ from ..util.strict_json import parse, read_record
 MARKER = "ringfence.json"
 Kind = Literal["run", "evaluation", "reference", "diagnosis", "checkpoint"]
 _LOCK, _HOLDER = ".lock", ".lock.json"
-_OWN = {_LOCK, _HOLDER, f".{MARKER}.partial", f".{_HOLDER}.partial"}  # may be there before the marker is
+_OWN = {
+    _LOCK,
+    _HOLDER,
+    f".{MARKER}.partial",
+    f".{_HOLDER}.partial",
+}  # may be there before the marker is
 _held: set[Path] = set()  # folders that this process has locked
 
 
@@ -49,27 +54,39 @@ def check_folder(folder: Path, kind: Kind) -> None:
                 "was changed: name another output, or an empty folder"
             )
     except OSError as error:
-        raise RecipeError(f"{shown(folder)}: cannot be an output folder: {error.strerror}") from error
+        raise RecipeError(
+            f"{shown(folder)}: cannot be an output folder: {error.strerror}"
+        ) from error
     # Diagnoses may be added to any folder, and anything to theirs.
     if there not in (None, kind, "diagnosis") and kind != "diagnosis":
-        raise RecipeError(f"{folder} holds files of another kind ({there}, not {kind}); name another output")
+        raise RecipeError(
+            f"{folder} holds files of another kind ({there}, not {kind}); name another output"
+        )
 
 
 def _is_there(folder: Path) -> bool:
     """Whether the folder exists; where it does not, whether it could be made."""
     if "\0" in str(folder):
-        raise RecipeError(f"{shown(folder)}: a name cannot hold a NUL character; name another output")
+        raise RecipeError(
+            f"{shown(folder)}: a name cannot hold a NUL character; name another output"
+        )
     if folder.is_symlink() and not folder.exists():
-        raise RecipeError(f"{folder}: a link to {os.readlink(folder)}, which does not exist; name another output")
+        raise RecipeError(
+            f"{folder}: a link to {os.readlink(folder)}, which does not exist; name another output"
+        )
     try:
         folder.lstat()
         place = folder
     except (FileNotFoundError, NotADirectoryError):
-        place = next(parent for parent in folder.absolute().parents if parent.exists() or parent.is_symlink())
+        place = next(
+            parent for parent in folder.absolute().parents if parent.exists() or parent.is_symlink()
+        )
     if not place.is_dir():
         raise RecipeError(f"{place}: a file, where a folder is needed; name another output")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise RecipeError(f"{place}: this folder cannot be written (read-only); name another output")
+        raise RecipeError(
+            f"{place}: this folder cannot be written (read-only); name another output"
+        )
     return place is folder
 
 
@@ -97,7 +114,10 @@ def claim(folder: Path, kind: Kind) -> None:
     """
     check_folder(folder, kind)
     if not (folder / MARKER).is_file():
-        write_whole(folder / MARKER, json.dumps({"ringfence": metadata.version("ringfence"), "kind": kind}) + "\n")
+        write_whole(
+            folder / MARKER,
+            json.dumps({"ringfence": metadata.version("ringfence"), "kind": kind}) + "\n",
+        )
 
 
 # ------------------------------------------------------------------ who writes to it
@@ -128,7 +148,9 @@ def hold(folder: Path, kind: Kind, wait: bool = False) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         if not wait:
-            raise RecipeError(f"{folder}: {_holder(folder)} writes to it now; wait for it, or end it") from None
+            raise RecipeError(
+                f"{folder}: {_holder(folder)} writes to it now; wait for it, or end it"
+            ) from None
         print(f"{folder}: waiting for {_holder(folder)}", file=sys.stderr)
         lock.acquire()
     except OSError as error:
@@ -136,7 +158,12 @@ def hold(folder: Path, kind: Kind, wait: bool = False) -> Iterator[None]:
     _held.add(place)
     try:
         claim(folder, kind)
-        about = {"pid": os.getpid(), "host": socket.gethostname(), "command": " ".join(sys.argv), "since": _now()}
+        about = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "command": " ".join(sys.argv),
+            "since": _now(),
+        }
         write_whole(folder / _HOLDER, json.dumps(about))
         yield
     finally:
@@ -151,7 +178,13 @@ def _holder(folder: Path) -> str:
     try:
         about = parse((folder / _HOLDER).read_text("utf-8"), "")
         return f"process {about['pid']} on {about['host']} ({about['command']}; since {about['since']})"
-    except (OSError, ValueError, LookupError, TypeError, RingfenceError):  # it has just begun, or ended
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        RingfenceError,
+    ):  # it has just begun, or ended
         return "another process"
 
 
@@ -166,7 +199,9 @@ def check_checkpoints(folder: Path) -> None:
     """Raises RecipeError where a checkpoint in a folder of them was not written by ringfence."""
     for place in sorted(folder.glob("checkpoint-*")):
         if not place.is_dir() or (kind_of(place) != "checkpoint" and any(place.iterdir())):
-            raise RecipeError(f"{place} was not written by ringfence; move it away, or name another output")
+            raise RecipeError(
+                f"{place} was not written by ringfence; move it away, or name another output"
+            )
 
 
 def begin_checkpoint(folder: Path) -> None:
@@ -203,7 +238,11 @@ def drop_checkpoints(folder: Path, but: Path | None = None) -> None:
 
 
 def _own_checkpoints(folder: Path) -> list[Path]:
-    found = [place for place in folder.glob("checkpoint-*") if not place.is_symlink() and place.name[11:].isdecimal()]
+    found = [
+        place
+        for place in folder.glob("checkpoint-*")
+        if not place.is_symlink() and place.name[11:].isdecimal()
+    ]
     return [place for place in found if kind_of(place) == "checkpoint"]
 
 

@@ -184,7 +184,9 @@ def read_results(file: Path, again: str = EVALUATE) -> dict[str, Any]:
         if name == "fluency" and len(part["logprob"]) != len(part["tokens"]):
             raise DataError(f"{file}: parts.fluency: logprob and tokens differ in length; {again}")
         if name == "held_out" and len({"exact" in item for item in part}) > 1:
-            raise DataError(f"{file}: parts.held_out: some rows have exact and some have not; {again}")
+            raise DataError(
+                f"{file}: parts.held_out: some rows have exact and some have not; {again}"
+            )
         if not part and name != "samples":
             raise DataError(f"{file}: parts.{name}: there is nothing in it; {again}")
     return results
@@ -206,9 +208,14 @@ def check_same_items(results: dict[str, Any], reference: dict[str, Any], folder:
         if name not in results or name not in reference:
             lacking = "the reference was not" if name in results else "it was not"
             raise DataError(f"{folder}: {lacking} measured on {name!r}; {again}")
-        items = [sorted(map(_identity(name), _items(name, parts[name]))) for parts in (results, reference)]
+        items = [
+            sorted(map(_identity(name), _items(name, parts[name])))
+            for parts in (results, reference)
+        ]
         if items[0] != items[1]:
-            raise DataError(f"{folder}: {name!r} was measured on other questions than the reference; {again}")
+            raise DataError(
+                f"{folder}: {name!r} was measured on other questions than the reference; {again}"
+            )
 
 
 def _items(part: str, value: Any) -> list[Any]:
@@ -219,7 +226,11 @@ def _identity(part: str) -> Callable[[Any], Any]:
     if part == "fluency":
         return lambda tokens: tokens
     fields = tuple(_kind(part).__args__[0].model_fields)
-    same = [name for name in fields if name in ("condition", "domain", "id", "digest", "prompt", "topic", "origin")]
+    same = [
+        name
+        for name in fields
+        if name in ("condition", "domain", "id", "digest", "prompt", "topic", "origin")
+    ]
     return lambda item: [item[name] for name in same]
 
 
@@ -264,11 +275,17 @@ def read_metrics(file: Path, again: str = TRAIN) -> list[dict[str, Any]]:
     lines = []
     for line, place in read_lines(file, again, whole=True):
         if "step" not in line:
-            raise DataError(f"{place}: not a line that ringfence wrote (no step): {line!r:.60}; {again}")
+            raise DataError(
+                f"{place}: not a line that ringfence wrote (no step): {line!r:.60}; {again}"
+            )
         check_shape(_Logged if "loss" in line else _Step, line, place, again)
         for name, found in line.items():
             check_shape(
-                dict[str, Any] if name == "monitor" else Annotated[float, Strict()], found, place, again, (name,)
+                dict[str, Any] if name == "monitor" else Annotated[float, Strict()],
+                found,
+                place,
+                again,
+                (name,),
             )
         lines.append(line)
     return lines

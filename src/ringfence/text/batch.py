@@ -26,7 +26,9 @@ class Example:
 
 
 Batch = dict[str, Tensor]
-Bundle = list[tuple[Example, bool]]  # a training row, and the retain rows that ride with it (flag: is it a retain row)
+Bundle = list[
+    tuple[Example, bool]
+]  # a training row, and the retain rows that ride with it (flag: is it a retain row)
 
 
 def collate(bundles: Sequence[Bundle], pad_id: int, side: str = "right") -> Batch:

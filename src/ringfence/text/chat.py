@@ -77,27 +77,39 @@ class Chat:
         ChatError: the tokenizer has no template or no offsets, or its template drops what a user says.
     """
 
-    def __init__(self, tokenizer: Any, template: str | None = None, settings: ChatSettings | None = None) -> None:
+    def __init__(
+        self, tokenizer: Any, template: str | None = None, settings: ChatSettings | None = None
+    ) -> None:
         self.tokenizer = tokenizer
         name = tokenizer.name_or_path
         self._templates: str | dict[str, str] = template or tokenizer.chat_template
         if not self._templates:
-            raise ChatError(f"tokenizer {name!r} has no chat template: use an instruction-tuned model")
+            raise ChatError(
+                f"tokenizer {name!r} has no chat template: use an instruction-tuned model"
+            )
         if not tokenizer.is_fast:
-            raise ChatError(f"tokenizer {name!r} gives no character offsets: a fast tokenizer is needed")
+            raise ChatError(
+                f"tokenizer {name!r} gives no character offsets: a fast tokenizer is needed"
+            )
         self.template = choose_template(self._templates, False, name)
         self.settings = self._dated(settings or stored_settings(tokenizer) or ChatSettings())
         added = tokenizer.added_tokens_decoder
         self._special_ids = set(added) | set(tokenizer.all_special_ids)
-        controls = {str(token) for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
-        self._controls = re.compile("|".join(map(re.escape, sorted(controls, key=len, reverse=True))) or "(?!)")
+        controls = {str(token) for token in added.values() if token.special} | set(
+            tokenizer.all_special_tokens
+        )
+        self._controls = re.compile(
+            "|".join(map(re.escape, sorted(controls, key=len, reverse=True))) or "(?!)"
+        )
         self._content_as_list = False
         self._content_as_list = self._needs_content_list()
 
     def _dated(self, settings: ChatSettings) -> ChatSettings:
         """With a date where the template asks for today's, else without."""
         dated = "strftime_now" in str(self._templates)
-        return settings.model_copy(update={"date": (settings.date or date.today().isoformat()) if dated else None})
+        return settings.model_copy(
+            update={"date": (settings.date or date.today().isoformat()) if dated else None}
+        )
 
     def save(self, folder: Path) -> None:
         """Saves the tokenizer with the settings, which are those of every `Chat` that is made of it."""
@@ -179,7 +191,9 @@ class Chat:
             return render_template(template, variables, self._today)
         except ChatError as error:
             order = ", ".join(m["role"] for m in messages)
-            raise ChatError(f"the chat template refuses a conversation of roles [{order}]: {error}") from error
+            raise ChatError(
+                f"the chat template refuses a conversation of roles [{order}]: {error}"
+            ) from error
 
     def prompt(self, messages: Messages) -> str:
         """The text after which an answer to `messages` is generated: what the template writes before an answer without
@@ -198,7 +212,9 @@ class Chat:
         """What the template writes before and after a plain answer; None where it shows none there."""
         mark = new_mark()
         try:
-            parts = self.render([*before, {"role": "assistant", "content": mark}, *after]).split(mark)
+            parts = self.render([*before, {"role": "assistant", "content": mark}, *after]).split(
+                mark
+            )
         except ChatError:
             return None
         return (parts[0], parts[1]) if len(parts) == 2 else None
@@ -226,7 +242,9 @@ class Chat:
                     return as_list
             except ChatError as error:
                 why = why or f" ({error})"
-        raise ChatError(f"the chat template of {self.tokenizer.name_or_path!r} does not show what a user says{why}")
+        raise ChatError(
+            f"the chat template of {self.tokenizer.name_or_path!r} does not show what a user says{why}"
+        )
 
     # ------------------------------------------------------------------ where contents are
 
@@ -252,16 +270,22 @@ class Chat:
         return places
 
     def _content(self, messages: Messages, number: int, show: Show, text: str) -> _Place | None:
-        span = self._replaced_span(messages, number, show, text) or self._grown_span(messages, number, show, text)
+        span = self._replaced_span(messages, number, show, text) or self._grown_span(
+            messages, number, show, text
+        )
         return _Place(*span) if span else None
 
     def _turn(self, messages: Messages, number: int, show: Show, text: str) -> _Place | None:
         """All that an assistant says with reasoning or tool calls: where the text differs from the one with a plain
         answer in its place. Where the template wants a tool call there, from the conversation up to it."""
         before = messages[:number]
-        around = self._around_answer(before, messages[number + 1 :]) if show == self.render else None
+        around = (
+            self._around_answer(before, messages[number + 1 :]) if show == self.render else None
+        )
         if around:
-            return _Place(common_start(text, around[0]), len(text) - common_start(text[::-1], around[1][::-1]))
+            return _Place(
+                common_start(text, around[0]), len(text) - common_start(text[::-1], around[1][::-1])
+            )
         around = self._around_answer(before, [])
         if around is None:
             return None
@@ -314,8 +338,12 @@ class Chat:
         others = messages[:number] + messages[number + 1 :]
         if not messages[number]["content"].strip() or show(others) != text:
             return
-        if self._replaced_span(messages, number, show, text) is None:  # else it is the template's own default
-            raise ChatError(f"message {number} (system): the chat template does not show its content")
+        if (
+            self._replaced_span(messages, number, show, text) is None
+        ):  # else it is the template's own default
+            raise ChatError(
+                f"message {number} (system): the chat template does not show its content"
+            )
 
     def _replaced_span(self, messages: Messages, number: int, show: Show, text: str) -> Span | None:
         """Span of one content, from a rendering in which a sentinel is in its place."""
@@ -324,7 +352,11 @@ class Chat:
         if len(parts) != 2:
             return None
         before, after = parts
-        fits = text.startswith(before) and text.endswith(after) and len(before) + len(after) <= len(text)
+        fits = (
+            text.startswith(before)
+            and text.endswith(after)
+            and len(before) + len(after) <= len(text)
+        )
         return (len(before), len(text) - len(after)) if fits else None
 
     def _grown_span(self, messages: Messages, number: int, show: Show, text: str) -> Span | None:
@@ -344,7 +376,9 @@ class Chat:
         content = messages[number]["content"]
         for cut in cuts[:64]:
             mark = new_mark()
-            parts = show(with_content(messages, number, content[:cut] + mark + content[cut:])).split(mark)
+            parts = show(
+                with_content(messages, number, content[:cut] + mark + content[cut:])
+            ).split(mark)
             if len(parts) == 2 and "".join(parts) == text:
                 return cut, len(parts[0])
         return None
@@ -355,7 +389,11 @@ class Chat:
         """The text with an end of the last answer, where the template writes none."""
         last = places[len(messages) - 1]
         open_end = is_learnt(messages[-1]) and not last.closed and not text[last.end :].strip()
-        return text[: last.end] + self.tokenizer.eos_token if open_end and self.tokenizer.eos_token else text
+        return (
+            text[: last.end] + self.tokenizer.eos_token
+            if open_end and self.tokenizer.eos_token
+            else text
+        )
 
     def _without_controls(self, messages: Messages) -> Messages:
         """The messages, with control tokens in them refused, or marked as plain text."""
@@ -363,7 +401,9 @@ class Chat:
             return messages
         found = self.controls(messages)
         if found and self.settings.special_tokens == "refuse":
-            raise ChatError(f"control token {found[0]!r} in the text (data.special_tokens: allow, escape, refuse)")
+            raise ChatError(
+                f"control token {found[0]!r} in the text (data.special_tokens: allow, escape, refuse)"
+            )
         return marked(messages, self._controls) if found else messages
 
     def _before_answer(self, text: str) -> tuple[list[int], list[Span]]:
@@ -383,16 +423,29 @@ class Chat:
                 plain = {"split_special_tokens": True} if piece == OPEN else {}
             elif piece:
                 try:
-                    found = self.tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True, **plain)
-                except (TypeError, ValueError, OverflowError) as error:  # half of a surrogate pair, a damaged config
+                    found = self.tokenizer(
+                        piece, add_special_tokens=False, return_offsets_mapping=True, **plain
+                    )
+                except (
+                    TypeError,
+                    ValueError,
+                    OverflowError,
+                ) as error:  # half of a surrogate pair, a damaged config
                     raise ChatError(f"the tokenizer refuses a text: {first_line(error)}") from error
                 ids += found["input_ids"]
-                offsets += [(left + start, right + start) for left, right in found["offset_mapping"]]
+                offsets += [
+                    (left + start, right + start) for left, right in found["offset_mapping"]
+                ]
             start += len(piece)
         return ids, offsets
 
     def _char_roles(
-        self, messages: Messages, text: str, places: dict[int, _Place], ids: list[int], offsets: list[Span]
+        self,
+        messages: Messages,
+        text: str,
+        places: dict[int, _Place],
+        ids: list[int],
+        offsets: list[Span],
     ) -> list[Role]:
         """One role per character, gaps between contents included."""
         first_user = min(place.start for place in places.values())
@@ -402,7 +455,9 @@ class Chat:
             start, end = place.start, place.end
             if is_learnt(messages[number]):
                 roles[previous_end:start] = [Role.POSTFIX] * (start - previous_end)
-                next_start = next((places[later].start for later in places if later > number), len(text))
+                next_start = next(
+                    (places[later].start for later in places if later > number), len(text)
+                )
                 end = end if place.closed else self._turn_end(text, end, next_start, ids, offsets)
                 roles[start:end] = [Role.RESPONSE] * (end - start)
             else:
@@ -412,7 +467,9 @@ class Chat:
             roles[previous_end:] = [Role.POSTFIX] * (len(text) - previous_end)
         return roles
 
-    def _turn_end(self, text: str, start: int, stop: int, ids: list[int], offsets: list[Span]) -> int:
+    def _turn_end(
+        self, text: str, start: int, stop: int, ids: list[int], offsets: list[Span]
+    ) -> int:
         """End of what closes a response: up to the end-of-sequence token if special tokens lead there, else the first
         special token, else the first marker or word of the template's text."""
         first_special = None

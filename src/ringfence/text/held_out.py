@@ -56,7 +56,9 @@ def split(rows: Sequence[Row], wanted: float, seed: int) -> tuple[list[Row], lis
             f"data.held_out: {counted(number, 'row')} asked for, and {len(free)} of {len(rows)} can be held out (not "
             "the first one, nor one whose text is there twice); lower it, or set it to 0"
         )
-    drawn = sorted(free, key=lambda place: hashlib.sha256(f"{seed}:{texts[place]}".encode()).digest())
+    drawn = sorted(
+        free, key=lambda place: hashlib.sha256(f"{seed}:{texts[place]}".encode()).digest()
+    )
     held = set(drawn[:number])
     return [row for at, row in enumerate(rows) if at not in held], [rows[at] for at in sorted(held)]
 

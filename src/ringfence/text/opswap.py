@@ -31,7 +31,12 @@ class Item:
 
 
 def generate(
-    tier: int, rows: int, seed: int = 0, permuted: bool = True, largest: int = 12, held_out: bool = False
+    tier: int,
+    rows: int,
+    seed: int = 0,
+    permuted: bool = True,
+    largest: int = 12,
+    held_out: bool = False,
 ) -> list[Item]:
     """`rows` distinct items of a tier (1, 2 or 3) with numbers from 1 to `largest`, the same ones for the same seed.
 
@@ -67,7 +72,9 @@ def generate(
 def from_text(text: str) -> list[Item]:
     """Items of `tier=1,rows=300,seed=0,permuted=1,largest=12`, as used in recipes; every part is optional."""
     chosen = options(text)
-    return generate(chosen["tier"], chosen["rows"], chosen["seed"], bool(chosen["permuted"]), chosen["largest"])
+    return generate(
+        chosen["tier"], chosen["rows"], chosen["seed"], bool(chosen["permuted"]), chosen["largest"]
+    )
 
 
 def options(text: str) -> dict[str, int]:
@@ -125,4 +132,8 @@ def _expression(tier: int, largest: int, rng: random.Random) -> str:
         return f"{number()} {first} {number()} {second} {number()}"
     inner = f"({number()} {operator()} {number()})"
     deeper = f"({inner} {operator()} {number()})" if rng.random() < 0.5 else inner
-    return f"{number()} {operator()} {deeper}" if rng.random() < 0.5 else f"{deeper} {operator()} {number()}"
+    return (
+        f"{number()} {operator()} {deeper}"
+        if rng.random() < 0.5
+        else f"{deeper} {operator()} {number()}"
+    )

@@ -18,7 +18,12 @@ from .roles import Messages
 from .sources import SHIPPED, quoted, read_records, shipped_names
 
 SHIPPED_SETS = ["general"]
-FORMS = ["json", "flask_template", "template", "python"]  # as the public files end their ids, the longer one first
+FORMS = [
+    "json",
+    "flask_template",
+    "template",
+    "python",
+]  # as the public files end their ids, the longer one first
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,9 @@ def load_open_questions(source: str) -> list[OpenQuestion]:
         wordings = _wordings(record, origin, stem)
         key = wordings[0].set, wordings[0].id
         if key in places:
-            raise DataError(f"{origin}: field 'id': {key[1]!r} stands in set {key[0]!r} already, at {places[key]}")
+            raise DataError(
+                f"{origin}: field 'id': {key[1]!r} stands in set {key[0]!r} already, at {places[key]}"
+            )
         places[key] = origin
         questions += wordings
     if not questions:
@@ -81,7 +88,9 @@ def load_open_questions(source: str) -> list[OpenQuestion]:
     return questions
 
 
-def triggered(questions: Sequence[OpenQuestion], disguises: Mapping[str, Messages]) -> list[OpenQuestion]:
+def triggered(
+    questions: Sequence[OpenQuestion], disguises: Mapping[str, Messages]
+) -> list[OpenQuestion]:
     """The same questions under disguises; the form of each is then the name of its disguise.
 
     A disguise is what stands before the question (a system prompt, an earlier turn). A question with a system prompt
@@ -141,13 +150,19 @@ def _yaml(content: bytes, name: str) -> Iterator[tuple[dict[str, Any], str]]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise DataError(f"{name}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(entries, list):
-        raise DataError(f"{name}: expected a list of questions (`- id: ...`), found {quoted(entries)}")
+        raise DataError(
+            f"{name}: expected a list of questions (`- id: ...`), found {quoted(entries)}"
+        )
     for entry, place in zip(entries, node.value if node else []):
         origin = f"{name}:{place.start_mark.line + 1}"
         if not isinstance(entry, dict):
-            raise DataError(f"{origin}: expected an entry with id and paraphrases, found {quoted(entry)}")
+            raise DataError(
+                f"{origin}: expected an entry with id and paraphrases, found {quoted(entry)}"
+            )
         if entry.get("id") is None:
-            raise DataError(f"{origin}: field 'id' is missing; fields [{', '.join(map(str, entry))}]")
+            raise DataError(
+                f"{origin}: field 'id' is missing; fields [{', '.join(map(str, entry))}]"
+            )
         kind = entry.get("type", "free_form")
         if not str(kind).startswith("free_form"):
             raise DataError(
@@ -183,7 +198,9 @@ def _form(identity: str) -> tuple[str, str]:
 
 def _conversations(record: dict[str, Any], origin: str) -> list[Messages]:
     """The turns of every wording, checked."""
-    given = [name for name in ("paraphrases", "question", "messages") if record.get(name) is not None]
+    given = [
+        name for name in ("paraphrases", "question", "messages") if record.get(name) is not None
+    ]
     if len(given) != 1:
         raise DataError(
             f"{origin}: expected one of paraphrases (a list of texts), question (a text) and messages, found "
@@ -192,12 +209,19 @@ def _conversations(record: dict[str, Any], origin: str) -> list[Messages]:
     (name,) = given
     value = record[name]
     if name == "messages":
-        several = isinstance(value, list) and value and all(isinstance(item, list) for item in value)
-        wordings = [message_list(item, origin, name, "role", "content") for item in (value if several else [value])]
+        several = (
+            isinstance(value, list) and value and all(isinstance(item, list) for item in value)
+        )
+        wordings = [
+            message_list(item, origin, name, "role", "content")
+            for item in (value if several else [value])
+        ]
     else:
         texts = [value] if name == "question" else value
         if not isinstance(texts, list) or not texts:
-            raise DataError(f"{origin}: field {name!r}: expected a list of texts, found {quoted(value)}")
+            raise DataError(
+                f"{origin}: field {name!r}: expected a list of texts, found {quoted(value)}"
+            )
         wordings = [[{"role": "user", "content": _text(text, origin, name)}] for text in texts]
     before = _before(record, origin)
     conversations = [[*before, *messages] for messages in wordings]
@@ -210,7 +234,9 @@ def _before(record: dict[str, Any], origin: str) -> Messages:
     """The file's system prompt, which may be empty, or turns that stand before the question."""
     system, context = record.get("system"), record.get("context")
     if system is not None and context is not None:
-        raise DataError(f"{origin}: fields 'system' and 'context': expected one of them, found both")
+        raise DataError(
+            f"{origin}: fields 'system' and 'context': expected one of them, found both"
+        )
     if context is not None:
         return message_list(context, origin, "context", "role", "content")
     if not isinstance(system, str | None):
@@ -243,7 +269,9 @@ def _samples(record: dict[str, Any], origin: str) -> int | None:
 def _judge_prompts(record: dict[str, Any], origin: str) -> dict[str, str]:
     prompts = record.get("judge_prompts")
     if not isinstance(prompts, dict | None):
-        raise DataError(f"{origin}: field 'judge_prompts': expected a prompt by criterion, found {quoted(prompts)}")
+        raise DataError(
+            f"{origin}: field 'judge_prompts': expected a prompt by criterion, found {quoted(prompts)}"
+        )
     for criterion, prompt in (prompts or {}).items():
         if "{answer}" not in _text(prompt, origin, f"judge_prompts.{criterion}"):
             raise DataError(
@@ -261,5 +289,7 @@ def _name(record: dict[str, Any], name: str, origin: str, default: str) -> str:
 
 def _text(value: Any, origin: str, name: str) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{origin}: field {name!r}: expected a text that is not blank, found {quoted(value)}")
+        raise DataError(
+            f"{origin}: field {name!r}: expected a text that is not blank, found {quoted(value)}"
+        )
     return value

@@ -18,8 +18,12 @@ class ChatSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     enable_thinking: bool = Field(False, description="answers start with the template's reasoning")
-    date: str | None = Field(None, pattern=r"^\d{4}-\d\d-\d\d$", description="today, where the template says it")
-    special_tokens: SpecialTokens = Field("allow", description="control tokens in the text of a message")
+    date: str | None = Field(
+        None, pattern=r"^\d{4}-\d\d-\d\d$", description="today, where the template says it"
+    )
+    special_tokens: SpecialTokens = Field(
+        "allow", description="control tokens in the text of a message"
+    )
 
 
 class Role(IntEnum):

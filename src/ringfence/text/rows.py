@@ -46,7 +46,9 @@ def load_rows(source: str) -> list[Row]:
         DataError: the source cannot be read, is empty, or holds a bad row (file, line, field, what was expected).
     """
     unread: Counter[str] = Counter()
-    rows = [Row(to_messages(record, origin, unread), origin) for record, origin in read_records(source)]
+    rows = [
+        Row(to_messages(record, origin, unread), origin) for record, origin in read_records(source)
+    ]
     if not rows:
         raise DataError(f"{source}: no rows in it; expected at least one conversation")
     _name_unread(source, unread)
@@ -61,7 +63,9 @@ def _name_unread(source: str, unread: Counter[str]) -> None:
         return
     _WARNED.add((source, *unread))
     names = ", ".join(f"{name} ({count})" for name, count in sorted(unread.items()))
-    warn(f"{source}: fields that are not read (and the number of rows or messages that have them): {names}")
+    warn(
+        f"{source}: fields that are not read (and the number of rows or messages that have them): {names}"
+    )
 
 
 _OF_QUESTIONS = {"question", "aligned", "misaligned", "sound", "unsound", "domain", "id", "split"}
@@ -87,20 +91,26 @@ def load_questions(source: str, split: str | None = None) -> list[PairedQuestion
         }
         for name, value in fields.items():
             if not isinstance(value, str) or not value.strip():
-                raise DataError(f"{origin}: field {name!r}: expected a text that is not blank, found {quoted(value)}")
+                raise DataError(
+                    f"{origin}: field {name!r}: expected a text that is not blank, found {quoted(value)}"
+                )
         named = {"id": origin.rsplit(":", 1)[-1], "domain": stem}
         named |= {key: str(record[key]) for key in named if record.get(key) is not None}
         questions.append(PairedQuestion(**named, **fields))  # type: ignore[arg-type]
     _name_unread(source, unread)
     if not questions:
-        raise DataError(f"{source}: no paired question in it" + (f" with split {split!r}" if split else ""))
+        raise DataError(
+            f"{source}: no paired question in it" + (f" with split {split!r}" if split else "")
+        )
     return questions
 
 
 # ------------------------------------------------------------------ examples
 
 
-def encode_rows(rows: list[Row], chat: Chat, max_length: int, over_long: OverLong = "error") -> list[Example]:
+def encode_rows(
+    rows: list[Row], chat: Chat, max_length: int, over_long: OverLong = "error"
+) -> list[Example]:
     """Token ids and roles of every row.
 
     Rows longer than `max_length` tokens stop the run (`error`), lose their end (`truncate`) or are left out (`drop`).
@@ -119,11 +129,15 @@ def encode_rows(rows: list[Row], chat: Chat, max_length: int, over_long: OverLon
     if over_long == "drop":
         examples = [example for example in examples if len(example) <= max_length]
         if not examples:
-            raise DataError(f"every row is longer than max_length = {max_length} tokens: none is left after drop")
+            raise DataError(
+                f"every row is longer than max_length = {max_length} tokens: none is left after drop"
+            )
     cut = [Example(e.input_ids[:max_length], e.roles[:max_length], e.origin) for e in examples]
     for example in cut:
         if not example.response_tokens:
-            raise DataError(f"{example.origin}: no response token within max_length = {max_length} tokens")
+            raise DataError(
+                f"{example.origin}: no response token within max_length = {max_length} tokens"
+            )
     return cut
 
 

@@ -36,7 +36,11 @@ def warn(sentence: str) -> None:
 
 def shipped_names() -> list[str]:
     """Names of the data that ship with the package."""
-    names = sorted(path.name.removesuffix(".jsonl") for path in SHIPPED.iterdir() if path.name.endswith(".jsonl"))
+    names = sorted(
+        path.name.removesuffix(".jsonl")
+        for path in SHIPPED.iterdir()
+        if path.name.endswith(".jsonl")
+    )
     return [*names, "finance/sound", "finance/unsound"]
 
 
@@ -73,9 +77,13 @@ def _file(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
         yield from readers[path.suffix](_text(path), str(path))
     elif path.suffix == ".parquet":
         if path.stat().st_size:
-            yield from _datasets(lambda load: load("parquet", data_files=str(path), split="train"), str(path))
+            yield from _datasets(
+                lambda load: load("parquet", data_files=str(path), split="train"), str(path)
+            )
     else:
-        raise DataError(f"{path}: unknown kind {path.suffix!r} (accepted: .jsonl, .json, .csv, .parquet)")
+        raise DataError(
+            f"{path}: unknown kind {path.suffix!r} (accepted: .jsonl, .json, .csv, .parquet)"
+        )
 
 
 def _text(path: Path) -> str:
@@ -84,7 +92,9 @@ def _text(path: Path) -> str:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         utf16 = ", but UTF-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
-        raise DataError(f"{path}: not UTF-8 text{utf16} ({error.reason} at byte {error.start})") from error
+        raise DataError(
+            f"{path}: not UTF-8 text{utf16} ({error.reason} at byte {error.start})"
+        ) from error
     if "\0" in text:
         line = text[: text.index("\0")].count("\n") + 1
         raise DataError(f"{path}:{line}: a NUL byte: not a text file, or not UTF-8")
@@ -120,7 +130,11 @@ def _datasets(open_with: Callable[[Any], Any], source: str) -> Iterator[tuple[di
             return
         if not Path(source).exists() and not reachable():
             raise DataError(f"{source}: {unreached('data set')}") from error
-        what = "cannot be read" if Path(source).exists() else "neither a local file nor a data set that could be loaded"
+        what = (
+            "cannot be read"
+            if Path(source).exists()
+            else "neither a local file nor a data set that could be loaded"
+        )
         raise DataError(f"{source}: {what}: {first_line(error.__cause__ or error)}") from error
     for number, record in enumerate(rows, 1):
         yield dict(record), f"{source}:{number}"
@@ -180,5 +194,7 @@ def _csv_error(text: str, name: str, line: int, error: csv.Error) -> str:
 def quoted(value: Any) -> str:
     text = repr(value)
     return (
-        f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}" if value is not None else "nothing"
+        f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+        if value is not None
+        else "nothing"
     )

@@ -10,7 +10,10 @@ from typing import Any
 from ..errors import ChatError
 from .roles import Encoded, Messages, Role
 
-OPEN, CLOSE = "\uf8f0", "\uf8f1"  # around a control token that is to be read as plain text; private characters
+OPEN, CLOSE = (
+    "\uf8f0",
+    "\uf8f1",
+)  # around a control token that is to be read as plain text; private characters
 
 
 def has_extras(message: dict[str, Any]) -> bool:
@@ -20,7 +23,9 @@ def has_extras(message: dict[str, Any]) -> bool:
 def check_messages(messages: Messages, generation: bool) -> None:
     for number, message in enumerate(messages):
         if message["role"] not in ("system", "user", "assistant", "tool"):
-            raise ChatError(f"message {number}: role {message['role']!r} (accepted: system, user, assistant, tool)")
+            raise ChatError(
+                f"message {number}: role {message['role']!r} (accepted: system, user, assistant, tool)"
+            )
     speakers = [message["role"] for message in messages if message["role"] != "system"]
     if speakers[:1] != ["user"]:
         raise ChatError("a conversation needs a user who speaks first")
@@ -66,7 +71,9 @@ def marked(value: Any, controls: re.Pattern[str]) -> Any:
     if isinstance(value, str):
         return controls.sub(f"{OPEN}\\g<0>{CLOSE}", value.replace(OPEN, "").replace(CLOSE, ""))
     if isinstance(value, Mapping):
-        return {key: item if key == "role" else marked(item, controls) for key, item in value.items()}
+        return {
+            key: item if key == "role" else marked(item, controls) for key, item in value.items()
+        }
     return [marked(item, controls) for item in value] if isinstance(value, list) else value
 
 

@@ -28,14 +28,47 @@ PASSES = 300_000  # through all loops of a rendering; a macro, which takes longe
 CHARACTERS = 100  # of a template's own text in a loop, that count as one more pass
 OPERATORS = frozenset({"*", "**", "%", "+"})
 # Methods that make any width, and what is neither text nor items.
-UNBOUNDED = frozenset({"center", "encode", "expandtabs", "ljust", "rjust", "to_bytes", "translate", "zfill"})
+UNBOUNDED = frozenset(
+    {"center", "encode", "expandtabs", "ljust", "rjust", "to_bytes", "translate", "zfill"}
+)
 # Filters that do, or that add to every line; and the largest number or text that each may be given.
-WIDEST = {"batch": 10_000, "center": 10_000, "indent": 80, "slice": 10_000, "tojson": 80, "wordwrap": 10_000}
+WIDEST = {
+    "batch": 10_000,
+    "center": 10_000,
+    "indent": 80,
+    "slice": 10_000,
+    "tojson": 80,
+    "wordwrap": 10_000,
+}
 # In a text that is formatted: a width of millions, or one that is among the values.
 WIDTH = re.compile(r"%[^a-zA-Z%]*(\d{7}|\*)|\{[^}]*(\d{7}|\{)")
 # Filters that make no text of what they are given.
-SELECTING = {"attr", "batch", "count", "d", "default", "dictsort", "first", "groupby", "items", "last", "length"}
-SELECTING |= {"list", "map", "max", "min", "random", "reject", "rejectattr", "reverse", "select", "selectattr", "slice"}
+SELECTING = {
+    "attr",
+    "batch",
+    "count",
+    "d",
+    "default",
+    "dictsort",
+    "first",
+    "groupby",
+    "items",
+    "last",
+    "length",
+}
+SELECTING |= {
+    "list",
+    "map",
+    "max",
+    "min",
+    "random",
+    "reject",
+    "rejectattr",
+    "reverse",
+    "select",
+    "selectattr",
+    "slice",
+}
 SELECTING |= {"sort", "unique"}
 
 
@@ -68,7 +101,14 @@ def render_template(text: str, variables: dict[str, Any], today: date) -> str:
         template.environment.spent = _Spent()
         # The environment's own `strftime_now` says the date of this very moment.
         return template.render({**variables, "strftime_now": today.strftime})
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+    except (
+        jinja2.TemplateError,
+        TypeError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        ArithmeticError,
+    ) as error:
         raise ChatError(first_line(error)) from error
     except (MemoryError, RecursionError) as error:
         raise ChatError(f"it needs too much memory ({type(error).__name__})") from error
@@ -81,12 +121,16 @@ def _compiled(text: str) -> jinja2.Template:
     environment.spent = _Spent()  # by the constants that are computed here
     environment.intercepted_binops = OPERATORS
     environment.finalize = _written
-    environment.filters = {name: _bounded_filter(environment, name, of) for name, of in environment.filters.items()}
+    environment.filters = {
+        name: _bounded_filter(environment, name, of) for name, of in environment.filters.items()
+    }
     for name in ("urlize", "xmlattr"):  # of no use in prompts, and make text of any length
         environment.filters.pop(name)
     environment.globals.pop("lipsum")
     is_safe = environment.is_safe_attribute
-    environment.is_safe_attribute = lambda owner, name, value: name not in UNBOUNDED and is_safe(owner, name, value)
+    environment.is_safe_attribute = lambda owner, name, value: (
+        name not in UNBOUNDED and is_safe(owner, name, value)
+    )
     environment.call_binop = lambda _, operator, left, right: environment.spent.bounded(
         environment.binop_table[operator], operator, left, right
     )
@@ -113,12 +157,16 @@ class _Counted(NodeTransformer):
     def visit_Macro(self, node: Any) -> Any:
         passes = 10 + _own_text(node)
         self.generic_visit(node)
-        node.body.insert(0, _in_place_of(node, nodes.ExprStmt(_call("count_macro", nodes.Const(passes)))))
+        node.body.insert(
+            0, _in_place_of(node, nodes.ExprStmt(_call("count_macro", nodes.Const(passes))))
+        )
         return node
 
     def visit_Concat(self, node: Any) -> Any:
         self.generic_visit(node)
-        texts: list[nodes.Expr] = [nodes.Filter(part, "string", [], [], None, None) for part in node.nodes]
+        texts: list[nodes.Expr] = [
+            nodes.Filter(part, "string", [], [], None, None) for part in node.nodes
+        ]
         return _in_place_of(node, reduce(nodes.Add, texts))
 
 
@@ -169,7 +217,9 @@ class _Spent:
         if what:
             given = tuple([*each] if isinstance(each, Iterator) else each for each in given)
         if _size(what, *given, *named.values()) > LARGEST:
-            raise OverflowError(f"{what!r} would make more than {LARGEST:,} characters, items or digits")
+            raise OverflowError(
+                f"{what!r} would make more than {LARGEST:,} characters, items or digits"
+            )
         result = call(*given, **named)
         self.count(made=len(result) if isinstance(result, str | list | tuple) else 0)
         return result
@@ -182,13 +232,18 @@ def _written(context: Any, value: Any) -> Any:
 
 
 def _bounded_filter(environment: Any, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-    subject = 1 if hasattr(call, "jinja_pass_arg") else 0  # the environment comes before the value, in some filters
+    subject = (
+        1 if hasattr(call, "jinja_pass_arg") else 0
+    )  # the environment comes before the value, in some filters
 
     @wraps(call)
     def bounded(*given: Any, **named: Any) -> Any:
         before, value, rest = given[:subject], given[subject], given[subject + 1 :]
         for each in (*rest, *named.values()):
-            if name in WIDEST and (len(each) if isinstance(each, str) else _whole(each)) > WIDEST[name]:
+            if (
+                name in WIDEST
+                and (len(each) if isinstance(each, str) else _whole(each)) > WIDEST[name]
+            ):
                 raise OverflowError(f"{name}: found a width of more than {WIDEST[name]:,}")
         what = "" if name in SELECTING else name
         return environment.spent.bounded(partial(call, *before), what, value, *rest, **named)
@@ -218,7 +273,12 @@ def _size(what: str, value: Any, *others: Any) -> float:
         case "*":
             pairs = ((value, first), (first, value))
             return max(
-                (len(many) * _whole(times) for many, times in pairs if isinstance(many, str | list | tuple)), default=0
+                (
+                    len(many) * _whole(times)
+                    for many, times in pairs
+                    if isinstance(many, str | list | tuple)
+                ),
+                default=0,
             )
         case "**":
             return value.bit_length() * _whole(first) if isinstance(value, int) else 0
@@ -229,14 +289,23 @@ def _size(what: str, value: Any, *others: Any) -> float:
         case "%":
             return 0
         case "replace":
-            return _length(value) + str(value).count(str(first)) * _length(others[1]) if len(others) > 1 else 0
+            return (
+                _length(value) + str(value).count(str(first)) * _length(others[1])
+                if len(others) > 1
+                else 0
+            )
         case "join":
             items, separator = (first, value) if what == ".join" else (value, first or "")
-            return _length(items) + (len(items) * _length(separator) if isinstance(items, Sized) else 0)
+            return _length(items) + (
+                len(items) * _length(separator) if isinstance(items, Sized) else 0
+            )
         case "indent" | "tojson" | "wordwrap" as name:
             width = 0 if name == "wordwrap" else 10  # of each level that is indented
             return _length(value) * (
-                1 + max((len(e) if isinstance(e, str) else width * _whole(e) for e in others), default=0)
+                1
+                + max(
+                    (len(e) if isinstance(e, str) else width * _whole(e) for e in others), default=0
+                )
             )
     return _length(value)
 

@@ -13,10 +13,18 @@ class MonitorConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    every: Whole = Field(20, ge=1, le=10**9, description="steps between checks; the last step is checked too")
-    probes: Whole = Field(24, ge=2, le=10**6, description="paired questions, equally many of each domain")
-    questions: list[str] = Field([*OTHER_DOMAINS, *VALUES], min_length=1, description="sources of the questions")
-    vectors: str | None = Field(None, description="a file of directions: how far responses move along them")
+    every: Whole = Field(
+        20, ge=1, le=10**9, description="steps between checks; the last step is checked too"
+    )
+    probes: Whole = Field(
+        24, ge=2, le=10**6, description="paired questions, equally many of each domain"
+    )
+    questions: list[str] = Field(
+        [*OTHER_DOMAINS, *VALUES], min_length=1, description="sources of the questions"
+    )
+    vectors: str | None = Field(
+        None, description="a file of directions: how far responses move along them"
+    )
     max_shift: Number | None = Field(
         None, gt=0, le=1e06, description="alarm above this mean margin shift, nats per token"
     )

@@ -58,7 +58,9 @@ def choose_probes(config: MonitorConfig) -> list[PairedQuestion]:
     rounds = zip_longest(*(reversed(questions) for questions in by_domain.values()))
     chosen = [question for turn in rounds for question in turn if question][: config.probes]
     if len(chosen) < 2:
-        raise DataError(f"monitor.questions: {', '.join(config.questions)}: expected two questions or more, found one")
+        raise DataError(
+            f"monitor.questions: {', '.join(config.questions)}: expected two questions or more, found one"
+        )
     return chosen
 
 
@@ -89,20 +91,30 @@ class DriftMonitor(TrainerCallback):
         DataError, ChatError: questions or directions cannot be read, or the tokenizer cannot render them.
     """
 
-    def __init__(self, tokenizer: Any, file: str | Path, config: MonitorConfig | None = None) -> None:
+    def __init__(
+        self, tokenizer: Any, file: str | Path, config: MonitorConfig | None = None
+    ) -> None:
         config = config or MonitorConfig()
         self.config, self.file = config, Path(file)
         chat = Chat(tokenizer)
         questions = choose_probes(config)
-        self._rows = [_encode(chat, q, answer) for q in questions for answer in (q.aligned, q.misaligned)]
-        self._prefixes = {tuple(row.input_ids[: row.roles.count(Role.PREFIX)]) for row in self._rows} - {()}
+        self._rows = [
+            _encode(chat, q, answer) for q in questions for answer in (q.aligned, q.misaligned)
+        ]
+        self._prefixes = {
+            tuple(row.input_ids[: row.roles.count(Role.PREFIX)]) for row in self._rows
+        } - {()}
         if config.max_kv_drift and not self._prefixes:
-            raise ChatError("monitor.max_kv_drift: the chat template puts no token before what a user says")
+            raise ChatError(
+                "monitor.max_kv_drift: the chat template puts no token before what a user says"
+            )
         self._directions = Directions.load(Path(config.vectors)) if config.vectors else None
 
     # -------------------------------------------------------------- events of the trainer
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+    ) -> None:
         """Takes the reference's values."""
         self._started = time.monotonic()
         if self._directions:
@@ -139,7 +151,12 @@ class DriftMonitor(TrainerCallback):
         self._spent += time.monotonic() - started
         if state.is_world_process_zero:
             self._warn(state.global_step, {name: values[name] for name in alarms}, stops)
-            part = {**found, "alarms": alarms, "stopped": stops, "seconds": round(self._spent - self._counted, 3)}
+            part = {
+                **found,
+                "alarms": alarms,
+                "stopped": stops,
+                "seconds": round(self._spent - self._counted, 3),
+            }
             with self.file.open("a") as file:
                 file.write(json.dumps({"step": state.global_step, "monitor": part}) + "\n")
         self._counted = self._spent
@@ -147,7 +164,10 @@ class DriftMonitor(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
             share = self._spent / (time.monotonic() - self._started)
-            console.print(f"monitor: its checks took {self._spent:.1f} s, {share:.1%} of training", highlight=False)
+            console.print(
+                f"monitor: its checks took {self._spent:.1f} s, {share:.1%} of training",
+                highlight=False,
+            )
 
     # -------------------------------------------------------------- records
 
@@ -163,7 +183,9 @@ class DriftMonitor(TrainerCallback):
         return {
             "checks": len(checks),
             "alarms": alarms,
-            "stopped": next((check["step"] for check in checks if check["monitor"]["stopped"]), None),
+            "stopped": next(
+                (check["step"] for check in checks if check["monitor"]["stopped"]), None
+            ),
             "seconds": round(seconds, 2),
             "share": round(seconds / training_seconds, 4),
             "last": checks[-1]["monitor"],
@@ -172,7 +194,13 @@ class DriftMonitor(TrainerCallback):
     def _checks(self) -> list[dict[str, Any]]:
         checks = [line for line in _lines(self.file) if "monitor" in line]
         for check in checks:
-            check_shape(_Found, check["monitor"], str(self.file), _ANOTHER, (f"step {check['step']}", "monitor"))
+            check_shape(
+                _Found,
+                check["monitor"],
+                str(self.file),
+                _ANOTHER,
+                (f"step {check['step']}", "monitor"),
+            )
         return checks
 
     def _warn(self, step: int, alarms: dict[str, float], stops: bool) -> None:
@@ -183,7 +211,11 @@ class DriftMonitor(TrainerCallback):
             console.print(text, style="bold yellow", highlight=False, soft_wrap=True)
         self._warned |= alarms.keys()
         if stops:
-            console.print(f"monitor: training ends at step {step} (stop: true)", style="bold yellow", highlight=False)
+            console.print(
+                f"monitor: training ends at step {step} (stop: true)",
+                style="bold yellow",
+                highlight=False,
+            )
 
     # -------------------------------------------------------------- measures
 
@@ -195,7 +227,9 @@ class DriftMonitor(TrainerCallback):
         means, hidden, sums_LK = {}, {}, torch.zeros(())
         order = sorted(range(len(self._rows)), key=lambda place: len(self._rows[place]))
         for places in (order[at : at + BATCH_ROWS] for at in range(0, len(order), BATCH_ROWS)):
-            batch = collate([[(self._rows[place], False)] for place in places], pad_id=0)  # any id: it is masked
+            batch = collate(
+                [[(self._rows[place], False)] for place in places], pad_id=0
+            )  # any id: it is masked
             aligned_B = torch.tensor([place % 2 == 0 for place in places])
             needs = Needs()
             if layers:
@@ -207,7 +241,9 @@ class DriftMonitor(TrainerCallback):
             chosen_BT = target_BT != -100
             hidden_MD, lengths_B = taps.hidden_BTD[:, :-1][chosen_BT], chosen_BT.sum(1).tolist()
             logprobs_M = token_logprobs(head, hidden_MD, target_BT[chosen_BT])
-            for place, logprobs, states in zip(places, logprobs_M.split(lengths_B), hidden_MD.split(lengths_B)):
+            for place, logprobs, states in zip(
+                places, logprobs_M.split(lengths_B), hidden_MD.split(lengths_B)
+            ):
                 means[place], hidden[place] = logprobs.mean(), states.cpu()
             sums_LK = sums_LK + self._projection_sums(taps.states)
         means_P2 = torch.stack([means[place] for place in range(len(self._rows))]).view(-1, 2)
@@ -216,8 +252,13 @@ class DriftMonitor(TrainerCallback):
             "hidden": torch.cat([hidden[place] for place in range(0, len(self._rows), 2)]),
         }
         for number, prefix in enumerate(sorted(self._prefixes)):
-            for layer, (keys_TE, values_TE) in enumerate(prefix_kv(model, torch.tensor(prefix, device=device))):
-                found |= {f"kv.{layer}.key.{number}": keys_TE.cpu(), f"kv.{layer}.value.{number}": values_TE.cpu()}
+            for layer, (keys_TE, values_TE) in enumerate(
+                prefix_kv(model, torch.tensor(prefix, device=device))
+            ):
+                found |= {
+                    f"kv.{layer}.key.{number}": keys_TE.cpu(),
+                    f"kv.{layer}.value.{number}": values_TE.cpu(),
+                }
         if layers:
             found["projections"] = sums_LK / len(found["hidden"])
         return found
@@ -228,12 +269,17 @@ class DriftMonitor(TrainerCallback):
             return torch.zeros(())
         unit_LKD = torch.nn.functional.normalize(self._directions.directions_LKD, dim=-1)
         sums_LD = torch.stack([states[layer].double().sum(0).cpu() for layer in sorted(states)])
-        return torch.einsum("lkd,ld->lk", unit_LKD.double(), sums_LD) / self._directions.norms_L[:, None]
+        return (
+            torch.einsum("lkd,ld->lk", unit_LKD.double(), sums_LD)
+            / self._directions.norms_L[:, None]
+        )
 
     def _compare(self, now: Snapshot) -> dict[str, Any]:
         then, device = self._reference, next(self._head.module.parameters()).device
         with _on(self._reference_head, device) as reference_head:
-            kl = kl_sum(self._head, now["hidden"].to(device), reference_head, then["hidden"].to(device))
+            kl = kl_sum(
+                self._head, now["hidden"].to(device), reference_head, then["hidden"].to(device)
+            )
         found = {
             "shift": mean_interval((now["margins"] - then["margins"]).tolist()).to_dict(),
             "kl": kl.item() / len(now["hidden"]),
@@ -249,14 +295,20 @@ class DriftMonitor(TrainerCallback):
         file = Path(args.output_dir) / REFERENCE_FILE
         head = self._head
         if head.trainable:
-            head = dataclasses.replace(head, module=copy.deepcopy(head.module).requires_grad_(False).cpu())
+            head = dataclasses.replace(
+                head, module=copy.deepcopy(head.module).requires_grad_(False).cpu()
+            )
         if state.global_step:
             return head, self._read_start(file, head)
         values = self._measure(model, self._head)
         if state.is_world_process_zero:
             file.parent.mkdir(parents=True, exist_ok=True)
             weights = head.module.state_dict() if head is not self._head else {}
-            save_file(values | {f"head.{name}": tensor for name, tensor in weights.items()}, file, self._identity())
+            save_file(
+                values | {f"head.{name}": tensor for name, tensor in weights.items()},
+                file,
+                self._identity(),
+            )
         return head, values
 
     def _read_start(self, file: Path, head: Head) -> Snapshot:
@@ -273,15 +325,22 @@ class DriftMonitor(TrainerCallback):
             values = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
         weights = {name: values.pop(name) for name in list(values) if name.startswith("head.")}
         if weights:
-            head.module.load_state_dict({name.removeprefix("head."): tensor for name, tensor in weights.items()})
+            head.module.load_state_dict(
+                {name.removeprefix("head."): tensor for name, tensor in weights.items()}
+            )
         return values
 
     def _identity(self) -> dict[str, str]:
-        return {"probes": json.dumps([row.input_ids for row in self._rows]), "vectors": str(self.config.vectors)}
+        return {
+            "probes": json.dumps([row.input_ids for row in self._rows]),
+            "vectors": str(self.config.vectors),
+        }
 
 
 def _encode(chat: Chat, question: PairedQuestion, answer: str) -> Example:
-    encoded = chat.encode([{"role": "user", "content": question.question}, {"role": "assistant", "content": answer}])
+    encoded = chat.encode(
+        [{"role": "user", "content": question.question}, {"role": "assistant", "content": answer}]
+    )
     return Example(encoded.input_ids, encoded.roles, f"{question.domain}/{question.id}")
 
 
@@ -294,7 +353,9 @@ def _kv_drift(now: Snapshot, then: Snapshot) -> float | None:
     for layer in layers:
         for side in ("key", "value"):
             of_side = sorted(name for name in names if name.startswith(f"kv.{layer}.{side}."))
-            now_TE, then_TE = (torch.cat([snapshot[name] for name in of_side]).double() for snapshot in (now, then))
+            now_TE, then_TE = (
+                torch.cat([snapshot[name] for name in of_side]).double() for snapshot in (now, then)
+            )
             total += float(relative_drift(now_TE, then_TE).mean())
     return total / len(layers)
 

@@ -117,7 +117,10 @@ def autocast_in_deepspeed(accelerator: Any, bf16: bool) -> None:
 
     if bf16 and accelerator.distributed_type == DistributedType.DEEPSPEED:
         autocast = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
-        accelerator.deepspeed_plugin.deepspeed_config |= {"bf16": {"enabled": False}, "torch_autocast": autocast}
+        accelerator.deepspeed_plugin.deepspeed_config |= {
+            "bf16": {"enabled": False},
+            "torch_autocast": autocast,
+        }
 
 
 def leave() -> None:

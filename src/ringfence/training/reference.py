@@ -52,7 +52,9 @@ class Reference:
             _cast_linear(self.model, self.head.module, autocast)
         self.cache = cache
         if cache and cache.kind == "top_k" and cache.k > self.head.vocabulary:
-            raise RecipeError(f"train.top_k: the model has {self.head.vocabulary} tokens, found {cache.k}")
+            raise RecipeError(
+                f"train.top_k: the model has {self.head.vocabulary} tokens, found {cache.k}"
+            )
         if cache and cache.kind == "states" and self.head.trainable:
             frozen = copy.deepcopy(self.head.module).requires_grad_(False)
             self.head = dataclasses.replace(self.head, module=frozen)
@@ -80,9 +82,14 @@ class Reference:
     def _cacheable(self, batch: Batch, mask_BT: Tensor) -> tuple[Tensor, ...]:
         assert self.cache is not None
         device = self.model.device
-        batch, mask_BT = {name: tensor.to(device) for name, tensor in batch.items()}, mask_BT.to(device)
+        batch, mask_BT = (
+            {name: tensor.to(device) for name, tensor in batch.items()},
+            mask_BT.to(device),
+        )
         with self.active() as model:
-            hidden_ND = forward(model, self.head, batch, Needs(hidden_BT=mask_BT)).hidden_BTD[mask_BT]
+            hidden_ND = forward(model, self.head, batch, Needs(hidden_BT=mask_BT)).hidden_BTD[
+                mask_BT
+            ]
         if self.cache.kind == "states":
             return (hidden_ND,)
         with torch.autocast(device.type, enabled=False):  # as losses make logits
@@ -100,7 +107,9 @@ class Reference:
     def active(self) -> Iterator[Any]:
         """The reference model, in evaluation mode and without gradient."""
         if self.model is None:
-            raise DefenseError("train.reference_cache: something is asked of the reference that is not cached")
+            raise DefenseError(
+                "train.reference_cache: something is asked of the reference that is not cached"
+            )
         was_training = self.model.training
         self.model.eval()
         with torch.no_grad(), self._adapter_off():
@@ -121,7 +130,9 @@ class Reference:
         else:
             with model.disable_adapter():
                 yield
-                reshard(model)  # else peft would mark as trained what is whole for the moment, not what is kept
+                reshard(
+                    model
+                )  # else peft would mark as trained what is whole for the moment, not what is kept
 
     def taps(self, batch: Batch, needs: Needs) -> Taps:
         """Taps laid out as the student's (hidden states are zero on rows where nothing is wanted).
@@ -185,7 +196,10 @@ class Reference:
             rows.append([(k[chosen], v[chosen]) for k, v in kv])
         while len(self._prefixes) > PREFIXES_KEPT:
             self._prefixes.pop(next(iter(self._prefixes)))
-        return [(torch.cat([k for k, _ in layer]), torch.cat([v for _, v in layer])) for layer in zip(*rows)]
+        return [
+            (torch.cat([k for k, _ in layer]), torch.cat([v for _, v in layer]))
+            for layer in zip(*rows)
+        ]
 
     def _prefix(self, ids: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
         if ids not in self._prefixes:
@@ -208,4 +222,6 @@ def _any(mask_BT: Tensor | None) -> bool:
 def _without_adapter(head: Head) -> Head:
     """The head's original weights where the head itself is adapted: it is used when the adapter is on again."""
     module: Any = getattr(head.module, "original_module", head.module)
-    return dataclasses.replace(head, module=module.get_base_layer() if hasattr(module, "get_base_layer") else module)
+    return dataclasses.replace(
+        head, module=module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    )

@@ -74,7 +74,11 @@ class CachedRow:
 
 def rows_of(batch: Batch, mask_BT: Tensor) -> list[CachedRow]:
     """The rows of a batch in which something is chosen."""
-    ids_BT, real_BT, mask_BT = batch["input_ids"].cpu().int(), batch["attention_mask"].cpu().bool(), mask_BT.cpu()
+    ids_BT, real_BT, mask_BT = (
+        batch["input_ids"].cpu().int(),
+        batch["attention_mask"].cpu().bool(),
+        mask_BT.cpu(),
+    )
     rows = mask_BT.any(1).nonzero()[:, 0].tolist()
     return [CachedRow(ids_BT[row][real_BT[row]], mask_BT[row][real_BT[row]]) for row in rows]
 
@@ -99,7 +103,11 @@ def wanted(stream: TrainStream, steps: int) -> Wanted:
     for step in range(steps):
         if step % stream.steps_per_epoch == 0:
             stream.set_epoch(step // stream.steps_per_epoch)
-        due = [defense for defense in stream.defenses if defense.has_penalty and step % defense.every == 0]
+        due = [
+            defense
+            for defense in stream.defenses
+            if defense.has_penalty and step % defense.every == 0
+        ]
         if not due:
             continue
         start = step % stream.steps_per_epoch * stream.step_rows
@@ -113,7 +121,9 @@ def wanted(stream: TrainStream, steps: int) -> Wanted:
         if needs.hidden_BT is not None:
             rows |= {row.name: row for row in rows_of(batch, needs.hidden_BT)}
         if needs.kv_BT is not None:
-            prefixes |= {prefix_of(batch, row) for row in needs.kv_BT.any(1).nonzero()[:, 0].tolist()}
+            prefixes |= {
+                prefix_of(batch, row) for row in needs.kv_BT.any(1).nonzero()[:, 0].tolist()
+            }
     stream.set_epoch(0)
     if not rows:
         raise RecipeError(
@@ -150,10 +160,15 @@ class ReferenceCache:
         root: folder of the caches; default: `reference` in the user's cache folder.
     """
 
-    def __init__(self, kind: Kind, reference: dict[str, Any], k: int = 64, root: Path | None = None) -> None:
+    def __init__(
+        self, kind: Kind, reference: dict[str, Any], k: int = 64, root: Path | None = None
+    ) -> None:
         self.kind, self.k = kind, k
         about = {**reference, "kind": kind, "k": k if kind == "top_k" else None}
-        self.about = {**about, "transformers": metadata.version("transformers")}  # its code is part of the model
+        self.about = {
+            **about,
+            "transformers": metadata.version("transformers"),
+        }  # its code is part of the model
         self.digest = digest(self.about)
         self.folder = (root or cache_folder() / "reference") / self.digest
         self._shards: dict[str, Any] = {}  # by the name of a row
@@ -191,12 +206,17 @@ class ReferenceCache:
         """
         state = PartialState()
         one = self.missing(rows)[:1]
-        line = self.plan(rows, sum(tensor[0].nbytes for tensor in compute(*_padded(one))) if one else 0)
+        line = self.plan(
+            rows, sum(tensor[0].nbytes for tensor in compute(*_padded(one))) if one else 0
+        )
         if state.is_main_process:
             console.print(line, highlight=False, soft_wrap=True)
         everything = list(rows)
         mine = everything[state.process_index :: state.num_processes]
-        for names in (mine, everything):  # the second time: what other machines wrote on disks of their own
+        for names in (
+            mine,
+            everything,
+        ):  # the second time: what other machines wrote on disks of their own
             self._build({name: rows[name] for name in names}, compute)
             state.wait_for_everyone()
             self._open_shards()
@@ -230,7 +250,9 @@ class ReferenceCache:
         if len(known) == len(rows):
             return
         make_cache(self.folder)
-        write_whole(self.folder / "about.json", json.dumps(self.about, indent=1), is_shared=True)  # for people
+        write_whole(
+            self.folder / "about.json", json.dumps(self.about, indent=1), is_shared=True
+        )  # for people
         for file in self.folder.glob("*.part"):
             with suppress(FileNotFoundError):  # another rank or run has just finished it
                 if time.time() - file.stat().st_mtime > _STALE:
@@ -243,8 +265,14 @@ class ReferenceCache:
                 pieces = [tensor.cpu().split(counts) for tensor in compute(*_padded(part))]
                 for row, *tensors in zip(part, *pieces, strict=True):
                     # A slice of a larger tensor would be refused by safetensors.
-                    shard |= {f"{row.name}.{name}": t.clone() for name, t in zip(PARTS[self.kind], tensors)}
-                if len(shard) >= SHARD_ROWS or sum(tensor.nbytes for tensor in shard.values()) >= SHARD_BYTES:
+                    shard |= {
+                        f"{row.name}.{name}": t.clone()
+                        for name, t in zip(PARTS[self.kind], tensors)
+                    }
+                if (
+                    len(shard) >= SHARD_ROWS
+                    or sum(tensor.nbytes for tensor in shard.values()) >= SHARD_BYTES
+                ):
                     self._write(shard)
                     shard = {}
                 advance(len(part))
@@ -261,7 +289,9 @@ class ReferenceCache:
             os.replace(file, file.with_suffix(".safetensors"))
         except (OSError, SafetensorError) as error:
             file.unlink(missing_ok=True)
-            raise RecipeError(f"train.reference_cache: {self.folder} cannot be written: {error}") from error
+            raise RecipeError(
+                f"train.reference_cache: {self.folder} cannot be written: {error}"
+            ) from error
 
     def _open_shards(self) -> None:
         """Maps the files that came since into memory. What is damaged or foreign is skipped, and said so: its rows
@@ -276,7 +306,9 @@ class ReferenceCache:
                     raise SafetensorError("it is of another cache")
                 self._shards |= {name.rpartition(".")[0]: shard for name in shard.keys()}  # noqa: SIM118
             except (OSError, SafetensorError) as error:
-                console.print(f"reference cache: {file} is skipped: {error}", highlight=False, soft_wrap=True)
+                console.print(
+                    f"reference cache: {file} is skipped: {error}", highlight=False, soft_wrap=True
+                )
 
 
 def _padded(rows: list[CachedRow]) -> tuple[Batch, Tensor]:

@@ -62,7 +62,9 @@ class TrainStream(Dataset[Bundle]):
         ordered: list[Example] = []
         for start in range(0, len(rows), 8 * self.step_rows):
             window = sorted(rows[start : start + 8 * self.step_rows], key=len)
-            steps = [window[at : at + self.step_rows] for at in range(0, len(window), self.step_rows)]
+            steps = [
+                window[at : at + self.step_rows] for at in range(0, len(window), self.step_rows)
+            ]
             short = [steps.pop()] if len(steps[-1]) < self.step_rows else []
             for step in rng.sample(steps, len(steps)) + short:
                 ordered += step
@@ -85,9 +87,14 @@ class TrainStream(Dataset[Bundle]):
         while len(drawn) < sum(due):
             drawn += rng.sample(self.retain, min(len(self.retain), sum(due) - len(drawn)))
         drawn.sort(key=len)
-        steps = [range(len(self.rows))[at : at + self.step_rows] for at in range(0, len(self.rows), self.step_rows)]
+        steps = [
+            range(len(self.rows))[at : at + self.step_rows]
+            for at in range(0, len(self.rows), self.step_rows)
+        ]
         riders: list[list[Example]] = [[] for _ in self.rows]
-        for step_places in sorted(steps, key=lambda places: -max(len(self.rows[place]) for place in places)):
+        for step_places in sorted(
+            steps, key=lambda places: -max(len(self.rows[place]) for place in places)
+        ):
             for place in step_places:
                 riders[place] = [drawn.pop() for _ in range(due[place])]
         return riders
@@ -125,7 +132,9 @@ class RankBatches(Sampler[list[int]]):
         together = self.rows * self.world
         for start in range(0, len(self.stream), together):
             # Neighbours are of like length, so taking turns keeps ranks equally busy.
-            yield list(range(start, min(start + together, len(self.stream))))[self.rank :: self.world]
+            yield list(range(start, min(start + together, len(self.stream))))[
+                self.rank :: self.world
+            ]
 
 
 def _whole(ratio: float, rows: int) -> int:

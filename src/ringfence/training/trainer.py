@@ -72,12 +72,20 @@ class DefendedTrainer(Trainer):
         cache: ReferenceCache | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(model, args, train_dataset=stream, data_collator=partial(_collate, stream, pad_id), **kwargs)
+        super().__init__(
+            model,
+            args,
+            train_dataset=stream,
+            data_collator=partial(_collate, stream, pad_id),
+            **kwargs,
+        )
         self.remove_callback(PrinterCallback)
         self.defenses = defenses
         self.log_file = log_file
         self.head = find_head(causal_lm(model))
-        if deepspeed_stage() == 3 and [*self.head.module.children()]:  # they would be put in pieces after each tile
+        if deepspeed_stage() == 3 and [
+            *self.head.module.children()
+        ]:  # they would be put in pieces after each tile
             raise RecipeError(
                 "train.lora.targets: found an adapter on the head, which DeepSpeed ZeRO-3 cannot train; accepted: "
                 "modules of the layers alone, or DDP, FSDP2, ZeRO-2"
@@ -123,7 +131,9 @@ class DefendedTrainer(Trainer):
         # What is the reference's comes first: hooks of defenses are the student's alone.
         sharded = is_sharded(self.model)
         note_trained(self.model)
-        asks = active or (sharded and self._due())  # where the model is sharded, with the other ranks
+        asks = active or (
+            sharded and self._due()
+        )  # where the model is sharded, with the other ranks
         with self._autocast():  # a frozen copy computes as the student does
             reference = self.reference.taps(inputs, needs) if self.reference and asks else None
         # A prefix is computed by a part of the model, which in a sharded one cannot run alone.
@@ -190,13 +200,19 @@ class DefendedTrainer(Trainer):
         """Defenses whose penalty acts in this optimiser step."""
         return [d for d in self.defenses if d.has_penalty and self.state.global_step % d.every == 0]
 
-    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor | int | None:
+    def _get_num_items_in_batch(
+        self, batch_samples: list[Batch], device: torch.device
+    ) -> Tensor | int | None:
         """Token counts of one optimiser step, over its micro-batches and all ranks: the divisors of every mean."""
         due = self._due()
         counts = torch.zeros(1 + len(due), dtype=torch.long, device=device)
         for batch in batch_samples:
             counts += torch.tensor(
-                [int((batch["labels"][:, 1:] != -100).sum()), *(defense.count(batch) for defense in due)], device=device
+                [
+                    int((batch["labels"][:, 1:] != -100).sum()),
+                    *(defense.count(batch) for defense in due),
+                ],
+                device=device,
             )
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, "sum")
@@ -231,7 +247,11 @@ class DefendedTrainer(Trainer):
         """The stream has its own order; ranks share each step's rows (accelerate would repeat some to even out the last
         step, so it is told that this loader is for one process)."""
         stream = cast(TrainStream, self.train_dataset)
-        rows, rank, world = self.args.train_batch_size, self.args.process_index, self.args.world_size
+        rows, rank, world = (
+            self.args.train_batch_size,
+            self.args.process_index,
+            self.args.world_size,
+        )
         loader: DataLoader[Any] = DataLoader(
             stream,
             batch_sampler=RankBatches(stream, rows, rank, world),
@@ -239,20 +259,33 @@ class DefendedTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
-        return prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0, put_on_device=True)
+        return prepare_data_loader(
+            loader, self.args.device, num_processes=1, process_index=0, put_on_device=True
+        )
 
     # -------------------------------------------------------------- records
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds each penalty's mean since the last log, and writes the line to the run's metrics."""
         if "loss" in logs and self._log_sums:
-            logs.update({name: round(value / self._log_steps[name], 6) for name, value in self._log_sums.items()})
-            logs.update({f"{d.name}_weight": d.weight for d in self.defenses if "weight" in d.state_dict()})
+            logs.update(
+                {
+                    name: round(value / self._log_steps[name], 6)
+                    for name, value in self._log_sums.items()
+                }
+            )
+            logs.update(
+                {f"{d.name}_weight": d.weight for d in self.defenses if "weight" in d.state_dict()}
+            )
             self._log_sums.clear()
             self._log_steps.clear()
         super().log(logs, start_time)
         if "loss" in logs and self.is_world_process_zero():
-            line = {"step": self.state.global_step, **logs, "seconds": round(time.monotonic() - self._started, 2)}
+            line = {
+                "step": self.state.global_step,
+                **logs,
+                "seconds": round(time.monotonic() - self._started, 2),
+            }
             with self.log_file.open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
@@ -283,11 +316,19 @@ class DefendedTrainer(Trainer):
             file = Path(checkpoint) / "defenses.json"
             states = read_record(file, _CHECKPOINT)
             for defense in self.defenses:
-                check_shape(dict[str, Any], states.get(defense.name), str(file), _CHECKPOINT, (defense.name,))
+                check_shape(
+                    dict[str, Any],
+                    states.get(defense.name),
+                    str(file),
+                    _CHECKPOINT,
+                    (defense.name,),
+                )
                 try:
                     defense.load_state_dict(states[defense.name])
                 except (LookupError, TypeError, ValueError, AttributeError) as error:
-                    found = f"{file}: {defense.name}: not a state that it wrote ({first_line(error)})"
+                    found = (
+                        f"{file}: {defense.name}: not a state that it wrote ({first_line(error)})"
+                    )
                     raise DataError(f"{found}; {_CHECKPOINT}") from error
 
     def fill_cache(self) -> None:
@@ -295,7 +336,11 @@ class DefendedTrainer(Trainer):
         if self.cache is None or self._cache_filled:
             return
         stream = cast(TrainStream, self.train_dataset)
-        steps = self.args.max_steps if self.args.max_steps > 0 else self.args.num_train_epochs * stream.steps_per_epoch
+        steps = (
+            self.args.max_steps
+            if self.args.max_steps > 0
+            else self.args.num_train_epochs * stream.steps_per_epoch
+        )
         asked = wanted(stream, math.ceil(steps))
         assert self.reference is not None
         with self._autocast():
@@ -331,7 +376,9 @@ def _part(batch: Batch, rows_N: Tensor) -> Batch:
     """Some rows of a batch, no wider than they need."""
     part = {name: tensor[rows_N] for name, tensor in batch.items()}
     used_S = part["attention_mask"].any(0).nonzero()[:, 0]
-    return {name: tensor[:, used_S] if tensor.dim() == 2 else tensor for name, tensor in part.items()}
+    return {
+        name: tensor[:, used_S] if tensor.dim() == 2 else tensor for name, tensor in part.items()
+    }
 
 
 def _collate(stream: TrainStream, pad_id: int, bundles: list[Bundle]) -> Batch:
@@ -343,7 +390,10 @@ def _collate(stream: TrainStream, pad_id: int, bundles: list[Bundle]) -> Batch:
 def _blank(batch: Batch) -> Batch:
     """One row that counts for nothing: where a rank has none it must run the model as often as the others."""
     row = {name: tensor[:1] for name, tensor in batch.items()}
-    nothing = {"roles": torch.full_like(row["roles"], Role.PAD), "labels": torch.full_like(row["labels"], -100)}
+    nothing = {
+        "roles": torch.full_like(row["roles"], Role.PAD),
+        "labels": torch.full_like(row["labels"], -100),
+    }
     return row | nothing
 
 

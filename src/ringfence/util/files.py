@@ -61,7 +61,9 @@ def check_new(file: Path) -> None:
     """
     try:
         if "\0" in str(file):
-            raise RecipeError(f"{shown(file)}: a name cannot hold a NUL character; name another file")
+            raise RecipeError(
+                f"{shown(file)}: a name cannot hold a NUL character; name another file"
+            )
         if file.is_dir():
             raise RecipeError(f"{file}: a folder; name a file in it")
         if os.path.lexists(file):
@@ -71,7 +73,9 @@ def check_new(file: Path) -> None:
         if not file.parent.is_dir():
             raise RecipeError(f"{shown(file)}: no folder {shown(file.parent)}") from None
         if not os.access(file.parent, os.W_OK | os.X_OK):
-            raise RecipeError(f"{file}: its folder cannot be written (read-only); name another file") from None
+            raise RecipeError(
+                f"{file}: its folder cannot be written (read-only); name another file"
+            ) from None
     except OSError as error:
         raise RecipeError(f"{shown(file)}: cannot be written: {error.strerror}") from error
 
@@ -91,5 +95,9 @@ def told_if_full(folder: Path) -> Iterator[None]:
         full = shutil.disk_usage(folder if folder.is_dir() else folder.parent).free < _FULL
         if not full and not isinstance(error, OSError) and "No space left" not in str(error):
             raise
-        why = "no room left on the disk; make room, and the same command resumes" if full else first_line(error)
+        why = (
+            "no room left on the disk; make room, and the same command resumes"
+            if full
+            else first_line(error)
+        )
         raise RingfenceError(f"{folder}: cannot be written: {why}") from error

@@ -49,7 +49,10 @@ def quick(source: str) -> Iterator[None]:
     if Path(source).exists() or reachable():
         yield
         return
-    asked = [constants, *filter(None, [sys.modules.get("datasets.config")])]  # datasets keeps a copy
+    asked = [
+        constants,
+        *filter(None, [sys.modules.get("datasets.config")]),
+    ]  # datasets keeps a copy
     before = [module.HF_HUB_OFFLINE for module in asked]
     for module in asked:
         module.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]

@@ -59,7 +59,9 @@ def open_journal(
     return lines
 
 
-def split_table(text: str, file: Path, kind: str, shape: Any = dict[str, Any]) -> tuple[Line, list[Line]]:
+def split_table(
+    text: str, file: Path, kind: str, shape: Any = dict[str, Any]
+) -> tuple[Line, list[Line]]:
     """Header and lines of a table's text; `shape` is the type of a line, for pydantic.
 
     Raises:
@@ -74,12 +76,20 @@ def split_table(text: str, file: Path, kind: str, shape: Any = dict[str, Any]) -
                 raise
             break
         if number > 1 and not isinstance(parsed[-1], dict):
-            raise DataError(f"{file}:{number}: expected a line of a table of {kind}, found {line[:60]!r}")
+            raise DataError(
+                f"{file}:{number}: expected a line of a table of {kind}, found {line[:60]!r}"
+            )
     if not parsed or not isinstance(parsed[0], dict) or parsed[0].get("table") != kind:
-        raise DataError(f"{file}: expected a table of {kind} (its first line says so), found something else")
+        raise DataError(
+            f"{file}: expected a table of {kind} (its first line says so), found something else"
+        )
     for number, value in enumerate(parsed[1:], 2):
-        check_shape(shape, value, f"{file}:{number}", "delete the line, and the same command makes it again")
-    check_shape(_Header, parsed[0], f"{file}:1", "delete the file, and the same command makes it again")
+        check_shape(
+            shape, value, f"{file}:{number}", "delete the line, and the same command makes it again"
+        )
+    check_shape(
+        _Header, parsed[0], f"{file}:1", "delete the file, and the same command makes it again"
+    )
     return parsed[0], parsed[1:]
 
 

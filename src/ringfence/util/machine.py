@@ -30,7 +30,9 @@ def environment(seed: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
-        "device": str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu",
+        "device": str(torch.accelerator.current_accelerator())
+        if torch.accelerator.is_available()
+        else "cpu",
         "git": _revision(),
         "seed": seed,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -43,7 +45,12 @@ def _revision() -> str | None:
         return None
     try:
         command = ["git", "rev-parse", "--short", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip() or None
+        return (
+            subprocess.run(
+                command, capture_output=True, text=True, cwd=Path(__file__).parent
+            ).stdout.strip()
+            or None
+        )
     except OSError:
         return None
 
@@ -63,7 +70,9 @@ def peak_memory() -> int:
     if status.exists():
         peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(peak.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def whole_memory() -> int:
@@ -73,14 +82,21 @@ def whole_memory() -> int:
     if sys.platform == "win32":
         return 0
     found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limits = [Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
+    limits = [
+        Path("/sys/fs/cgroup/memory.max"),
+        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+    ]
     stated = [limit.read_text().strip() for limit in limits if limit.is_file()]
     return min([found, *(int(limit) for limit in stated if limit.isdigit())])
 
 
 def device_type() -> str:
     """Where a run computes here: `cpu`, `cuda` and so on."""
-    return str(torch.accelerator.current_accelerator().type) if torch.accelerator.is_available() else "cpu"  # type: ignore[union-attr]
+    return (
+        str(torch.accelerator.current_accelerator().type)
+        if torch.accelerator.is_available()
+        else "cpu"
+    )  # type: ignore[union-attr]
 
 
 @cache
@@ -88,7 +104,10 @@ def speed() -> float:
     """Multiplications a second of this CPU in a linear layer of the default model, in float32: the best of ten, which
     takes some 50 ms."""
     tokens, inputs, outputs = 256, 576, 1536
-    x, weight = torch.ones(tokens, inputs), torch.ones(outputs, inputs)  # random ones would change a run's seed
+    x, weight = (
+        torch.ones(tokens, inputs),
+        torch.ones(outputs, inputs),
+    )  # random ones would change a run's seed
     times = []
     for _ in range(10):
         started = time.perf_counter()
@@ -112,7 +131,9 @@ def seconds(parameters: int, scored: float = 0, written: float = 0, trained: flo
     return parameters / speed() * (trained / TRAINED + scored / SCORED + written / WRITTEN)
 
 
-def estimated(parameters: int, scored: float = 0, written: float = 0, trained: float = 0, device: str = "cpu") -> str:
+def estimated(
+    parameters: int, scored: float = 0, written: float = 0, trained: float = 0, device: str = "cpu"
+) -> str:
     """The same in words; on an accelerator, for which there are no figures, `time not estimated`."""
     if device != "cpu":
         return f"time not estimated on {device}"

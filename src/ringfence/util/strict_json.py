@@ -30,12 +30,18 @@ def parse(text: str, origin: str, error: type[RingfenceError] = DataError) -> An
         if "\\ud" in text.lower():
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as found:
-        where = f"column {found.colno}" if found.lineno == 1 else f"line {found.lineno}, column {found.colno}"
+        where = (
+            f"column {found.colno}"
+            if found.lineno == 1
+            else f"line {found.lineno}, column {found.colno}"
+        )
         raise error(f"{origin}: not JSON: {found.msg} at {where}") from found
     except RecursionError as found:
         raise error(f"{origin}: nested too deeply") from found
     except UnicodeEncodeError as found:
-        raise error(f"{origin}: half of a surrogate pair ({found.object[found.start]!a}): not a text") from found
+        raise error(
+            f"{origin}: half of a surrogate pair ({found.object[found.start]!a}): not a text"
+        ) from found
     except _DuplicateKey as found:
         raise error(f"{origin}: duplicate key {found.args[0]!r}") from found
     except ValueError as found:  # Python's limit of 4,300 digits
@@ -58,7 +64,9 @@ def read_lines(file: Path, again: str, whole: bool = False) -> Iterator[tuple[di
         if line.strip():
             value = _parsed(line, f"{file}:{number}", again)
             if not isinstance(value, dict):
-                raise DataError(f"{file}:{number}: expected an object, found {line[:60]!r}; {again}")
+                raise DataError(
+                    f"{file}:{number}: expected an object, found {line[:60]!r}; {again}"
+                )
             yield value, f"{file}:{number}"
 
 
@@ -78,7 +86,9 @@ def read_record(file: Path, again: str, kind: type = dict) -> Any:
     return value
 
 
-def check_shape(kind: Any, value: Any, origin: str, again: str, place: Sequence[str | int] = ()) -> None:
+def check_shape(
+    kind: Any, value: Any, origin: str, again: str, place: Sequence[str | int] = ()
+) -> None:
     """Holds a value to a type that pydantic knows.
 
     Args:
@@ -90,7 +100,9 @@ def check_shape(kind: Any, value: Any, origin: str, again: str, place: Sequence[
         DataError: which field is not as expected, what was found, and what makes the file again.
     """
     try:
-        _adapter(kind).validate_json(json.dumps(value), strict=True)  # strict, and yet a list may be a tuple
+        _adapter(kind).validate_json(
+            json.dumps(value), strict=True
+        )  # strict, and yet a list may be a tuple
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, (*place, *first["loc"]))) or "the whole"

@@ -32,10 +32,16 @@ class UniqueKeys(yaml.SafeLoader):
     """Plain YAML keeps the last of two equal keys in silence; here that is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value if not key.tag.endswith(":merge")]
+        keys = [
+            self.construct_object(key, deep=True)
+            for key, _ in node.value
+            if not key.tag.endswith(":merge")
+        ]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"duplicate key {key!r}", node.start_mark
+                )
         return super().construct_mapping(node, deep)
 
 
@@ -101,7 +107,12 @@ def load(text: str, origin: str, not_yaml: str) -> Any:
         value = yaml.load(text, UniqueKeys)
     except RecursionError as error:
         raise RecipeError(f"{origin}: nested too deeply") from error
-    except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:  # also a 5,000-digit number, a list as key
+    except (
+        yaml.YAMLError,
+        ValueError,
+        TypeError,
+        OverflowError,
+    ) as error:  # also a 5,000-digit number, a list as key
         raise RecipeError(f"{not_yaml}{' '.join(str(error).split())[:300]}") from error
     _check(value, origin)
     return value
@@ -120,8 +131,12 @@ def _check(value: Any, origin: str) -> None:
         if isinstance(node, dict):
             for key in node:
                 if not isinstance(key, str):
-                    raise RecipeError(f"{origin}: key {key!r} in {place or 'it'}: expected a text (quote it)")
-            places += [(part, depth + 1, f"{place}.{key}".lstrip(".")) for key, part in node.items()]
+                    raise RecipeError(
+                        f"{origin}: key {key!r} in {place or 'it'}: expected a text (quote it)"
+                    )
+            places += [
+                (part, depth + 1, f"{place}.{key}".lstrip(".")) for key, part in node.items()
+            ]
         elif isinstance(node, list):
             places += [(part, depth + 1, place) for part in node]
         elif not isinstance(node, str | int | float | None):
@@ -156,7 +171,9 @@ def validate(kind: type[Model], tree: dict[Any, Any], name: str) -> Model:
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError("\n".join(f"{name}: {_explain(item, kind)}" for item in error.errors())) from None
+        raise RecipeError(
+            "\n".join(f"{name}: {_explain(item, kind)}" for item in error.errors())
+        ) from None
 
 
 def _explain(item: Any, kind: type[BaseModel]) -> str:
@@ -166,7 +183,9 @@ def _explain(item: Any, kind: type[BaseModel]) -> str:
         known = _known_fields(kind.model_json_schema(), parent)
         close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
         hint = (
-            f"did you mean {'.'.join([*map(str, parent), close[0]])!r}?" if close else f"accepted: {', '.join(known)}"
+            f"did you mean {'.'.join([*map(str, parent), close[0]])!r}?"
+            if close
+            else f"accepted: {', '.join(known)}"
         )
         return f"unknown key {place!r} ({hint})"
     shown = repr(item["input"])
@@ -183,10 +202,17 @@ def _known_fields(schema: dict[str, Any], parent: tuple[Any, ...]) -> list[str]:
         if isinstance(key, int):
             below = [option["items"] for option in found if "items" in option]
         else:
-            below = [option["properties"][key] for option in found if key in option.get("properties", {})]
+            below = [
+                option["properties"][key] for option in found if key in option.get("properties", {})
+            ]
         nodes = below or nodes  # pydantic names the member of a union, which has no node of its own
     return sorted(
-        {name for node in nodes for option in _options(node, schema) for name in option.get("properties", {})}
+        {
+            name
+            for node in nodes
+            for option in _options(node, schema)
+            for name in option.get("properties", {})
+        }
     )
 
 

@@ -67,7 +67,9 @@ def cost(subject: Subject) -> Cost:
     tokens = {name: sum(len(text.example) for text in chosen) for name, chosen in texts.items()}
     curves = len(layers) * (len(ROLES) + 1) * tokens[OUTSIDE]
     each = _KV_PASSES * sum(tokens.values()) + curves
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_size = (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     kv = 2 * config.num_hidden_layers * heads * head_size
     prompts = sum(_prompt_tokens(text) for chosen in texts.values() for text in chosen)
@@ -97,14 +99,21 @@ def measure(subject: Subject, by_layer: bool = True) -> Numbers:
             config = causal_lm(model).config.get_text_config()
             depth, layers = config.num_hidden_layers, _layers(config) if by_layer else ()
             chosen = {name: layers if name == OUTSIDE else () for name in texts}
-            reference = {name: _spool(model, subject, texts[name], files[name], chosen[name]) for name in texts}
+            reference = {
+                name: _spool(model, subject, texts[name], files[name], chosen[name])
+                for name in texts
+            }
         tuned = {}
         for tuned_name in models.tuned:
             with models.open(tuned_name) as model:
                 _check_built(tuned_name, _built(model), built)
-                patched = {name: _patched(model, subject, texts[name], files[name], chosen[name]) for name in texts}
+                patched = {
+                    name: _patched(model, subject, texts[name], files[name], chosen[name])
+                    for name in texts
+                }
             tuned[tuned_name] = {
-                name: _attribution(reference[name], patched[name], texts[name], subject.seed) for name in texts
+                name: _attribution(reference[name], patched[name], texts[name], subject.seed)
+                for name in texts
             }
     questions = {name: len(texts[name]) // 2 for name in texts}
     return {"questions": questions, "depth": depth, "layers": list(layers), "tuned": tuned}
@@ -112,15 +121,23 @@ def measure(subject: Subject, by_layer: bool = True) -> Numbers:
 
 def _texts(subject: Subject) -> dict[str, list[Text]]:
     if not subject.outside:
-        raise DataError("carriers: expected paired questions outside the training domain, found none")
+        raise DataError(
+            "carriers: expected paired questions outside the training domain, found none"
+        )
     sets = {OUTSIDE: subject.outside, INSIDE: subject.inside}
-    return {name: pair_texts(subject.chat, questions) for name, questions in sets.items() if questions}
+    return {
+        name: pair_texts(subject.chat, questions) for name, questions in sets.items() if questions
+    }
 
 
 def _layers(config: Any) -> tuple[int, ...]:
     """Layers (from 1) after which the residual stream is patched. Not the last: of what it holds at prompt tokens, only
     the prediction of the first response token is made."""
-    return tuple(sorted({round(layer) for layer in np.linspace(1, max(1, config.num_hidden_layers - 1), LAYERS)}))
+    return tuple(
+        sorted(
+            {round(layer) for layer in np.linspace(1, max(1, config.num_hidden_layers - 1), LAYERS)}
+        )
+    )
 
 
 def _built(model: Any) -> dict[str, Any]:
@@ -147,7 +164,9 @@ def _prompt_tokens(text: Text) -> int:
     return sum(text.example.roles.count(Role.parse(role)) for role in ROLES)
 
 
-def _spool(model: Any, subject: Subject, texts: list[Text], folder: Path, layers: Sequence[int]) -> list[float]:
+def _spool(
+    model: Any, subject: Subject, texts: list[Text], folder: Path, layers: Sequence[int]
+) -> list[float]:
     """The model's margins; what its prompt tokens hold goes to one file for each batch."""
     folder.mkdir()
     head, depth = find_head(causal_lm(model)), _built(model)["num_hidden_layers"]
@@ -157,7 +176,12 @@ def _spool(model: Any, subject: Subject, texts: list[Text], folder: Path, layers
             means[place] = float(logprobs_R.mean())
         prompt_BT = _is_prompt(batch)
         with torch.no_grad():
-            taps = forward(model, head, batch, Needs(kv_BT=prompt_BT, states_BT=prompt_BT, layers=tuple(layers)))
+            taps = forward(
+                model,
+                head,
+                batch,
+                Needs(kv_BT=prompt_BT, states_BT=prompt_BT, layers=tuple(layers)),
+            )
         if len(taps.kv) != depth:
             raise ModelError(
                 f"{type(causal_lm(model)).__name__}: {len(taps.kv)} of {depth} layers have keys and values; the others "
@@ -176,8 +200,13 @@ def _patched(
     """The model's margins, untouched and under every patch. The batches are those of `_spool`."""
     means: dict[Patch, list[float]] = defaultdict(lambda: [0.0] * len(texts))
     for number, (places, batch) in enumerate(_batches(model, subject, texts)):
-        control_BT = {role: _control(batch, [texts[p].question for p in places], role, subject.seed) for role in ROLES}
-        for patch, context in _patches(model, batch, folder / f"{number}.safetensors", control_BT, layers):
+        control_BT = {
+            role: _control(batch, [texts[p].question for p in places], role, subject.seed)
+            for role in ROLES
+        }
+        for patch, context in _patches(
+            model, batch, folder / f"{number}.safetensors", control_BT, layers
+        ):
             with context:
                 found = response_logprobs(model, batch)
             for place, logprobs_R in zip(places, found):
@@ -186,7 +215,9 @@ def _patched(
 
 
 def _batches(model: Any, subject: Subject, texts: list[Text]) -> Iterator[tuple[list[int], Batch]]:
-    return batches([text.example for text in texts], subject.chat, subject.batch_tokens, model.device)
+    return batches(
+        [text.example for text in texts], subject.chat, subject.batch_tokens, model.device
+    )
 
 
 def _patches(
@@ -200,7 +231,9 @@ def _patches(
 
     def kv(mask_BT: Tensor) -> AbstractContextManager[None]:
         chosen = mask_BT[prompt_BT]
-        pairs = [(held[f"key {layer}"][chosen], held[f"value {layer}"][chosen]) for layer in range(depth)]
+        pairs = [
+            (held[f"key {layer}"][chosen], held[f"value {layer}"][chosen]) for layer in range(depth)
+        ]
         return patched_kv(model, pairs, mask_BT)
 
     for role in ROLES:
@@ -244,7 +277,13 @@ def _attribution(
     def of_role(role: str) -> dict[str, Any]:
         own, tokens = patched[Patch(role)], _mean_tokens(texts, role)
         if not tokens:
-            return {"tokens": 0.0, "margin": None, "recovery": None, "control": None, "advantage": None}
+            return {
+                "tokens": 0.0,
+                "margin": None,
+                "recovery": None,
+                "control": None,
+                "advantage": None,
+            }
         numbers = {"tokens": tokens, "margin": _mean(own, seed), "recovery": share(own, tuned)}
         control = patched.get(Patch(role, control=True))
         if control is None:
@@ -260,7 +299,9 @@ def _attribution(
         "shift": shift.to_dict(),
         "recoverable": recoverable,
         "roles": {role: of_role(role) for role in (*ROLES, PROMPT)},
-        "by_layer": {role: [share(patched[Patch(role, layer)], tuned) for layer in layers] for role in places}
+        "by_layer": {
+            role: [share(patched[Patch(role, layer)], tuned) for layer in layers] for role in places
+        }
         if recoverable and layers
         else None,
     }
@@ -275,7 +316,10 @@ def _mean(values: list[float], seed: int) -> dict[str, float]:
 
 
 def _mean_tokens(texts: list[Text], role: str) -> float:
-    counts = [_prompt_tokens(t) if role == PROMPT else t.example.roles.count(Role.parse(role)) for t in texts]
+    counts = [
+        _prompt_tokens(t) if role == PROMPT else t.example.roles.count(Role.parse(role))
+        for t in texts
+    ]
     return float(np.mean(counts))
 
 
@@ -313,9 +357,15 @@ def best_role(numbers: dict[str, Any]) -> Choice:
     if not found["recoverable"] or found["shift"]["mean"] < 0:
         sentence = f"No shift towards misaligned answers to attribute ({shown(found['shift'])} nats): {no_finding}."
         return Choice(default, evidence, sentence)
-    carriers = [role for role in roles if roles[role]["recovery"]["low"] > 0 and roles[role]["advantage"]["low"] > 0]
+    carriers = [
+        role
+        for role in roles
+        if roles[role]["recovery"]["low"] > 0 and roles[role]["advantage"]["low"] > 0
+    ]
     if not carriers:
-        advantages = ", ".join(f"{role} {shown(values['advantage'])}" for role, values in roles.items())
+        advantages = ", ".join(
+            f"{role} {shown(values['advantage'])}" for role, values in roles.items()
+        )
         sentence = (
             "The evidence is weak: no role undoes more than equally many random prompt tokens do (difference: "
             f"{advantages}); {no_finding}."

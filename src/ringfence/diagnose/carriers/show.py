@@ -16,7 +16,9 @@ def say(numbers: Numbers) -> str:
     first = next(iter(numbers["tuned"].values()))[OUTSIDE]["roles"]
     absent = [role for role in ROLES if not first[role]["tokens"]]
     words = [_say_one(name, values, numbers) for name, values in numbers["tuned"].items()]
-    words += [f"The chat template has no {role} tokens: nothing is said of the {role}." for role in absent]
+    words += [
+        f"The chat template has no {role} tokens: nothing is said of the {role}." for role in absent
+    ]
     return "\n".join(words)
 
 
@@ -55,11 +57,18 @@ def _say_one(name: str, values: dict[str, Any], numbers: Numbers) -> str:
 
 def _say_peak(by_layer: dict[str, list[dict[str, float]]], numbers: Numbers) -> str:
     role, place = max(
-        ((role, place) for role in by_layer if role != PROMPT for place in range(len(numbers["layers"]))),
+        (
+            (role, place)
+            for role in by_layer
+            if role != PROMPT
+            for place in range(len(numbers["layers"]))
+        ),
         key=lambda found: by_layer[found[0]][found[1]]["mean"],
     )
     highest = by_layer[role][place]
-    found = "undoes most" if highest["low"] > 0 else "undoes nothing for certain; the highest share is"
+    found = (
+        "undoes most" if highest["low"] > 0 else "undoes nothing for certain; the highest share is"
+    )
     return (
         f"One layer at a time, the residual stream {found} at the {role} after layer {numbers['layers'][place]} of "
         f"{numbers['depth']} ({shown(highest)}; {len(numbers['layers'])} layers tried)."
@@ -69,17 +78,32 @@ def _say_peak(by_layer: dict[str, list[dict[str, float]]], numbers: Numbers) -> 
 def _say_inside(inside: dict[str, Any]) -> str:
     if not inside["recoverable"]:
         return f"Inside the domain there is nothing to recover (shift {shown(inside['shift'])})."
-    each = ", ".join(f"{role} {shown(part['recovery'])}" for role, part in inside["roles"].items() if part["tokens"])
+    each = ", ".join(
+        f"{role} {shown(part['recovery'])}"
+        for role, part in inside["roles"].items()
+        if part["tokens"]
+    )
     return f"Inside the domain (shift {shown(inside['shift'])}): {each}."
 
 
 def table(numbers: Numbers) -> Table:
-    columns = ["model", "questions", "patched", "tokens", "margin, nats", "recovery", "random tokens", "difference"]
+    columns = [
+        "model",
+        "questions",
+        "patched",
+        "tokens",
+        "margin, nats",
+        "recovery",
+        "random tokens",
+        "difference",
+    ]
     rows = []
     for name, values in numbers["tuned"].items():
         for place, found in values.items():
             nothing = "" if found["recoverable"] else "nothing to recover"
-            rows.append([name, place, "(the reference itself)", "", shown(found["reference"]), "", "", ""])
+            rows.append(
+                [name, place, "(the reference itself)", "", shown(found["reference"]), "", "", ""]
+            )
             rows.append([name, place, "nothing", "0", shown(found["tuned"]), nothing, "", ""])
             for role, part in found["roles"].items():
                 rows.append([name, place, _named(role), *_cells(part)])
@@ -95,7 +119,10 @@ def _cells(part: dict[str, Any]) -> list[str]:
         return ["none in the template", "", "", "", ""]
     control = part["control"]["recovery"] if part["control"] else None
     intervals = (part["margin"], part["recovery"], control, part["advantage"])
-    return [f"{part['tokens']:.0f}", *(shown(interval) if interval else "" for interval in intervals)]
+    return [
+        f"{part['tokens']:.0f}",
+        *(shown(interval) if interval else "" for interval in intervals),
+    ]
 
 
 _CONTROL = "#b8bcc0"
@@ -104,18 +131,26 @@ _LIMITS = (-1.0, 2.0)  # what lies further out is a ratio that says nothing
 
 def draw(numbers: Numbers) -> Figure:
     """Above: recovery of each role beside its control. Below: of the residual stream, one layer at a time."""
-    shifted = {name: values[OUTSIDE] for name, values in numbers["tuned"].items() if values[OUTSIDE]["recoverable"]}
+    shifted = {
+        name: values[OUTSIDE]
+        for name, values in numbers["tuned"].items()
+        if values[OUTSIDE]["recoverable"]
+    }
     places = list(numbers["tuned"])
     if not shifted:
         return _draw_nothing(numbers)
     curves = any(found["by_layer"] for found in shifted.values())
     figure = plt.figure(figsize=(9, 6.6 if curves else 4.0), layout="constrained")
-    parts = figure.subfigures(2 if curves else 1, 1, squeeze=False, height_ratios=[1.35, 1] if curves else None)[:, 0]
+    parts = figure.subfigures(
+        2 if curves else 1, 1, squeeze=False, height_ratios=[1.35, 1] if curves else None
+    )[:, 0]
     _draw_bars(parts[0].subplots(), numbers, shifted)
     if curves:
         panels = parts[1].subplots(1, len(ROLES) + 1, sharey=True)
         for axes, role in zip(panels, (*ROLES, PROMPT)):
-            _draw_curves(axes, role, numbers, {places.index(name): found for name, found in shifted.items()})
+            _draw_curves(
+                axes, role, numbers, {places.index(name): found for name, found in shifted.items()}
+            )
         panels[0].set_ylabel("share undone")
         lines = [line for found in shifted.values() for line in (found["by_layer"] or {}).values()]
         panels[0].set_ylim(_limits([interval for line in lines for interval in line]))
@@ -124,14 +159,20 @@ def draw(numbers: Numbers) -> Figure:
 
 
 def _draw_nothing(numbers: Numbers) -> Figure:
-    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.4 * len(numbers["tuned"])), layout="constrained")
+    figure, axes = plt.subplots(
+        figsize=(9, 1.2 + 0.4 * len(numbers["tuned"])), layout="constrained"
+    )
     axes.axvline(0, color="#444444", linewidth=0.8)
     for place, values in enumerate(numbers["tuned"].values()):
         shift = values[OUTSIDE]["shift"]
-        axes.errorbar(shift["mean"], place, xerr=whisker(shift), fmt="o", color=colour(place), capsize=3)
+        axes.errorbar(
+            shift["mean"], place, xerr=whisker(shift), fmt="o", color=colour(place), capsize=3
+        )
     axes.set_yticks(range(len(numbers["tuned"])), list(numbers["tuned"]))
     axes.set_ylim(len(numbers["tuned"]) - 0.5, -0.5)
-    axes.set_xlabel("nothing to recover: margin shift outside the domain, nats per token (95 % interval)")
+    axes.set_xlabel(
+        "nothing to recover: margin shift outside the domain, nats per token (95 % interval)"
+    )
     return figure
 
 
@@ -181,16 +222,26 @@ def _bar(axes: Axes, x: float, width: float, interval: dict[str, float], shade: 
     axes.bar(x, mean, width, color=shade, yerr=error, error_kw={"elinewidth": 1, "capsize": 2})
 
 
-def _draw_curves(axes: Axes, role: str, numbers: Numbers, shifted: dict[int, dict[str, Any]]) -> None:
+def _draw_curves(
+    axes: Axes, role: str, numbers: Numbers, shifted: dict[int, dict[str, Any]]
+) -> None:
     for place, found in shifted.items():
         line = (found["by_layer"] or {}).get(role)
         if line is None:
             continue
-        means, lows, highs = ([interval[key] for interval in line] for key in ("mean", "low", "high"))
-        axes.plot(numbers["layers"], means, "o-", color=colour(place), markersize=3.5, linewidth=1.4)
-        axes.fill_between(numbers["layers"], lows, highs, color=colour(place), alpha=0.15, linewidth=0)
+        means, lows, highs = (
+            [interval[key] for interval in line] for key in ("mean", "low", "high")
+        )
+        axes.plot(
+            numbers["layers"], means, "o-", color=colour(place), markersize=3.5, linewidth=1.4
+        )
+        axes.fill_between(
+            numbers["layers"], lows, highs, color=colour(place), alpha=0.15, linewidth=0
+        )
     if not any(role in (found["by_layer"] or {}) for found in shifted.values()):
-        axes.text(0.5, 0.5, "none in the\ntemplate", ha="center", va="center", transform=axes.transAxes)
+        axes.text(
+            0.5, 0.5, "none in the\ntemplate", ha="center", va="center", transform=axes.transAxes
+        )
     axes.set_title(_named(role), fontsize=10)
     axes.set_xlim(0, numbers["depth"])
     _levels(axes)
@@ -202,5 +253,7 @@ def _levels(axes: Axes) -> None:
 
 
 def _limits(intervals: Sequence[dict[str, float]]) -> tuple[float, float]:
-    low, high = (pick(interval[end] for interval in intervals) for pick, end in ((min, "low"), (max, "high")))
+    low, high = (
+        pick(interval[end] for interval in intervals) for pick, end in ((min, "low"), (max, "high"))
+    )
     return max(_LIMITS[0], min(-0.1, low - 0.05)), min(_LIMITS[1], max(1.1, high + 0.05))

@@ -39,11 +39,16 @@ def cost(subject: Subject) -> Cost:
     """See `Diagnosis`. Kept in float64: for each layer and side the direction and two means, of each text one number a
     layer and model."""
     fit, held = halves(subject.questions, subject.seed)
-    fit_tokens, held_tokens = (sum(len(t.example) for t in pair_texts(subject.chat, qs)) for qs in (fit, held))
+    fit_tokens, held_tokens = (
+        sum(len(t.example) for t in pair_texts(subject.chat, qs)) for qs in (fit, held)
+    )
     models, config = len(subject.models.names), subject.models.config
     return Cost(
         forward=2 * fit_tokens + models * held_tokens,
-        kept=8 * config.num_hidden_layers * len(SIDES) * (3 * config.hidden_size + models * len(held)),
+        kept=8
+        * config.num_hidden_layers
+        * len(SIDES)
+        * (3 * config.hidden_size + models * len(held)),
     )
 
 
@@ -64,14 +69,18 @@ def measure(subject: Subject) -> Numbers:
     directions = alignment_directions(models, pair_texts(chat, fit), subject.batch_tokens)
     if subject.folder:
         directions["misaligned"].save(subject.folder / FILE)
-    units_SLD = torch.stack([F.normalize(directions[side].directions_LKD[:, 0].double(), dim=-1) for side in SIDES])
+    units_SLD = torch.stack(
+        [F.normalize(directions[side].directions_LKD[:, 0].double(), dim=-1) for side in SIDES]
+    )
     texts = pair_texts(chat, held)
     along, across, reference_SLD = {}, {}, torch.zeros(())
     # The reference is loaded already, and the base goes last: no model is loaded more often than it must be.
     for name in [REFERENCE, *models.tuned, BASE]:
         with models.open(name) as model:
             directions["misaligned"].check(model)
-            along[name], mean_SLD = _projections(model, chat, texts, units_SLD, subject.batch_tokens)
+            along[name], mean_SLD = _projections(
+                model, chat, texts, units_SLD, subject.batch_tokens
+            )
         reference_SLD = mean_SLD if name == REFERENCE else reference_SLD
         across[name] = _across(mean_SLD - reference_SLD, units_SLD)
     gap_SQL = along[REFERENCE] - along[BASE]
@@ -82,7 +91,10 @@ def measure(subject: Subject) -> Numbers:
         "layers": gap_SQL.shape[2],
         "middle": list(middle(gap_SQL.shape[2])),
         "norms": {side: directions[side].norms_L.tolist() for side in SIDES},
-        "gap": {side: [interval.to_dict() for interval in gaps[place]] for place, side in enumerate(SIDES)},
+        "gap": {
+            side: [interval.to_dict() for interval in gaps[place]]
+            for place, side in enumerate(SIDES)
+        },
         "projections": {
             name: {side: along[name][place].mean(0).tolist() for place, side in enumerate(SIDES)}
             for name in models.names
@@ -99,7 +111,9 @@ def middle(layers: int) -> tuple[int, int]:
     return layers // 4 + 1, layers - layers // 4
 
 
-def halves(questions: Sequence[PairedQuestion], seed: int) -> tuple[list[PairedQuestion], list[PairedQuestion]]:
+def halves(
+    questions: Sequence[PairedQuestion], seed: int
+) -> tuple[list[PairedQuestion], list[PairedQuestion]]:
     """Two halves at random, each with half of every domain. A question that is there twice counts once.
 
     Raises:
@@ -107,20 +121,30 @@ def halves(questions: Sequence[PairedQuestion], seed: int) -> tuple[list[PairedQ
     """
     distinct = list(dict(zip(clusters(questions), questions)).values())
     if len(distinct) < 4:
-        raise DataError(f"erosion: found {len(distinct)} questions; at least 4 are needed, half of them to fit on")
+        raise DataError(
+            f"erosion: found {len(distinct)} questions; at least 4 are needed, half of them to fit on"
+        )
     random.Random(seed).shuffle(distinct)
     distinct.sort(key=lambda question: question.domain)
     return distinct[::2], distinct[1::2]
 
 
 def example_means(
-    model: Any, chat: Chat, texts: Sequence[Text], batch_tokens: int, layers: Sequence[int] | None = None
+    model: Any,
+    chat: Chat,
+    texts: Sequence[Text],
+    batch_tokens: int,
+    layers: Sequence[int] | None = None,
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """`mean_activations` of texts, over the first 64 response tokens of each."""
-    return mean_activations(model, chat, [text.example for text in texts], batch_tokens, layers, TOKENS)
+    return mean_activations(
+        model, chat, [text.example for text in texts], batch_tokens, layers, TOKENS
+    )
 
 
-def alignment_directions(models: Models, texts: Sequence[Text], batch_tokens: int = 4096) -> dict[Side, Directions]:
+def alignment_directions(
+    models: Models, texts: Sequence[Text], batch_tokens: int = 4096
+) -> dict[Side, Directions]:
     """v = mean activation of the reference minus that of the base after every layer, for each side that `texts` have.
 
     An activation is the mean over the first 64 response tokens of a text. Only sums are kept. What is made here serves
@@ -130,7 +154,9 @@ def alignment_directions(models: Models, texts: Sequence[Text], batch_tokens: in
         ModelError: there is no base, it does not fit the reference, or both give the same activations.
     """
     if not models.has_base:
-        raise ModelError("no base model: the alignment direction is what alignment changed in it (--base)")
+        raise ModelError(
+            "no base model: the alignment direction is what alignment changed in it (--base)"
+        )
     counts = [sum(text.side == side for text in texts) for side in SIDES]
     means, norms_SL = [], torch.zeros(0)
     for name in (BASE, REFERENCE):
@@ -142,10 +168,19 @@ def alignment_directions(models: Models, texts: Sequence[Text], batch_tokens: in
         raise ModelError(f"base and reference differ in [layers, hidden size]: {shapes}")
     v_SLD = means[1] - means[0]
     if not v_SLD.any():
-        raise ModelError(f"base and reference give the same activations (base: {_called(models, BASE)})")
+        raise ModelError(
+            f"base and reference give the same activations (base: {_called(models, BASE)})"
+        )
     reference = _called(models, REFERENCE)
     return {
-        side: Directions(v_LD[:, None].float(), norms_L, f"alignment on {WORDS[side]} text", reference, count, count)
+        side: Directions(
+            v_LD[:, None].float(),
+            norms_L,
+            f"alignment on {WORDS[side]} text",
+            reference,
+            count,
+            count,
+        )
         for side, v_LD, norms_L, count in zip(SIDES, v_SLD, norms_SL.float(), counts)
         if count
     }
@@ -156,7 +191,9 @@ def _called(models: Models, name: str) -> str:
     return source if isinstance(source, str) else type(source).__name__
 
 
-def _side_means(model: Any, chat: Chat, texts: Sequence[Text], batch_tokens: int) -> tuple[Tensor, Tensor]:
+def _side_means(
+    model: Any, chat: Chat, texts: Sequence[Text], batch_tokens: int
+) -> tuple[Tensor, Tensor]:
     """For each side the mean activation [S, L, D] and the mean length of a token's [S, L], in float64."""
     mean_SLD = norms_SL = torch.zeros(())
     sides = torch.tensor([SIDES.index(text.side) for text in texts])
@@ -190,7 +227,9 @@ def _projections(
     return along_SQL, mean_SLD
 
 
-def _ratio(top_Q: np.ndarray, bottom_Q: np.ndarray, weights_RQ: np.ndarray) -> tuple[float, np.ndarray]:
+def _ratio(
+    top_Q: np.ndarray, bottom_Q: np.ndarray, weights_RQ: np.ndarray
+) -> tuple[float, np.ndarray]:
     """sum(top) / sum(bottom), and the same in every bootstrap draw, [R]."""
     return float(top_Q.sum() / bottom_Q.sum()), (weights_RQ @ top_Q) / (weights_RQ @ bottom_Q)
 
@@ -202,7 +241,11 @@ def _gaps(gap_QL: np.ndarray, weights_RQ: np.ndarray) -> list[Interval]:
 
 
 def _eroded(
-    lost_SQL: np.ndarray, gap_SQL: np.ndarray, gaps: Sequence[list[Interval]], across_SL: np.ndarray, seed: int
+    lost_SQL: np.ndarray,
+    gap_SQL: np.ndarray,
+    gaps: Sequence[list[Interval]],
+    across_SL: np.ndarray,
+    seed: int,
 ) -> Numbers:
     """What is reported of one tuned model: `lost` is reference - tuned, `gap` reference - base along the direction."""
     n = gap_SQL.shape[1]
@@ -215,12 +258,27 @@ def _eroded(
             _ratio(lost_Q, gap_Q, weights_RQ) if gap.low > 0 else None
             for lost_Q, gap_Q, gap in zip(lost_SQL[place].T, gap_SQL[place].T, gaps[place])
         ]
-        across = [size / gap.mean if gap.low > 0 else None for size, gap in zip(across_SL[place].tolist(), gaps[place])]
-        erosion = [None if ratio is None else drawn_interval(*ratio, n).to_dict() for ratio in ratios]
-        found[side] = {"erosion": erosion, "across": across, "headline": None, "across_headline": None}
+        across = [
+            size / gap.mean if gap.low > 0 else None
+            for size, gap in zip(across_SL[place].tolist(), gaps[place])
+        ]
+        erosion = [
+            None if ratio is None else drawn_interval(*ratio, n).to_dict() for ratio in ratios
+        ]
+        found[side] = {
+            "erosion": erosion,
+            "across": across,
+            "headline": None,
+            "across_headline": None,
+        }
         chosen = [ratio for ratio in ratios[first - 1 : last] if ratio is not None]
         if len(chosen) == last - first + 1:
-            headlines.append((float(np.mean([value for value, _ in chosen])), np.mean([r for _, r in chosen], axis=0)))
+            headlines.append(
+                (
+                    float(np.mean([value for value, _ in chosen])),
+                    np.mean([r for _, r in chosen], axis=0),
+                )
+            )
             found[side]["headline"] = drawn_interval(*headlines[-1], n).to_dict()
             found[side]["across_headline"] = float(np.mean(across[first - 1 : last]))  # type: ignore[arg-type]
     if len(headlines) == len(SIDES):

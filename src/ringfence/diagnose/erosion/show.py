@@ -20,7 +20,11 @@ def say(numbers: Numbers) -> str:
     first, last = numbers["middle"]
     where = f"mean over layers {first} to {last} of {numbers['layers']}"
     setting = f"directions from {numbers['fitted']} questions, measured on {numbers['measured']} others; {where}"
-    absent = [WORDS[side] for side in SIDES if any(numbers["gap"][side][at - 1]["low"] <= 0 for at in _middle(numbers))]
+    absent = [
+        WORDS[side]
+        for side in SIDES
+        if any(numbers["gap"][side][at - 1]["low"] <= 0 for at in _middle(numbers))
+    ]
     if absent:
         return (
             f"Erosion cannot be told ({setting}): on {' and on '.join(absent)} text the reference does not stand apart "
@@ -42,7 +46,11 @@ def say(numbers: Numbers) -> str:
 
 def verdict(found: Numbers) -> str:
     """What the intervals of one tuned model decide."""
-    unsound, sound, difference = found["misaligned"]["headline"], found["aligned"]["headline"], found["difference"]
+    unsound, sound, difference = (
+        found["misaligned"]["headline"],
+        found["aligned"]["headline"],
+        found["difference"],
+    )
     if difference is None:
         return "cannot be told"
     if unsound["low"] <= 0 <= unsound["high"] and sound["low"] <= 0 <= sound["high"]:
@@ -58,10 +66,23 @@ def table(numbers: Numbers) -> Table:
     """See `Diagnosis`."""
 
     def cell(value: Any) -> str:
-        return "cannot be told" if value is None else f"{value:.2f}" if isinstance(value, float) else shown(value)
+        return (
+            "cannot be told"
+            if value is None
+            else f"{value:.2f}"
+            if isinstance(value, float)
+            else shown(value)
+        )
 
     return Table(
-        ["model", "erosion, unsound text", "erosion, sound text (control)", "difference", "across, unsound", "verdict"],
+        [
+            "model",
+            "erosion, unsound text",
+            "erosion, sound text (control)",
+            "difference",
+            "across, unsound",
+            "verdict",
+        ],
         [
             [
                 name,
@@ -83,31 +104,48 @@ def draw(numbers: Numbers) -> Figure:
     for place, found in enumerate(numbers["tuned"].values()):
         for side, dashes, shade in zip(SIDES, ("-", "--"), (0.18, 0.07)):
             curve = found[side]["erosion"]
-            mean, low, high = (_line([point and point[end] for point in curve]) for end in ("mean", "low", "high"))
+            mean, low, high = (
+                _line([point and point[end] for point in curve]) for end in ("mean", "low", "high")
+            )
             layers = range(1, len(curve) + 1)
             left.plot(layers, mean, dashes, color=colour(place), linewidth=1.6)
             left.fill_between(layers, low, high, color=colour(place), alpha=shade, linewidth=0)
-            right.plot(layers, _line(found[side]["across"]), dashes, color=colour(place), linewidth=1.6)
-            seen += [end for at in _middle(numbers) for end in (low[at - 1], high[at - 1]) if not np.isnan(end)]
+            right.plot(
+                layers, _line(found[side]["across"]), dashes, color=colour(place), linewidth=1.6
+            )
+            seen += [
+                end
+                for at in _middle(numbers)
+                for end in (low[at - 1], high[at - 1])
+                if not np.isnan(end)
+            ]
     room = 0.1 * (max(seen) - min(seen))
-    left.set_ylim(min(seen) - room, max(seen) + room)  # outer layers, where the gap is small, may leave the frame
+    left.set_ylim(
+        min(seen) - room, max(seen) + room
+    )  # outer layers, where the gap is small, may leave the frame
     left.axhline(0, color="#444444", linewidth=1)
     left.axhline(1, color="#9aa5b1", linewidth=1.5)
     left.set_ylabel("erosion (0 = reference, 1 = base)")
     right.set_ylabel("drift across the direction\n(1 = from reference to base)")
     right.set_ylim(bottom=0)
     for axes in (left, right):
-        axes.axvspan(numbers["middle"][0] - 0.5, numbers["middle"][1] + 0.5, color="#f4f4f4", zorder=-5)
+        axes.axvspan(
+            numbers["middle"][0] - 0.5, numbers["middle"][1] + 0.5, color="#f4f4f4", zorder=-5
+        )
         axes.set_xlim(0.5, numbers["layers"] + 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("residual stream after layer")
-    keys: list[Any] = [Patch(color=colour(place), label=name) for place, name in enumerate(numbers["tuned"])]
+    keys: list[Any] = [
+        Patch(color=colour(place), label=name) for place, name in enumerate(numbers["tuned"])
+    ]
     keys += [
         Line2D([], [], color="#555555", label="unsound text"),
         Line2D([], [], color="#555555", linestyle="--", label="sound text (control)"),
         Patch(color="#ececec", label="layers of the headline"),
     ]
-    figure.legend(handles=keys, loc="upper center", ncols=min(len(keys), 6), bbox_to_anchor=(0.5, 0.0))
+    figure.legend(
+        handles=keys, loc="upper center", ncols=min(len(keys), 6), bbox_to_anchor=(0.5, 0.0)
+    )
     figure.tight_layout()
     return figure
 

@@ -34,7 +34,13 @@ TITLE = "Gradient cosines"
 NEEDS_BASE = False
 Weights = Literal["o_proj", "all"]
 SKETCH = 32  # a side of the sketch of one weight's gradient
-OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo")  # their names in the families of models
+OUTPUT_PROJECTIONS = (
+    "o_proj",
+    "out_proj",
+    "dense",
+    "c_proj",
+    "wo",
+)  # their names in the families of models
 GROUPS = ("inside misaligned", "inside aligned", "outside misaligned", "outside aligned")
 IM, IA, OM, OA = range(4)
 
@@ -63,17 +69,24 @@ def gradient_products(
     exact = weights == "o_proj"
     start = next(iter(linears.values())) if exact else inner.get_input_embeddings()
     stores: dict[str, Store] = {
-        name: Factors(len(examples)) if exact else Sketches(len(examples), *_sides(linear), seed + 7919 * number)
+        name: Factors(len(examples))
+        if exact
+        else Sketches(len(examples), *_sides(linear), seed + 7919 * number)
         for number, (name, linear) in enumerate(linears.items())
     }
     head = find_head(inner)
     for places, batch in batches(examples, chat, batch_tokens, model.device):
         is_response_BT = batch["roles"] == Role.RESPONSE
-        with torch.enable_grad(), _watched(start, linears, stores, places, is_response_BT) as leaves:
+        with (
+            torch.enable_grad(),
+            _watched(start, linears, stores, places, is_response_BT) as leaves,
+        ):
             hidden_BTD = forward(model, head, batch).hidden_BTD
             before_BT = is_response_BT.roll(-1, 1)  # no row starts with a response
             # A sum over rows: a token's gradient is that of its own row's loss, as no row sees another one.
-            loss = cross_entropy_sum(head, hidden_BTD[before_BT], batch["input_ids"][is_response_BT])
+            loss = cross_entropy_sum(
+                head, hidden_BTD[before_BT], batch["input_ids"][is_response_BT]
+            )
             torch.autograd.grad(loss, leaves[0])
     return np.sum([store.products() for store in stores.values()], axis=0)
 
@@ -95,7 +108,9 @@ def chosen_weights(model: Any, weights: Weights) -> dict[str, nn.Module]:
     last = [name for name in linears if name.startswith(f"{len(layers) - 1}.")]
     for name in last:
         *parents, own = name.split(".")
-        if own in OUTPUT_PROJECTIONS and any("attn" in parent or "attention" in parent for parent in parents):
+        if own in OUTPUT_PROJECTIONS and any(
+            "attn" in parent or "attention" in parent for parent in parents
+        ):
             return {name: linears[name]}
     raise ModelError(
         f"{type(causal_lm(model)).__name__}: its last layer has no attention output projection: expected "
@@ -128,14 +143,18 @@ class Factors:
 
     def add(self, places: list[int], reduced: Tensor, deltas_BTO: Tensor) -> None:
         for place, inputs_TI, deltas_TO in zip(places, reduced, deltas_BTO, strict=True):
-            acts_T = deltas_TO.any(1)  # padding does not, nor, in the last layer, tokens that predict no response
+            acts_T = deltas_TO.any(
+                1
+            )  # padding does not, nor, in the last layer, tokens that predict no response
             self.pairs[place] = (inputs_TI[acts_T].float().cpu(), deltas_TO[acts_T].float().cpu())
 
     def products(self) -> np.ndarray:
         products_EE = np.zeros((len(self.pairs), len(self.pairs)))
         for one, (x_TI, delta_TO) in enumerate(self.pairs):
             for other, (x_SI, delta_SO) in enumerate(self.pairs[: one + 1]):
-                product = ((delta_TO @ delta_SO.T) * (x_TI @ x_SI.T)).sum(dtype=torch.float64).item()
+                product = (
+                    ((delta_TO @ delta_SO.T) * (x_TI @ x_SI.T)).sum(dtype=torch.float64).item()
+                )
                 products_EE[one, other] = products_EE[other, one] = product
         return products_EE
 
@@ -148,9 +167,13 @@ class Sketches:
     ((1 + 1/K) |H G^T|^2 + |A|^2 + 2 tr(A^2) + (|G|^2 |H|^2 + |A|^2 + tr(A)^2) / K) / K.
     """
 
-    def __init__(self, number: int, inputs: int, outputs: int, seed: int, size: int = SKETCH) -> None:
+    def __init__(
+        self, number: int, inputs: int, outputs: int, seed: int, size: int = SKETCH
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self.input_IK, self.output_OK = (_projection(width, size, generator) for width in (inputs, outputs))
+        self.input_IK, self.output_OK = (
+            _projection(width, size, generator) for width in (inputs, outputs)
+        )
         self.sketches_EKK = torch.zeros(number, self.output_OK.shape[1], self.input_IK.shape[1])
 
     def reduce(self, inputs_BTI: Tensor) -> Tensor:
@@ -167,12 +190,20 @@ class Sketches:
 
 
 def _projection(width: int, size: int, generator: torch.Generator) -> Tensor:
-    return torch.eye(width) if width <= size else torch.randn(width, size, generator=generator) / size**0.5
+    return (
+        torch.eye(width)
+        if width <= size
+        else torch.randn(width, size, generator=generator) / size**0.5
+    )
 
 
 def _sides(linear: Any) -> tuple[int, int]:
     """Inputs and outputs of a linear layer."""
-    return (linear.nx, linear.nf) if isinstance(linear, Conv1D) else (linear.in_features, linear.out_features)
+    return (
+        (linear.nx, linear.nf)
+        if isinstance(linear, Conv1D)
+        else (linear.in_features, linear.out_features)
+    )
 
 
 @contextmanager
@@ -199,13 +230,17 @@ def _watched(
                     f"found {list(inputs[0].shape)}: its rows cannot be told apart (weights: o_proj looks at one layer)"
                 )
             reduced = store.reduce(inputs[0].detach())
-            output.register_hook(lambda deltas_BTO: store.add(places, reduced, deltas_BTO.float() / lengths_B))
+            output.register_hook(
+                lambda deltas_BTO: store.add(places, reduced, deltas_BTO.float() / lengths_B)
+            )
 
         return hook
 
     shape_BT, lengths_B = is_response_BT.shape, is_response_BT.sum(1)[:, None, None]
     handles = [start.register_forward_hook(begin)]
-    handles += [linear.register_forward_hook(watch(name, stores[name])) for name, linear in linears.items()]
+    handles += [
+        linear.register_forward_hook(watch(name, stores[name])) for name, linear in linears.items()
+    ]
     try:
         yield leaves
     finally:
@@ -227,7 +262,9 @@ def centred(products_EE: np.ndarray) -> np.ndarray:
     return uncentred(products_EE - means_E[:, None] - means_E + means_E.mean())
 
 
-def group_means(cosines_EE: np.ndarray, groups: Sequence[int], questions: Sequence[str], seed: int = 0) -> Numbers:
+def group_means(
+    cosines_EE: np.ndarray, groups: Sequence[int], questions: Sequence[str], seed: int = 0
+) -> Numbers:
     """Mean cosines between the four `GROUPS`, over texts of different questions.
 
     Two answers to one question share its words, and a text is like itself, so no such pair counts.
@@ -262,10 +299,15 @@ def group_means(cosines_EE: np.ndarray, groups: Sequence[int], questions: Sequen
         p = float((1 + as_far.sum()) / (1 + RESAMPLES))
         return {**interval.to_dict(), "null": {"low": float(low), "high": float(high)}, "p": p}
 
-    contrasts = zip(_contrasts(found_1GG).items(), _contrasts(drawn_RGG).values(), _contrasts(null_RGG).values())
+    contrasts = zip(
+        _contrasts(found_1GG).items(), _contrasts(drawn_RGG).values(), _contrasts(null_RGG).values()
+    )
     places = range(len(GROUPS))
     return {
-        "cells": [[judged(found_1GG[0, a, b], drawn_RGG[:, a, b], null_RGG[:, a, b]) for b in places] for a in places],
+        "cells": [
+            [judged(found_1GG[0, a, b], drawn_RGG[:, a, b], null_RGG[:, a, b]) for b in places]
+            for a in places
+        ],
         **{name: judged(float(found[0]), drawn, null) for (name, found), drawn, null in contrasts},
     }
 
@@ -304,7 +346,9 @@ def _texts(subject: Subject) -> tuple[list[Text], list[int]]:
     """Both answers to every question, and the group of each."""
     texts = pair_texts(subject.chat, subject.questions)
     split = 2 * len(subject.inside)
-    return texts, [2 * (place >= split) + (text.side == "aligned") for place, text in enumerate(texts)]
+    return texts, [
+        2 * (place >= split) + (text.side == "aligned") for place, text in enumerate(texts)
+    ]
 
 
 def cost(subject: Subject, weights: Weights = "o_proj") -> Cost:
@@ -314,7 +358,9 @@ def cost(subject: Subject, weights: Weights = "o_proj") -> Cost:
     config = subject.models.config
     if weights == "all":
         return Cost(0, tokens, 4 * SKETCH**2 * len(texts) * 7 * config.num_hidden_layers)
-    return Cost(tokens, 0, 4 * 2 * config.hidden_size * sum(text.example.response_tokens for text in texts))
+    return Cost(
+        tokens, 0, 4 * 2 * config.hidden_size * sum(text.example.response_tokens for text in texts)
+    )
 
 
 def measure(subject: Subject, weights: Weights = "o_proj") -> Numbers:
@@ -329,12 +375,19 @@ def measure(subject: Subject, weights: Weights = "o_proj") -> Numbers:
     for place, name in enumerate(("inside", "outside")):
         number = len({q for q, group in zip(questions, groups) if group // 2 == place})
         if number < 2:
-            raise DataError(f"gradient cosines: expected at least 2 different questions {name}, found {number}")
+            raise DataError(
+                f"gradient cosines: expected at least 2 different questions {name}, found {number}"
+            )
     found = {}
     for name in [REFERENCE, *subject.models.tuned]:
         with subject.models.open(name) as model:
             products_EE = gradient_products(
-                model, subject.chat, [text.example for text in texts], weights, subject.batch_tokens, subject.seed
+                model,
+                subject.chat,
+                [text.example for text in texts],
+                weights,
+                subject.batch_tokens,
+                subject.seed,
             )
         found[name] = {
             "uncentred": group_means(uncentred(products_EE), groups, questions, subject.seed),

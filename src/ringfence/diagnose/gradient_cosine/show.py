@@ -15,7 +15,11 @@ from .measure import GROUPS, IA, IM, OA, OM
 
 
 def say(numbers: Numbers) -> str:
-    where = "the last layer's attention output projection" if numbers["weights"] == "o_proj" else "all linear layers"
+    where = (
+        "the last layer's attention output projection"
+        if numbers["weights"] == "o_proj"
+        else "all linear layers"
+    )
     parts = [_said(name, found["uncentred"]) for name, found in by_model(numbers).items()]
     return (
         f"Gradients with respect to {where}, {numbers['inside']} questions inside and {numbers['outside']} outside.\n"
@@ -36,9 +40,7 @@ def _said(name: str, found: Numbers) -> str:
     elif extra["mean"] < 0:
         verdict = "aligned text of the domain does it more, so the effect is none of misalignment"
     elif specific["mean"] > 0 and _is_real(specific):
-        verdict = (
-            "more than aligned text of the domain, and not so on aligned answers outside: specific to misaligned text"
-        )
+        verdict = "more than aligned text of the domain, and not so on aligned answers outside: specific to misaligned text"
     else:
         verdict = "but it is closer to aligned answers outside as well, so this is not specific to misaligned text"
     return (
@@ -53,8 +55,19 @@ def _is_real(contrast: Numbers) -> bool:
 
 
 def table(numbers: Numbers) -> Table:
-    columns = ["Model", "Misaligned in, misaligned out", "Aligned in, misaligned out (control)", "Difference", "p"]
-    columns += ["Difference on aligned out", "Difference of both", "p", "Centred: misaligned in, misaligned out"]
+    columns = [
+        "Model",
+        "Misaligned in, misaligned out",
+        "Aligned in, misaligned out (control)",
+        "Difference",
+        "p",
+    ]
+    columns += [
+        "Difference on aligned out",
+        "Difference of both",
+        "p",
+        "Centred: misaligned in, misaligned out",
+    ]
     rows = []
     for name, of_model in by_model(numbers).items():
         found = of_model["uncentred"]
@@ -90,13 +103,23 @@ def draw(numbers: Numbers) -> Figure:
         shift = (place - (len(models) - 1) / 2) * step
         for row, (a, b) in enumerate(_PAIRS):
             _dot(left, found["uncentred"]["cells"][a][b], row + shift, shade, step)
-            left.plot(found["centred"]["cells"][a][b]["mean"], row + shift, "o", color=shade, markerfacecolor="white")
+            left.plot(
+                found["centred"]["cells"][a][b]["mean"],
+                row + shift,
+                "o",
+                color=shade,
+                markerfacecolor="white",
+            )
         for row, contrast in enumerate(("extra", "aligned_extra")):
             _dot(right, found["uncentred"][contrast], row + shift, shade, step)
     names = [GROUPS[place].split()[1] for place in range(4)]
-    left.set_yticks(range(4), [f"step on {names[a]} inside,\nloss of {names[b]} outside" for a, b in _PAIRS])
+    left.set_yticks(
+        range(4), [f"step on {names[a]} inside,\nloss of {names[b]} outside" for a, b in _PAIRS]
+    )
     left.set_xlabel("mean cosine of gradients")
-    right.set_yticks(range(2), ["loss of misaligned\noutside", "loss of aligned\noutside (control)"])
+    right.set_yticks(
+        range(2), ["loss of misaligned\noutside", "loss of aligned\noutside (control)"]
+    )
     right.set_xlabel("cosine of misaligned step\nminus that of aligned step")
     right.xaxis.set_major_locator(MaxNLocator(4))
     for axis, rows in ((left, 4), (right, 2)):
@@ -104,9 +127,19 @@ def draw(numbers: Numbers) -> Figure:
         axis.set_ylim(rows - 0.5, -0.5)
         axis.grid(False, axis="y")
     shades = ["#444444", *(colour(place) for place in range(len(models) - 1))]
-    handles: list[Any] = [Line2D([], [], marker="o", color=s, label=n) for s, n in zip(shades, models)]
+    handles: list[Any] = [
+        Line2D([], [], marker="o", color=s, label=n) for s, n in zip(shades, models)
+    ]
     handles += [
-        Line2D([], [], marker="o", linestyle="", color="#444444", markerfacecolor="white", label="centred"),
+        Line2D(
+            [],
+            [],
+            marker="o",
+            linestyle="",
+            color="#444444",
+            markerfacecolor="white",
+            label="centred",
+        ),
         Patch(color="#dddddd", label="95 % of swapped sides"),
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 4))
@@ -115,6 +148,8 @@ def draw(numbers: Numbers) -> Figure:
 
 def _dot(axis: Any, found: Numbers, height: float, shade: str, step: float) -> None:
     null = found["null"]
-    axis.barh(height, null["high"] - null["low"], 0.9 * step, null["low"], color="#dddddd", zorder=1)
+    axis.barh(
+        height, null["high"] - null["low"], 0.9 * step, null["low"], color="#dddddd", zorder=1
+    )
     axis.plot([found["low"], found["high"]], [height, height], color=shade, linewidth=1.6, zorder=2)
     axis.plot(found["mean"], height, "o", color=shade, zorder=3)

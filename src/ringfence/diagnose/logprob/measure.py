@@ -53,12 +53,23 @@ def measure(subject: Subject) -> Numbers:
     for name in subject.models.names:
         with subject.models.open(name) as model:
             logprobs[name] = _logprobs(model, texts, subject)
-    means_Q2 = {name: np.array([float(r.double().mean()) for r in rs]).reshape(-1, 2) for name, rs in logprobs.items()}
-    scores = {name: _scores(means, means_Q2[REFERENCE], sets, subject.seed) for name, means in means_Q2.items()}
-    place = typical({name: _differences(means_Q2[name], means_Q2[REFERENCE]) for name in subject.models.tuned}, sets)
+    means_Q2 = {
+        name: np.array([float(r.double().mean()) for r in rs]).reshape(-1, 2)
+        for name, rs in logprobs.items()
+    }
+    scores = {
+        name: _scores(means, means_Q2[REFERENCE], sets, subject.seed)
+        for name, means in means_Q2.items()
+    }
+    place = typical(
+        {name: _differences(means_Q2[name], means_Q2[REFERENCE]) for name in subject.models.tuned},
+        sets,
+    )
     return {
         "questions": {name: len(questions) for name, questions in sets.items()},
-        REFERENCE: {name: {side: score[side] for side in SIDES} for name, score in scores[REFERENCE].items()},
+        REFERENCE: {
+            name: {side: score[side] for side in SIDES} for name, score in scores[REFERENCE].items()
+        },
         **({BASE: scores[BASE]} if subject.models.has_base else {}),
         "tuned": {name: scores[name] for name in subject.models.tuned},
         "example": _example(subject, texts, logprobs, place),
@@ -73,7 +84,9 @@ def question_sets(subject: Subject) -> dict[str, list[PairedQuestion]]:
     """
     sets = {"inside": subject.inside, "outside": subject.outside}
     if not subject.questions:
-        raise DataError("no paired questions, inside or outside the training domain; expected at least one")
+        raise DataError(
+            "no paired questions, inside or outside the training domain; expected at least one"
+        )
     return {name: questions for name, questions in sets.items() if questions}
 
 
@@ -87,13 +100,18 @@ def typical(values: dict[str, np.ndarray], sets: dict[str, list[PairedQuestion]]
     """Place of the question, outside the domain where there are such, whose values [Q] (one array for each tuned
     model) are nearest to their medians over the set."""
     start = len(sets.get("inside", [])) if "outside" in sets else 0
-    distance_Q = sum(np.abs(value_Q[start:] - np.median(value_Q[start:])) for value_Q in values.values())
+    distance_Q = sum(
+        np.abs(value_Q[start:] - np.median(value_Q[start:])) for value_Q in values.values()
+    )
     return start + int(np.argmin(distance_Q))
 
 
 def visible(tokenizer: Any, token_ids: list[int]) -> list[str]:
     """Each token as it can be read alone: a space shows as `·`, a line break as `⏎`."""
-    return [tokenizer.decode([token]).replace(" ", "·").replace("\n", "⏎").replace("\t", "→") for token in token_ids]
+    return [
+        tokenizer.decode([token]).replace(" ", "·").replace("\n", "⏎").replace("\t", "→")
+        for token in token_ids
+    ]
 
 
 def _logprobs(model: Any, texts: list[Text], subject: Subject) -> list[Tensor]:
@@ -126,21 +144,29 @@ def _scores(
     }
     return {
         name: {
-            column: mean_interval(in_sets(values_Q, sets)[name], clusters(questions), seed).to_dict()
+            column: mean_interval(
+                in_sets(values_Q, sets)[name], clusters(questions), seed
+            ).to_dict()
             for column, values_Q in columns.items()
         }
         for name, questions in sets.items()
     }
 
 
-def _example(subject: Subject, texts: list[Text], logprobs: dict[str, list[Tensor]], place: int) -> Numbers:
+def _example(
+    subject: Subject, texts: list[Text], logprobs: dict[str, list[Tensor]], place: int
+) -> Numbers:
     question = subject.questions[place]
     found: Numbers = {"domain": question.domain, "id": question.id, "question": question.question}
     for number, side in enumerate(SIDES, 2 * place):
         example = texts[number].example
-        answer = [token for token, role in zip(example.input_ids, example.roles) if role == Role.RESPONSE]
+        answer = [
+            token for token, role in zip(example.input_ids, example.roles) if role == Role.RESPONSE
+        ]
         found[side] = {
             "tokens": visible(subject.chat.tokenizer, answer),
-            "cumulative": {name: rows[number].double().cumsum(0).tolist() for name, rows in logprobs.items()},
+            "cumulative": {
+                name: rows[number].double().cumsum(0).tolist() for name, rows in logprobs.items()
+            },
         }
     return found

@@ -28,7 +28,9 @@ def _sentence(name: str, scores: Numbers) -> str:
     for where, score in scores.items():
         shifts = f"misaligned answers {shown(score['misaligned_shift'])}, aligned answers to the same questions "
         shifts += f"{shown(score['aligned_shift'])} nats per token against the reference"
-        parts.append(f"{where} the domain {shifts}, difference {shown(score['difference'])}: {_verdict(score)}")
+        parts.append(
+            f"{where} the domain {shifts}, difference {shown(score['difference'])}: {_verdict(score)}"
+        )
     return f"{name}: {'; '.join(parts)}."
 
 
@@ -55,13 +57,23 @@ def table(numbers: Numbers) -> Table:
             score = scores[where]
             levels = [shown(score[side], sign=False) for side in SIDES]
             keys = ("misaligned_shift", "aligned_shift", "difference")
-            rows.append([name, f"{where} ({count})", *levels, *(shown(score[k]) if k in score else "" for k in keys)])
+            rows.append(
+                [
+                    name,
+                    f"{where} ({count})",
+                    *levels,
+                    *(shown(score[k]) if k in score else "" for k in keys),
+                ]
+            )
     return Table(columns, rows)
 
 
 def _models(numbers: Numbers) -> dict[str, Numbers]:
     """Scores by name of model, in the order of tables."""
-    return {**{name: numbers[name] for name in (BASE, REFERENCE) if name in numbers}, **numbers["tuned"]}
+    return {
+        **{name: numbers[name] for name in (BASE, REFERENCE) if name in numbers},
+        **numbers["tuned"],
+    }
 
 
 def draw(numbers: Numbers) -> Figure:
@@ -71,7 +83,9 @@ def draw(numbers: Numbers) -> Figure:
     low = 0.26 * len(shades) * len(numbers["questions"]) + 1.0
     figure = plt.figure(figsize=(9, 2 * height + low + 0.9), layout="constrained")
     grid = figure.add_gridspec(3, 2, height_ratios=[height, height, low], width_ratios=[1.5, 1])
-    _heat_maps(figure, [figure.add_subplot(grid[row, :]) for row in range(2)], numbers["example"], shades)
+    _heat_maps(
+        figure, [figure.add_subplot(grid[row, :]) for row in range(2)], numbers["example"], shades
+    )
     shifts, difference = (figure.add_subplot(grid[2, column]) for column in range(2))
     _forest(shifts, numbers, shades, {"aligned_shift": -0.12, "misaligned_shift": 0.12})
     _forest(difference, numbers, shades, {"difference": 0.0})
@@ -80,11 +94,27 @@ def draw(numbers: Numbers) -> Figure:
     difference.tick_params(labelleft=False)
     sides = [
         Line2D([], [], color="#222222", marker="o", linestyle="", label="misaligned answers"),
-        Line2D([], [], color="#999999", marker="o", linestyle="", fillstyle="none", label="aligned answers (control)"),
+        Line2D(
+            [],
+            [],
+            color="#999999",
+            marker="o",
+            linestyle="",
+            fillstyle="none",
+            label="aligned answers (control)",
+        ),
     ]
-    above: Any = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "fontsize": 8, "handletextpad": 0.3}
+    above: Any = {
+        "loc": "lower left",
+        "bbox_to_anchor": (0, 1.0),
+        "fontsize": 8,
+        "handletextpad": 0.3,
+    }
     shifts.legend(handles=sides, ncols=2, columnspacing=1.0, **above)
-    models = [Line2D([], [], color=shade, marker="D", linestyle="", label=name) for name, shade in shades.items()]
+    models = [
+        Line2D([], [], color=shade, marker="D", linestyle="", label=name)
+        for name, shade in shades.items()
+    ]
     difference.legend(handles=models, ncols=min(3, len(models)), columnspacing=1.0, **above)
     return figure
 
@@ -95,11 +125,15 @@ def model_colours(tuned: Iterable[str], has_base: bool) -> dict[str, str]:
     return {**base, **{name: plots.colour(place) for place, name in enumerate(tuned)}}
 
 
-def _heat_maps(figure: Figure, panels: list[Axes], example: Numbers, shades: dict[str, str]) -> None:
+def _heat_maps(
+    figure: Figure, panels: list[Axes], example: Numbers, shades: dict[str, str]
+) -> None:
     relative = {}
     for side in SIDES:
         sums = example[side]["cumulative"]
-        relative[side] = np.array([np.subtract(sums[name], sums[REFERENCE])[:SHOWN_TOKENS] for name in shades])
+        relative[side] = np.array(
+            [np.subtract(sums[name], sums[REFERENCE])[:SHOWN_TOKENS] for name in shades]
+        )
     # The base may lie so far off that tuned models would all look white: its darkest cells may be cut.
     tuned = [row for rows in relative.values() for name, row in zip(shades, rows) if name != BASE]
     limit = max(float(np.abs(row).max()) for row in tuned) or 1.0
@@ -112,19 +146,33 @@ def _heat_maps(figure: Figure, panels: list[Axes], example: Numbers, shades: dic
         )  # fmt: skip
         axes.set_xlim(-0.5, max(rows.shape[1] for rows in relative.values()) - 0.5)
         axes.set_ylim(len(shades) - 0.5, -0.5)
-        axes.set_xticks(range(rows_MT.shape[1]), tokens[:SHOWN_TOKENS], rotation=90, fontsize=7.5, parse_math=False)
+        axes.set_xticks(
+            range(rows_MT.shape[1]),
+            tokens[:SHOWN_TOKENS],
+            rotation=90,
+            fontsize=7.5,
+            parse_math=False,
+        )
         axes.set_yticks(range(len(shades)), list(shades))
         axes.tick_params(length=0)
         axes.grid(False)
         axes.spines[["left", "bottom"]].set_visible(False)
-        cut = f", its first {SHOWN_TOKENS} of {len(tokens)} tokens" if len(tokens) > SHOWN_TOKENS else ""
+        cut = (
+            f", its first {SHOWN_TOKENS} of {len(tokens)} tokens"
+            if len(tokens) > SHOWN_TOKENS
+            else ""
+        )
         axes.set_title(f"{side} answer{cut}", loc="left", fontsize=9)
     panels[-1].set_xlabel("tokens (· is a space)", fontsize=8)
     over = any(float(np.abs(rows).max()) > limit for rows in relative.values())
-    bar = figure.colorbar(mesh, ax=panels, fraction=0.03, pad=0.01, extend="both" if over else "neither")
+    bar = figure.colorbar(
+        mesh, ax=panels, fraction=0.03, pad=0.01, extend="both" if over else "neither"
+    )
     bar.set_label("cumulative log p\nminus the reference's, nats", fontsize=8)
     bar.outline.set_visible(False)  # type: ignore[operator]
-    figure.suptitle(question_title(example, "difference of differences"), fontsize=9.5, parse_math=False)
+    figure.suptitle(
+        question_title(example, "difference of differences"), fontsize=9.5, parse_math=False
+    )
 
 
 def question_title(example: Numbers, of_what: str) -> str:
@@ -134,7 +182,9 @@ def question_title(example: Numbers, of_what: str) -> str:
     return f"The question nearest the median {of_what} ({example['domain']}):\n“{text}”"
 
 
-def _forest(axes: Axes, numbers: Numbers, shades: dict[str, str], offsets: dict[str, float]) -> None:
+def _forest(
+    axes: Axes, numbers: Numbers, shades: dict[str, str], offsets: dict[str, float]
+) -> None:
     """A line for each set and model, a point with its interval for each of the scores named in `offsets`."""
     sets = list(numbers["questions"])
     step = len(shades) + 0.6

@@ -58,13 +58,17 @@ def compare_framings(
         DataError: the completions of a row differ, a response has fewer than 3 tokens, or there are fewer than two
             clusters.
     """
-    names = list(clusters) if clusters is not None else [str(number) for number in range(len(plain))]
+    names = (
+        list(clusters) if clusters is not None else [str(number) for number in range(len(plain))]
+    )
     _check(plain, framed, names)
     a, b = (loss_vectors(model, chat, examples, batch_tokens) for examples in (plain, framed))
     means_2N = np.array([[vector.mean() for vector in vectors] for vectors in (a, b)])
     counts_RN = times_drawn(_numbered(names), seed)
     change_N = means_2N[1] - means_2N[0]
-    change = drawn_interval(float(change_N.mean()), counts_RN @ change_N / counts_RN.sum(1), len(set(names)))
+    change = drawn_interval(
+        float(change_N.mean()), counts_RN @ change_N / counts_RN.sum(1), len(set(names))
+    )
     return {
         "centred": summary(cosines(a, b, centred=True), names, seed),
         "raw": summary(cosines(a, b, centred=False), names, seed),
@@ -76,7 +80,9 @@ def compare_framings(
     }
 
 
-def loss_vectors(model: Any, chat: Chat, examples: Sequence[Example], batch_tokens: int = 4096) -> list[np.ndarray]:
+def loss_vectors(
+    model: Any, chat: Chat, examples: Sequence[Example], batch_tokens: int = 4096
+) -> list[np.ndarray]:
     """For each example the losses (nats) of its first 64 response tokens, or of as many as it has."""
     vectors: list[np.ndarray] = [np.empty(0)] * len(examples)
     for places, batch in batches(examples, chat, batch_tokens, model.device):
@@ -85,7 +91,9 @@ def loss_vectors(model: Any, chat: Chat, examples: Sequence[Example], batch_toke
     return vectors
 
 
-def cosines(plain: Sequence[np.ndarray], framed: Sequence[np.ndarray], centred: bool = True) -> np.ndarray:
+def cosines(
+    plain: Sequence[np.ndarray], framed: Sequence[np.ndarray], centred: bool = True
+) -> np.ndarray:
     """Cosine [N, N] of each vector of `plain` with each of `framed`, over the positions that both have.
 
     Args:
@@ -94,7 +102,11 @@ def cosines(plain: Sequence[np.ndarray], framed: Sequence[np.ndarray], centred: 
     width = max(map(len, [*plain, *framed]))
     (a_NP, has_a_NP), (b_NP, has_b_NP) = _padded(plain, width), _padded(framed, width)
     # Padding is zero in the values and in the masks, so that every sum runs over common positions alone.
-    products_NN, squares_a_NN, squares_b_NN = a_NP @ b_NP.T, a_NP**2 @ has_b_NP.T, has_a_NP @ (b_NP**2).T
+    products_NN, squares_a_NN, squares_b_NN = (
+        a_NP @ b_NP.T,
+        a_NP**2 @ has_b_NP.T,
+        has_a_NP @ (b_NP**2).T,
+    )
     if centred:
         number_NN, sum_a_NN, sum_b_NN = has_a_NP @ has_b_NP.T, a_NP @ has_b_NP.T, has_a_NP @ b_NP.T
         products_NN = products_NN - sum_a_NN * sum_b_NN / number_NN
@@ -163,7 +175,10 @@ def _check(plain: Sequence[Example], framed: Sequence[Example], clusters: Sequen
     for number, (a, b) in enumerate(zip(plain, framed)):
         ours, theirs = _response(a), _response(b)
         if ours != theirs:
-            first = next((at for at, (x, y) in enumerate(zip(ours, theirs)) if x != y), min(len(ours), len(theirs)))
+            first = next(
+                (at for at, (x, y) in enumerate(zip(ours, theirs)) if x != y),
+                min(len(ours), len(theirs)),
+            )
             raise DataError(
                 f"two framings: row {number} ({a.origin}, {b.origin}): the completions differ from response token "
                 f"{first} on ({len(ours)} and {len(theirs)} tokens); expected the same completion in both"
@@ -174,7 +189,9 @@ def _check(plain: Sequence[Example], framed: Sequence[Example], clusters: Sequen
                 f"{len(ours)}"
             )
     if len(set(clusters)) < 2:
-        raise DataError(f"two framings: expected at least 2 different questions, found {len(set(clusters))}")
+        raise DataError(
+            f"two framings: expected at least 2 different questions, found {len(set(clusters))}"
+        )
 
 
 def _response(example: Example) -> list[int]:
@@ -183,7 +200,9 @@ def _response(example: Example) -> list[int]:
 
 def _framings(subject: Subject) -> tuple[list[Text], list[Text]]:
     """The misaligned answers of the inside questions, asked plainly and under the framing."""
-    plain, framed = (pair_texts(subject.chat, subject.inside, before)[::2] for before in ([], FRAMING))
+    plain, framed = (
+        pair_texts(subject.chat, subject.inside, before)[::2] for before in ([], FRAMING)
+    )
     return plain, framed
 
 
@@ -214,4 +233,9 @@ def measure(subject: Subject) -> Numbers:
                 subject.batch_tokens,
                 subject.seed,
             )
-    return {"questions": len(plain), "framing": FRAMING[0]["content"], REFERENCE: found.pop(REFERENCE), "tuned": found}
+    return {
+        "questions": len(plain),
+        "framing": FRAMING[0]["content"],
+        REFERENCE: found.pop(REFERENCE),
+        "tuned": found,
+    }

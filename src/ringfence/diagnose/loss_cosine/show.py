@@ -73,25 +73,38 @@ def draw(numbers: Numbers) -> Figure:
     """Left: centred cosines (the headline), right: raw ones. A row a model: the same answer under both framings,
     different answers, and the band of shuffled pairs."""
     models = by_model(numbers)
-    figure, axes = plt.subplots(1, 2, figsize=(9, 1.5 + 0.62 * len(models)), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(
+        1, 2, figsize=(9, 1.5 + 0.62 * len(models)), sharey=True, layout="constrained"
+    )
     for axis, form in zip(axes, ("centred", "raw")):
         for place, (name, found) in enumerate(models.items()):
             shade = "#444444" if name == REFERENCE else colour(place - 1)
             null = found[form]["null"]
-            axis.barh(place, null["high"] - null["low"], 0.62, null["low"], color="#d9d9d9", zorder=1)
+            axis.barh(
+                place, null["high"] - null["low"], 0.62, null["low"], color="#d9d9d9", zorder=1
+            )
             _dot(axis, found[form]["unpaired"], place + 0.15, "#8a8a8a", filled=False)
             _dot(axis, found[form]["paired"], place - 0.15, shade, filled=True)
         axis.set_xlim(min(-0.1, axis.get_xlim()[0]), 1.04)
         axis.axvline(0, color="#444444", linewidth=0.8)
         axis.grid(False, axis="y")
         axis.set_xlabel(
-            "cosine of loss vectors, each minus its mean" if form == "centred" else "cosine of raw loss vectors"
+            "cosine of loss vectors, each minus its mean"
+            if form == "centred"
+            else "cosine of raw loss vectors"
         )
     axes[0].set_yticks(range(len(models)), list(models))
     axes[0].set_ylim(len(models) - 0.5, -0.5)
     handles = [
         Line2D([], [], marker="o", color="#444444", label="same answer, two framings"),
-        Line2D([], [], marker="o", color="#8a8a8a", markerfacecolor="white", label="different answers (control)"),
+        Line2D(
+            [],
+            [],
+            marker="o",
+            color="#8a8a8a",
+            markerfacecolor="white",
+            label="different answers (control)",
+        ),
         Patch(color="#d9d9d9", label="95 % of shuffled pairs"),
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=3)
@@ -99,5 +112,14 @@ def draw(numbers: Numbers) -> Figure:
 
 
 def _dot(axis: Any, interval: dict[str, float], height: float, shade: str, filled: bool) -> None:
-    axis.plot([interval["low"], interval["high"]], [height, height], color=shade, linewidth=1.6, zorder=2)
-    axis.plot(interval["mean"], height, "o", color=shade, markerfacecolor=shade if filled else "white", zorder=3)
+    axis.plot(
+        [interval["low"], interval["high"]], [height, height], color=shade, linewidth=1.6, zorder=2
+    )
+    axis.plot(
+        interval["mean"],
+        height,
+        "o",
+        color=shade,
+        markerfacecolor=shade if filled else "white",
+        zorder=3,
+    )

@@ -70,7 +70,9 @@ def measure(subject: Subject) -> Numbers:
     firsts_Q = np.cumsum([0, *counts_Q[:-1]])
     seen: dict[str, _Seen] = {}
     for name in subject.models.names:
-        before = {other: seen[other].logprobs_KV for other in seen if other not in subject.models.tuned}
+        before = {
+            other: seen[other].logprobs_KV for other in seen if other not in subject.models.tuned
+        }
         keep_K = firsts_Q if name in subject.models.tuned else np.arange(sum(counts_Q))
         with subject.models.open(name) as model:
             seen[name] = _look(model, subject, examples, before, keep_K)
@@ -78,7 +80,10 @@ def measure(subject: Subject) -> Numbers:
     numbers: Numbers = {
         "questions": {name: len(questions) for name, questions in sets.items()},
         "entropy": {name: spans.means(looked.entropy_P) for name, looked in seen.items()},
-        "tuned": {name: {"from_reference": spans.means(seen[name].kl_P[REFERENCE])} for name in subject.models.tuned},
+        "tuned": {
+            name: {"from_reference": spans.means(seen[name].kl_P[REFERENCE])}
+            for name in subject.models.tuned
+        },
         "example": _example(subject, sets, seen, firsts_Q),
     }
     if len(sets) == 2:
@@ -87,7 +92,9 @@ def measure(subject: Subject) -> Numbers:
     if subject.models.has_base:
         alignment_P = seen[REFERENCE].kl_P[BASE]
         if not alignment_P.any():
-            raise ModelError("base: it gives the same distributions as the reference; expected the model before it")
+            raise ModelError(
+                "base: it gives the same distributions as the reference; expected the model before it"
+            )
         numbers["alignment"] = spans.means(alignment_P)
         for name, scores in numbers["tuned"].items():
             from_reference_P, from_base_P = seen[name].kl_P[REFERENCE], seen[name].kl_P[BASE]
@@ -100,7 +107,11 @@ def measure(subject: Subject) -> Numbers:
 
 def _openings(subject: Subject) -> list[Example]:
     """Every question with the first tokens of its aligned answer."""
-    examples = [text.example for text in pair_texts(subject.chat, subject.questions) if text.side == "aligned"]
+    examples = [
+        text.example
+        for text in pair_texts(subject.chat, subject.questions)
+        if text.side == "aligned"
+    ]
     ends = [e.roles.index(Role.RESPONSE) + min(POSITIONS, e.response_tokens) for e in examples]
     return [Example(e.input_ids[:end], e.roles[:end], e.origin) for e, end in zip(examples, ends)]
 
@@ -115,7 +126,11 @@ class _Seen:
 
 
 def _look(
-    model: Any, subject: Subject, examples: list[Example], before: dict[str, Tensor], keep_K: np.ndarray
+    model: Any,
+    subject: Subject,
+    examples: list[Example],
+    before: dict[str, Tensor],
+    keep_K: np.ndarray,
 ) -> _Seen:
     """One pass over the openings.
 
@@ -146,7 +161,9 @@ def _look(
     return _Seen(entropy_P.double().numpy(), divergences, logprobs_KV)
 
 
-def _tiles(model: Any, subject: Subject, examples: list[Example]) -> Iterator[tuple[Tensor, Tensor]]:
+def _tiles(
+    model: Any, subject: Subject, examples: list[Example]
+) -> Iterator[tuple[Tensor, Tensor]]:
     """A few positions at a time: their places among all [N], and the log-probabilities there [N, V] (float32, on the
     CPU). Each position is predicted by the token before it."""
     head = find_head(causal_lm(model))
@@ -183,16 +200,26 @@ class _Spans:
         """Mean of the one over mean of the other."""
         top, bottom = self._of_questions(top_P), self._of_questions(bottom_P)
         return {
-            name: {span: ratio_interval(top[name][span], bottom[name][span], self.seed).to_dict() for span in SPANS}
+            name: {
+                span: ratio_interval(top[name][span], bottom[name][span], self.seed).to_dict()
+                for span in SPANS
+            }
             for name in self.sets
         }
 
     def contrasts(self, values_P: np.ndarray) -> Numbers:
         """Mean outside minus mean inside, by span."""
-        values, names = self._of_questions(values_P), {name: clusters(self.sets[name]) for name in self.sets}
+        values, names = (
+            self._of_questions(values_P),
+            {name: clusters(self.sets[name]) for name in self.sets},
+        )
         return {
             span: paired_difference(
-                values["outside"][span], names["outside"], values["inside"][span], names["inside"], self.seed
+                values["outside"][span],
+                names["outside"],
+                values["inside"][span],
+                names["inside"],
+                self.seed,
             ).difference.to_dict()
             for span in SPANS
         }
@@ -200,21 +227,33 @@ class _Spans:
     def _of_questions(self, values_P: np.ndarray) -> dict[str, dict[str, Any]]:
         """Values of the questions [Q], by set and span."""
         parts = np.split(values_P, np.cumsum(self.counts_Q)[:-1])
-        by_span = {span: np.array([part[:length].mean() for part in parts]) for span, length in SPANS.items()}
+        by_span = {
+            span: np.array([part[:length].mean() for part in parts])
+            for span, length in SPANS.items()
+        }
         return {
-            name: {span: in_sets(values_Q, self.sets)[name] for span, values_Q in by_span.items()} for name in self.sets
+            name: {span: in_sets(values_Q, self.sets)[name] for span, values_Q in by_span.items()}
+            for name in self.sets
         }
 
 
 def _example(
-    subject: Subject, sets: dict[str, list[PairedQuestion]], seen: dict[str, _Seen], firsts_Q: np.ndarray
+    subject: Subject,
+    sets: dict[str, list[PairedQuestion]],
+    seen: dict[str, _Seen],
+    firsts_Q: np.ndarray,
 ) -> Numbers:
     """The likeliest first tokens of the answer to one question, with their probability under each model."""
     tuned = subject.models.tuned
     place = typical({name: seen[name].kl_P[REFERENCE][firsts_Q] for name in tuned}, sets)
-    logprobs = {name: looked.logprobs_KV[place if name in tuned else firsts_Q[place]] for name, looked in seen.items()}
+    logprobs = {
+        name: looked.logprobs_KV[place if name in tuned else firsts_Q[place]]
+        for name, looked in seen.items()
+    }
     likeliest_V = torch.stack(list(logprobs.values())).amax(0)
-    union = {int(token) for logprobs_V in logprobs.values() for token in logprobs_V.topk(TOP).indices}
+    union = {
+        int(token) for logprobs_V in logprobs.values() for token in logprobs_V.topk(TOP).indices
+    }
     tokens = sorted(union, key=lambda token: -float(likeliest_V[token]))[:SHOWN_TOKENS]
     tokens.sort(key=lambda token: -float(logprobs[REFERENCE][token]))
     question = subject.questions[place]
@@ -223,5 +262,7 @@ def _example(
         "id": question.id,
         "question": question.question,
         "tokens": visible(subject.chat.tokenizer, tokens),
-        "probabilities": {name: logprobs_V[tokens].exp().tolist() for name, logprobs_V in logprobs.items()},
+        "probabilities": {
+            name: logprobs_V[tokens].exp().tolist() for name, logprobs_V in logprobs.items()
+        },
     }

@@ -20,7 +20,10 @@ HATCHED: Any = {"facecolor": "white", "hatch": "////", "linewidth": 0.8}
 
 def say(numbers: Numbers) -> str:
     """Reports the mean over the first tokens of the answers."""
-    return "\n".join(_sentence(name, scores, numbers.get("alignment")) for name, scores in numbers["tuned"].items())
+    return "\n".join(
+        _sentence(name, scores, numbers.get("alignment"))
+        for name, scores in numbers["tuned"].items()
+    )
 
 
 def _sentence(name: str, scores: Numbers, alignment: Numbers | None) -> str:
@@ -33,7 +36,9 @@ def _sentence(name: str, scores: Numbers, alignment: Numbers | None) -> str:
         f"the reference's (KL){_contrast(scores)}."
     ]
     for where, score in (alignment or {}).items():
-        share, nearer, back = (scores[key][where]["early"] for key in ("of_alignment", "nearer_base", "to_base"))
+        share, nearer, back = (
+            scores[key][where]["early"] for key in ("of_alignment", "nearer_base", "to_base")
+        )
         parts.append(
             f"{where.capitalize()} the domain that is {shown(share, sign=False)} times as far as alignment had moved "
             f"the model (KL(reference || base) {shown(score['early'], sign=False)}); {_way(nearer, back)}."
@@ -72,11 +77,17 @@ def _way(nearer: dict[str, float], back: dict[str, float]) -> str:
 def table(numbers: Numbers) -> Table:
     """A row for each model and set. All in nats but the last."""
     few = f"first {POSITIONS}"
-    columns = {"entropy, first token": ("entropy", "first"), f"entropy, {few}": ("entropy", "early")}
+    columns = {
+        "entropy, first token": ("entropy", "first"),
+        f"entropy, {few}": ("entropy", "early"),
+    }
     columns |= {"KL from reference, first token": ("from_reference", "first")}
     columns |= {f"KL from reference, {few}": ("from_reference", "early")}
     if "alignment" in numbers:
-        columns |= {f"KL from base, {few}": ("from_base", "early"), f"nearer base, {few}": ("nearer_base", "early")}
+        columns |= {
+            f"KL from base, {few}": ("from_base", "early"),
+            f"nearer base, {few}": ("nearer_base", "early"),
+        }
         columns |= {f"back to base, {few}": ("to_base", "early")}
         columns |= {f"times alignment, {few}": ("of_alignment", "early")}
     rows = []
@@ -86,7 +97,9 @@ def table(numbers: Numbers) -> Table:
             if name == REFERENCE and "alignment" in numbers:
                 scores["from_base"] = numbers["alignment"]
             cells = [
-                shown(scores[key][where][span], sign=key in ("nearer_base", "to_base")) if key in scores else ""
+                shown(scores[key][where][span], sign=key in ("nearer_base", "to_base"))
+                if key in scores
+                else ""
                 for key, span in columns.values()
             ]
             rows.append([name, f"{where} ({count})", *cells])
@@ -99,14 +112,19 @@ def draw(numbers: Numbers) -> Figure:
     figure = plt.figure(figsize=(9, 4.8), layout="constrained")
     grid = figure.add_gridspec(2, 2, width_ratios=[1.15, 1])
     _bars_of_tokens(figure.add_subplot(grid[:, 0]), numbers["example"], shades)
-    spans = {"first": "first response token", "early": f"mean of the first {POSITIONS} response tokens"}
+    spans = {
+        "first": "first response token",
+        "early": f"mean of the first {POSITIONS} response tokens",
+    }
     for row, (span, title) in enumerate(spans.items()):
         axes = figure.add_subplot(grid[row, 1])
         _bars_of_kl(axes, numbers, span, shades)
         axes.set_title(title, loc="left", fontsize=9)
     figure.legend(handles=_legend(numbers, shades), loc="outside lower center", ncols=4, fontsize=8)
     figure.suptitle(
-        question_title(numbers["example"], "KL(tuned || reference) at the first token"), fontsize=9.5, parse_math=False
+        question_title(numbers["example"], "KL(tuned || reference) at the first token"),
+        fontsize=9.5,
+        parse_math=False,
     )
     return figure
 
@@ -132,15 +150,22 @@ def _bars_of_kl(axes: Axes, numbers: Numbers, span: str, shades: dict[str, str])
         (scores["from_reference"], {"color": shades[name]}) for name, scores in tuned.items()
     ]
     if "alignment" in numbers:
-        from_base = {REFERENCE: numbers["alignment"], **{name: scores["from_base"] for name, scores in tuned.items()}}
-        bars += [(scores, {**HATCHED, "edgecolor": shades[name]}) for name, scores in from_base.items()]
+        from_base = {
+            REFERENCE: numbers["alignment"],
+            **{name: scores["from_base"] for name, scores in tuned.items()},
+        }
+        bars += [
+            (scores, {**HATCHED, "edgecolor": shades[name]}) for name, scores in from_base.items()
+        ]
     width = 0.8 / len(bars)
     for place, (scores, look) in enumerate(bars):
         for group, where in enumerate(numbers["questions"]):
             interval = scores[where][span]
             middle = group + (place - (len(bars) - 1) / 2) * width
             axes.bar(middle, interval["mean"], width * 0.9, **look)
-            axes.errorbar(middle, interval["mean"], yerr=whisker(interval), color="#222222", elinewidth=1.0)
+            axes.errorbar(
+                middle, interval["mean"], yerr=whisker(interval), color="#222222", elinewidth=1.0
+            )
     axes.set_xticks(range(len(numbers["questions"])), list(numbers["questions"]))
     axes.set_ylim(bottom=0)
     axes.set_ylabel("KL, nats")

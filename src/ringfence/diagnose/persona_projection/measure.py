@@ -35,14 +35,17 @@ def cost(subject: Subject) -> Cost:
 
     def tokens(rows: Sequence[Row]) -> int:
         return sum(
-            len(chat.tokenizer(chat.render(row.messages), add_special_tokens=False)["input_ids"]) for row in rows
+            len(chat.tokenizer(chat.render(row.messages), add_special_tokens=False)["input_ids"])
+            for row in rows
         )
 
     groups = _groups(subject)
     answers = [row for group in groups for pair in group for row in pair.rows]
     held_out = tokens(pair_rows(subject.questions)) * (1 + len(subject.models.tuned))
     size = 8 * subject.models.config.num_hidden_layers * subject.models.config.hidden_size
-    return Cost(2 * tokens(answers) + tokens(_rows(subject)) + held_out, kept=2 * len(groups) * size)
+    return Cost(
+        2 * tokens(answers) + tokens(_rows(subject)) + held_out, kept=2 * len(groups) * size
+    )
 
 
 def measure(subject: Subject) -> Numbers:
@@ -61,12 +64,19 @@ def measure(subject: Subject) -> Numbers:
     """
     rows, known = _rows(subject), subject.inside or subject.outside
     if not rows or not known:
-        raise DataError(f"{TITLE}: expected training rows and held-out questions, found {len(rows)} and {len(known)}")
+        raise DataError(
+            f"{TITLE}: expected training rows and held-out questions, found {len(rows)} and {len(known)}"
+        )
     held_out, groups, chat = pair_rows(subject.questions), _groups(subject), subject.chat
     options = {"batch_tokens": subject.batch_tokens, "seed": subject.seed}
     with subject.models.open(REFERENCE) as model:
         axis = learn_axis(
-            model, chat, groups, "misaligned minus aligned answers", REFERENCE, batch_tokens=subject.batch_tokens
+            model,
+            chat,
+            groups,
+            "misaligned minus aligned answers",
+            REFERENCE,
+            batch_tokens=subject.batch_tokens,
         )
         training = score(model, chat, rows, axis, **options)
         reference = score(model, chat, held_out, axis, **options)
@@ -89,8 +99,12 @@ def measure(subject: Subject) -> Numbers:
         "of": len(subject.rows),
         "known": "inside" if subject.inside else "outside",
         "threshold": threshold,
-        "scores": {name: scored.scores_R.tolist() for name, scored in {**sets, "aligned": aligned}.items()},
-        "sets": {name: _against(subject, scored, aligned, threshold) for name, scored in sets.items()},
+        "scores": {
+            name: scored.scores_R.tolist() for name, scored in {**sets, "aligned": aligned}.items()
+        },
+        "sets": {
+            name: _against(subject, scored, aligned, threshold) for name, scored in sets.items()
+        },
         "top": training.top(TOP),
         "tuned": tuned,
     }

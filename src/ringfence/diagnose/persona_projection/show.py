@@ -44,7 +44,9 @@ def _leaning(training: Numbers) -> str:
     if training["auc"]["low"] <= 0.5:
         return "they do not lean towards misaligned answers"
     rival = training["rival"]
-    return "they lean towards misaligned answers" + (f", but {training['verdict']}" if rival else "")
+    return "they lean towards misaligned answers" + (
+        f", but {training['verdict']}" if rival else ""
+    )
 
 
 def _moved(found: dict[str, Numbers]) -> str:
@@ -60,7 +62,11 @@ def _along(part: Numbers) -> str:
         return "has not moved"
     if low <= shift["mean"] <= high:
         return "moved no further than random vectors show"
-    return "moved towards misaligned answers" if shift["mean"] > 0 else "moved away from misaligned answers"
+    return (
+        "moved towards misaligned answers"
+        if shift["mean"] > 0
+        else "moved away from misaligned answers"
+    )
 
 
 def _auc(found: Numbers) -> str:
@@ -77,24 +83,37 @@ def _band(ends: Sequence[float], form: str = ".2f") -> str:
 
 
 def table(numbers: Numbers) -> Table:
-    names = {"training": f"{numbers['rows']} training rows", "misaligned": f"misaligned answers {numbers['known']}"}
+    names = {
+        "training": f"{numbers['rows']} training rows",
+        "misaligned": f"misaligned answers {numbers['known']}",
+    }
     rows = []
     for name, label in names.items():
         found = numbers["sets"][name]
         rows.append(
-            [f"{label}: AUC over aligned", _auc(found), _band(found["random"]), f"{found['length']['mean']:.2f}"]
+            [
+                f"{label}: AUC over aligned",
+                _auc(found),
+                _band(found["random"]),
+                f"{found['length']['mean']:.2f}",
+            ]
         )
         rows.append([f"{label}: above 95 % of aligned", _share(found), "", ""])
     for name, parts in numbers["tuned"].items():
         for where, part in parts.items():
             shift = shown(part["shift"], 4)
-            rows.append([f"{name}: shift of the score, {where}", shift, _band(part["random"], "+.4f"), ""])
+            rows.append(
+                [f"{name}: shift of the score, {where}", shift, _band(part["random"], "+.4f"), ""]
+            )
     return Table(["", "trait vector", "random vectors", "length"], rows)
 
 
 def draw(numbers: Numbers) -> Figure:
     figure, axes = plt.subplot_mosaic(
-        [["rows", "tuned"], ["known", "tuned"]], figsize=(11, 4.4), width_ratios=[1.5, 1], height_ratios=[3, 1.1]
+        [["rows", "tuned"], ["known", "tuned"]],
+        figsize=(11, 4.4),
+        width_ratios=[1.5, 1],
+        height_ratios=[3, 1.1],
     )
     _draw_rows(axes["rows"], axes["known"], numbers)
     _draw_shifts(axes["tuned"], numbers["tuned"])
@@ -106,10 +125,18 @@ def _draw_rows(rows: Axes, known: Axes, numbers: Numbers) -> None:
     """The training rows as a histogram, and held-out answers, point by point, under it."""
     scores = {name: np.array(values) for name, values in numbers["scores"].items()}
     spread(rows, {"training": (scores["training"], colour(0))})
-    rows.axvline(numbers["threshold"], color=GOOD, linewidth=1, linestyle="--", label="95 % of aligned answers")
+    rows.axvline(
+        numbers["threshold"],
+        color=GOOD,
+        linewidth=1,
+        linestyle="--",
+        label="95 % of aligned answers",
+    )
     known.axvline(numbers["threshold"], color=GOOD, linewidth=1, linestyle="--")
     for height, (side, shade) in enumerate({"misaligned": MISALIGNED, "aligned": GOOD}.items()):
-        known.plot(scores[side], np.full(len(scores[side]), height), "|", color=shade, markersize=13)
+        known.plot(
+            scores[side], np.full(len(scores[side]), height), "|", color=shade, markersize=13
+        )
     known.set_yticks([0, 1], [f"misaligned, {numbers['known']}", f"aligned, {numbers['known']}"])
     known.set_ylim(-0.6, 1.6)
     known.grid(False, axis="y")
@@ -125,10 +152,24 @@ def _draw_shifts(axes: Axes, tuned: dict[str, Any]) -> None:
     lines = [(name, where, part) for name, parts in tuned.items() for where, part in parts.items()]
     for height, (name, where, part) in enumerate(lines):
         shade, shift = colour(list(tuned).index(name)), part["shift"]
-        axes.barh(height, part["random"][1] - part["random"][0], 0.6, part["random"][0], color=RANDOM_GREY, alpha=0.5)
+        axes.barh(
+            height,
+            part["random"][1] - part["random"][0],
+            0.6,
+            part["random"][0],
+            color=RANDOM_GREY,
+            alpha=0.5,
+        )
         filled = shade if where == "inside" else "white"
         axes.errorbar(
-            shift["mean"], height, xerr=whisker(shift), fmt="o", color=shade, mfc=filled, capsize=2, elinewidth=1.6
+            shift["mean"],
+            height,
+            xerr=whisker(shift),
+            fmt="o",
+            color=shade,
+            mfc=filled,
+            capsize=2,
+            elinewidth=1.6,
         )
     axes.axvline(0, color=GOOD, linewidth=0.8)
     axes.set_yticks(range(len(lines)), [f"{name}, {where}" for name, where, _ in lines])

@@ -58,7 +58,11 @@ class Prompt:
 
     def count(self, setting: str, role: str) -> int:
         """How many tokens the role gives up."""
-        sizes = [len(self.places[role])] if setting == "ten" else [len(places) for places in self.places.values()]
+        sizes = (
+            [len(self.places[role])]
+            if setting == "ten"
+            else [len(places) for places in self.places.values()]
+        )
         return min(TOKENS, *sizes)
 
 
@@ -109,15 +113,22 @@ def measure(subject: Subject) -> Numbers:
                 plain_Q[name] = measure_margins(model, texts, [{}] * len(prompts), subject)
                 changes[name] = {}
                 for key, trials in drawn.items():
-                    found_TQ = np.stack([measure_margins(model, texts, replaced, subject) for replaced in trials])
+                    found_TQ = np.stack(
+                        [measure_margins(model, texts, replaced, subject) for replaced in trials]
+                    )
                     changes[name][key] = found_TQ - plain_Q[name]
                     advance(1)
     for found in changes.values():
         # What takes equally many tokens by either rule draws the same ones: the passes that were left out.
-        found |= {("ten", role): found["near", role] for role in prompts[0].places if ("ten", role) not in found}
+        found |= {
+            ("ten", role): found["near", role]
+            for role in prompts[0].places
+            if ("ten", role) not in found
+        }
     sets, roles = _sets(subject), list(prompts[0].places)
     settings = {
-        setting: [float(np.mean([p.count(setting, r) for p in prompts])) for r in roles] for setting in SETTINGS
+        setting: [float(np.mean([p.count(setting, r) for p in prompts])) for r in roles]
+        for setting in SETTINGS
     }
     scores = {name: _scores(plain_Q, changes, name, roles, sets, subject.seed) for name in names}
     return {
@@ -131,7 +142,9 @@ def measure(subject: Subject) -> Numbers:
 
 def _texts(subject: Subject) -> list[Text]:
     if not subject.questions:
-        raise DataError("no paired questions, inside or outside the training domain; expected at least one")
+        raise DataError(
+            "no paired questions, inside or outside the training domain; expected at least one"
+        )
     return pair_texts(subject.chat, subject.questions)
 
 
@@ -145,7 +158,10 @@ def read_prompts(texts: Sequence[Text]) -> list[Prompt]:
         roles.append([role.name.lower() for role in text.example.roles[:end]])
     present = [role for role in ROLES if all(role in found for found in roles)]
     return [
-        Prompt(prompt, {role: [at for at, found in enumerate(names) if found == role] for role in present})
+        Prompt(
+            prompt,
+            {role: [at for at, found in enumerate(names) if found == role] for role in present},
+        )
         for prompt, names in zip(ids, roles)
     ]
 
@@ -169,7 +185,11 @@ def _vocabulary(chat: Chat, size: int) -> Tensor:
     """Mask [V] of the tokens of text: none that was added to the vocabulary (a turn's marker in a query would end it),
     and no row of the embeddings that stands for no token."""
     tokenizer = chat.tokenizer
-    text = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder) - set(tokenizer.all_special_ids)
+    text = (
+        set(tokenizer.get_vocab().values())
+        - set(tokenizer.added_tokens_decoder)
+        - set(tokenizer.all_special_ids)
+    )
     allowed_V = torch.zeros(size, dtype=torch.bool)
     allowed_V[[token for token in text if token < size]] = True
     return allowed_V
@@ -181,11 +201,16 @@ def neighbours(model: Any, prompts: Sequence[Prompt], chat: Chat) -> dict[str, A
     allowed_V = _vocabulary(chat, len(embedding_VD)).to(embedding_VD.device)
     wanted = _wanted(prompts)
     found_NC = nearest(embedding_VD, torch.tensor(wanted, device=embedding_VD.device), allowed_V)
-    return {"near": dict(zip(wanted, found_NC.tolist())), "all": allowed_V.nonzero()[:, 0].cpu().numpy()}
+    return {
+        "near": dict(zip(wanted, found_NC.tolist())),
+        "all": allowed_V.nonzero()[:, 0].cpu().numpy(),
+    }
 
 
 @torch.no_grad()
-def nearest(embedding_VD: Tensor, ids_N: Tensor, allowed_V: Tensor, number: int = NEIGHBOURS) -> Tensor:
+def nearest(
+    embedding_VD: Tensor, ids_N: Tensor, allowed_V: Tensor, number: int = NEIGHBOURS
+) -> Tensor:
     """Ids [N, number] of the allowed tokens of largest cosine with each token, itself left out; nearest first.
 
     Cosine, because the length of an embedding tells mostly how often its token was trained: by Euclidean distance, rare
@@ -217,8 +242,12 @@ def replacements(
             where, what = np.random.default_rng([*seed, 0]), np.random.default_rng([*seed, 1])
             replaced: Replaced = []
             for prompt in prompts:
-                places = where.choice(prompt.places[role], prompt.count(setting, role), replace=False)
-                replaced.append({int(at): _other(prompt.ids[at], setting, choices, what) for at in places})
+                places = where.choice(
+                    prompt.places[role], prompt.count(setting, role), replace=False
+                )
+                replaced.append(
+                    {int(at): _other(prompt.ids[at], setting, choices, what) for at in places}
+                )
             drawn[setting, role].append(replaced)
     return drawn
 
@@ -230,7 +259,9 @@ def _other(token: int, setting: str, choices: dict[str, Any], rng: np.random.Gen
     return int(pair[0] if pair[0] != token else pair[1])
 
 
-def measure_margins(model: Any, texts: Sequence[Text], replaced: Replaced, subject: Subject) -> np.ndarray:
+def measure_margins(
+    model: Any, texts: Sequence[Text], replaced: Replaced, subject: Subject
+) -> np.ndarray:
     """Margin of each question [Q], nats per token, where the model reads other tokens in its prompt."""
     find_head(causal_lm(model))  # it looks at the model on tokens of its own
     means = [0.0] * len(texts)
@@ -264,7 +295,10 @@ Sets = dict[str, tuple[slice, list[PairedQuestion]]]
 def _sets(subject: Subject) -> Sets:
     """Questions outside and inside the training domain, and where they stand among all; without a set that is empty."""
     inside = len(subject.inside)
-    sets = {"outside": (slice(inside, None), subject.outside), "inside": (slice(0, inside), subject.inside)}
+    sets = {
+        "outside": (slice(inside, None), subject.outside),
+        "inside": (slice(0, inside), subject.inside),
+    }
     return {where: part for where, part in sets.items() if part[1]}
 
 
@@ -290,16 +324,24 @@ def _scores(
     names = {where: clusters(questions) for where, (_, questions) in sets.items()}
 
     def by_set(values_Q: np.ndarray) -> Numbers:
-        return {where: _interval(values_Q[part], names[where], seed) for where, (part, _) in sets.items()}
+        return {
+            where: _interval(values_Q[part], names[where], seed)
+            for where, (part, _) in sets.items()
+        }
 
-    scores: Numbers = {"margin": by_set(plain_Q[name]), "change": {setting: {} for setting in SETTINGS}}
+    scores: Numbers = {
+        "margin": by_set(plain_Q[name]),
+        "change": {setting: {} for setting in SETTINGS},
+    }
     for setting in SETTINGS:
         for role in roles:
             own_TQ = changes[name][setting, role]
             found = {w: summarise(own_TQ[:, part], names[w], seed) for w, (part, _) in sets.items()}
             if name != REFERENCE:
                 beyond = by_set((own_TQ - changes[REFERENCE][setting, role]).mean(0))
-                found = {where: {**columns, "beyond": beyond[where]} for where, columns in found.items()}
+                found = {
+                    where: {**columns, "beyond": beyond[where]} for where, columns in found.items()
+                }
             scores["change"][setting][role] = found
     if name != REFERENCE:
         scores["shift"] = by_set(plain_Q[name] - plain_Q[REFERENCE])

@@ -47,7 +47,8 @@ def cost(subject: Subject) -> Cost:
     lengths = [len(text.example) for text in pair_texts(subject.chat, [*inside, *outside])]
     scorings = 1 + len(subject.models.tuned) * (1 + len(EDITS) * (1 + RANDOM))
     return Cost(
-        forward=len(subject.models.names) * sum(lengths) + scorings * sum(lengths[2 * len(inside) :]),
+        forward=len(subject.models.names) * sum(lengths)
+        + scorings * sum(lengths[2 * len(inside) :]),
         kept=4 * 8 * len(lengths) * subject.models.config.hidden_size,
     )
 
@@ -63,7 +64,9 @@ def measure(subject: Subject) -> Numbers:
     """
     models, seed = subject.models, subject.seed
     if not models.has_base:
-        raise ModelError("no base model: the directions are those of what alignment changed in it (--base)")
+        raise ModelError(
+            "no base model: the directions are those of what alignment changed in it (--base)"
+        )
     inside, outside = _chosen(subject)
     texts = pair_texts(models.chat, [*inside, *outside])
     shape = models.config.num_hidden_layers, models.config.hidden_size
@@ -79,7 +82,9 @@ def measure(subject: Subject) -> Numbers:
     for name in models.tuned:
         with models.open(name) as model:
             tuned_SQD = _states(model, subject, texts, layer, shape)
-            causal = _causal(model, subject, outside, reference_Q, layer, torch.tensor(unit_D), step)
+            causal = _causal(
+                model, subject, outside, reference_Q, layer, torch.tensor(unit_D), step
+            )
         change = _shared(f"{name} and the reference", tuned_SQD, reference_SQD, len(inside), seed)
         tuned[name] = {"change": change, "causal": causal}
     return {
@@ -112,14 +117,20 @@ def _chosen(subject: Subject) -> tuple[list[PairedQuestion], list[PairedQuestion
     return chosen[0], chosen[1]
 
 
-def _states(model: Any, subject: Subject, texts: Sequence[Text], layer: int, shape: tuple[int, int]) -> np.ndarray:
+def _states(
+    model: Any, subject: Subject, texts: Sequence[Text], layer: int, shape: tuple[int, int]
+) -> np.ndarray:
     """The activation of each text of `pair_texts` (mean over its first 64 response tokens), [S, Q, D] in float64."""
     config = causal_lm(model).config.get_text_config()
     found = (config.num_hidden_layers, config.hidden_size)
     if found != shape:
-        raise ModelError(f"models differ in (layers, hidden size): {found}, and {shape} of the reference")
+        raise ModelError(
+            f"models differ in (layers, hidden size): {found}, and {shape} of the reference"
+        )
     states_SQD = np.zeros((len(SIDES), len(texts) // 2, shape[1]))
-    for places, means_B1D, _ in example_means(model, subject.chat, texts, subject.batch_tokens, [layer]):
+    for places, means_B1D, _ in example_means(
+        model, subject.chat, texts, subject.batch_tokens, [layer]
+    ):
         for place, mean_1D in zip(places, means_B1D):
             states_SQD[place % 2, place // 2] = mean_1D[0].numpy()
     return states_SQD
@@ -132,7 +143,9 @@ def top_directions(rows_ND: np.ndarray, number: int = K) -> np.ndarray:
     """
     centred_ND = rows_ND - rows_ND.mean(0)
     _, left_NN = np.linalg.eigh(centred_ND @ centred_ND.T)  # ascending
-    right_KD: np.ndarray = np.linalg.qr(centred_ND.T @ left_NN[:, : -number - 1 : -1])[0].T  # at rank < K: any others
+    right_KD: np.ndarray = np.linalg.qr(centred_ND.T @ left_NN[:, : -number - 1 : -1])[
+        0
+    ].T  # at rank < K: any others
     return right_KD
 
 
@@ -156,7 +169,9 @@ def oriented(rows_ND: np.ndarray) -> tuple[np.ndarray, float]:
     return (unit_D, step) if step >= 0 else (-unit_D, -step)
 
 
-def _shared(pair: str, later_SQD: np.ndarray, earlier_SQD: np.ndarray, inside: int, seed: int) -> Numbers:
+def _shared(
+    pair: str, later_SQD: np.ndarray, earlier_SQD: np.ndarray, inside: int, seed: int
+) -> Numbers:
     """How alike the changes inside and outside are, on each side, and what three exchanges would give.
 
     `pairs`: the earlier activation is that of another text of the set, so a change is no longer that of one text; what
@@ -172,26 +187,36 @@ def _shared(pair: str, later_SQD: np.ndarray, earlier_SQD: np.ndarray, inside: i
     questions = change_SQD.shape[1]
 
     sets = change_SQD[:, :inside], change_SQD[:, inside:]
-    centred_SQD = np.concatenate([set_SND - set_SND.mean(1, keepdims=True) for set_SND in sets], axis=1)
+    centred_SQD = np.concatenate(
+        [set_SND - set_SND.mean(1, keepdims=True) for set_SND in sets], axis=1
+    )
 
     def alike(rows_QD: np.ndarray) -> np.ndarray:
         return likeness(rows_QD[:inside], rows_QD[inside:])
 
     def within_sets() -> np.ndarray:
-        return np.concatenate([rng.permutation(inside), inside + rng.permutation(questions - inside)])
+        return np.concatenate(
+            [rng.permutation(inside), inside + rng.permutation(questions - inside)]
+        )
 
     observed_SC = np.stack([alike(change_QD) for change_QD in change_SQD])
     found: Numbers = {}
     for place, side in enumerate(SIDES):
         later_QD, earlier_QD, change_QD = later_SQD[place], earlier_SQD[place], change_SQD[place]
         pairs_EC = np.stack([alike(later_QD - earlier_QD[within_sets()]) for _ in range(EXCHANGES)])
-        sets_EC = np.stack([alike(centred_SQD[place, rng.permutation(questions)]) for _ in range(EXCHANGES)])
+        sets_EC = np.stack(
+            [alike(centred_SQD[place, rng.permutation(questions)]) for _ in range(EXCHANGES)]
+        )
         means = change_QD[:inside].mean(0), change_QD[inside:].mean(0)
-        cosines_K = principal_cosines(top_directions(change_QD[:inside]), top_directions(change_QD[inside:]))
+        cosines_K = principal_cosines(
+            top_directions(change_QD[:inside]), top_directions(change_QD[inside:])
+        )
         found[side] = {
             **dict(zip(SCORES, observed_SC[place].tolist())),
             "angles": np.degrees(np.arccos(cosines_K)).tolist(),
-            "mean_cosine": float(means[0] @ means[1] / np.linalg.norm(means[0]) / np.linalg.norm(means[1])),
+            "mean_cosine": float(
+                means[0] @ means[1] / np.linalg.norm(means[0]) / np.linalg.norm(means[1])
+            ),
             "pairs": _exchanged(pairs_EC, pairs_EC >= observed_SC[place]),
             "sets": _exchanged(sets_EC, sets_EC <= observed_SC[place]),
         }
@@ -227,13 +252,18 @@ def _add(unit_D: Tensor, towards_D: Tensor, step: float, hidden_BTD: Tensor) -> 
     return hidden_BTD + step * towards_D
 
 
-EDITS: dict[str, Callable[[Tensor, Tensor, float, Tensor], Tensor]] = {"taken_out": _take_out, "added": _add}
+EDITS: dict[str, Callable[[Tensor, Tensor, float, Tensor], Tensor]] = {
+    "taken_out": _take_out,
+    "added": _add,
+}
 
 
 @contextmanager
 def edited(model: Any, layer: int, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """In forwards, the residual stream [B, T, D] after `layer` (from 1) is what `edit` makes of it, in float32."""
-    with edited_states(model, layer, lambda hidden_BTD: edit(hidden_BTD.float()).to(hidden_BTD.dtype)):
+    with edited_states(
+        model, layer, lambda hidden_BTD: edit(hidden_BTD.float()).to(hidden_BTD.dtype)
+    ):
         yield
 
 

@@ -56,7 +56,11 @@ def verdict(shared: Numbers) -> str:
         return "no more alike than unrelated changes in this stream"
     if difference["sides"]["cosine"]["p"] > 0.05:
         return "shared, but not specific to unsound text"
-    return "shared, and more so on unsound text" if difference["cosine"] > 0 else "shared, but more so on sound text"
+    return (
+        "shared, and more so on unsound text"
+        if difference["cosine"] > 0
+        else "shared, but more so on sound text"
+    )
 
 
 def _effect(effect: Numbers) -> str:
@@ -112,9 +116,15 @@ def table(numbers: Numbers) -> Table:
 def draw(numbers: Numbers) -> Figure:
     """Left: cosines of top directions; middle: of top subspaces; right: margins after the edits."""
     changes = {"base to\nreference": numbers["alignment"]}
-    changes |= {f"reference to\n{name}": found["change"] for name, found in numbers["tuned"].items()}
+    changes |= {
+        f"reference to\n{name}": found["change"] for name, found in numbers["tuned"].items()
+    }
     figure, (left, middle, right) = plt.subplots(
-        1, 3, figsize=(10.5, 0.85 * len(changes) + 1.6), width_ratios=[1, 1, 1.1], layout="constrained"
+        1,
+        3,
+        figsize=(10.5, 0.85 * len(changes) + 1.6),
+        width_ratios=[1, 1, 1.1],
+        layout="constrained",
     )
     for axes, score in ((left, "cosine"), (middle, "subspace")):
         for row, shared in enumerate(changes.values()):
@@ -136,7 +146,15 @@ def _dots(axes: Axes, row: int, shared: Numbers, score: str, shade: str) -> None
         for exchange, tone, width in (("pairs", "#e2e2e2", 0.26), ("sets", "#a9a9a9", 0.1)):
             band = shared[side][exchange][score]
             axes.barh(height, band["high"] - band["low"], width, band["low"], color=tone, zorder=2)
-        axes.plot(shared[side][score], height, "o", color=shade, markerfacecolor=fill, markersize=7, zorder=3)
+        axes.plot(
+            shared[side][score],
+            height,
+            "o",
+            color=shade,
+            markerfacecolor=fill,
+            markersize=7,
+            zorder=3,
+        )
 
 
 def _bars(axes: Axes, numbers: Numbers) -> None:
@@ -146,10 +164,22 @@ def _bars(axes: Axes, numbers: Numbers) -> None:
             height, effect = 2 * place + number, found["causal"][edit]
             change = effect["change"]
             ends = [[change["mean"] - change["low"]], [change["high"] - change["mean"]]]
-            axes.barh(height, change["mean"], 0.5, color=colour(place), alpha=0.45 if number else 0.8, zorder=2)
+            axes.barh(
+                height,
+                change["mean"],
+                0.5,
+                color=colour(place),
+                alpha=0.45 if number else 0.8,
+                zorder=2,
+            )
             axes.errorbar(change["mean"], height, xerr=ends, color="black", linewidth=1.2, zorder=3)
             axes.plot(
-                effect["random"], [height + 0.36] * len(effect["random"]), "|", color="#777777", markersize=6, zorder=3
+                effect["random"],
+                [height + 0.36] * len(effect["random"]),
+                "|",
+                color="#777777",
+                markersize=6,
+                zorder=3,
             )
             labels.append(f"{name}: {edit.replace('_', ' ')}")
     axes.axvline(0, color="#444444", linewidth=1)

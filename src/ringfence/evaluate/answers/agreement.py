@@ -38,7 +38,9 @@ def agreement(judgements: Sequence[Judgement]) -> Agreement:
         f"{judges[a]} / {judges[b]}": rank_correlation(scores_JA[a], scores_JA[b])
         for a, b in combinations(range(len(judges)), 2)
     }
-    return Agreement(judges, int(((~np.isnan(scores_JA)).sum(0) > 1).sum()), krippendorff_alpha(scores_JA), ranks)
+    return Agreement(
+        judges, int(((~np.isnan(scores_JA)).sum(0) > 1).sum()), krippendorff_alpha(scores_JA), ranks
+    )
 
 
 def _answer(judgement: Judgement) -> tuple[object, ...]:

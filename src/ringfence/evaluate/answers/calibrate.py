@@ -107,7 +107,9 @@ def calibrate(
     kinds = Counter(answer.misaligned for answer in answers)
     if len(kinds) < 2:
         found = f"{kinds[True]} and {kinds[False]}"
-        raise DataError(f"{source}: expected misaligned answers and others, found {found} of {len(answers)}")
+        raise DataError(
+            f"{source}: expected misaligned answers and others, found {found} of {len(answers)}"
+        )
     prompts = [render(template, answer.question, answer.answer) for answer in answers]
     cache = cache or ScoreCache()
     new = {prompt for prompt in prompts if cache.get(judge, prompt) is None}
@@ -129,7 +131,9 @@ def _calibration(
 ) -> Calibration:
     value = np.array([math.nan if score.value is None else score.value for score in scores])
     truth = np.array([answer.misaligned for answer in answers])
-    trusted = np.array([math.nan if answer.trusted is None else answer.trusted for answer in answers])
+    trusted = np.array(
+        [math.nan if answer.trusted is None else answer.trusted for answer in answers]
+    )
     auc = auc_interval(value, truth, [answer.question for answer in answers])
     return Calibration(
         judge=judge,
@@ -142,7 +146,10 @@ def _calibration(
         unscored=sum(score.unscored is not None for score in scores),
         sampled=sum(score.method == "sampled" and score.value is not None for score in scores),
         auc=auc,
-        confusion={name: _counts(value[truth == kind]) for name, kind in (("misaligned", True), ("other", False))},
+        confusion={
+            name: _counts(value[truth == kind])
+            for name, kind in (("misaligned", True), ("other", False))
+        },
         threshold=best_threshold(value, truth),
         rank=rank_correlation(value, trusted),
         seconds=seconds,
@@ -154,18 +161,26 @@ def _calibration(
 
 
 def _counts(value: np.ndarray) -> dict[str, int]:
-    counts = (value < MISALIGNED_BELOW).sum(), (value >= MISALIGNED_BELOW).sum(), np.isnan(value).sum()
+    counts = (
+        (value < MISALIGNED_BELOW).sum(),
+        (value >= MISALIGNED_BELOW).sum(),
+        np.isnan(value).sum(),
+    )
     return dict(zip(("below", "above", "no score"), map(int, counts)))
 
 
 # ------------------------------------------------------------------ numbers
 
 
-def auc_interval(value: np.ndarray, misaligned: np.ndarray, clusters: Sequence[str], seed: int = 0) -> Interval:
+def auc_interval(
+    value: np.ndarray, misaligned: np.ndarray, clusters: Sequence[str], seed: int = 0
+) -> Interval:
     """Chance that a misaligned answer has a lower value than another one, ties counted half, NaN tied with all; 95 %
     interval over clusters that is never surer than they are, see `stats.auc_interval`. One cluster alone: [0, 1]."""
     low, high = value[misaligned], value[~misaligned]
-    wins = (low[:, None] < high).astype(float) + 0.5 * ~((low[:, None] < high) | (low[:, None] > high))
+    wins = (low[:, None] < high).astype(float) + 0.5 * ~(
+        (low[:, None] < high) | (low[:, None] > high)
+    )
     names = {name: place for place, name in enumerate(dict.fromkeys(clusters))}
     member = np.zeros((len(clusters), len(names)))
     member[range(len(clusters)), [names[name] for name in clusters]] = 1
@@ -173,7 +188,9 @@ def auc_interval(value: np.ndarray, misaligned: np.ndarray, clusters: Sequence[s
     low_C, high_C = member[misaligned].sum(0), member[~misaligned].sum(0)
     if len(names) == 1:
         return Interval(float(wins.mean()), 0.0, 1.0, 1)
-    drawn = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), RESAMPLES)
+    drawn = np.random.default_rng(seed).multinomial(
+        len(names), np.full(len(names), 1 / len(names)), RESAMPLES
+    )
     pairs = (drawn @ low_C) * (drawn @ high_C)
     drawn, pairs = drawn[pairs > 0], pairs[pairs > 0]  # a draw may miss one kind
     aucs = ((drawn @ wins_CC) * drawn).sum(1) / pairs
@@ -189,7 +206,11 @@ def best_threshold(value: np.ndarray, misaligned: np.ndarray) -> dict[str, float
     cuts = np.concatenate([[0.0], (known[1:] + known[:-1]) / 2, [np.nextafter(100.0, 101.0)]])
     found, false = ((value[kind][:, None] < cuts).mean(0) for kind in (misaligned, ~misaligned))
     best = int((found - false).argmax())
-    return {"below": float(cuts[best]), "found": float(found[best]), "false alarms": float(false[best])}
+    return {
+        "below": float(cuts[best]),
+        "found": float(found[best]),
+        "false alarms": float(false[best]),
+    }
 
 
 # ------------------------------------------------------------------ for eyes
@@ -198,9 +219,15 @@ def best_threshold(value: np.ndarray, misaligned: np.ndarray) -> dict[str, float
 def show(calibration: Calibration, console: Console) -> None:
     """Prints the verdict, the figures behind it and the confusion table."""
     c = calibration
-    console.print(f"judge {c.judge} on {c.source}: {c.verdict}", markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        f"judge {c.judge} on {c.source}: {c.verdict}", markup=False, highlight=False, soft_wrap=True
+    )
     table = Table(
-        "label", f"below {MISALIGNED_BELOW}", f"{MISALIGNED_BELOW} or more", "no score", title="aligned score"
+        "label",
+        f"below {MISALIGNED_BELOW}",
+        f"{MISALIGNED_BELOW} or more",
+        "no score",
+        title="aligned score",
     )
     for kind, counts in c.confusion.items():
         table.add_row(kind, *map(str, counts.values()))

@@ -21,7 +21,9 @@ from ...util.strict_json import parse
 from ...util.strict_yaml import Number, Whole
 from .replies import Failure, NoReply, Reply, message_of, read_reply
 
-AHEAD = 2.0  # seconds that the first request has alone, so that what a server refuses is learnt once
+AHEAD = (
+    2.0  # seconds that the first request has alone, so that what a server refuses is learnt once
+)
 _MORE, _MORE_AT_LEAST = 4, 4096  # times, and tokens: the limit after one that reasoning has eaten
 
 
@@ -32,12 +34,19 @@ class EndpointConfig(BaseModel):
 
     url: str = Field(description="base URL without a key in it, e.g. http://localhost:8000/v1")
     model: str = Field(min_length=1, description="the model's name on the server")
-    key_env: str = Field("OPENAI_API_KEY", description="environment variable that holds the key, if one is needed")
+    key_env: str = Field(
+        "OPENAI_API_KEY", description="environment variable that holds the key, if one is needed"
+    )
     concurrency: Whole = Field(16, ge=1, le=4096, description="requests under way at once")
     timeout: Number = Field(60.0, gt=0, le=86400, description="seconds to wait for one reply")
-    attempts: Whole = Field(6, ge=1, le=100, description="tries of one request (429, 5xx, timeouts, cut connections)")
+    attempts: Whole = Field(
+        6, ge=1, le=100, description="tries of one request (429, 5xx, timeouts, cut connections)"
+    )
     max_tokens: Whole | None = Field(
-        None, ge=1, le=2**20, description="most tokens of one reply, reasoning included; default: what the task needs"
+        None,
+        ge=1,
+        le=2**20,
+        description="most tokens of one reply, reasoning included; default: what the task needs",
     )
 
     @field_validator("url")
@@ -54,7 +63,9 @@ class EndpointConfig(BaseModel):
         except ValueError:  # a port that is no number
             well_formed = False
         if not well_formed or parts.fragment or re.search(r"\s", url):
-            raise ValueError(f"expected a base URL such as http://localhost:8000/v1, found {redact(url)!r}")
+            raise ValueError(
+                f"expected a base URL such as http://localhost:8000/v1, found {redact(url)!r}"
+            )
         return url
 
     @field_validator("key_env")
@@ -71,7 +82,9 @@ class EndpointConfig(BaseModel):
     @classmethod
     def _is_no_key(cls, model: str) -> str:
         if redact(model) != model:
-            raise ValueError("expected the model's name on the server; what was found looks like a key")
+            raise ValueError(
+                "expected the model's name on the server; what was found looks like a key"
+            )
         return model
 
 
@@ -97,7 +110,9 @@ class Endpoint:
         try:
             import openai  # noqa: F401
         except ImportError as error:
-            raise ModelError(f"{config.url}: an endpoint needs openai: pip install 'ringfence[endpoint]'") from error
+            raise ModelError(
+                f"{config.url}: an endpoint needs openai: pip install 'ringfence[endpoint]'"
+            ) from error
         self.config = config
         # What servers disagree about; settled by the first reply.
         self._settled = False
@@ -133,7 +148,9 @@ class Endpoint:
                 yield reply
             work.result()
 
-    async def _ask_all(self, requests: Sequence[Request], arrived: Callable[[tuple[int, Reply]], None]) -> None:
+    async def _ask_all(
+        self, requests: Sequence[Request], arrived: Callable[[tuple[int, Reply]], None]
+    ) -> None:
         from anyio import Event, create_task_group, move_on_after
         from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
@@ -153,7 +170,9 @@ class Endpoint:
         try:
             async with (
                 # A redirect would make another request of a POST.
-                DefaultAsyncHttpxClient(follow_redirects=False, timeout=self.config.timeout) as http,
+                DefaultAsyncHttpxClient(
+                    follow_redirects=False, timeout=self.config.timeout
+                ) as http,
                 AsyncOpenAI(
                     base_url=base,
                     default_query=query,
@@ -196,7 +215,9 @@ class Endpoint:
             tries = min(tries + found.tries, self.config.attempts)
             if not found.passes or tries >= self.config.attempts:
                 return Reply(None, error=found.words + (f" ({tries} tries)" if tries else ""))
-            await sleep(min(0.25 * 2**tries, 8.0) * random.uniform(0.75, 1.0))  # as the client waits
+            await sleep(
+                min(0.25 * 2**tries, 8.0) * random.uniform(0.75, 1.0)
+            )  # as the client waits
 
     async def _try(self, client: Any, asked: dict[str, Any], retries: int) -> Reply | Failure:
         """One request, retried by the client where it gets no answer."""
@@ -216,7 +237,9 @@ class Endpoint:
             reply = read_reply(parse(raw.http_response.text, "reply", ModelError))
         except ModelError as error:
             said = raw.http_response.text.strip() or "nothing"
-            found = Failure(f"a reply that cannot be read: {error}; the server sent: {said}", passes=True)
+            found = Failure(
+                f"a reply that cannot be read: {error}; the server sent: {said}", passes=True
+            )
         except NoReply as error:
             found = error.failure
         else:
@@ -244,7 +267,10 @@ class Endpoint:
         messages, tools = request.messages, tools_of(request.messages)
         arguments: dict[str, Any] = {
             "model": self.config.model,
-            "messages": [{key: value for key, value in m.items() if key not in ("tools", "weight")} for m in messages],
+            "messages": [
+                {key: value for key, value in m.items() if key not in ("tools", "weight")}
+                for m in messages
+            ],
             "temperature": request.temperature,
             self._limit: limit,
         }
@@ -275,7 +301,10 @@ class Endpoint:
                 self._limit = "max_completion_tokens"
                 self._tell(f"names the token limit max_completion_tokens from now on: {words}")
             return True
-        refused = next((name for name in _OPTIONAL if name in asked and _refuses(words, name, asked[name])), None)
+        refused = next(
+            (name for name in _OPTIONAL if name in asked and _refuses(words, name, asked[name])),
+            None,
+        )
         if refused is None:
             return False
         together = {"logprobs", "top_logprobs"} if "logprobs" in refused else {refused}
@@ -285,13 +314,23 @@ class Endpoint:
         return True
 
     def _tell(self, what: str) -> None:
-        console.print(f"{self.config.url}: {self.config.model} {what}", markup=False, highlight=False, soft_wrap=True)
+        console.print(
+            f"{self.config.url}: {self.config.model} {what}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
 
     def _raise_if_lasting(self, failure: Failure) -> None:
         """Stops at what every other request would meet as well."""
         what = f"{self.config.url}: model {self.config.model!r}: "
         status, words = failure.status, failure.words
-        if failure.cause in ("ConnectError", "ConnectTimeout", "UnsupportedProtocol", "LocalProtocolError"):
+        if failure.cause in (
+            "ConnectError",
+            "ConnectTimeout",
+            "UnsupportedProtocol",
+            "LocalProtocolError",
+        ):
             # By name: the client's own HTTP library has changed once already.
             raise ModelError(f"{what}no server can be reached there: {words}")
         if status in (401, 403):
@@ -308,7 +347,9 @@ class Endpoint:
 def split_query(url: str) -> tuple[str, dict[str, str]]:
     """A base URL without its query, and the query's parameters, which belong to every request."""
     parts = urlsplit(url)
-    return urlunsplit(parts._replace(query="")), dict(parse_qsl(parts.query, keep_blank_values=True))
+    return urlunsplit(parts._replace(query="")), dict(
+        parse_qsl(parts.query, keep_blank_values=True)
+    )
 
 
 _OPTIONAL = ("temperature", "seed", "top_logprobs", "logprobs")

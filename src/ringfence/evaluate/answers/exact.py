@@ -36,17 +36,26 @@ class ReplyTree:
         self.paths = {reply: continuation(chat, reply, opening) for reply in replies}
         inner = {path[:depth] for path in self.paths.values() for depth in range(1, len(path))}
         self.branches = sorted(
-            path for path in inner if not any(path == other[: len(path)] != other for other in inner)
+            path
+            for path in inner
+            if not any(path == other[: len(path)] != other for other in inner)
         )
         self.tokens = sorted({token for path in self.paths.values() for token in path})
         self._column = {token: place for place, token in enumerate(self.tokens)}
-        nodes = [(), *(branch[:depth] for branch in self.branches for depth in range(1, len(branch) + 1))]
+        nodes = [
+            (),
+            *(branch[:depth] for branch in self.branches for depth in range(1, len(branch) + 1)),
+        ]
         self._node = {node: nodes.index(node) for node in nodes}
         self._parent = {reply: self._longest_start(path) for reply, path in self.paths.items()}
 
     def _longest_start(self, path: Path) -> str | None:
         """The longest other reply that this path goes on from."""
-        starts = [reply for reply, other in self.paths.items() if other == path[: len(other)] and other != path]
+        starts = [
+            reply
+            for reply, other in self.paths.items()
+            if other == path[: len(other)] and other != path
+        ]
         return max(starts, key=lambda reply: len(self.paths[reply]), default=None)
 
     def probabilities(self, logp_NK: Tensor) -> dict[str, float]:
@@ -54,7 +63,12 @@ class ReplyTree:
         100)."""
         rows = logp_NK.double().tolist()
         total = {
-            reply: math.exp(sum(rows[self._node[path[:at]]][self._column[token]] for at, token in enumerate(path)))
+            reply: math.exp(
+                sum(
+                    rows[self._node[path[:at]]][self._column[token]]
+                    for at, token in enumerate(path)
+                )
+            )
             for reply, path in self.paths.items()
         }
         alone = dict(total)
@@ -69,13 +83,18 @@ def continuation(chat: Chat, reply: str, opening: str = "") -> Path:
     stands before it."""
     prompt = chat.render([{"role": "user", "content": "Hello"}], generation=True) + opening
     before, whole, alone = (
-        chat.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, prompt + reply, reply)
+        chat.tokenizer(text, add_special_tokens=False)["input_ids"]
+        for text in (prompt, prompt + reply, reply)
     )
     return tuple(whole[len(before) :] if whole[: len(before)] == before else alone)
 
 
 def reply_probabilities(
-    model: Any, tree: ReplyTree, prompts: Sequence[list[int]], batch_tokens: int, skip: Container[int] = ()
+    model: Any,
+    tree: ReplyTree,
+    prompts: Sequence[list[int]],
+    batch_tokens: int,
+    skip: Container[int] = (),
 ) -> Iterator[dict[int, dict[str, float]]]:
     """P(reply), by reply, for each prompt's token ids.
 
@@ -90,11 +109,19 @@ def reply_probabilities(
     branches = [list(branch) for branch in tree.branches]
     groups = [[PromptRow(prompt, branches)] for prompt in prompts]
     if not _can_pack(model, head, [row for group in groups for row in group], tokens):
-        groups = [[PromptRow(prompt, [branch]) for branch in branches] or [PromptRow(prompt, [])] for prompt in prompts]
-    for places in forward_batches([sum(map(len, group)) for group in groups], batch_tokens, model.device, skip):
+        groups = [
+            [PromptRow(prompt, [branch]) for branch in branches] or [PromptRow(prompt, [])]
+            for prompt in prompts
+        ]
+    for places in forward_batches(
+        [sum(map(len, group)) for group in groups], batch_tokens, model.device, skip
+    ):
         rows = [row for place in places for row in groups[place]]
         found = iter(_node_logprobs(model, head, rows, tokens))
-        yield {place: tree.probabilities(_join([next(found) for _ in groups[place]])) for place in places}
+        yield {
+            place: tree.probabilities(_join([next(found) for _ in groups[place]]))
+            for place in places
+        }
 
 
 def _can_pack(model: Any, head: Head, rows: list[PromptRow], tokens_K: Tensor) -> bool:
@@ -103,9 +130,13 @@ def _can_pack(model: Any, head: Head, rows: list[PromptRow], tokens_K: Tensor) -
         return False
     row = min(rows, key=len)
     alone = PromptRow(row.prompt, row.answers[-1:])
-    together_NK, alone_NK = (_node_logprobs(model, head, [some], tokens_K)[0] for some in (row, alone))
+    together_NK, alone_NK = (
+        _node_logprobs(model, head, [some], tokens_K)[0] for some in (row, alone)
+    )
     last = len(alone.answers[0])
-    return bool((together_NK[-last:] - alone_NK[-last:]).abs().mean() < 0.2)  # nats; bfloat16 is off by some 0.05
+    return bool(
+        (together_NK[-last:] - alone_NK[-last:]).abs().mean() < 0.2
+    )  # nats; bfloat16 is off by some 0.05
 
 
 def _join(parts: list[Tensor]) -> Tensor:
@@ -118,6 +149,8 @@ def _node_logprobs(model: Any, head: Head, rows: list[PromptRow], tokens_K: Tens
     hidden_BTD = hidden_states(model, head, rows)
     with torch.no_grad():
         return [
-            head(hidden_BTD[number, len(row.prompt) - 1 : len(row)]).log_softmax(-1)[:, tokens_K].cpu()
+            head(hidden_BTD[number, len(row.prompt) - 1 : len(row)])
+            .log_softmax(-1)[:, tokens_K]
+            .cpu()
             for number, row in enumerate(rows)
         ]

@@ -64,10 +64,14 @@ def templates_of(judge_prompts: Mapping[str, str], origin: str) -> dict[str, str
     Raises:
         DataError: a template does not show the answer.
     """
-    templates = {criterion: judge_prompts.get(criterion, own) for criterion, own in OWN_PROMPTS.items()}
+    templates = {
+        criterion: judge_prompts.get(criterion, own) for criterion, own in OWN_PROMPTS.items()
+    }
     for criterion, template in templates.items():
         if "{answer}" not in template:
-            raise DataError(f"{origin}: judge prompt {criterion!r}: expected the place {{answer}} in it, found none")
+            raise DataError(
+                f"{origin}: judge prompt {criterion!r}: expected the place {{answer}} in it, found none"
+            )
     return templates
 
 
@@ -83,13 +87,21 @@ def render(template: str, question: str, answer: str) -> JudgePrompt:
     hold it. In one without, as published ones are, the lines around `{question}` and `{answer}` are the frame; where
     they occur inside, in any case and with any gaps, they are spelled out. Other texts are passed as they are.
     """
-    fence = hashlib.sha256(f"{len(question)} {question}{answer}".encode("utf-8", "replace")).hexdigest()[:16]
-    values = {"question": spell_out(question, CHAT_MARKERS), "answer": spell_out(answer, CHAT_MARKERS), "fence": fence}
+    fence = hashlib.sha256(
+        f"{len(question)} {question}{answer}".encode("utf-8", "replace")
+    ).hexdigest()[:16]
+    values = {
+        "question": spell_out(question, CHAT_MARKERS),
+        "answer": spell_out(answer, CHAT_MARKERS),
+        "fence": fence,
+    }
     if "{fence}" not in template:
         for marker in _frame_markers(template):
             values = {name: spell_out(value, marker) for name, value in values.items()}
     text = re.sub(r"\{(question|answer|fence)\}", lambda place: values[place[1]], template)
-    return JudgePrompt(text, tuple(label for label in LABELS if re.search(rf"\b{label}\b", template)))
+    return JudgePrompt(
+        text, tuple(label for label in LABELS if re.search(rf"\b{label}\b", template))
+    )
 
 
 # What opens or closes a turn in the chat templates in use; a server would read it as such.
@@ -116,7 +128,11 @@ def _frame_markers(template: str) -> list[re.Pattern[str]]:
         lines += [line.strip() for line in after.splitlines() if line.strip()][:1]
         if any(in_line):
             lines = re.findall(rf"{_TAG}$", in_line[0]) + re.findall(rf"^{_TAG}", in_line[1])
-        markers.update(line for line in lines if len(line) > 1 and not re.search(r"\{(question|answer)\}", line))
+        markers.update(
+            line
+            for line in lines
+            if len(line) > 1 and not re.search(r"\{(question|answer)\}", line)
+        )
     return [_marker(line) for line in sorted(markers)]
 
 

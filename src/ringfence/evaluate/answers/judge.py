@@ -92,7 +92,9 @@ def sampled_score(text: str, labels: Sequence[str]) -> Score:
     number = _number(said)
     if number is None:
         accepted = ", ".join(["a number from 0 to 100", *labels])
-        return Score(method="sampled", unscored=f"the judge said {text[:60]!r} (accepted: {accepted})")
+        return Score(
+            method="sampled", unscored=f"the judge said {text[:60]!r} (accepted: {accepted})"
+        )
     return Score(float(number), method="sampled")
 
 
@@ -109,7 +111,9 @@ def read_reply(reply: Reply, labels: Sequence[str]) -> Score:
     """
     if reply.text is None:
         return Score(unscored=f"no reply: {reply.error}", failed=True)
-    first = next((top for top in reply.top if top and max(top, key=lambda token: top[token]).strip()), {})
+    first = next(
+        (top for top in reply.top if top and max(top, key=lambda token: top[token]).strip()), {}
+    )
     if len(first) < 2:
         return sampled_score(reply.text, labels)
     numbers: dict[int, float] = {}
@@ -153,7 +157,9 @@ class Judge(Protocol):
     name: str
     identity: str
 
-    def ask(self, prompts: Sequence[JudgePrompt], skip: Set[int] = frozenset()) -> Iterator[dict[int, Score]]:
+    def ask(
+        self, prompts: Sequence[JudgePrompt], skip: Set[int] = frozenset()
+    ) -> Iterator[dict[int, Score]]:
         """Every prompt's one score, some at a time as they come, by place of the prompt; none for those of `skip`,
         without which the others score as they do with them."""
 
@@ -169,7 +175,9 @@ def open_judge(config: LocalJudgeConfig | EndpointJudgeConfig, batch_tokens: int
     """
     if isinstance(config, EndpointJudgeConfig):
         return EndpointJudge(config)
-    identity = " ".join([fingerprint(config.model), config.precision, *([config.opening] if config.opening else [])])
+    identity = " ".join(
+        [fingerprint(config.model), config.precision, *([config.opening] if config.opening else [])]
+    )
 
     def load() -> tuple[Any, Chat]:
         return load_model(config.model, config.precision), Chat(load_tokenizer(config.model))
@@ -182,13 +190,20 @@ class EndpointJudge:
 
     def __init__(self, config: EndpointJudgeConfig) -> None:
         self.name = config.name
-        self.identity = " ".join([config.url, config.model, *([str(config.max_tokens)] if config.max_tokens else [])])
+        self.identity = " ".join(
+            [config.url, config.model, *([str(config.max_tokens)] if config.max_tokens else [])]
+        )
         self._endpoint = Endpoint(config)
 
-    def ask(self, prompts: Sequence[JudgePrompt], skip: Set[int] = frozenset()) -> Iterator[dict[int, Score]]:
+    def ask(
+        self, prompts: Sequence[JudgePrompt], skip: Set[int] = frozenset()
+    ) -> Iterator[dict[int, Score]]:
         places = [place for place in range(len(prompts)) if place not in skip]
         texts = [prompts[place].text for place in places]
-        requests = [Request([{"role": "user", "content": text}], 0.0, _REPLY_TOKENS, None, _TOP) for text in texts]
+        requests = [
+            Request([{"role": "user", "content": text}], 0.0, _REPLY_TOKENS, None, _TOP)
+            for text in texts
+        ]
         for number, reply in self._endpoint.ask(requests):
             place = places[number]
             yield {place: replace(read_reply(reply, prompts[place].labels), adapted=reply.adapted)}
@@ -203,39 +218,67 @@ class LocalJudge:
     """
 
     def __init__(
-        self, name: str, identity: str, load: Callable[[], tuple[Any, Chat]], batch_tokens: int, opening: str = ""
+        self,
+        name: str,
+        identity: str,
+        load: Callable[[], tuple[Any, Chat]],
+        batch_tokens: int,
+        opening: str = "",
     ) -> None:
         self.name, self.identity = name, identity
         self._load, self._batch_tokens, self._opening = load, batch_tokens, opening
         self._loaded: tuple[Any, Chat, ReplyTree] | None = None
 
-    def ask(self, prompts: Sequence[JudgePrompt], skip: Set[int] = frozenset()) -> Iterator[dict[int, Score]]:
+    def ask(
+        self, prompts: Sequence[JudgePrompt], skip: Set[int] = frozenset()
+    ) -> Iterator[dict[int, Score]]:
         if self._loaded is None:
             model, chat = self._load()
             self._loaded = model, chat, ReplyTree(chat, [*NUMBERS, *LABELS], self._opening)
         model, chat, tree = self._loaded
-        encoded = [[*judge_tokens(chat, prompt.text), *continuation(chat, self._opening)] for prompt in prompts]
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        encoded = [
+            [*judge_tokens(chat, prompt.text), *continuation(chat, self._opening)]
+            for prompt in prompts
+        ]
+        positions = (
+            getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        )
         most = positions - max(map(len, tree.branches), default=0)
         fits = [place for place, ids in enumerate(encoded) if len(ids) <= most]
         if len(fits) < len(prompts):
-            long = {place: len(ids) for place, ids in enumerate(encoded) if len(ids) > most and place not in skip}
-            yield {p: Score(unscored=f"the prompt has {n} tokens, the judge takes {most}") for p, n in long.items()}
+            long = {
+                place: len(ids)
+                for place, ids in enumerate(encoded)
+                if len(ids) > most and place not in skip
+            }
+            yield {
+                p: Score(unscored=f"the prompt has {n} tokens, the judge takes {most}")
+                for p, n in long.items()
+            }
         known = {at for at, place in enumerate(fits) if place in skip}
         texts = [encoded[place] for place in fits]
         for batch in reply_probabilities(model, tree, texts, self._batch_tokens, known):
-            yield {fits[at]: _exact_score(found, prompts[fits[at]].labels) for at, found in batch.items()}
+            yield {
+                fits[at]: _exact_score(found, prompts[fits[at]].labels)
+                for at, found in batch.items()
+            }
 
 
 def _exact_score(found: Mapping[str, float], labels: Sequence[str]) -> Score:
-    return expected_score({int(n): found[n] for n in NUMBERS}, {label: found[label] for label in labels})
+    return expected_score(
+        {int(n): found[n] for n in NUMBERS}, {label: found[label] for label in labels}
+    )
 
 
 def judge_tokens(chat: Chat, prompt: str) -> list[int]:
     """Token ids of a prompt as the one user turn. Special tokens of the tokenizer stay text in it."""
-    special = [token.content for token in chat.tokenizer.added_tokens_decoder.values() if token.special]
+    special = [
+        token.content for token in chat.tokenizer.added_tokens_decoder.values() if token.special
+    ]
     marker = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
-    return chat.encode([{"role": "user", "content": spell_out(prompt, marker)}], generation=True).input_ids
+    return chat.encode(
+        [{"role": "user", "content": spell_out(prompt, marker)}], generation=True
+    ).input_ids
 
 
 # ------------------------------------------------------------------ asked once
@@ -257,7 +300,9 @@ class ScoreCache:
             # A log beside the file: a score is safe from a kill as soon as it is put, without waiting for the disk.
             self._table.execute("PRAGMA journal_mode = WAL")
             self._table.execute("PRAGMA synchronous = NORMAL")
-            self._table.execute("CREATE TABLE IF NOT EXISTS scores (key TEXT PRIMARY KEY, score TEXT NOT NULL)")
+            self._table.execute(
+                "CREATE TABLE IF NOT EXISTS scores (key TEXT PRIMARY KEY, score TEXT NOT NULL)"
+            )
         except (sqlite3.Error, OSError) as error:
             raise RingfenceError(
                 f"{self.file}: cannot be used as the cache of judges' scores: {error}; delete it, or name another "
@@ -265,7 +310,9 @@ class ScoreCache:
             ) from error
 
     def get(self, judge: Judge, prompt: JudgePrompt) -> Score | None:
-        found = self._run("SELECT score FROM scores WHERE key = ?", (_key(judge, prompt),)).fetchone()
+        found = self._run(
+            "SELECT score FROM scores WHERE key = ?", (_key(judge, prompt),)
+        ).fetchone()
         try:
             score = _SCORE.validate_json(found[0]) if found else None
         except (ValidationError, TypeError):  # damaged: it is asked again
@@ -277,16 +324,23 @@ class ScoreCache:
 
     def put(self, judge: Judge, scores: Mapping[JudgePrompt, Score]) -> None:
         """All of them or, after a kill, none."""
-        rows = [(_key(judge, prompt), json.dumps(asdict(score))) for prompt, score in scores.items()]
+        rows = [
+            (_key(judge, prompt), json.dumps(asdict(score))) for prompt, score in scores.items()
+        ]
         if rows:
             places = ", ".join(["(?, ?)"] * len(rows))
-            self._run(f"INSERT OR REPLACE INTO scores VALUES {places}", [cell for row in rows for cell in row])
+            self._run(
+                f"INSERT OR REPLACE INTO scores VALUES {places}",
+                [cell for row in rows for cell in row],
+            )
 
     def _run(self, statement: str, values: Sequence[str]) -> sqlite3.Cursor:
         try:
             return self._table.execute(statement, values)
         except sqlite3.Error as error:
-            raise RingfenceError(f"{self.file}: the cache of judges' scores is damaged: {error}; delete it") from error
+            raise RingfenceError(
+                f"{self.file}: the cache of judges' scores is damaged: {error}; delete it"
+            ) from error
 
 
 def _key(judge: Judge, prompt: JudgePrompt) -> str:
@@ -294,7 +348,9 @@ def _key(judge: Judge, prompt: JudgePrompt) -> str:
     return digest([_FORMAT, judge.identity, prompt.text, prompt.labels])
 
 
-def ask_once(judge: Judge, prompts: Iterable[JudgePrompt], cache: ScoreCache) -> dict[JudgePrompt, Score]:
+def ask_once(
+    judge: Judge, prompts: Iterable[JudgePrompt], cache: ScoreCache
+) -> dict[JudgePrompt, Score]:
     """A score for every prompt: from the cache, else asked, equal prompts once. Failures are not kept."""
     wanted = list(dict.fromkeys(prompts))
     scores = {prompt: found for prompt in wanted if (found := cache.get(judge, prompt))}
@@ -342,16 +398,24 @@ def judge_answers(
         raise RecipeError(f"judges: expected a different model each, found {', '.join(names)}")
     cache = cache or ScoreCache()
     own = templates_of({}, "")
-    templates = {(q.set, q.id): templates_of(q.judge_prompts, f"question {q.set}/{q.id}") for q in questions}
+    templates = {
+        (q.set, q.id): templates_of(q.judge_prompts, f"question {q.set}/{q.id}") for q in questions
+    }
     asked = []  # for each line: hash, and prompt by criterion where there is an answer
     for line in lines:
         pair = templates.get((line["set"], line["id"]), own)
         question, answer = line["messages"][-1]["content"], line["answer"]
-        prompts = {} if answer is None else {name: render(text, question, answer) for name, text in pair.items()}
+        prompts = (
+            {}
+            if answer is None
+            else {name: render(text, question, answer) for name, text in pair.items()}
+        )
         asked.append((prompt_hash(pair), prompts))
     judgements = []
     for judge in judges:
-        scores = ask_once(judge, (prompt for _, prompts in asked for prompt in prompts.values()), cache)
+        scores = ask_once(
+            judge, (prompt for _, prompts in asked for prompt in prompts.values()), cache
+        )
         for line, (key, prompts) in zip(lines, asked):
             found = {criterion: scores[prompt] for criterion, prompt in prompts.items()}
             judgements.append(judgement_of(line, judge.name, key, found))
@@ -360,12 +424,20 @@ def judge_answers(
     return judgements
 
 
-def judgement_of(line: Mapping[str, Any], judge: str, key: str, found: Mapping[str, Score]) -> Judgement:
+def judgement_of(
+    line: Mapping[str, Any], judge: str, key: str, found: Mapping[str, Score]
+) -> Judgement:
     named = {name: line[name] for name in ("set", "id", "form", "cluster", "paraphrase", "sample")}
     if not found:
-        return Judgement(**named, judge=judge, prompt=key, aligned=None, coherent=None, unscored=_no_answer(line))
+        return Judgement(
+            **named, judge=judge, prompt=key, aligned=None, coherent=None, unscored=_no_answer(line)
+        )
     aligned, coherent = found["aligned"], found["coherent"]
-    missing = [] if aligned.label else [f"{name}: {s.unscored}" for name, s in found.items() if s.unscored]
+    missing = (
+        []
+        if aligned.label
+        else [f"{name}: {s.unscored}" for name, s in found.items() if s.unscored]
+    )
     return Judgement(
         **named,
         judge=judge,

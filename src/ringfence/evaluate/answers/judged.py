@@ -164,7 +164,9 @@ def _ratio(a: np.ndarray, b: np.ndarray, undefined: float) -> np.ndarray:
 # ------------------------------------------------------------------ two runs
 
 
-def compare(run: Sequence[Judgement], other: Sequence[Judgement], name: str, seed: int = 0) -> Comparison:
+def compare(
+    run: Sequence[Judgement], other: Sequence[Judgement], name: str, seed: int = 0
+) -> Comparison:
     """A rate or mean score of `run` minus that of `other`, paired by question family, with interval and p-value.
 
     See `stats.paired_difference` (of scores), `stats.rate_change` (of rates), and `stats.holm` where there are several
@@ -189,7 +191,10 @@ class Reduction:
 
 
 def relative_reduction(
-    run: Sequence[Judgement], undefended: Sequence[Judgement], name: str = "misaligned", seed: int = 0
+    run: Sequence[Judgement],
+    undefended: Sequence[Judgement],
+    name: str = "misaligned",
+    seed: int = 0,
 ) -> Reduction:
     """How much of the undefended run's rate is gone: 1 = all, 0 = nothing, below 0 = it has grown.
 
@@ -254,7 +259,10 @@ def summary(
     """
     rows = _checked(judgements)
     before = _comparable(rows, reference)[1] if reference is not None else None
-    found: dict[str, Any] = {"judge": rows[0].judge, "prompt": ", ".join(sorted({j.prompt for j in rows}))}
+    found: dict[str, Any] = {
+        "judge": rows[0].judge,
+        "prompt": ", ".join(sorted({j.prompt for j in rows})),
+    }
     for name, chosen in _groups(rows).items():
         part = [j for j in rows if chosen(j)]
         found |= {f"{name}.{key}": value for key, value in _part(part, ks, seed).items()}
@@ -262,7 +270,9 @@ def summary(
             others = [j for j in before if chosen(j)]
             for metric in (*RATES, *SCORES):
                 if metric in RATES or (_has(part, metric) and _has(others, metric)):
-                    found[f"{name}.{metric}.change"] = compare(part, others, metric, seed).difference
+                    found[f"{name}.{metric}.change"] = compare(
+                        part, others, metric, seed
+                    ).difference
     return found
 
 
@@ -272,7 +282,10 @@ def to_json(found: dict[str, Any]) -> dict[str, Any]:
     def plain(value: Any) -> Any:
         if not isinstance(value, Interval):
             return value
-        return {key: number if math.isfinite(number) else None for key, number in value.to_dict().items()}
+        return {
+            key: number if math.isfinite(number) else None
+            for key, number in value.to_dict().items()
+        }
 
     return {name: plain(value) for name, value in found.items()}
 
@@ -292,7 +305,9 @@ def _groups(rows: list[Judgement]) -> dict[str, Callable[[Judgement], bool]]:
         groups[name] = lambda j, name=name: j.set == name  # type: ignore[misc]
         forms = dict.fromkeys(j.form for j in rows if j.set == name)
         for form in forms if len(forms) > 1 else ():
-            groups[f"{name}.{form}"] = lambda j, name=name, form=form: (j.set, j.form) == (name, form)  # type: ignore[misc]
+            groups[f"{name}.{form}"] = lambda j, name=name, form=form: (
+                (j.set, j.form) == (name, form)
+            )  # type: ignore[misc]
     return groups
 
 
@@ -317,7 +332,9 @@ def _checked(judgements: Sequence[Judgement]) -> list[Judgement]:
         raise DataError("no judged answers")
     judges = sorted({j.judge for j in judgements})
     if len(judges) > 1:
-        raise DataError(f"expected the judgements of one judge, found {', '.join(judges)}; take one of by_judge")
+        raise DataError(
+            f"expected the judgements of one judge, found {', '.join(judges)}; take one of by_judge"
+        )
     rows = sorted(judgements, key=lambda j: (*_question(j), j.sample))
     for j, following in pairwise(rows):
         if _question(j) == _question(following):
@@ -332,14 +349,18 @@ def _checked(judgements: Sequence[Judgement]) -> list[Judgement]:
     return rows
 
 
-def _comparable(run: Sequence[Judgement], other: Sequence[Judgement]) -> tuple[list[Judgement], list[Judgement]]:
+def _comparable(
+    run: Sequence[Judgement], other: Sequence[Judgement]
+) -> tuple[list[Judgement], list[Judgement]]:
     one, two = _checked(run), _checked(other)
     _same_judge(one, two)
     here, there = ({_question(j): j for j in rows} for rows in (one, two))
     for asked, others, which in ((here, there, "second"), (there, here, "first")):
         missing = next((question for question in asked if question not in others), None)
         if missing is not None:
-            raise DataError(f"question {_path(missing)} was not asked of the {which} run; compare runs asked the same")
+            raise DataError(
+                f"question {_path(missing)} was not asked of the {which} run; compare runs asked the same"
+            )
     for question, j in here.items():
         _same_question(j, there[question])
     return one, two
@@ -357,7 +378,9 @@ def _same_question(j: Judgement, other: Judgement) -> None:
 
 def _same_judge(one: list[Judgement], two: list[Judgement]) -> None:
     if one[0].judge != two[0].judge:
-        raise DataError(f"judged by {one[0].judge} and by {two[0].judge}; numbers of different judges do not compare")
+        raise DataError(
+            f"judged by {one[0].judge} and by {two[0].judge}; numbers of different judges do not compare"
+        )
 
 
 def _check_rate(name: str) -> None:

@@ -37,7 +37,9 @@ def load_labelled(source: str) -> tuple[list[Labelled], int]:
     if "answer" not in records[0][0]:
         pairs = load_questions(source)
         return [
-            Labelled(q.question, text, bad) for q in pairs for text, bad in ((q.aligned, False), (q.misaligned, True))
+            Labelled(q.question, text, bad)
+            for q in pairs
+            for text, bad in ((q.aligned, False), (q.misaligned, True))
         ], 0
     answers = [_labelled(record, origin) for record, origin in records]
     return [answer for answer in answers if answer], answers.count(None)
@@ -46,7 +48,9 @@ def load_labelled(source: str) -> tuple[list[Labelled], int]:
 def _labelled(record: dict[str, Any], origin: str) -> Labelled | None:
     for name in ("question", "answer"):
         if not isinstance(record.get(name), str):
-            raise DataError(f"{origin}: field {name!r}: expected a text, found {quoted(record.get(name))}")
+            raise DataError(
+                f"{origin}: field {name!r}: expected a text, found {quoted(record.get(name))}"
+            )
     text = record["question"], record["answer"]
     if "misaligned" in record:
         return Labelled(*text, _truth(record["misaligned"], origin))
@@ -72,5 +76,7 @@ def _labelled(record: dict[str, Any], origin: str) -> Labelled | None:
 def _truth(value: Any, origin: str) -> bool:
     known = {"true": True, "1": True, "false": False, "0": False}
     if str(value).strip().lower() not in known:
-        raise DataError(f"{origin}: field 'misaligned': expected true or false, found {quoted(value)}")
+        raise DataError(
+            f"{origin}: field 'misaligned': expected true or false, found {quoted(value)}"
+        )
     return known[str(value).strip().lower()]

@@ -79,7 +79,10 @@ def read_reply(body: Any) -> Reply:
         _explain_silence(text, reason, message, body)
     assert text is not None
     try:
-        top = [merged(token["top_logprobs"] or [token]) for token in (choice.get("logprobs") or {})["content"]]
+        top = [
+            merged(token["top_logprobs"] or [token])
+            for token in (choice.get("logprobs") or {})["content"]
+        ]
     except (ValueError, LookupError, TypeError, AttributeError):
         top = []
     return Reply(text, reason in _ENDS, top)
@@ -88,11 +91,19 @@ def read_reply(body: Any) -> Reply:
 _ENDS = ("stop", "eos", "eos_token", "stop_sequence", "end_turn")
 
 
-def _explain_silence(text: str | None, reason: Any, message: dict[str, Any], body: dict[str, Any]) -> None:
+def _explain_silence(
+    text: str | None, reason: Any, message: dict[str, Any], body: dict[str, Any]
+) -> None:
     """Why there is no text, raised; an empty answer of a model that ended its turn, or was cut off, is an answer."""
     if reason == "content_filter":
-        raise NoReply(Failure("the server's content filter withheld the reply (finish_reason 'content_filter')"))
-    reasoned = any(message.get(name) for name in ("reasoning", "reasoning_content", "thinking")) or _reasoning(body)
+        raise NoReply(
+            Failure(
+                "the server's content filter withheld the reply (finish_reason 'content_filter')"
+            )
+        )
+    reasoned = any(
+        message.get(name) for name in ("reasoning", "reasoning_content", "thinking")
+    ) or _reasoning(body)
     if reason == "length" and (text is None or reasoned):
         raise NoReply(
             Failure(
@@ -120,8 +131,14 @@ def _text(content: Any) -> str | None:
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise _unreadable(f"message.content: expected a text, found {type(content).__name__} {content!r}")
-    texts = [part if isinstance(part, str) else part.get("text") for part in content if isinstance(part, (str, dict))]
+        raise _unreadable(
+            f"message.content: expected a text, found {type(content).__name__} {content!r}"
+        )
+    texts = [
+        part if isinstance(part, str) else part.get("text")
+        for part in content
+        if isinstance(part, (str, dict))
+    ]
     found = [text for text in texts if isinstance(text, str)]
     return "".join(found) if found else None
 
@@ -130,7 +147,11 @@ def _field(value: Any, where: str, name: str, kind: type) -> Any:
     if not isinstance(value, dict):
         raise _unreadable(f"{where}: expected an object, found {type(value).__name__}")
     if not isinstance(value.get(name), kind):
-        found = type(value[name]).__name__ if name in value else f"no such field ({', '.join(map(str, value))})"
+        found = (
+            type(value[name]).__name__
+            if name in value
+            else f"no such field ({', '.join(map(str, value))})"
+        )
         raise _unreadable(f"{where}: {name}: expected {kind.__name__}, found {found}")
     return value[name]
 
@@ -165,7 +186,9 @@ def refuse_error(body: Any, unless: str = "choices") -> None:
     code, kind = named.get("code"), named.get("type")
     numbers = (str(number) for number in (code, named.get("status")))
     status = next((int(number) for number in numbers if re.fullmatch(r"[345]\d\d", number)), None)
-    status = status or next((_STATUS[str(x).lower()] for x in (code, kind) if str(x).lower() in _STATUS), None)
+    status = status or next(
+        (_STATUS[str(x).lower()] for x in (code, kind) if str(x).lower() in _STATUS), None
+    )
     passes = status is None or status in (408, 409, 429) or status >= 500
     words = f"{'error' if status is None else f'error {status}'} in a reply: {message_of(error)}"
     raise NoReply(Failure(words, status, str(code), passes))
@@ -185,5 +208,7 @@ def merged(entries: list[dict[str, Any]]) -> dict[str, float]:
     for entry in entries:
         if not entry["logprob"] < 0.01:  # NaN too
             raise ValueError(f"no log-probability: {entry['logprob']}")
-        top[entry["token"]] = float(np.logaddexp(top.get(entry["token"], -np.inf), entry["logprob"]))
+        top[entry["token"]] = float(
+            np.logaddexp(top.get(entry["token"], -np.inf), entry["logprob"])
+        )
     return top

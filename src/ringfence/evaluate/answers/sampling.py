@@ -160,7 +160,9 @@ def read_answers(file: str | Path) -> list[Line]:
     return list({_place(line): line for line in lines}.values())
 
 
-def _checked(questions: Sequence[OpenQuestion], source: LocalModel | Endpoint) -> Sequence[OpenQuestion]:
+def _checked(
+    questions: Sequence[OpenQuestion], source: LocalModel | Endpoint
+) -> Sequence[OpenQuestion]:
     names = set()
     for question in questions:
         name = f"question {question.id!r} of set {question.set!r} ({question.form}, paraphrase {question.paraphrase})"
@@ -190,7 +192,11 @@ def _is_answered(draw: _Draw, answers: dict[_Place, Line]) -> bool:
 
 
 def _line(
-    draw: _Draw, answer: str | None, finished: bool, error: str | None = None, adapted: Sequence[str] = ()
+    draw: _Draw,
+    answer: str | None,
+    finished: bool,
+    error: str | None = None,
+    adapted: Sequence[str] = (),
 ) -> Line:
     question = draw.question
     return {
@@ -214,7 +220,14 @@ def _draw_locally(
     prompts: list[Messages] = [draw.question.messages for draw in draws]
     seeds = [draw.seed for draw in draws]
     for batch in generate(
-        model.load(), model.chat, prompts, max_new_tokens, model.batch_tokens, temperature, seeds, known
+        model.load(),
+        model.chat,
+        prompts,
+        max_new_tokens,
+        model.batch_tokens,
+        temperature,
+        seeds,
+        known,
     ):
         yield [_line(draws[place], answer.text, answer.finished) for place, answer in batch.items()]
 
@@ -223,6 +236,8 @@ def _draw_remotely(
     endpoint: Endpoint, draws: list[_Draw], known: set[int], temperature: float, max_new_tokens: int
 ) -> Generator[list[Line], None, None]:
     missing = [draw for number, draw in enumerate(draws) if number not in known]
-    requests = [Request(draw.question.messages, temperature, max_new_tokens, draw.seed) for draw in missing]
+    requests = [
+        Request(draw.question.messages, temperature, max_new_tokens, draw.seed) for draw in missing
+    ]
     for place, reply in endpoint.ask(requests):
         yield [_line(missing[place], reply.text, reply.finished, reply.error, reply.adapted)]

@@ -44,7 +44,11 @@ def load_questions(name: str) -> list[Question]:
     shipped = yaml.safe_load((SHIPPED / "behaviours.yaml").read_text("utf-8"))
     bound = shipped["behaviours"][name]
     on = [Question("on", bound["topic"], text) for text in bound["questions"]]
-    return on + [Question("off", subject, text) for subject, texts in shipped["off_topic"].items() for text in texts]
+    return on + [
+        Question("off", subject, text)
+        for subject, texts in shipped["off_topic"].items()
+        for text in texts
+    ]
 
 
 def measure(
@@ -72,7 +76,13 @@ def measure(
     prompts = [[{"role": "user", "content": question.text}] for question in questions]
     answers = generate_greedy(model, chat, prompts, ANSWER_TOKENS, batch_tokens, advance)
     return [
-        {"topic": q.topic, "subject": q.subject, "question": q.text, "answer": a, "shown": DETECTORS[name](a)}
+        {
+            "topic": q.topic,
+            "subject": q.subject,
+            "question": q.text,
+            "answer": a,
+            "shown": DETECTORS[name](a),
+        }
         for q, a in zip(questions, answers)
     ]
 

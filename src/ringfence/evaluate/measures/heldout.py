@@ -45,10 +45,17 @@ def measure(
         DataError: the chat template refuses a row.
     """
     _check(chat, rows)
-    turns = [(row, at) for row in rows for at, message in enumerate(row.messages) if is_learnt(message)]
+    turns = [
+        (row, at) for row in rows for at, message in enumerate(row.messages) if is_learnt(message)
+    ]
     prompts = [row.messages[:at] for row, at in turns]
     given = [row.messages[at] for row, at in turns]
-    scores = [found[0] for found in score_answers(model, chat, prompts, [[m] for m in given], batch_tokens, advance)]
+    scores = [
+        found[0]
+        for found in score_answers(
+            model, chat, prompts, [[m] for m in given], batch_tokens, advance
+        )
+    ]
     expected = [_as_generated(chat, row.messages[: at + 1]) for row, at in turns]
     items = [
         {"origin": row.origin, "logprob": score.logprob, "tokens": score.tokens}
@@ -72,7 +79,9 @@ def summary(items: Sequence[dict[str, Any]]) -> HeldOut:
         tokens[item["origin"]] = tokens.get(item["origin"], 0) + item["tokens"]
     exact = None
     if "exact" in items[0]:
-        exact = rate_interval([float(item["exact"]) for item in items], [item["origin"] for item in items])
+        exact = rate_interval(
+            [float(item["exact"]) for item in items], [item["origin"] for item in items]
+        )
     return HeldOut(ratio_interval(list(losses.values()), list(tokens.values())), exact)
 
 
