@@ -29,7 +29,7 @@ from ringfence.report.gate import (
     read_row,
 )
 from ringfence.report.numbers import NAMES, measures
-from ringfence.report.summary import Paired, Row
+from ringfence.report.summary import Paired, Summary
 from ringfence.stats import Interval, rate_change
 from test_report import REFERENCE, parts_of, write_all, write_run
 
@@ -45,7 +45,7 @@ def folders(tmp_path: Path) -> list[Path]:
 
 
 @pytest.fixture
-def row(folders: list[Path]) -> Row:
+def row(folders: list[Path]) -> Summary:
     return read_row(folders[1], folders[0])
 
 
@@ -54,7 +54,7 @@ def paired(low: float, mean: float, high: float, n: int = 20) -> Paired:
     return Paired(value, value, 0.5, 0.5)
 
 
-def with_sets(row: Row, **sets: tuple[float, float, float]) -> Row:
+def with_sets(row: Summary, **sets: tuple[float, float, float]) -> Summary:
     return replace(row, sets={name: paired(*values) for name, values in sets.items()})
 
 
@@ -62,7 +62,7 @@ def policy(*rules: dict[str, Any]) -> Policy:
     return Policy.model_validate({"rules": list(rules)})
 
 
-def status(row: Row, **rule: Any) -> str:
+def status(row: Summary, **rule: Any) -> str:
     return decide(row, policy({"measure": "values", **rule})).verdicts[0].status
 
 
@@ -75,7 +75,7 @@ def write_policy(folder: Path, text: str) -> Path:
 # ------------------------------------------------------------------ one rule
 
 
-def test_the_worse_end_decides_and_only_it(row: Row) -> None:
+def test_the_worse_end_decides_and_only_it(row: Summary) -> None:
     """`worst`: the whole interval is within the limit. `mean`: its mean is. On a thousand random intervals."""
     rng = random.Random(0)
     seen = set()
@@ -97,7 +97,7 @@ def test_the_worse_end_decides_and_only_it(row: Row) -> None:
     }
 
 
-def test_a_value_at_its_limit_passes(row: Row) -> None:
+def test_a_value_at_its_limit_passes(row: Summary) -> None:
     tried = with_sets(row, values=(0.25, 0.3, 0.5))
     assert status(tried, max=0.5) == status(tried, min=0.25) == "pass"
     assert status(tried, max=0.4999) == status(tried, min=0.2501) == "fail"
@@ -105,14 +105,14 @@ def test_a_value_at_its_limit_passes(row: Row) -> None:
 
 @pytest.mark.parametrize("side", ["max", "min"])
 @pytest.mark.parametrize("bound", ["worst", "mean"])
-def test_no_number_never_passes(row: Row, side: str, bound: str) -> None:
+def test_no_number_never_passes(row: Summary, side: str, bound: str) -> None:
     """A model that writes NaN has no shift; that must not read as within the limit."""
     nan = float("nan")
     assert status(with_sets(row, values=(nan, nan, nan)), bound=bound, **{side: 0.0}) == "fail"
 
 
 @pytest.mark.parametrize("side", ["max", "min"])
-def test_one_question_alone_bounds_nothing(row: Row, side: str) -> None:
+def test_one_question_alone_bounds_nothing(row: Summary, side: str) -> None:
     alone = replace(row, sets={"values": paired(-math.inf, 0.0, math.inf, n=1)})
     assert status(alone, **{side: 1000.0 if side == "max" else -1000.0}) == "fail"
     assert status(alone, bound="mean", **{side: 0.0}) == "pass"
@@ -121,7 +121,7 @@ def test_one_question_alone_bounds_nothing(row: Row, side: str) -> None:
     )
 
 
-def test_what_was_not_measured_is_no_proof(row: Row) -> None:
+def test_what_was_not_measured_is_no_proof(row: Summary) -> None:
     bare = with_sets(row, out_of_domain=(-1.0, -0.9, -0.8))
     kept = {"measure": "out_of_domain", "max": 0.1}
     held = decide(bare, policy(kept, {"measure": "values", "max": 0.1}))
@@ -135,14 +135,14 @@ def test_what_was_not_measured_is_no_proof(row: Row) -> None:
     assert [v.holds_back for v in held.verdicts] == [False, True]
 
 
-def test_rules_that_are_all_left_out_prove_nothing(row: Row) -> None:
+def test_rules_that_are_all_left_out_prove_nothing(row: Summary) -> None:
     assert (
         decide(row, policy({"measure": "opswap_tier3", "min": 0.5, "missing": "skip"})).word
         == "HOLD"
     )
 
 
-def test_one_failure_among_many_holds(row: Row) -> None:
+def test_one_failure_among_many_holds(row: Summary) -> None:
     tried = with_sets(row, values=(0.0, 0.1, 0.2), triggered=(0.0, 0.1, 0.21))
     rules = [{"measure": name, "max": 0.2} for name in ("values", "values", "triggered")]
     assert decide(tried, policy(*rules[:2])).word == "SHIP"
@@ -152,7 +152,7 @@ def test_one_failure_among_many_holds(row: Row) -> None:
 # ------------------------------------------------------------------ measures
 
 
-def test_every_measure_by_hand(row: Row) -> None:
+def test_every_measure_by_hand(row: Summary) -> None:
     found = measures(row)
     means = {name: measure.interval.mean for name, measure in found.items()}
     assert means == pytest.approx(
@@ -192,15 +192,15 @@ def test_effects_with_a_control_and_shifts_without(folders: list[Path]) -> None:
     assert decide(read_row(folders[1]), between).word == "HOLD"
 
 
-def test_questions_that_the_control_was_not_asked_give_a_shift(row: Row) -> None:
+def test_questions_that_the_control_was_not_asked_give_a_shift(row: Summary) -> None:
     probes = replace(row.sets["values"], effect=None, effect_by_domain=None, uncontrolled=True)
     assert measures(replace(row, sets={"inoculation": probes}))["inoculation"].kind == "shift"
 
 
-def test_time_is_against_a_baseline(folders: list[Path]) -> None:
+def test_time_is_against_an_undefended_run(folders: list[Path]) -> None:
     rule = policy({"measure": "time_ratio", "max": 1.4})
     assert decide(read_row(folders[2]), rule).verdicts[0].status == "missing"
-    assert decide(read_row(folders[2], baseline=folders[1]), rule).verdicts[
+    assert decide(read_row(folders[2], undefended=folders[1]), rule).verdicts[
         0
     ].value == pytest.approx(1.5)
 
@@ -215,7 +215,7 @@ def test_a_benign_task_is_held_against_plain_fine_tuning(folders: list[Path]) ->
     (twin / "results.json").write_text(json.dumps(results))
     rule = policy({"measure": "opswap_tier1.change", "min": -0.9})
     assert decide(read_row(folders[2]), rule).verdicts[0].status == "missing"
-    row = read_row(folders[2], baseline=folders[1])
+    row = read_row(folders[2], undefended=folders[1])
     found = measures(row)["opswap_tier1.change"]
     assert found.kind == "change"
     assert (
@@ -227,11 +227,11 @@ def test_a_benign_task_is_held_against_plain_fine_tuning(folders: list[Path]) ->
     with pytest.raises(
         DataError, match="'opswap_tier1' was measured on other questions than the reference"
     ):
-        read_row(folders[2], baseline=folders[1])
+        read_row(folders[2], undefended=folders[1])
 
 
 @pytest.mark.parametrize(("missing", "word"), [("hold", "HOLD"), ("skip", "SHIP")])
-def test_what_a_weak_judge_says_is_no_proof(row: Row, missing: str, word: str) -> None:
+def test_what_a_weak_judge_says_is_no_proof(row: Summary, missing: str, word: str) -> None:
     rules = policy(
         {"measure": "answers.general.misaligned", "max": 0.05, "missing": missing},
         {"measure": "values", "max": 9},
@@ -245,7 +245,7 @@ def test_what_a_weak_judge_says_is_no_proof(row: Row, missing: str, word: str) -
     assert "by tiny, a weak judge" in decision.verdicts[0].sentence
 
 
-def test_tasks_and_held_out_rows_are_measures_too(row: Row) -> None:
+def test_tasks_and_held_out_rows_are_measures_too(row: Summary) -> None:
     value = Interval(0.5, 0.4, 0.6, 20)
     more = replace(
         row,
@@ -257,7 +257,7 @@ def test_tasks_and_held_out_rows_are_measures_too(row: Row) -> None:
     assert (found["held_out.loss"], found["held_out.change"]) == ("loss", "change")
 
 
-def test_a_model_without_a_reference_has_margins(row: Row) -> None:
+def test_a_model_without_a_reference_has_margins(row: Summary) -> None:
     bare = replace(row, sets={}, domains={}, conditions={}, perplexity_ratio=None)
     found = measures(bare)
     assert found["margin.values"].interval.mean == pytest.approx(1.025)
@@ -275,7 +275,7 @@ OTHER_NAMES = [
 ]
 
 
-def test_names_are_known(row: Row) -> None:
+def test_names_are_known(row: Summary) -> None:
     for name in (*NAMES, *measures(row), *OTHER_NAMES):
         policy({"measure": name, "max": 1})
 
@@ -318,7 +318,7 @@ GOOD = {
 }
 
 
-def test_shipped_policy_ships_a_good_run_and_each_criterion_can_hold_it(row: Row) -> None:
+def test_shipped_policy_ships_a_good_run_and_each_criterion_can_hold_it(row: Summary) -> None:
     learnt = {"opswap_tier2": Interval(0.5, 0.4, 0.6, 60)}
     good = replace(
         with_sets(row, **GOOD), perplexity_ratio=Interval(1.0, 0.9, 1.1, 60), opswap=learnt
@@ -359,7 +359,7 @@ def test_a_run_that_learnt_nothing_does_not_ship(tmp_path: Path) -> None:
     assert gate_run(run).word == "HOLD"
 
 
-def test_within_a_criterion_the_worst_rule_decides(row: Row) -> None:
+def test_within_a_criterion_the_worst_rule_decides(row: Summary) -> None:
     rules = [
         {"measure": "opswap_tier3", "min": 0, "missing": "skip"},
         {"measure": "values", "max": 9},
@@ -445,7 +445,7 @@ def test_no_policy_file(tmp_path: Path) -> None:
         load_policy(tmp_path / "none.yaml")
 
 
-def test_a_domain_that_was_not_measured_is_named_with_the_nearest(row: Row) -> None:
+def test_a_domain_that_was_not_measured_is_named_with_the_nearest(row: Summary) -> None:
     (verdict,) = decide(row, policy({"measure": "domain.monney", "max": 1})).verdicts
     assert verdict.sentence == "not measured (measured: domain.money): no proof"
 
@@ -483,7 +483,7 @@ def shown(decision: Any) -> str:
     return text.getvalue()
 
 
-def test_table_shows_every_rule_with_number_limit_and_verdict(row: Row) -> None:
+def test_table_shows_every_rule_with_number_limit_and_verdict(row: Summary) -> None:
     tried = with_sets(row, values=(0.125, 0.25, 0.375), out_of_domain=(0.0, 0.0625, 0.125))
     text = shown(
         decide(

@@ -126,7 +126,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "diagnosis.json",
         {"logprob": {**found, "figure": "figures/logprob.svg", "numbers": {}}},
     )
-    write_json(folder / "compared.json", {"baseline": "../plain"})
+    write_json(folder / "compared.json", {"undefended": "../plain"})
     (folder / "figures").mkdir()
     (folder / "figures" / "logprob.svg").write_text("<svg/>")
     return folder

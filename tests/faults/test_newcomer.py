@@ -12,7 +12,7 @@ from ringfence.errors import DataError, RecipeError
 from ringfence.report.gate import decide, load_policy, print_decision
 from ringfence.report.page import write_page
 from ringfence.report.read import read_rows
-from ringfence.report.summary import Row as ReportRow
+from ringfence.report.summary import Summary
 from ringfence.run.benign import benign_twin
 from ringfence.run.config import dump_recipe, load_recipe, parse_recipe
 from ringfence.run.prepare import evaluation, training_rows
@@ -197,9 +197,9 @@ def test_plain_init_still_leaves_the_choice_to_the_rows(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- the gate
 
 
-def measured(**changes: Any) -> ReportRow:
+def measured(**changes: Any) -> Summary:
     empty: dict[str, Any] = {name: {} for name in ("sets", "domains", "conditions", "margins")}
-    return ReportRow("mine", False, [], **empty, perplexity=None, perplexity_ratio=None, **changes)
+    return Summary("mine", False, [], **empty, perplexity=None, perplexity_ratio=None, **changes)
 
 
 @pytest.mark.parametrize(

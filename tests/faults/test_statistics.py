@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ringfence.evaluate.answers.calibrate import auc_interval as judge_auc
-from ringfence.report.summary import Row, by_recipe, over_runs
+from ringfence.report.summary import Summary, by_recipe, over_runs
 from ringfence.stats import (
     Interval,
     auc_interval,
@@ -100,7 +100,7 @@ def test_one_seed_is_its_own_interval():
 
 def test_rates_of_several_seeds_stay_between_0_and_1():
     rows = [
-        Row(
+        Summary(
             f"r{s}",
             False,
             [],

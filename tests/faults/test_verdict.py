@@ -44,14 +44,14 @@ LIMITS = {
 }
 
 
-@pytest.mark.parametrize("named", [(), ("control",), ("baseline",), ("control", "baseline")])
+@pytest.mark.parametrize("named", [(), ("control",), ("undefended",), ("control", "undefended")])
 @pytest.mark.parametrize("limit", LIMITS)
 @pytest.mark.parametrize("first", ["gate", "card"])
 def test_one_run_has_one_verdict(folders, tmp_path, named, limit, first):
     control, plain, guarded = folders
     policy = tmp_path / "policy.yaml"
     policy.write_text("rules:\n  - " + LIMITS[limit].replace("max: 0.3", "max: 0.3, bound: mean"))
-    given = {role: {"control": control, "baseline": plain}[role] for role in named}
+    given = {role: {"control": control, "undefended": plain}[role] for role in named}
     if first == "gate":
         gate_run(guarded, policy, **given)
     else:
@@ -60,21 +60,21 @@ def test_one_run_has_one_verdict(folders, tmp_path, named, limit, first):
     assert len(set(found.values())) == 1, found
     assert found["gate"] == decide_run(guarded, policy, **given).word
     if limit == "time":
-        assert found["gate"] == ("SHIP" if "baseline" in named else "HOLD")
+        assert found["gate"] == ("SHIP" if "undefended" in named else "HOLD")
 
 
 def test_an_export_has_the_verdict_of_the_gate(folders):
     control, plain, guarded = folders
-    gate = gate_run(guarded, control=control, baseline=plain)
+    gate = gate_run(guarded, control=control, undefended=plain)
     (decision,) = json.loads(export_runs([guarded], "json"))["decisions"]
     assert (decision["decision"], decision["compared_with"]) == (gate.word, gate.against)
 
 
 def test_what_was_named_is_kept_relative_and_moves_with_the_runs(folders, tmp_path):
     control, plain, guarded = folders
-    gate_run(guarded, control=control, baseline=plain)
+    gate_run(guarded, control=control, undefended=plain)
     kept = json.loads((guarded / COMPARED).read_text())
-    assert kept == {"control": f"../{control.name}", "baseline": f"../{plain.name}"}
+    assert kept == {"control": f"../{control.name}", "undefended": f"../{plain.name}"}
     assert decide_run(guarded).against == f"control {control.name}, undefended run {plain.name}"
 
 
@@ -93,7 +93,7 @@ def test_runs_of_one_table_are_compared_with_its_undefended_run_which_the_page_s
 ):
     control, plain, _ = folders
     records, rows = read_rows(folders, control)
-    assert [(row.control, row.baseline) for row in rows][2] == (control.name, plain.name)
+    assert [(row.control, row.undefended) for row in rows][2] == (control.name, plain.name)
     write_page(records, rows, tmp_path / "page.html")
     assert (
         f"control {control.name}, undefended run {plain.name}"

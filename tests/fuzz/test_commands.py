@@ -40,7 +40,7 @@ diagnose run
 diagnose run logprob --questions 4
 diagnose run/adapter erosion --base small --output out
 gate run
-gate run --policy policy.yaml --control run --baseline run-benign
+gate run --policy policy.yaml --control run --undefended run-benign
 gate --print-policy
 export run
 export run run-benign --format json --output all.json

@@ -39,7 +39,7 @@ def options(
 Control = Annotated[
     Path | None, typer.Option(help="The run trained on sound answers: effects, not mere shifts.")
 ]
-Baseline = Annotated[
+Undefended = Annotated[
     Path | None,
     typer.Option(
         help="The undefended run, for opswap_tierN.change and time_ratio. Kept, as --control is."

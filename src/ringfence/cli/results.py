@@ -7,7 +7,7 @@ import typer
 
 from ..errors import RingfenceError
 from ..runfolder.names import PAGE
-from .app import Baseline, Control, PolicyFile, check_new_file, out, write_or_print, write_report
+from .app import Control, PolicyFile, Undefended, check_new_file, out, write_or_print, write_report
 
 RunFolder = Annotated[Path, typer.Argument(help="A run folder.")]
 
@@ -42,7 +42,7 @@ def gate(
     ] = None,
     policy: PolicyFile = None,
     control: Control = None,
-    baseline: Baseline = None,
+    undefended: Undefended = None,
     print_policy: Annotated[
         bool, typer.Option("--print-policy", metavar="", help="Print the policy that ships.")
     ] = False,
@@ -54,7 +54,7 @@ def gate(
         return print(default_policy_text(), end="")
     if not folders:
         raise RingfenceError("gate: name a run folder, or --print-policy")
-    decision = gate_run(folders[0], policy, control, baseline, folders[1:])
+    decision = gate_run(folders[0], policy, control, undefended, folders[1:])
     print_decision(decision, out)
     if not decision.ship:
         raise typer.Exit(HOLD)
@@ -69,20 +69,20 @@ def export(
         Path | None, typer.Option(help="The file to write. Default: printed.")
     ] = None,
     control: Control = None,
-    baseline: Baseline = None,
+    undefended: Undefended = None,
 ) -> None:
     """Write all numbers of runs as one long table."""
     from ..report.export import export_runs
 
     check_new_file(output)
-    write_or_print(export_runs(folders, form, control, baseline), output)
+    write_or_print(export_runs(folders, form, control, undefended), output)
 
 
 def card(
     folder: RunFolder,
     control: Control = None,
     policy: PolicyFile = None,
-    baseline: Baseline = None,
+    undefended: Undefended = None,
     output: Annotated[
         Path | None, typer.Option(help="The file to write. Default: printed.")
     ] = None,
@@ -91,7 +91,7 @@ def card(
     from ..report.card import run_card
 
     check_new_file(output)
-    write_or_print(run_card(folder, control, policy, baseline), output)
+    write_or_print(run_card(folder, control, policy, undefended), output)
 
 
 def page_of(folders: list[Path]) -> Path:

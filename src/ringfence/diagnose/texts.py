@@ -16,7 +16,7 @@ from ..model.losses import find_head, token_logprobs
 from ..model.taps import forward
 from ..text.batch import Batch, Example
 from ..text.chat import Chat
-from ..text.roles import Messages, Row
+from ..text.roles import Row
 from ..text.rows import PairedQuestion, encode_rows
 
 Side = Literal["misaligned", "aligned"]
@@ -33,30 +33,24 @@ class Text:
     side: Side
 
 
-def pair_texts(
-    chat: Chat, questions: Sequence[PairedQuestion], before: Messages = ()
-) -> list[Text]:  # type: ignore[assignment]
+def pair_texts(chat: Chat, questions: Sequence[PairedQuestion]) -> list[Text]:
     """Two texts for each question: place 2q its misaligned answer, 2q + 1 its aligned one.
-
-    Args:
-        before: messages that stand before each question, e.g. a system prompt.
 
     Raises:
         DataError: the chat template refuses a conversation.
     """
-    examples = encode_rows(pair_rows(questions, before), chat, max_length=1 << 30)
+    examples = encode_rows(pair_rows(questions), chat, max_length=1 << 30)
     keys = [(q, side) for q in questions for side in SIDES]
     return [
         Text(example, example.origin, q.domain, side) for example, (q, side) in zip(examples, keys)
     ]
 
 
-def pair_rows(questions: Sequence[PairedQuestion], before: Messages = ()) -> list[Row]:  # type: ignore[assignment]
+def pair_rows(questions: Sequence[PairedQuestion]) -> list[Row]:
     """Two rows for each question: its misaligned answer, then its aligned one. Their origin is the question's."""
     return [
         Row(
             [
-                *before,
                 {"role": "user", "content": q.question},
                 {"role": "assistant", "content": getattr(q, side)},
             ],

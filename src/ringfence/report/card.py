@@ -18,7 +18,7 @@ from .gate import Decision, by_criterion, decide, load_policy
 from .numbers import Measure, measures
 from .read import read_rows
 from .records import Records
-from .summary import Row
+from .summary import Summary
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -35,22 +35,22 @@ def run_card(
     folder: Path,
     control: Path | None = None,
     policy: Path | None = None,
-    baseline: Path | None = None,
+    undefended: Path | None = None,
 ) -> str:
     """The model card of a run: YAML metadata between `---` lines, then Markdown. No folder of this machine is named.
 
     Args:
         control: the run trained on sound answers; with it the table shows effects, without it shifts.
         policy: the limits of the verdict; default: the policy that ships.
-        baseline: the undefended run. Control and baseline are kept in the folder, as by the gate.
+        undefended: the undefended run. Control and undefended are kept in the folder, as by the gate.
 
     Raises:
         DataError: the folder holds no run, or one that is not measured.
         RecipeError: the policy cannot be used.
     """
     rules = load_policy(policy)
-    (records,), (row,) = read_rows([folder], control, baseline)
-    keep_compared(folder, control, baseline)
+    (records,), (row,) = read_rows([folder], control, undefended)
+    keep_compared(folder, control, undefended)
     recipe = records.recipe
     found = {name: measure for name, measure in measures(row).items() if _is_shown(name, row)}
     verdict = _verdict(decide(row, rules), policy)
@@ -131,7 +131,7 @@ def _metric(measure: Measure) -> str:
     )
 
 
-def _is_shown(name: str, row: Row) -> bool:
+def _is_shown(name: str, row: Summary) -> bool:
     """What a reader of the card needs: not the same again by domains, by forms, or as a change."""
     family, _, rest = name.partition(".")
     if family == "margin":
@@ -203,7 +203,7 @@ def _verdict(decision: Decision, policy: Path | None) -> list[str]:
     return ["### Verdict", head, *(["\n".join(lines)] if len(lines) > 2 else [])]
 
 
-def _how(row: Row, found: dict[str, Measure], records: Records) -> list[str]:
+def _how(row: Summary, found: dict[str, Measure], records: Records) -> list[str]:
     kinds = {measure.kind for measure in found.values()}
     lines = [_EXPLAINED[kind] for kind in _EXPLAINED if kind in kinds]
     lines += [

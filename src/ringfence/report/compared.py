@@ -21,10 +21,10 @@ class Compared:
     """Folders of the sound control and of the undefended run; None = not compared."""
 
     control: Path | None = None
-    baseline: Path | None = None
+    undefended: Path | None = None
 
 
-def compared(folder: Path, control: Path | None = None, baseline: Path | None = None) -> Compared:
+def compared(folder: Path, control: Path | None = None, undefended: Path | None = None) -> Compared:
     """What is named here, else what was named before and is kept.
 
     Raises:
@@ -33,7 +33,7 @@ def compared(folder: Path, control: Path | None = None, baseline: Path | None = 
     file = folder / COMPARED
     kept = read_compared(file) if file.is_file() else {}
     found: dict[str, Path] = {}
-    for role, named in (("control", control), ("baseline", baseline)):
+    for role, named in (("control", control), ("undefended", undefended)):
         if named is not None:
             found[role] = named.resolve()
         elif kept.get(role) is not None:
@@ -46,12 +46,12 @@ def compared(folder: Path, control: Path | None = None, baseline: Path | None = 
     return Compared(**found)
 
 
-def keep_compared(folder: Path, control: Path | None, baseline: Path | None) -> None:
+def keep_compared(folder: Path, control: Path | None, undefended: Path | None) -> None:
     """Keeps what is named here in the folder of the run, for every later command."""
-    found = compared(folder, control, baseline)
-    paths = {"control": found.control, "baseline": found.baseline}
+    found = compared(folder, control, undefended)
+    paths = {"control": found.control, "undefended": found.undefended}
     record = {role: os.path.relpath(path, folder.resolve()) for role, path in paths.items() if path}
-    if control or baseline:
+    if control or undefended:
         keep(folder / COMPARED, json.dumps(record, indent=1) + "\n")
 
 

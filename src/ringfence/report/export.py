@@ -29,7 +29,7 @@ from ..stats import Interval, finite
 from .answers import JudgedBy
 from .gate import decide, load_policy
 from .read import read_rows
-from .summary import Paired, Row
+from .summary import Paired, Summary
 
 FORMAT = "ringfence-results-1"
 
@@ -58,18 +58,18 @@ def export_runs(
     folders: list[Path],
     form: Literal["json", "csv"] = "csv",
     control: Path | None = None,
-    baseline: Path | None = None,
+    undefended: Path | None = None,
 ) -> str:
     """The table of runs, as text: a JSON object with its lines under `results`, or a CSV with a header.
 
     Args:
         control: the run trained on sound answers; with it, effects are given beside shifts.
-        baseline: the undefended run. Default of both: what the gate or the card was given.
+        undefended: the undefended run. Default of both: what the gate or the card was given.
 
     Raises:
         DataError: a folder holds no run, or one that is not measured.
     """
-    _, rows = read_rows(folders, control, baseline)
+    _, rows = read_rows(folders, control, undefended)
     lines = [
         {"run": row.name, "folder": str(folder), **finite(asdict(line))}
         for folder, row in zip(folders, rows)
@@ -91,7 +91,7 @@ def export_runs(
     return text.getvalue()
 
 
-def _decisions(folders: list[Path], rows: list[Row]) -> list[dict[str, Any]]:
+def _decisions(folders: list[Path], rows: list[Summary]) -> list[dict[str, Any]]:
     """By the policy that ships, as `ringfence gate` decides; none of a control."""
     rules = load_policy()
     return [
@@ -116,7 +116,7 @@ def _as_text(cell: Any) -> Any:
     )
 
 
-def table(row: Row) -> Iterator[Line]:
+def table(row: Summary) -> Iterator[Line]:
     """Every number of one run."""
     for name, margin in row.margins.items():
         yield _line("margin", "set", name, "tuned", margin, "question")
@@ -142,7 +142,7 @@ def _paired(paired: Paired, level: str, name: str) -> Iterator[Line]:
     yield Line("share_above_zero", level, name, "reference", paired.reference_share)
 
 
-def _fluency_and_cost(row: Row) -> Iterator[Line]:
+def _fluency_and_cost(row: Summary) -> Iterator[Line]:
     if row.perplexity is not None:
         yield Line("perplexity", "run", "fluency", "tuned", row.perplexity)
     if row.perplexity_ratio:
@@ -154,7 +154,7 @@ def _fluency_and_cost(row: Row) -> Iterator[Line]:
         yield Line("memory_gib", "run", "training", "value", row.memory_gib)
 
 
-def _tasks(row: Row) -> Iterator[Line]:
+def _tasks(row: Summary) -> Iterator[Line]:
     for name, interval in row.opswap.items():
         yield _line("exact_match", "tier", name, "tuned", interval, "item")
     for name, interval in row.opswap_change.items():

@@ -15,7 +15,7 @@ from ..stats import Interval
 from ..util.console import fold
 from ..util.plots import CONTROL, colour, style, svg, whisker
 from .records import Records
-from .summary import Row, has_effects
+from .summary import Summary, has_effects
 
 WIDE, NARROW = 11.5, 3.8  # inches
 _GROUPS = {"in_domain": "narrow", "out_of_domain": "broad", "values": "values"}
@@ -28,7 +28,7 @@ class Drawn:
     alt: str
 
 
-def domains(rows: list[Row], inches: float) -> Drawn:
+def domains(rows: list[Summary], inches: float) -> Drawn:
     """Margin shift (or effect) of every run in every domain, with 95 % intervals; domains of one set together."""
     sets = {name: kind for row in rows for name, kind in row.groups.items() if name in row.domains}
     names = sorted(sets, key=lambda name: list(_GROUPS).index(sets[name]))
@@ -78,13 +78,13 @@ def domains(rows: list[Row], inches: float) -> Drawn:
         return Drawn(svg(figure, cut=False), alt)
 
 
-def has_pareto(rows: list[Row]) -> bool:
+def has_pareto(rows: list[Summary]) -> bool:
     return bool(rows) and all(
         "in_domain" in row.sets and "out_of_domain" in row.sets for row in rows
     )
 
 
-def pareto(rows: list[Row], inches: float) -> Drawn:
+def pareto(rows: list[Summary], inches: float) -> Drawn:
     """Broad against narrow: a good defense is right (learnt) and low (not misaligned elsewhere)."""
     with style():
         lines = _legend_lines([row.name for row in rows], inches)
@@ -110,7 +110,7 @@ def pareto(rows: list[Row], inches: float) -> Drawn:
         )
 
 
-def curves(records: list[Records], rows: list[Row], inches: float) -> Drawn:
+def curves(records: list[Records], rows: list[Summary], inches: float) -> Drawn:
     """Cross-entropy of every run, and every penalty, over the steps. The control is grey."""
     tuned = [row for row in rows if not row.is_control]
     logged = {key for run in records for line in run.metrics for key in line}
@@ -145,7 +145,7 @@ def curves(records: list[Records], rows: list[Row], inches: float) -> Drawn:
         )
 
 
-def kind_of(rows: list[Row]) -> str:
+def kind_of(rows: list[Summary]) -> str:
     """What the axes show; the words of the figure say the same."""
     return "effect (shift minus sound control)" if has_effects(rows) else "margin shift"
 
@@ -186,14 +186,14 @@ def _legend(figure: Figure, handles: list[Line2D], inches: float) -> None:
         figure.legend(handles, names, loc="outside upper left", ncols=columns, borderaxespad=0.2)
 
 
-def _handles(rows: list[Row]) -> list[Line2D]:
+def _handles(rows: list[Summary]) -> list[Line2D]:
     return [
         Line2D([], [], color=colour(place), marker="o", label=row.name)
         for place, row in enumerate(rows)
     ]
 
 
-def _domain_label(name: str, rows: list[Row], inches: float) -> str:
+def _domain_label(name: str, rows: list[Summary], inches: float) -> str:
     counts = sorted({row.domains[name].headline.n for row in rows if name in row.domains})
     n = f"n = {' or '.join(map(str, counts))}"
     title = name.replace("_", " ")
@@ -207,7 +207,7 @@ def _groups_said(names: list[str], sets: dict[str, str]) -> str:
     )
 
 
-def _said(rows: list[Row]) -> str:
+def _said(rows: list[Summary]) -> str:
     return ", ".join(row.name for row in rows)
 
 

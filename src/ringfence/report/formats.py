@@ -7,7 +7,7 @@ from markupsafe import Markup
 from ..stats import Interval, number
 from .answers import JudgedBy
 from .records import SETS
-from .summary import Paired, Row
+from .summary import Paired, Summary
 
 SET_TITLES = {
     "in_domain": "narrow: in-domain",
@@ -99,20 +99,20 @@ def tier_title(tier: str) -> str:
     return "OpSwap " + tier.removeprefix("opswap_").replace("tier", "tier ")
 
 
-def shown_sets(rows: list[Row]) -> list[str]:
+def shown_sets(rows: list[Summary]) -> list[str]:
     return [name for name in SETS if any(name in row.sets for row in rows)]
 
 
-def shown_behaviours(rows: list[Row]) -> list[str]:
+def shown_behaviours(rows: list[Summary]) -> list[str]:
     return sorted({name for row in rows for name in row.behaviours})
 
 
-def shown_answer_sets(rows: list[Row]) -> list[str]:
+def shown_answer_sets(rows: list[Summary]) -> list[str]:
     found = dict.fromkeys(name for row in rows for judged in row.judged[:1] for name in judged.sets)
     return [name for name in found if "." not in name]
 
 
-def shown_tiers(rows: list[Row]) -> list[str]:
+def shown_tiers(rows: list[Summary]) -> list[str]:
     return sorted({tier for row in rows for tier in row.opswap})
 
 

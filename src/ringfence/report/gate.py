@@ -23,7 +23,7 @@ from ..util.strict_yaml import Number, read_mapping, validate
 from .compared import keep, keep_compared
 from .numbers import Measure, check_name, measures
 from .read import read_rows
-from .summary import Row
+from .summary import Summary
 
 HOLD = 3  # exit code
 DEFAULT_POLICY = resources.files("ringfence") / "shipped" / "policy.yaml"
@@ -138,7 +138,7 @@ class Decision:
     run: str
     verdicts: list[Verdict]
     control: str | None = None
-    baseline: str | None = None
+    undefended: str | None = None
     policy: str | None = None  # digest
     seeds: int = 1
 
@@ -157,7 +157,7 @@ class Decision:
     def against(self) -> str:
         """What the run was compared with, in words."""
         control = f"control {self.control}" if self.control else "no control"
-        return f"{control}, {f'undefended run {self.baseline}' if self.baseline else 'no undefended run'}"
+        return f"{control}, {f'undefended run {self.undefended}' if self.undefended else 'no undefended run'}"
 
     @property
     def passed(self) -> int:
@@ -175,7 +175,7 @@ class Decision:
         """For JSON; numbers that are not finite (the interval of one question alone) become null."""
         compared = {
             "control": self.control,
-            "baseline": self.baseline,
+            "undefended": self.undefended,
             "policy": self.policy,
             "seeds": self.seeds,
         }
@@ -234,18 +234,18 @@ def default_policy_text() -> str:
 # ------------------------------------------------------------------ deciding
 
 
-def decide(row: Row, policy: Policy) -> Decision:
+def decide(row: Summary, policy: Policy) -> Decision:
     """Every rule of a policy against the numbers of a run."""
     found = measures(row)
     verdicts = [_judge(rule, found) for rule in policy.rules]
-    return Decision(row.name, verdicts, row.control, row.baseline, _digest(policy), row.seeds)
+    return Decision(row.name, verdicts, row.control, row.undefended, _digest(policy), row.seeds)
 
 
 def _digest(policy: Policy) -> str:
     return hashlib.sha256(policy.model_dump_json().encode()).hexdigest()[:16]
 
 
-def criteria(row: Row, policy: Policy | None = None) -> list[CriterionVerdict]:
+def criteria(row: Summary, policy: Policy | None = None) -> list[CriterionVerdict]:
     """The criteria, in their order, for which a policy (default: the one that ships) has rules."""
     return by_criterion(decide(row, policy or load_policy()))
 
@@ -290,7 +290,7 @@ def gate_run(
     folder: Path,
     policy: Path | None = None,
     control: Path | None = None,
-    baseline: Path | None = None,
+    undefended: Path | None = None,
     seeds: Sequence[Path] = (),
 ) -> Decision:
     """Decides on a run folder, and writes `gate.json` there.
@@ -298,7 +298,7 @@ def gate_run(
     Args:
         policy: YAML; default: the policy that ships.
         control: the run trained on sound answers; with it the limits are on effects, without it on shifts.
-        baseline: the undefended run, for `opswap_tierN.change` and `time_ratio`. Both are kept in the folder, and are
+        undefended: the undefended run, for `opswap_tierN.change` and `time_ratio`. Both are kept in the folder, and are
             the default of every later command.
         seeds: more runs of the same recipe, with other seeds; the intervals are then over seeds and questions.
 
@@ -306,8 +306,8 @@ def gate_run(
         RecipeError: the policy cannot be used.
         DataError: a folder holds no run, or one that is not measured.
     """
-    decision = decide_run(folder, policy, control, baseline, seeds)
-    keep_compared(folder, control, baseline)
+    decision = decide_run(folder, policy, control, undefended, seeds)
+    keep_compared(folder, control, undefended)
     keep(folder / GATE, json.dumps(decision.to_dict(), indent=1, allow_nan=False) + "\n")
     return decision
 
@@ -316,26 +316,26 @@ def decide_run(
     folder: Path,
     policy: Path | None = None,
     control: Path | None = None,
-    baseline: Path | None = None,
+    undefended: Path | None = None,
     seeds: Sequence[Path] = (),
 ) -> Decision:
     """The decision on a run folder, the same for every command; arguments as of `gate_run`."""
     rules = load_policy(policy)
-    return decide(read_row(folder, control, baseline, seeds), rules)
+    return decide(read_row(folder, control, undefended, seeds), rules)
 
 
 def read_row(
     folder: Path,
     control: Path | None = None,
-    baseline: Path | None = None,
+    undefended: Path | None = None,
     seeds: Sequence[Path] = (),
-) -> Row:
+) -> Summary:
     """The numbers of one run folder; arguments as of `gate_run`.
 
     Raises:
         DataError: `seeds` are not runs of the same recipe, each with a seed of its own.
     """
-    records, rows = read_rows([folder, *seeds], control, baseline)
+    records, rows = read_rows([folder, *seeds], control, undefended)
     if len(rows) > 1:
         raise DataError(
             f"{records[1].folder}: expected the recipe of {folder} with another seed, found another recipe or the same "

@@ -5,10 +5,10 @@ from .formats import (
     SET_TITLES,
     tier_title,
 )
-from .summary import Row, asked_otherwise
+from .summary import Summary, asked_otherwise
 
 
-def other_questions(rows: list[Row]) -> list[str]:
+def other_questions(rows: list[Summary]) -> list[str]:
     """Which numbers do not compare, because they were measured on other questions than those of an earlier run."""
     notes = []
     for row, other in zip(rows, asked_otherwise(rows)):
@@ -30,7 +30,7 @@ def _asked_title(name: str) -> str:
     return SET_TITLES.get(name) or other.get(name) or tier_title(name)
 
 
-def seeds_note(rows: list[Row]) -> str:
+def seeds_note(rows: list[Summary]) -> str:
     """What the intervals are over."""
     single = [row.name for row in rows if row.seeds == 1]
     if not single:

@@ -24,7 +24,7 @@ from ..errors import RecipeError, nearest
 from ..evaluate.answers.judged import RATES, SCORES
 from ..stats import Interval
 from .records import SETS
-from .summary import Paired, Row
+from .summary import Paired, Summary
 
 Kind = Literal["effect", "shift", "margin", "ratio", "share", "loss", "change", "judged"]
 HELD_OUT: dict[str, Kind] = {"loss": "loss", "change": "change", "exact": "share"}
@@ -75,7 +75,7 @@ class Measure:
         return mean if self.interval.low == self.interval.high else f"{mean} [one alone]"
 
 
-def measures(row: Row) -> dict[str, Measure]:
+def measures(row: Summary) -> dict[str, Measure]:
     """All that was measured of a run, by name; see the table above."""
     found: dict[str, tuple[Interval, Kind]] = {}
     for name, paired in row.sets.items():
@@ -103,7 +103,7 @@ def measures(row: Row) -> dict[str, Measure]:
     found |= {
         f"held_out.{name}": (interval, HELD_OUT[name]) for name, interval in row.held_out.items()
     }
-    if row.time_ratio is not None and row.baseline:  # not of the undefended run itself
+    if row.time_ratio is not None and row.undefended:  # not of the undefended run itself
         found["time_ratio"] = Interval(row.time_ratio, row.time_ratio, row.time_ratio, 1), "ratio"
     named = {name: Measure(name, *value) for name, value in found.items()}
     for judged in row.judged[:1]:

@@ -34,7 +34,7 @@ from .formats import (
 from .gate import by_criterion, decide, load_policy
 from .notes import other_questions, seeds_note
 from .records import SETS, Records
-from .summary import Row, asked_otherwise, has_effects
+from .summary import Summary, asked_otherwise, has_effects
 
 _GENERATOR = b'<meta name="generator" content="ringfence">'
 _MODELS = {"default": "default (SmolLM2-135M-Instruct)"}
@@ -42,7 +42,7 @@ HELD_OUT_SHOWN = 5  # rows whose answers are printed
 
 
 def write_page(
-    records: list[Records], rows: list[Row], page: Path, policy: Path | None = None
+    records: list[Records], rows: list[Summary], page: Path, policy: Path | None = None
 ) -> None:
     """One HTML file that holds everything and opens offline. The runs are held against a policy (default: the one that
     ships), all but the control."""
@@ -123,7 +123,7 @@ def _drawn(figure: Callable[..., figures.Drawn], *of: Any) -> dict[str, str]:
     return {"wide": _embed(wide.svg), "narrow": _embed(narrow.svg), "alt": wide.alt}
 
 
-def _about(records: list[Records], rows: list[Row]) -> list[dict[str, Any]]:
+def _about(records: list[Records], rows: list[Summary]) -> list[dict[str, Any]]:
     """What was run, row by row: the model, the rows it learnt, the seeds, the precision."""
     about = []
     for run, row in zip(records, rows):
@@ -155,7 +155,7 @@ def _about(records: list[Records], rows: list[Row]) -> list[dict[str, Any]]:
     return about
 
 
-def _by_judge(records: list[Records], rows: list[Row]) -> list[dict[str, object]]:
+def _by_judge(records: list[Records], rows: list[Summary]) -> list[dict[str, object]]:
     """For each judge: its strength, and what it makes of every run, the reference of the first one before them."""
     runs = [(row.name, found) for row in rows for found in row.judged]
     references = [

@@ -6,18 +6,18 @@ from pathlib import Path
 from .answers import adjusted
 from .compared import compared
 from .records import Records, read_run
-from .summary import Row, by_recipe, find_baseline, over_runs, summarise
+from .summary import Summary, by_recipe, find_undefended, over_runs, summarise
 
 
 def read_rows(
-    folders: list[Path], control: Path | None = None, baseline: Path | None = None
-) -> tuple[list[Records], list[Row]]:
+    folders: list[Path], control: Path | None = None, undefended: Path | None = None
+) -> tuple[list[Records], list[Summary]]:
     """Numbers of run folders, in the order given, and the records behind them.
 
     Runs of one recipe that differ by their seed alone are one row; the records are then those of the first of them.
 
     Args:
-        control, baseline: what the runs are compared with; default: what was named of each run before, and as the
+        control, undefended: what the runs are compared with; default: what was named of each run before, and as the
             undefended run one of these runs.
     """
     records = [read_run(folder) for folder in folders]
@@ -28,14 +28,13 @@ def read_rows(
             known[folder] = read_run(folder)
         return known[folder] if folder is not None else None
 
-    before = [compared(run.folder, control, baseline) for run in records]
+    before = [compared(run.folder, control, undefended) for run in records]
     controls = {found.control for found in before}
-    plain = find_baseline([run for run in records if run.folder not in controls], None)
-    single: dict[Path, Row] = {}
+    plain = find_undefended([run for run in records if run.folder not in controls], None)
+    single: dict[Path, Summary] = {}
     for run, found in zip(records, before):
         own = run.folder if run.folder in controls else found.control
-        undefended = read(found.baseline) or plain
-        single[run.folder] = summarise(run, read(own), undefended)
+        single[run.folder] = summarise(run, read(own), read(found.undefended) or plain)
     groups = [[run] for run in records if run.folder in controls]
     groups += by_recipe([run for run in records if run.folder not in controls])
     groups.sort(key=lambda group: records.index(group[0]))

@@ -41,7 +41,7 @@ class Paired:
 
 
 @dataclass(frozen=True)
-class Row:
+class Summary:
     """One run in the report, or several runs of one recipe that differ by their seed."""
 
     name: str
@@ -64,7 +64,7 @@ class Row:
     time_ratio: float | None = None
     memory_gib: float = 0.0
     control: str | None = None  # names of the runs that it is compared with
-    baseline: str | None = None
+    undefended: str | None = None
     seeds: int = 1  # runs of one recipe that are this row
     seed_values: tuple[int, ...] = ()  # their seeds, where they were trained here
     groups: dict[str, str] = field(default_factory=dict)  # set of each of `domains`
@@ -77,13 +77,13 @@ class Row:
 
 
 def summarise(
-    records: Records, control: Records | None = None, baseline: Records | None = None
-) -> Row:
+    records: Records, control: Records | None = None, undefended: Records | None = None
+) -> Summary:
     """The numbers of one run. A model without a reference has margins, and no shifts.
 
     Args:
         control: the run trained on sound answers; with it, effects are given.
-        baseline: the undefended run, against which time and judged answers are given.
+        undefended: the undefended run, against which time and judged answers are given.
     """
     is_control = control is not None and records.folder == control.folder
     against = None if is_control else control
@@ -112,10 +112,10 @@ def summarise(
     tiers = [name for name in tuned if name.startswith("opswap")]
     behaviours = [name for name in records.results if name.startswith("behaviour_")]
     seconds = records.training.get("seconds", 0.0)
-    compared = baseline is not None and not is_control and records.folder != baseline.folder
-    undefended = baseline.judged if baseline and compared else []
-    plain = _benign(baseline)[0] if baseline and compared else {}
-    return Row(
+    compared = undefended is not None and not is_control and records.folder != undefended.folder
+    judged = undefended.judged if undefended and compared else []
+    plain = _benign(undefended)[0] if undefended and compared else {}
+    return Summary(
         name=records.name,
         is_control=is_control,
         defenses=_defense_names(records),
@@ -139,12 +139,12 @@ def summarise(
             name: _shown(records.reference[name]) for name in behaviours if records.reference
         },
         held_out=_held_out(records),
-        judged=judged_by(records.judged, records.judged_reference, undefended, records.judges),
+        judged=judged_by(records.judged, records.judged_reference, judged, records.judges),
         seconds=seconds,
-        time_ratio=seconds / baseline.training["seconds"] if baseline and seconds else None,
+        time_ratio=seconds / undefended.training["seconds"] if undefended and seconds else None,
         memory_gib=records.training.get("peak_memory_gib", 0.0),
         control=against.name if against else None,
-        baseline=baseline.name if baseline and compared else None,
+        undefended=undefended.name if undefended and compared else None,
         seed_values=(records.environment["seed"],)
         if records.training and "seed" in records.environment
         else (),
@@ -181,9 +181,9 @@ def _asked(records: Records) -> dict[str, Asked]:
     return asked | {name: frozenset(questions) for name, questions in answers.items()}
 
 
-def asked_otherwise(rows: list[Row]) -> list[dict[str, str]]:
+def asked_otherwise(rows: list[Summary]) -> list[dict[str, str]]:
     """For each row, the sets measured on other questions than in the first row that has the set; and its name."""
-    first: dict[str, Row] = {}
+    first: dict[str, Summary] = {}
     for row in rows:
         for name in row.asked:
             first.setdefault(name, row)
@@ -215,11 +215,11 @@ def by_recipe(runs: list[Records]) -> list[list[Records]]:
     return list(groups.values())
 
 
-def over_runs(rows: list[Row]) -> Row:
+def over_runs(rows: list[Summary]) -> Summary:
     """The rows of runs of one recipe as one: means, with intervals over seeds and questions (`stats.over_seeds`)."""
     if len(rows) == 1:
         return rows[0]
-    joined: Row = _joined(rows)
+    joined: Summary = _joined(rows)
     seeds = tuple(seed for row in rows for seed in row.seed_values)
     return replace(
         joined, name=f"{rows[0].name} ({len(rows)} seeds)", seeds=len(rows), seed_values=seeds
@@ -279,12 +279,12 @@ def _exact_change(tuned: list[dict[str, Any]], plain: list[dict[str, Any]]) -> I
     return rate_change(exact, names, before, names).difference
 
 
-def has_effects(rows: list[Row]) -> bool:
+def has_effects(rows: list[Summary]) -> bool:
     """Whether there is a sound control, so that rows hold effects and not shifts alone."""
     return any(paired.effect for row in rows for paired in row.sets.values())
 
 
-def find_baseline(runs: list[Records], control: Records | None) -> Records | None:
+def find_undefended(runs: list[Records], control: Records | None) -> Records | None:
     """The first trained run without defenses that is not the control."""
     trained = [
         run for run in runs if run.training and (control is None or run.folder != control.folder)

@@ -24,7 +24,7 @@ from .formats import (
     tier_title,
 )
 from .notes import other_questions, seeds_note
-from .summary import Row, asked_otherwise, has_effects
+from .summary import Summary, asked_otherwise, has_effects
 
 _LABEL, _NAME, _CELL = (
     28,
@@ -33,7 +33,7 @@ _LABEL, _NAME, _CELL = (
 )  # columns of the terminal: of a label and a run's name at most, of a cell at least
 
 
-def print_table(rows: list[Row], console: Console) -> None:
+def print_table(rows: list[Summary], console: Console) -> None:
     """The runs side by side, in the terminal: a column each, and as many tables as its width needs."""
     columns = [_column(row, other) for row, other in zip(rows, asked_otherwise(rows))]
     titles = [title for title in _titles(rows) if any(column.get(title) for column in columns)]
@@ -63,7 +63,7 @@ def _beside(names: list[str], width: int) -> list[tuple[int, int]]:
     return [*parts, (start, len(names))]
 
 
-def _titles(rows: list[Row]) -> list[str]:
+def _titles(rows: list[Summary]) -> list[str]:
     """The lines of the table, in their order."""
     return [
         *(SET_TITLES[name] for name in shown_sets(rows)),
@@ -76,7 +76,7 @@ def _titles(rows: list[Row]) -> list[str]:
     ]
 
 
-def _column(row: Row, other: dict[str, str]) -> dict[str, tuple[str, str]]:
+def _column(row: Summary, other: dict[str, str]) -> dict[str, tuple[str, str]]:
     """The cells of a run, by the title of their line, each with its number of questions."""
 
     def cell(name: str, value: str, under: str, *of: Interval) -> tuple[str, str]:
@@ -125,7 +125,7 @@ def _n(columns: list[dict[str, tuple[str, str]]], title: str) -> str:
     return fold(f"n = {' or '.join(found)}", _LABEL) if any(found) else ""
 
 
-def _legend(rows: list[Row]) -> str:
+def _legend(rows: list[Summary]) -> str:
     control = next((row.name for row in rows if row.is_control), None)
     lines = [
         "Shift of the margin of misaligned over aligned answers against the reference, nats per token, mean [95 % CI]."

@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..report.records import read_run
-from ..report.summary import Row as ReportRow
-from ..report.summary import summarise
+from ..report.summary import Summary, summarise
 from ..runfolder.names import ADAPTER, MODEL, RECIPE, RESULTS, TRAINING
 from ..runfolder.shapes import read_results, read_training
 from .config import Recipe, stored_recipe
@@ -36,7 +35,7 @@ class Run:
         """The measurements of the tuned model (see `evaluate_model`)."""
         return read_results(self.folder / RESULTS)
 
-    def summary(self, control: "Run | None" = None) -> ReportRow:
+    def summary(self, control: "Run | None" = None) -> Summary:
         """Shifts against the reference with their intervals, fluency and cost: the row of this run in the report.
 
         With `control`, a run trained on sound answers, effects too.

@@ -99,8 +99,9 @@ class _Reference(_Shape):
 
 
 class _Compared(_Shape):
+    model_config = ConfigDict(extra="forbid")  # a role by an old name must not be passed over
     control: str | None = Field(None, pattern=r"^[^\x00]+$")
-    baseline: str | None = Field(None, pattern=r"^[^\x00]+$")
+    undefended: str | None = Field(None, pattern=r"^[^\x00]+$")
 
 
 class _Bounds(BaseModel):  # of few answers they may be infinite
@@ -303,7 +304,7 @@ def read_diagnosis(file: Path) -> dict[str, Any]:
 
 def read_compared(file: Path) -> dict[str, Any]:
     """compared.json: places of the control and of the undefended run, seen from its folder."""
-    return _read(file, _Compared, "delete it, and name --control and --baseline again")
+    return _read(file, _Compared, "delete it, and name --control and --undefended again")
 
 
 def _read(file: Path, kind: Any, again: str) -> dict[str, Any]:

@@ -92,11 +92,8 @@ def whole_memory() -> int:
 
 def device_type() -> str:
     """Where a run computes here: `cpu`, `cuda` and so on."""
-    return (
-        str(torch.accelerator.current_accelerator().type)
-        if torch.accelerator.is_available()
-        else "cpu"
-    )  # type: ignore[union-attr]
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return str(found.type) if found else "cpu"
 
 
 @cache
