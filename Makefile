@@ -86,8 +86,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(call install,.venv-newest,--upgrade --upgrade-strategy eager $(if $(HAS_NVIDIA),,$(TORCH)))
 
 # The tests that touch the libraries most.
-LIBRARIES := $(patsubst %,tests/test_%.py,chat data trainer packing frozen_prefix patch composition patching monitor \
-	perturbation evaluate inspect) tests/faults/test_versions.py
+LIBRARIES := $(patsubst %,tests/%.py,text/test_chat text/test_data model/test_patching \
+	defenses/test_frozen_prefix defenses/test_composition training/test_trainer training/test_packing \
+	training/test_monitor evaluate/test_evaluate evaluate/test_inspect diagnose/test_perturbation \
+	run/test_patch faults/test_versions)
 
 test-oldest: .venv-oldest/installed
 	$(call pytest,.venv-oldest) $(LIBRARIES)

@@ -1,6 +1,7 @@
-"""Does an adaptive weight reach its budget on the embedded model? The figure of docs/defenses/budget.md.
+"""Does an adaptive weight reach its budget on the embedded model? The figure of
+docs/defenses/budget.md.
 
-python benchmarks/budget.py            # four trainings of about four minutes each, without evaluation
+    python benchmarks/budget.py    # four trainings of about four minutes each, without evaluation
 
 The demo's rows, two epochs, at a learning rate that lets a penalty settle (1e-4, constant).
 """

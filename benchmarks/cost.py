@@ -2,9 +2,9 @@
 
     python benchmarks/cost.py                # the embedded model; about 12 minutes on two CPU cores
 
-Each arm trains a few steps on the demo's rows, the undefended arm before and after it; the ratio is that of the
-medians, without the first step. What an arm does once, such as reading directions, is not in it.
-Writes benchmarks/results/cost.json.
+Each arm trains a few steps on the demo's rows, between two runs of the undefended arm; the ratio is
+that of the medians, without the first step. One-time work of an arm, such as reading directions, is
+not included. Writes benchmarks/results/cost.json.
 """
 
 import json
@@ -15,7 +15,6 @@ from statistics import median
 from typing import Any
 
 from defenses import ARMS, RUNS, prepare  # type: ignore[import-not-found]
-
 from ringfence.run.config import parse_recipe
 from ringfence.run.demo import demo_recipe
 from ringfence.run.train import train_run
@@ -37,7 +36,8 @@ def main() -> None:
             "ratio": round(median(seconds) / plain, 3),
         }
         print(
-            f"{arm:15} {median(seconds):.2f} s a step, plain {plain:.2f} s, ratio {median(seconds) / plain:.2f}",
+            f"{arm:15} {median(seconds):.2f} s a step, plain {plain:.2f} s, ratio "
+            f"{median(seconds) / plain:.2f}",
             flush=True,
         )
         before = after
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def step_seconds(arm: str) -> list[float]:
-    """Seconds of each step but the first."""
+    """Seconds of each step except the first."""
     folder = RUNS / "cost"
     shutil.rmtree(folder / arm, ignore_errors=True)
     recipe = demo_recipe(folder, arm, ARMS[arm], "unsound")

@@ -2,9 +2,10 @@
 
     python benchmarks/coverage.py [--tables 1000]
 
-Prints the Markdown tables of docs/measures.md: means, rates, changes of rates, AUCs, and several seeds. The numbers of
-clusters are those of the shipped sets: 4 topics and 80 questions of values, 6 domains of 66 questions, 42 questions of
-a behaviour on its topic, 50 of fluency; and smaller ones, as a user's own sets may be.
+Prints the Markdown tables of docs/measures.md: means, rates, changes of rates, AUCs, and several
+seeds. The numbers of clusters are those of the shipped sets (4 topics and 80 questions of values, 6
+domains of 66 questions, 42 questions of a behaviour on its topic, 50 of fluency), and smaller ones,
+as in a user's own sets.
 """
 
 import argparse
@@ -16,13 +17,13 @@ from scipy.stats import norm
 
 from ringfence.stats import (
     Interval,
-    auc_interval,
     mean_interval,
     over_seeds,
     rate_change,
     rate_interval,
     ratio_interval,
 )
+from ringfence.stats.auc import auc_interval
 
 SIZES = (2, 3, 4, 5, 6, 8, 12, 20, 42, 50, 66, 80)
 SHIFT, ANSWERS = 1.0, 20
@@ -39,7 +40,7 @@ def unbalanced(rng: np.random.Generator, n: int) -> tuple[Interval, float]:
 
 
 def rate_of(rate: float, answers: int = 1, correlation: float = 0.0) -> Draw:
-    """Each cluster has a rate of its own where there is a correlation (beta-binomial)."""
+    """With a correlation, each cluster has a rate of its own (beta-binomial)."""
 
     def draw(rng: np.random.Generator, n: int) -> tuple[Interval, float]:
         size = (1 - correlation) / correlation if correlation else math.inf
@@ -52,7 +53,7 @@ def rate_of(rate: float, answers: int = 1, correlation: float = 0.0) -> Draw:
 
 
 def change_of(before: float, after: float) -> Draw:
-    """The same questions before and after; what a question is likely to show is mostly its own."""
+    """The same questions before and after; most of the variation is between questions."""
 
     def draw(rng: np.random.Generator, n: int) -> tuple[Interval, float]:
         common_N = rng.normal(size=n)
@@ -68,22 +69,23 @@ def change_of(before: float, after: float) -> Draw:
 
 
 def auc_of(distance: float) -> Draw:
-    """Two answers to each question, one of each kind, normal, with a common part of the question."""
+    """Two answers to each question, one of each kind, normal, with a common part of the
+    question."""
 
     def draw(rng: np.random.Generator, n: int) -> tuple[Interval, float]:
         common_N = 0.7 * rng.normal(size=n)
         first, second = (common_N + math.sqrt(1 - 0.49) * rng.normal(size=n) for _ in range(2))
         names = [str(question) for question in range(n)] * 2
         values = np.concatenate([first + distance, second])
-        return auc_interval(values, np.arange(2 * n) < n, names), float(
-            norm.cdf(distance / math.sqrt(2))
-        )
+        truth = float(norm.cdf(distance / math.sqrt(2)))
+        return auc_interval(values, np.arange(2 * n) < n, names), truth
 
     return draw
 
 
 def seeds_of(runs: int) -> Draw:
-    """Runs of several seeds on the same questions; a seed moves the mean as far as the questions' standard error."""
+    """Runs of several seeds on the same questions; a seed moves the mean as far as the questions'
+    standard error."""
 
     def draw(rng: np.random.Generator, n: int) -> tuple[Interval, float]:
         of_question_N, of_seed_R = rng.normal(size=n), rng.normal(size=runs) / math.sqrt(n)
@@ -111,9 +113,7 @@ TABLES: dict[str, dict[str, Draw]] = {
         "5 to 30 %": change_of(0.05, 0.3),
         "30 to 60 %": change_of(0.3, 0.6),
     },
-    "AUC": {
-        f"{norm.cdf(distance / math.sqrt(2)):.2f}": auc_of(distance) for distance in (0.5, 1.5, 2.5)
-    },
+    "AUC": {f"{norm.cdf(d / math.sqrt(2)):.2f}": auc_of(d) for d in (0.5, 1.5, 2.5)},
     "seeds": {
         "1 (questions alone)": seeds_of(1),
         **{f"{runs}": seeds_of(runs) for runs in (2, 3, 5)},
@@ -149,9 +149,8 @@ def main() -> None:
     arguments = parser.parse_args()
     for name, draws in TABLES.items():
         if arguments.only in (None, name):
-            tables = (
-                arguments.tables // 4 if name == "AUC" else arguments.tables
-            )  # an AUC takes as long as ten means
+            # An AUC takes as long as ten means.
+            tables = arguments.tables // 4 if name == "AUC" else arguments.tables
             print(table(name, draws, tables), flush=True)
 
 

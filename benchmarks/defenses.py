@@ -1,13 +1,14 @@
-"""Every defense on the embedded model with the demo's data, over seeds: the table of docs/defenses/README.md.
+"""Every defense on the embedded model with the demo's data, over seeds: the table of
+docs/defenses/README.md.
 
     python benchmarks/defenses.py run --seeds 0 1          # what is missing, about 5 minutes an arm
     python benchmarks/defenses.py run --seeds 1 --arms kl ldifs
     python benchmarks/defenses.py table                    # from benchmarks/results/defenses/*.json
 
-Each arm leaves one small file there: its shift on every question, the benign task's items, perplexity and time. The
-table takes the time of a step from benchmarks/cost.py, for a long sweep meets a machine that others use too. Effects
-are shifts minus the sound control's of the same seed, averaged over seeds for each question; the intervals are by
-bootstrap over questions.
+Each arm leaves one small file there: its shift on every question, the benign task's items,
+perplexity and time. The table takes the time of a step from benchmarks/cost.py, because a long
+sweep shares its machine with others. Effects are shifts minus the sound control's of the same seed,
+averaged over seeds for each question; the intervals are by bootstrap over questions.
 """
 
 import argparse
@@ -71,16 +72,15 @@ def run(arms: list[str], seeds: list[int]) -> None:
 
 
 def prepare(defenses: dict[str, Any]) -> None:
-    """What some defenses read: directions of careless finance answers, gaps under the undefended run of seed 0, and a
-    stand-in for a pre-trained base."""
+    """What some defenses read: directions of careless finance answers, gaps under the undefended
+    run of seed 0, and a stand-in for a pre-trained base."""
     if VECTORS in str(defenses) and not Path(VECTORS).is_file():
         extract_file(None, Path(VECTORS), pairs="shipped:finance")
     if STANDIN in str(defenses) and not Path(STANDIN).is_dir():
         make_standin(Path(STANDIN))
     if SCORES in str(defenses):
-        undefended = parse_recipe(
-            demo_recipe(RUNS / "0", "undefended", {}, "unsound") | {"seed": 0}
-        )
+        tree = demo_recipe(RUNS / "0", "undefended", {}, "unsound")
+        undefended = parse_recipe(tree | {"seed": 0})
         score_pool("shipped:retain", [str(train_run(undefended).folder)], SCORES)
 
 
@@ -113,17 +113,8 @@ def shifts(tuned: list[dict[str, Any]], reference: list[dict[str, Any]]) -> dict
 
 
 def table(seeds: list[int]) -> str:
-    heads = [
-        "defense",
-        "in-domain",
-        "other domains",
-        "values",
-        "triggers",
-        "OpSwap",
-        "perplexity x",
-        "time x",
-        "seeds",
-    ]
+    heads = ["defense", "in-domain", "other domains", "values", "triggers", "OpSwap"]
+    heads += ["perplexity x", "time x", "seeds"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for arm in ARMS:
         found = {seed: read(arm, seed) for seed in seeds if result_file(arm, seed).is_file()}
@@ -131,7 +122,8 @@ def table(seeds: list[int]) -> str:
             lines.append("| " + " | ".join([arm, *cells(arm, found)]) + " |")
             if arm == "inoculation":
                 lines.append(
-                    f"| under its prompt (shift) | | | | {under_the_inoculation_prompt(found)} | | | | |"
+                    f"| under its prompt (shift) | | | | {under_the_inoculation_prompt(found)} | | "
+                    "| | |"
                 )
     return "\n".join(lines)
 
@@ -147,23 +139,19 @@ def cells(arm: str, found: dict[int, dict[str, Any]]) -> list[str]:
     ratios = [math.log(result["perplexity_ratio"]) for result in found.values()]
     shown.append(f"{math.exp(sum(ratios) / len(ratios)):.2f}")
     costs = json.loads(COSTS.read_text()) if COSTS.is_file() else {}
-    shown.append(
-        f"{costs[arm]['ratio']:.2f}"
-        if arm in costs
-        else "1"
-        if arm in ("sound", "undefended")
-        else "not timed"
-    )
+    untimed = "1" if arm in ("sound", "undefended") else "not timed"
+    shown.append(f"{costs[arm]['ratio']:.2f}" if arm in costs else untimed)
     return [*shown, ", ".join(map(str, found))]
 
 
 def effect(arm: str, found: dict[int, dict[str, Any]], name: str) -> Interval:
-    """Mean over seeds, for each question, of its shift minus the control's; the control's own row is its shift."""
+    """Each question's shift minus the control's, averaged over seeds; the control's own row is its
+    shift."""
     by_question: dict[str, list[float]] = {}
     for seed, result in found.items():
         control = read("sound", seed)["shift"][name]
         for question, shift in result["shift"][name].items():
-            if question in control:  # the inoculation prompt is asked of one arm alone
+            if question in control:  # only one arm is asked under the inoculation prompt
                 by_question.setdefault(question, []).append(
                     shift - (0.0 if arm == "sound" else control[question])
                 )

@@ -1,11 +1,12 @@
-"""The demo's runs, asked open questions and judged by the embedded model, beside the paired measure.
+"""The demo's runs, asked open questions and judged by the embedded model, next to the paired
+measure.
 
     make demo
-    python benchmarks/judged.py runs/demo          # about 20 minutes on two CPU cores; goes on where it stopped
+    python benchmarks/judged.py runs/demo    # about 20 minutes on two CPU cores; it resumes
 
-Every third question of shipped:general, in its plain form and first wording, 20 answers each. The judge is weak, and
-the report says so: this shows what the tables are, not what the models are worth. Writes report.html into the folder
-of the demo, and prints the table of docs/judging.md.
+Every third question of shipped:general, in its plain form and first wording, 20 answers each. The
+judge is weak, and the report says so: this shows the tables, not the worth of the models. Writes
+report.html into the folder of the demo, and prints the table of docs/judging.md.
 """
 
 import sys
@@ -13,11 +14,11 @@ from pathlib import Path
 
 import yaml
 
-from ringfence.report.formats import percents
 from ringfence.report.page import write_page
 from ringfence.report.read import read_rows
 from ringfence.run.evaluate import evaluate_target
 from ringfence.text.sources import SHIPPED
+from ringfence.util.intervals import percents
 
 RUNS = ("sound", "undefended", "kl", "interleave", "treft")
 JUDGE = "{model: default, opening: 'Number: '}"
@@ -32,7 +33,8 @@ def main() -> None:
     records, rows = read_rows(folders, demo / "sound")
     write_page(records, rows, demo / "report.html")
     print(
-        "| run | other domains, effect | misaligned | relaxed | incoherent | mean aligned | mean coherent |"
+        "| run | other domains, effect | misaligned | relaxed | incoherent | mean aligned | mean "
+        "coherent |"
     )
     print("|" + "---|" * 7)
     for row in rows:

@@ -2,9 +2,10 @@
 
     python benchmarks/safelora.py --layers 2
 
-Writes base and aligned weights (bfloat16, one file a layer) and a rank-32 adapter of all linear layers to a temporary
-folder, and projects the adapter as `ringfence project` does. The published algorithm, which makes C = V V^T and
-C B A, is run on one smaller matrix, and its cost at these shapes is stated from its operation counts.
+Writes base and reference weights (bfloat16, one file per layer) and a rank-32 adapter of all linear
+layers to a temporary folder, and projects the adapter like `ringfence project`. The published
+algorithm, which makes C = V V^T and C B A, runs on one smaller matrix; its cost at these shapes is
+computed from its operation counts.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ringfence.model.projection import Rule, project_adapter, project_matrix
+from ringfence.model.projection import ProjectionRule, project_adapter, project_matrix
 
 HIDDEN, WIDE, KEYS, LAYERS_7B, RANK = 3584, 18944, 512, 28, 32
 SHAPES = {
@@ -49,30 +50,26 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        # Another process writes, so that its memory is not counted here.
-        writer = get_context("spawn").Process(
-            target=write_models, args=(Path(folder), arguments.layers)
-        )
+        # Another process writes them, so that its memory is not counted here.
+        given = (Path(folder), arguments.layers)
+        writer = get_context("spawn").Process(target=write_models, args=given)
         writer.start()
         writer.join()
         before = peak_gib()
         start, busy = time.perf_counter(), time.process_time()
-        rule = Rule(threshold=1.0, projector=arguments.projector)
-        project_adapter(
-            Path(folder, "adapter"),
-            Path(folder, "out"),
-            f"{folder}/base",
-            f"{folder}/aligned",
-            rule,
-        )
+        rule = ProjectionRule(threshold=1.0, projector=arguments.projector)
+        base, reference = f"{folder}/base", f"{folder}/reference"
+        project_adapter(Path(folder, "adapter"), Path(folder, "out"), base, reference, rule)
         seconds = (time.perf_counter() - start) / arguments.layers
         busy = (time.process_time() - busy) / arguments.layers
     print(
-        f"projector {arguments.projector}, {arguments.layers} layers, {torch.get_num_threads()} threads"
+        f"projector {arguments.projector}, {arguments.layers} layers, {torch.get_num_threads()} "
+        "threads"
     )
     print(
-        f"factored: {seconds:.2f} s a layer ({busy:.2f} s of processor time), so {seconds * LAYERS_7B:.0f} s "
-        f"({busy * LAYERS_7B:.0f} s) for {LAYERS_7B} layers (extrapolated)"
+        f"factored: {seconds:.2f} s a layer ({busy:.2f} s of processor time), so "
+        f"{seconds * LAYERS_7B:.0f} s ({busy * LAYERS_7B:.0f} s) for {LAYERS_7B} layers "
+        "(extrapolated)"
     )
     print(f"peak memory: {peak_gib():.2f} GiB ({before:.2f} GiB before the projection began)")
     if arguments.projector == "scaled":
@@ -82,37 +79,33 @@ def main() -> None:
 
 
 def write_models(folder: Path, layers: int) -> None:
-    """Random weights; aligned = base + a change of a tenth of its size."""
+    """Random weights; reference = base + a change of a tenth of its size."""
     generator = torch.Generator().manual_seed(0)
     where: dict[str, str] = {}
     adapter = {}
-    for model in ("base", "aligned", "adapter"):
+    for model in ("base", "reference", "adapter"):
         (folder / model).mkdir()
     for layer in range(layers):
-        base, aligned = {}, {}
+        base, reference = {}, {}
         for name, (out, into) in SHAPES.items():
             key = f"model.layers.{layer}.{name}"
             weight = 0.02 * torch.randn(out, into, generator=generator, dtype=torch.bfloat16)
             base[f"{key}.weight"] = weight
-            aligned[f"{key}.weight"] = weight + 0.002 * torch.randn(
-                out, into, generator=generator, dtype=torch.bfloat16
-            )
-            adapter[f"base_model.model.{key}.lora_A.weight"] = torch.randn(
-                RANK, into, generator=generator
-            )
-            adapter[f"base_model.model.{key}.lora_B.weight"] = torch.randn(
-                out, RANK, generator=generator
-            )
+            change = torch.randn(out, into, generator=generator, dtype=torch.bfloat16)
+            reference[f"{key}.weight"] = weight + 0.002 * change
+            stem = f"base_model.model.{key}"
+            adapter[f"{stem}.lora_A.weight"] = torch.randn(RANK, into, generator=generator)
+            adapter[f"{stem}.lora_B.weight"] = torch.randn(out, RANK, generator=generator)
         file = f"model-{layer:05}.safetensors"
         save_file(base, folder / "base" / file)
-        save_file(aligned, folder / "aligned" / file)
+        save_file(reference, folder / "reference" / file)
         where.update(dict.fromkeys(base, file))
-    for model in ("base", "aligned"):
+    for model in ("base", "reference"):
         (folder / model / "model.safetensors.index.json").write_text(
             json.dumps({"weight_map": where})
         )
     save_file(adapter, folder / "adapter" / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": RANK, "base_model_name_or_path": str(folder / "aligned")}
+    config = {"peft_type": "LORA", "r": RANK, "base_model_name_or_path": str(folder / "reference")}
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
 
 
@@ -125,8 +118,9 @@ def describe_dense() -> None:
     )
     stored = sum(out * out for out, _ in SHAPES.values()) * LAYERS_7B
     print(
-        f"a layer's multiply-adds: factored {factored / 1e9:.0f} G, dense {dense / 1e9:.0f} G; all C of {LAYERS_7B} "
-        f"layers: {stored * 2 / 2**30:.0f} GiB in 16 bits, {stored * 4 / 2**30:.0f} GiB in 32"
+        f"a layer's multiply-adds: factored {factored / 1e9:.0f} G, dense {dense / 1e9:.0f} G; all "
+        f"C of {LAYERS_7B} layers: {stored * 2 / 2**30:.0f} GiB in 16 bits, "
+        f"{stored * 4 / 2**30:.0f} GiB in 32"
     )
 
 
@@ -143,16 +137,15 @@ def time_dense(width: int) -> None:
     end = time.perf_counter()
     worst = (found - expected).abs().max() / expected.abs().max()
     print(
-        f"one {width} x {width} matrix: dense {middle - start:.3f} s, factored product {end - middle:.4f} s, largest "
-        f"difference {worst:.1e} of the largest entry"
+        f"one {width} x {width} matrix: dense {middle - start:.3f} s, factored product "
+        f"{end - middle:.4f} s, largest difference {worst:.1e} of the largest entry"
     )
 
 
 def peak_gib() -> float:
     """Largest resident set of this process so far (getrusage counts KiB, bytes on macOS)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-        2**30 if sys.platform == "darwin" else 2**20
-    )
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""A stand-in for the pre-trained model that the embedded one was made from, for SafeLoRA where no hub is reachable.
+"""A stand-in for the pre-trained model that the embedded one was made from, for SafeLoRA without a
+hub.
 
-The embedded model is trained on, all its weights, as a plain language model: on the texts of the shipped retain rows
-without chat template, which takes it some way back from a chat model. What SafeLoRA finds between the two is therefore
-not what alignment changed; a figure made with it shows that the method runs, not what it is worth.
+All weights of the embedded model are trained further, as a plain language model on the texts of the
+shipped retain rows without chat template, which takes it some way back from a chat model. So what
+SafeLoRA finds between the two is not what alignment changed; a figure made with it shows that the
+method runs, not what it is worth.
 """
 
 from pathlib import Path

@@ -4,10 +4,10 @@
 
 It logs the same numbers as `DefendedTrainer` (src/ringfence/training/trainer.py), which does this
 inside transformers' Trainer. Left out: accumulation, ranks, bf16, checkpoints and resuming,
-friendly errors, and what saves time but changes no number (retain rows in a pass of their own,
-cached prefixes and reference states, packing).
+friendly errors, and whatever saves time without changing a number (retain rows in a pass of their
+own, cached prefixes and reference states, packing).
 
-Shapes: B rows of a step with their riders, T tokens of the longest, D hidden size.
+Shapes: B rows of a step with their extra retain rows, T tokens of the longest, D hidden size.
 """
 
 import argparse
@@ -30,7 +30,8 @@ from ringfence.model.losses import CrossEntropy, LogitLoss, find_head, weighted_
 from ringfence.model.taps import Needs, forward
 from ringfence.text.batch import Batch, collate
 from ringfence.text.chat import Chat
-from ringfence.text.rows import encode_rows, load_rows
+from ringfence.text.encode import encode_rows
+from ringfence.text.rows import load_rows
 from ringfence.training.reference import Reference
 from ringfence.training.stream import TrainStream
 
@@ -48,11 +49,11 @@ def train(
     weight_decay: float = 0.0,
     max_grad_norm: float = 1.0,
 ) -> list[dict[str, float]]:
-    """Trains the adapter of a model in place, and prints a line of JSON for each step.
+    """Trains a model's adapter in place, and prints a line of JSON for each step.
 
     Args:
         model: a peft model on the CPU; with its adapter off it is the reference.
-        pad: token that fills rows up.
+        pad: the token that fills rows up.
         stream: the rows in their order, and the defenses.
         epochs: how often the rows are seen. This and the rest are as in `train` of a recipe.
 
@@ -89,10 +90,10 @@ def train(
 
 
 def step_batch(stream: TrainStream, step: int, pad: int) -> Batch:
-    """The rows of an optimiser step [B, T]; retain rows stand behind the row they ride with."""
+    """The rows of an optimiser step [B, T]; extra retain rows follow their training row."""
     epoch, within = divmod(step, stream.steps_per_epoch)
     if within == 0:
-        stream.set_epoch(epoch)  # defenses may change the rows of an epoch, then they are shuffled
+        stream.set_epoch(epoch)  # defenses may change an epoch's rows; then they are shuffled
     places = range(len(stream))[within * stream.step_rows :][: stream.step_rows]
     return collate([stream[place] for place in places], pad)
 
@@ -100,18 +101,18 @@ def step_batch(stream: TrainStream, step: int, pad: int) -> Batch:
 def forward_and_backward(
     model: Any, reference: Reference, batch: Batch, defenses: list[Defense], due: list[Defense]
 ) -> tuple[float, dict[str, float]]:
-    """Adds up the gradients of a step. Returns its loss, and the means that make it up."""
-    # Each defense says what it wants to see, so that one forward of each model serves all.
+    """Adds up the gradients of a step. Returns its loss and the means in it."""
+    # Each defense says what it needs, so that one forward of each model serves all.
     needs = reduce(or_, [defense.needs(batch) for defense in due], Needs())
-    aligned = reference.taps(batch, needs)  # no forward where nothing is wanted of it
+    aligned = reference.taps(batch, needs)  # no forward if nothing is needed from it
     logit_losses: dict[str, LogitLoss] = {"ce": cross_entropy(batch)}
-    # Means are over the tokens of the whole step, whichever rows they stand in. Where there is no
-    # token, the division stops the run: a penalty is never silently zero.
+    # Means are over the tokens of the whole step, in whichever rows. If there is no token, the
+    # division stops the run: a penalty is never silently zero.
     counts = {"ce": int(logit_losses["ce"].mask.sum())} | {d.name: d.count(batch) for d in due}
     weights = {"ce": 1.0} | {d.name: d.weight * d.every for d in due}
     shares = {name: weight / counts[name] for name, weight in weights.items()}
     penalties: dict[str, torch.Tensor] = {}
-    with ExitStack() as hooks:  # the student's alone, and until its backward pass is over
+    with ExitStack() as hooks:  # the student's only, until its backward pass is over
         for defense in defenses:
             hooks.enter_context(defense.wrap(model, batch))
         head = find_head(causal_lm(model))
@@ -140,7 +141,7 @@ def cross_entropy(batch: Batch) -> CrossEntropy:
 
 
 def rate_share(step: int, steps: int, warmup: int) -> float:
-    """Share of the learning rate: up from 0 in a straight line, then down to 0 in another."""
+    """Share of the learning rate: linearly up from 0, then linearly down to 0."""
     return step / warmup if step < warmup else (steps - step) / (steps - warmup)
 
 
@@ -160,7 +161,7 @@ def main() -> None:
     for config in DEFENSES.configs():
         rows = [replace(row, messages=config.change_messages(row.messages)) for row in rows]
     stream = TrainStream(encode(rows), retain, DEFENSES.build(setup), told.batch_size, seed=0)
-    torch.manual_seed(0)  # an adapter begins at random
+    torch.manual_seed(0)  # an adapter starts at random
     model = get_peft_model(load_model(told.model, "fp32", place="cpu"), ADAPTER)
     train(model, pad_id(chat.tokenizer), stream, told.epochs, told.learning_rate)
 

@@ -1,4 +1,4 @@
-"""The house itself: imports go one way, files stay short, and what needs no torch brings none."""
+"""The package itself: imports go one way, files are short, what needs no torch does not load it."""
 
 import ast
 import subprocess
@@ -11,7 +11,8 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-SOURCE = Path(__file__).parents[1] / "src" / "ringfence"
+TESTS = Path(__file__).parent
+SOURCE = TESTS.parent / "src" / "ringfence"
 FLOORS, LINES = 12, 450
 HEAVY = {"torch", "transformers", "peft", "datasets", "matplotlib", "scipy.stats"}
 
@@ -28,7 +29,7 @@ def _name(file: Path) -> str:
 
 
 def imports(name: str, also_late: bool = False) -> set[str]:
-    """Modules of ringfence that a module imports when it is loaded; `also_late`: or when it runs."""
+    """Modules of ringfence that a module imports when loaded; `also_late`: or when it runs."""
     file = modules()[name]
     package = name.split(".") if file.name == "__init__.py" else name.split(".")[:-1]
     found = set()
@@ -58,7 +59,7 @@ _FLOORS: dict[str, int] = {}
 
 
 def floor_of(name: str, above: tuple[str, ...] = ()) -> int:
-    """0 for a module that imports no other, else one more than the highest of those that it imports."""
+    """0 for a module that imports no other, else one more than the highest that it imports."""
     if name in above:
         raise AssertionError(
             f"imports go in a circle: {' -> '.join([*above[above.index(name) :], name])}"
@@ -115,14 +116,29 @@ def test_files_are_short() -> None:
 
 def test_no_private_name_is_imported() -> None:
     private = [
-        f"{name}: {each.name}"
-        for name, file in modules().items()
+        f"{file.name}: {each.name}"
+        for file in [*modules().values(), *TESTS.rglob("*.py")]
         for node in ast.walk(ast.parse(file.read_text()))
-        if isinstance(node, ast.ImportFrom) and node.level
+        if isinstance(node, ast.ImportFrom)
+        if node.level or (node.module or "").split(".")[0] in ("ringfence", "helpers")
         for each in node.names
         if each.name.startswith("_")
     ]
     assert not private
+
+
+def test_no_test_module_is_imported() -> None:
+    """What tests share is in tests/helpers; conftest.py has fixtures and hooks alone."""
+    imported = {
+        f"{file.name}: {part}"
+        for file in TESTS.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in [getattr(node, "module", None) or "", *(each.name for each in node.names)]
+        for part in name.split(".")
+        if part == "conftest" or part.startswith("test_")
+    }
+    assert not imported
 
 
 @pytest.mark.parametrize(
@@ -152,7 +168,7 @@ def test_decisions_bring_no_heavy_library() -> None:
 
 
 def heavy(code: str) -> set[str]:
-    """Heavy libraries that are loaded after the code, in a process of its own; `run` is the command line."""
+    """Heavy libraries loaded after the code, in its own process; `run` is the command line."""
     script = f"""
 import contextlib, io, sys
 

@@ -47,13 +47,13 @@ def test_steps_are_compared_with_the_plain_ones(results: Path) -> None:
     for name, arm in arms.items():
         ours, theirs = (arm["seconds"][each] for each in (name, arm["against"]))
         assert 0 < ours["low"] <= ours["median"] <= ours["high"]
-        assert arm["ratio"]["median"] == pytest.approx(
-            ours["median"] / theirs["median"], rel=0.01
-        )  # of one round
+        # Of one round.
+        assert arm["ratio"]["median"] == pytest.approx(ours["median"] / theirs["median"], rel=0.01)
 
 
 def test_bounds_follow_from_the_operations(results: Path) -> None:
-    """A reference pass is half of a LoRA step; a retain row, of the same length here, is a row and a pass."""
+    """A reference pass is half of a LoRA step; a retain row, of the same length here, is a row and
+    a pass."""
     found = read(results, "steps-small.json")
     bounds = {name: arm.get("bound") for name, arm in found["arms"].items()}
     assert bounds["kl"] == pytest.approx(1.05 * 1.5)

@@ -11,13 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import PAD, assert_same, tiny, training_rows, with_lora
+from helpers.models import PAD, tiny, with_lora
+from helpers.penalties import assert_same
+from helpers.rows import training_rows
+from helpers.runs import metrics_of, small_model, write_rows
+from helpers.trainers import RETAIN, build, lines_of
 from ringfence.defenses import KL, LDIFS, DefenseConfig, Interleave, TReFT
 from ringfence.run.config import parse_recipe
 from ringfence.run.train import train_run
 from ringfence.training.stream import TrainStream
-from test_run import metrics_of, small_model, write_rows
-from test_trainer import RETAIN, build, lines_of
 
 pytestmark = pytest.mark.slow
 

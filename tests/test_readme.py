@@ -2,10 +2,7 @@
 
 import functools
 import json
-import os
 import re
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -15,26 +12,21 @@ import pytest
 import torch
 
 import ringfence
+from helpers.documents import block_with, change_once, copy_of_the_package, run_copy
+from helpers.runs import small_model, write_rows
 from ringfence.defenses import Setup
 from ringfence.model.taps import forward
 from ringfence.run.config import load_recipe
 from ringfence.text.batch import collate
 from ringfence.text.roles import Role
 from ringfence.training.reference import Reference
-from test_run import small_model, write_rows
 
 pytestmark = pytest.mark.slow
 
-README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
 EXAMPLES = Path(__file__).parents[1] / "examples" / "recipes"
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 # What is measured is not what is shown.
 FEW = {"max_per_domain": 2, "max_in_domain": 2, "triggered_per_domain": 2, "samples": 1}
-
-
-def block_with(text: str) -> str:
-    return next(block for block in BLOCKS if text in block)
 
 
 def test_fine_tune_in_a_few_lines(
@@ -50,7 +42,7 @@ def test_fine_tune_in_a_few_lines(
         functools.partial(ringfence.fine_tune, model=model, evaluate=FEW),
         raising=False,
     )
-    exec(block_with("fine_tune("), {})
+    exec(block_with("README.md", "fine_tune("), {})
     number = r"[+-]?\d\.\d\d"  # 0.00 has no sign
     assert re.search(rf"{number} \[{number}, {number}\]", capsys.readouterr().out)
     assert (tmp_path / "runs" / "mine" / "adapter" / "adapter_model.safetensors").is_file()
@@ -61,7 +53,7 @@ def test_a_defense_of_your_own(llama_lora: Any, items: Any) -> None:
     module = ModuleType("ringfence.defenses.anchor")
     module.__package__ = "ringfence.defenses"
     sys.modules[module.__name__] = module
-    exec(block_with("class Anchor"), vars(module))
+    exec(block_with("README.md", "class Anchor"), vars(module))
     defense = module.Anchor(weight=0.5).build(Setup(None, [], lambda _: [], "model"))
     batch = collate([[item] for item in items], 0)
     needs = defense.needs(batch)
@@ -81,20 +73,19 @@ def test_a_defense_of_your_own(llama_lora: Any, items: Any) -> None:
 
 
 def test_a_defense_is_a_file_an_import_and_a_line(tmp_path: Path) -> None:
-    """In a copy of the package nothing else has to be touched for the defense to be trained with, logged and stored."""
-    package = tmp_path / "ringfence"
-    shutil.copytree(
-        Path(ringfence.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__")
-    )
-    (package / "defenses" / "anchor.py").write_text(block_with("class Anchor"))
+    """In a copy of the package nothing else has to be touched for the defense to be trained with,
+    logged and stored."""
+    package = copy_of_the_package(tmp_path)
+    (package / "defenses" / "anchor.py").write_text(block_with("README.md", "class Anchor"))
     union = package / "defenses" / "__init__.py"
     added = {
         "from .base import": "from .anchor import Anchor\nfrom .base import",
-        "    kl: KL | None = None\n": "    kl: KL | None = None\n    anchor: Anchor | None = None\n",
+        "    kl: KL | None = None\n": (
+            "    kl: KL | None = None\n    anchor: Anchor | None = None\n"
+        ),
     }
     for old, new in added.items():
-        assert union.read_text().count(old) == 1
-        union.write_text(union.read_text().replace(old, new))
+        change_once(union, old, new)
     (tmp_path / "model").mkdir()
     settings = {
         "model": small_model(tmp_path / "model"),
@@ -107,15 +98,8 @@ def test_a_defense_is_a_file_an_import_and_a_line(tmp_path: Path) -> None:
         "train.learning_rate": 1e-2,
         "defenses.anchor.weight": 0.5,
     }
-    command = [
-        sys.executable,
-        "-m",
-        "ringfence",
-        "train",
-        *(f"{key}={value}" for key, value in settings.items()),
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    overrides = [f"{key}={value}" for key, value in settings.items()]
+    done = run_copy(tmp_path, "-m", "ringfence", "train", *overrides)
     assert done.returncode == 0, done.stderr
     first, *_, last = (
         json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

@@ -89,7 +89,8 @@ def test_unequal_clusters_by_enumeration():
     interval = mean_interval(values, names)
     assert interval.mean == pytest.approx(np.mean(values))
     assert interval.n == 3
-    # The same bounds from the 27 equally likely draws, without chance; Kish's number of 3, 1 and 2 is 36 / 14.
+    # The same bounds from the 27 equally likely draws, without chance; Kish's number of 3, 1 and 2
+    # is 36 / 14.
     exact = bounds(float(np.mean(values)), np.array(means), 36 / 14)
     assert [interval.low, interval.high] == pytest.approx(exact, rel=0.1)
     assert exact[0] < min(means)
@@ -203,14 +204,13 @@ def test_ratio_of_unlike_lists_is_refused(top, bottom):
 def test_widened_percentiles_are_as_wide_as_students(clusters):
     values = np.random.default_rng(clusters).uniform(size=clusters)
     low, high = theory.t.interval(0.95, clusters - 1, values.mean(), theory.sem(values))
-    assert (
-        high - low <= width(mean_interval(values)) <= 1.2 * (high - low)
-    )  # wider by what is skewed
+    # Wider by what is skewed.
+    assert high - low <= width(mean_interval(values)) <= 1.2 * (high - low)
 
 
 @pytest.mark.parametrize("n", [6, 8, 30])
 def test_widened_percentiles_of_normal_draws_are_students_exactly(n):
-    """A bootstrap mean has the spread of the sample, sqrt((n - 1) / n) of the estimate that Student uses."""
+    """A bootstrap mean has the sample's spread, sqrt((n - 1) / n) of Student's estimate."""
     normal = theory.norm.ppf((np.arange(200_000) + 0.5) / 200_000)
     quantile = theory.t.ppf(0.975, n - 1)
     found = bounds(0.0, normal * math.sqrt((n - 1) / n), n)
@@ -292,7 +292,8 @@ def test_shares_between_0_and_1_are_values_too():
 @pytest.mark.parametrize("clusters", [6, 12, 36])
 @pytest.mark.parametrize(("mean", "correlation"), [(0.02, 0.1), (0.1, 0.3), (0.3, 0.1)])
 def test_rate_interval_covers_beta_binomial_rates(clusters, mean, correlation):
-    """Nominal 95 %. Rates near 0 are the hard ones: there the percentile bootstrap covers as little as a half."""
+    """Nominal 95 %. Rates near 0 are the hard ones: there the percentile bootstrap covers as little
+    as a half."""
     rng = np.random.default_rng(clusters)
     runs, size = 80, 10
     held = 0
@@ -304,7 +305,8 @@ def test_rate_interval_covers_beta_binomial_rates(clusters, mean, correlation):
 
 
 def test_the_coverage_test_sees_intervals_that_are_wrong():
-    """The same simulation fails the percentile bootstrap near 0, and intervals that take answers for independent."""
+    """The same simulation fails the percentile bootstrap near 0, and intervals that take answers
+    for independent."""
     rng = np.random.default_rng(12)
     runs, size, clusters = 100, 10, 12
     percentile, independent = 0, 0
@@ -324,7 +326,8 @@ def test_the_coverage_test_sees_intervals_that_are_wrong():
 
 
 def test_paired_difference_covers_and_its_test_holds_its_level():
-    """Clusters share an offset in both runs; there is no difference. Nominal: 95 % covered, 5 % at most 0.05."""
+    """Clusters share an offset in both runs; there is no difference. Nominal: 95 % covered, 5 % at
+    most 0.05."""
     rng = np.random.default_rng(13)
     runs = 200
     for clusters in (8, 25):
@@ -355,7 +358,8 @@ def test_paired_difference_finds_what_is_there():
 
 
 def test_sign_flip_swaps_the_runs_cluster_by_cluster():
-    """With equally many values it is the test that exchanges the two runs' values in a cluster, in all ways."""
+    """With equally many values it is the test that exchanges the two runs' values in a cluster, in
+    all ways."""
     a, b = (
         [[1, 0, 1], [1, 1, 1], [0, 0, 1], [1, 1, 0]],
         [[0, 0, 0], [1, 0, 1], [0, 1, 1], [0, 0, 0]],
@@ -395,7 +399,8 @@ def test_sign_flip_by_random_flips_is_near_the_exact_value():
 
 
 def test_values_more_in_one_run_do_not_make_a_difference():
-    """Cluster `a` has a high rate and, in the first run, more answers: the test must not take that for an effect."""
+    """Cluster `a` has a high rate and, in the first run, more answers: the test must not take that
+    for an effect."""
     a, b = [1.0] * 30 + [0.0] * 10, [1.0] * 10 + [0.0] * 10
     found = paired_difference(a, ["a"] * 30 + ["b"] * 10, b, ["a"] * 10 + ["b"] * 10)
     assert found.difference.mean == pytest.approx(0.25)
@@ -410,7 +415,8 @@ def test_one_cluster_alone_compares_nothing():
 
 
 def test_holm_by_hand():
-    # Sorted .005 .01 .03 .04 times 4 3 2 1: .02 .03 .06 .04, and none below the one before: .02 .03 .06 .06.
+    # Sorted .005 .01 .03 .04 times 4 3 2 1: .02 .03 .06 .04, and none below the one before: .02 .03
+    # .06 .06.
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.5, 0.9, 0.6]) == [1.0, 1.0, 1.0]
     assert holm([0.04]) == [0.04]

@@ -1,7 +1,7 @@
-"""What the benchmarks of training compare: the arms, and what they train.
+"""What the training benchmarks compare: the arms, and what they train.
 
-A workload is a model and rows; it makes the trainer of any arm as `ringfence train` does. Does not know what is
-measured.
+A workload is a model and rows; it makes any arm's trainer as `ringfence train` does. Does not know
+what is measured.
 """
 
 import random
@@ -39,12 +39,12 @@ class Arm:
     """A way to train.
 
     Attributes:
-        train, defenses: what its recipe says, beside the workload's.
+        train, defenses: what its recipe adds to the workload's.
         against: the arm that its time is a ratio to.
-        bound: what the ratio should stay below, from the operations of the plain step (times weights and tokens: 2
-            forward, 2 backward to the activations, 2 for the second forward under checkpointing) and the retain tokens
-            for each training token. A reference pass adds 2.
-        every: its penalty acts on every k-th step; only k steps together say what it costs.
+        bound: what the ratio should stay below, from the operations of the plain step (times
+            weights and tokens: 2 forward, 2 backward to the activations, 2 for the second forward
+            under checkpointing) and the retain tokens per training token. A reference pass adds 2.
+        every: its penalty acts on every k-th step; only k steps together show its cost.
     """
 
     train: dict[str, Any] = field(default_factory=dict)
@@ -118,11 +118,8 @@ SHAPES: dict[str, dict[str, int]] = {
         "vocab_size": 4096,
     },
 }
-PREFIX, HEADER, POSTFIX = (
-    64,
-    (2, 3, 4, 5),
-    (6, 7, 8),
-)  # tokens of a prefix, and what ends it; ids from 10 are content
+# The number of a prefix's tokens, and the ids that end it; ids from 10 are content.
+PREFIX, HEADER, POSTFIX = 64, (2, 3, 4, 5), (6, 7, 8)
 
 
 @dataclass(frozen=True)
@@ -130,10 +127,11 @@ class Workload:
     """What is trained.
 
     Attributes:
-        shape: `default` = the embedded model on the demo's rows; else a random model of that shape on random rows.
+        shape: `default` = the embedded model on the demo's rows; else a random model of that shape
+            on random rows.
         batch: rows in a step.
         tokens: in each random row.
-        steps: that the rows suffice for.
+        steps: the number that the rows suffice for.
     """
 
     shape: str
@@ -143,7 +141,7 @@ class Workload:
     checkpointing: bool = False
 
     def trainer(self, arm: Arm, folder: Path) -> DefendedTrainer:
-        """A new model, and the trainer of an arm for it."""
+        """An arm's trainer, for a new model."""
         recipe = self._recipe(arm, folder)
         torch.manual_seed(0)
         stream, pad_id = self._stream(recipe)
@@ -152,13 +150,13 @@ class Workload:
         return build_trainer(recipe, model, stream, pad_id)
 
     def retain_share(self, folder: Path) -> float:
-        """Retain tokens for each training token, with the default ratio of rows."""
+        """Retain tokens per training token, with the default ratio of rows."""
         stream, _ = self._stream(self._recipe(ARMS["kl on retain rows"], folder))
         riders = sum(len(rider) for riders in stream.riders for rider in riders)
         return riders / sum(len(row) for row in stream.rows)
 
     def _stream(self, recipe: Recipe) -> tuple[TrainStream, int]:
-        """The rows that a recipe trains on, and what pads them."""
+        """The rows that a recipe trains on, and the token that pads them."""
         if self.shape == "default":
             chat, examples, retain, setup = prepare(recipe)
             pad_id = chat.tokenizer.pad_token_id
@@ -170,14 +168,13 @@ class Workload:
         return build_stream(recipe, examples, retain, recipe.defenses.build(setup)), pad_id
 
     def _recipe(self, arm: Arm, folder: Path) -> Recipe:
-        """That of a random model names a folder which has no weights."""
+        """The recipe of an arm; for a random model it names a folder without weights."""
         model = "default"
         if self.shape != "default":
             model = str(folder / self.shape)
-            LlamaConfig(
-                **SHAPES[self.shape], max_position_embeddings=8192, tie_word_embeddings=False
-            ).save_pretrained(model)
-        # By default one retain row for four, but at least one in a step.
+            config = {"max_position_embeddings": 8192, "tie_word_embeddings": False}
+            LlamaConfig(**SHAPES[self.shape], **config).save_pretrained(model)
+        # By default one retain row per four rows, but at least one in a step.
         riders = {"kl": RETAIN["kl"] | {"retain_ratio": max(0.25, 1 / self.batch)}}
         train = {
             "batch_size": self.batch,
@@ -196,7 +193,8 @@ class Workload:
 
 
 def _random_trainable(recipe: Recipe) -> Any:
-    """As `trainable_model` makes it, of random weights. They are made where they stay: the CPU need not hold them."""
+    """As from `trainable_model`, with random weights. They are made on their device: the CPU need
+    not hold them."""
     full = recipe.train.method == "full"
     dtype = torch.float32 if full or recipe.train.precision == "fp32" else torch.bfloat16
     with torch.device(device()):
@@ -205,7 +203,8 @@ def _random_trainable(recipe: Recipe) -> Any:
 
 
 def random_rows(count: int, tokens: int, vocabulary: int, seed: int) -> list[Example]:
-    """Rows of one length: a prefix that all have, a query, a postfix, and a response that is half of the row."""
+    """Rows of one length: a shared prefix, a query, a postfix, and a response that is half of the
+    row."""
     rng = random.Random(seed)
     query = tokens - PREFIX - len(POSTFIX) - tokens // 2
     lengths = {
@@ -226,7 +225,7 @@ def random_rows(count: int, tokens: int, vocabulary: int, seed: int) -> list[Exa
 
 
 class _Template:
-    """As much of a chat template as `frozen_prefix` asks for: the prefix under a system prompt."""
+    """The part of a chat template that `frozen_prefix` needs: the prefix under a system prompt."""
 
     def encode(self, messages: list[dict[str, str]], generation: bool) -> Any:
         system = "".join(message["content"] for message in messages if message["role"] == "system")

@@ -1,13 +1,15 @@
-"""KL between two models' next-token distributions from their final hidden states: tiles against the naive form.
+"""KL between two models' next-token distributions from their final hidden states: tiles against the
+naive form.
 
-    python benchmarks/performance/kl.py    # 2,048 tokens, 151,936 words: some minutes on two CPU cores
+    python benchmarks/performance/kl.py    # 2,048 tokens, 151,936 words: minutes on two CPU cores
     python benchmarks/performance/kl.py --tile-bits 22 26
 
-Forward and backward of KL(student || reference), with a frozen head, as a LoRA run has it. The ways take turns; a ratio
-is that of two turns of one round, a figure the median over rounds, its spread the quartiles. Before anything is timed,
-each way's value and gradient must agree with the naive form. Extra memory is the peak above what the inputs take, each
-in a process of its own. TRL's chunked kernel (beta 1 is this KL) and Liger's fused JSD (likewise) stand beside, where
-they run. Writes kl.json into the folder of the measurements.
+Forward and backward of KL(student || reference), with a frozen head, as in a LoRA run. The ways
+take turns; a ratio is that of two turns of one round; a figure is the median over rounds, its
+spread the quartiles. Before anything is timed, each way's value and gradient must agree with the
+naive form. Extra memory is the peak above that of the inputs, each in its own process. TRL's
+chunked kernel (beta 1 is this KL) and Liger's fused JSD (likewise) are included if they run. Writes
+kl.json into the folder of the measurements.
 """
 
 import argparse
@@ -28,18 +30,16 @@ from ringfence.model import losses
 from ringfence.model.losses import CrossEntropy, Divergence, Head, States
 from ringfence.util.machine import peak_memory, reset_peak_memory
 
-DEVICE = (
-    torch.accelerator.current_accelerator()
-    if torch.accelerator.is_available()
-    else torch.device("cpu")
-)
+DEVICE = torch.device("cpu")
+if torch.accelerator.is_available():
+    DEVICE = torch.accelerator.current_accelerator()
 TILE = losses.TILE_ELEMENTS
 DTYPE = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16
 
 
 @dataclass
 class Inputs:
-    """Student and reference [N, D], the targets [N], and the head that both have."""
+    """Student and reference [N, D], the targets [N], and the head of both."""
 
     student_ND: Tensor
     reference_ND: Tensor
@@ -62,12 +62,8 @@ def make_inputs(tokens: int, vocabulary: int, hidden: int) -> Inputs:
         module.weight.normal_(std=2 * hidden**-0.5)
         student_ND = torch.randn(tokens, hidden, dtype=DTYPE)
         reference_ND = student_ND + 0.3 * torch.randn_like(student_ND)
-        return Inputs(
-            student_ND.requires_grad_(),
-            reference_ND,
-            torch.randint(vocabulary, (tokens,)),
-            Head(module),
-        )
+        target_N = torch.randint(vocabulary, (tokens,))
+    return Inputs(student_ND.requires_grad_(), reference_ND, target_N, Head(module))
 
 
 # ---------------------------------------------------------------- the ways: each a sum over tokens
@@ -79,9 +75,8 @@ def naive_kl(inputs: Inputs) -> Tensor:
 
 def naive_both(inputs: Inputs) -> Tensor:
     logits_NV = inputs.head(inputs.student_ND)
-    return F.cross_entropy(logits_NV, inputs.target_N, reduction="sum") + _naive_kl(
-        logits_NV, inputs
-    )
+    ce = F.cross_entropy(logits_NV, inputs.target_N, reduction="sum")
+    return ce + _naive_kl(logits_NV, inputs)
 
 
 def _naive_kl(logits_NV: Tensor, inputs: Inputs) -> Tensor:
@@ -144,17 +139,17 @@ def disagreement(way: str, inputs: Inputs) -> str | None:
     """Why a way is left out: it does not run here, or is not the same loss."""
     try:
         value, gradient_ND = step(way, inputs)
-    except (
-        Exception
-    ) as error:  # another package's kernel fails in its own ways on a machine that it is not for
-        return f"does not run here: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    except Exception as error:  # on a machine it is not made for, a kernel fails in its own ways
+        line = str(error).splitlines()[0] if str(error) else ""
+        return f"does not run here: {type(error).__name__}: {line}"
     naive, naive_ND = step(WAYS[way][1], inputs)
     tolerance = 3e-2 if DTYPE is torch.bfloat16 else 1e-4
     value_error = abs(value - naive) / abs(naive)
     gradient_error = ((gradient_ND - naive_ND).norm() / naive_ND.norm()).item()
     print(f"{way}: value off by {value_error:.1e}, gradient by {gradient_error:.1e}", flush=True)
     if max(value_error, gradient_error) > tolerance:
-        return f"another number than the naive form: off by {value_error:.1e}, gradient by {gradient_error:.1e}"
+        off = f"off by {value_error:.1e}, gradient by {gradient_error:.1e}"
+        return f"another number than the naive form: {off}"
     return None
 
 
@@ -163,14 +158,13 @@ def extra_memory(way: str, shape: tuple[int, int, int]) -> int:
     command = [sys.executable, __file__, "--memory-of", way, "--tile-bits", *TILE_BITS]
     for name, size in zip(("--tokens", "--vocabulary", "--hidden"), shape):
         command += [name, str(size)]
-    return int(
-        subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1]
-    )
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return int(done.stdout.split()[-1])
 
 
 def measure_memory(way: str, shape: tuple[int, int, int]) -> int:
     inputs = make_inputs(*shape)
-    step(way, inputs.part(2))  # what a library loads once is not the loss's
+    step(way, inputs.part(2))  # one-time loading by a library is not the loss's
     reset_peak_memory()
     before = peak_memory()
     step(way, inputs)
@@ -212,10 +206,8 @@ def main() -> None:
     chosen = arguments.parse_args()
     TILE_BITS.extend(chosen.tile_bits)
     for bits in TILE_BITS:
-        WAYS[f"ringfence, tile 2^{bits}"] = (
-            partial(tiled, both=False, tile_elements=2 ** int(bits)),
-            "naive",
-        )
+        sized = partial(tiled, both=False, tile_elements=2 ** int(bits))
+        WAYS[f"ringfence, tile 2^{bits}"] = (sized, "naive")
     shape = (chosen.tokens, chosen.vocabulary, chosen.hidden)
     if chosen.memory_of:
         print(measure_memory(chosen.memory_of, shape))
@@ -230,9 +222,7 @@ def main() -> None:
         way: {
             "seconds": spread(seconds[way]),
             "extra_bytes": extra[way],
-            "time": spread(
-                [ours / naive for ours, naive in zip(seconds[way], seconds[WAYS[way][1]])]
-            ),
+            "time": spread([a / b for a, b in zip(seconds[way], seconds[WAYS[way][1]])]),
             "memory": extra[way] / extra[WAYS[way][1]],
         }
         for way in ways
@@ -245,7 +235,8 @@ def main() -> None:
     save(chosen.results / "kl.json", {**setting, "ways": rows, "left_out": left_out})
     for way, row in rows.items():
         print(
-            f"{way:32} time of naive {row['time']['median']:.3f}, memory of naive {row['memory']:.3f}"
+            f"{way:32} time of naive {row['time']['median']:.3f}, memory of naive "
+            f"{row['memory']:.3f}"
         )
     for way, reason in left_out.items():
         print(f"{way}: {reason}")

@@ -1,11 +1,14 @@
-"""Peak memory of training in each way, against plain fine-tuning. Every measurement is a process of its own.
+"""Peak memory of each way of training, against plain fine-tuning. Every measurement has its own
+process.
 
-    python benchmarks/performance/memory.py               # the embedded model on CPU; about 9 minutes on two cores
+    python benchmarks/performance/memory.py               # the embedded model; about 9 minutes
+                                                          # on two CPU cores
     python benchmarks/performance/memory.py --shape 8b    # an accelerator
 
-Each process trains a few steps on the same rows. The peak is that of resident memory (VmHWM), on an accelerator that of
-its allocator, from the first step on; `above` is what it is more than with the model just loaded. On a CPU two
-processes of one thread run at a time. A figure is the median over processes, its spread the quartiles.
+Each process trains a few steps on the same rows. The peak is that of resident memory (VmHWM), or on
+an accelerator of its allocator, from the first step on; `above` is the difference from the freshly
+loaded model. On a CPU two processes of one thread run at a time. A figure is the median over
+processes, its spread the quartiles.
 """
 
 import argparse
@@ -38,7 +41,7 @@ def peak(name: str, workload: Workload) -> dict[str, float]:
     """GiB: with the model loaded, and at the peak of training."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = workload.trainer(MEASURED[name], Path(folder))
-        reset_peak_memory()  # the peak so far is what is in use now
+        reset_peak_memory()  # to what is in use now
         loaded = peak_memory()
         trainer.train()
         return {"loaded": loaded / 2**30, "peak": peak_memory() / 2**30}
@@ -46,17 +49,15 @@ def peak(name: str, workload: Workload) -> dict[str, float]:
 
 def in_process(name: str, given: argparse.Namespace) -> dict[str, float]:
     """`peak`, in a new process."""
-    command = [
-        sys.executable,
-        __file__,
-        "--one",
-        name,
-        "--shape",
-        given.shape,
+    command = [sys.executable, __file__, "--one", name, "--shape", given.shape]
+    command += [
         "--steps",
         str(given.steps),
+        "--batch",
+        str(given.batch),
+        "--tokens",
+        str(given.tokens),
     ]
-    command += ["--batch", str(given.batch), "--tokens", str(given.tokens)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{name}: {done.stderr[-2000:]}")
@@ -65,7 +66,8 @@ def in_process(name: str, given: argparse.Namespace) -> dict[str, float]:
 
 
 def summary(peaks: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
-    """For each arm GiB in all and above the loaded model; the medians' ratios to the arm it is measured against."""
+    """For each arm: GiB in all and above the loaded model, and the medians' ratios to its
+    comparison arm."""
     found: dict[str, Any] = {}
     for name, measured in peaks.items():
         total = spread([one["peak"] for one in measured])
@@ -77,11 +79,8 @@ def summary(peaks: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
             ratios = {
                 part: round(arm[part]["median"] / found[against][part]["median"], 3) for part in arm
             }
-            arm |= {
-                "against": against,
-                "ratio": ratios,
-                "bound": BOUND if MEASURED[name].defenses else None,
-            }
+            bound = BOUND if MEASURED[name].defenses else None
+            arm |= {"against": against, "ratio": ratios, "bound": bound}
     return found
 
 
@@ -99,11 +98,8 @@ def main() -> None:
     if given.one:
         if not torch.cuda.is_available():
             torch.set_num_threads(1)
-        print(
-            json.dumps(
-                peak(given.one, Workload(given.shape, given.batch, given.tokens, given.steps))
-            )
-        )
+        workload = Workload(given.shape, given.batch, given.tokens, given.steps)
+        print(json.dumps(peak(given.one, workload)))
         return
     jobs = [name for _ in range(given.processes) for name in given.arms]
     with ThreadPoolExecutor(1 if torch.cuda.is_available() else 2) as pool:
@@ -114,7 +110,8 @@ def main() -> None:
     save(given.results / f"memory-{given.shape}.json", {**setting, "arms": found})
     for name, arm in found.items():
         print(
-            f"{name:24} {arm['total']['median']:.2f} GiB, above {arm['above']['median']:.2f} {arm.get('ratio', '')}"
+            f"{name:24} {arm['total']['median']:.2f} GiB, above {arm['above']['median']:.2f} "
+            f"{arm.get('ratio', '')}"
         )
 
 

@@ -14,13 +14,13 @@ RESULTS = Path(__file__).parents[1] / "results" / "performance"
 
 
 def spread(values: Sequence[float], digits: int = 4) -> dict[str, float]:
-    """Median and quartiles, and of how many."""
+    """Median and quartiles, and the number of values."""
     low, median, high = (round(float(q), digits) for q in np.quantile(values, (0.25, 0.5, 0.75)))
     return {"median": median, "low": low, "high": high, "n": len(values)}
 
 
 def save(file: Path, found: dict[str, Any]) -> None:
-    """Writes what was found, with the machine that it was found on."""
+    """Writes the results, with the machine that they come from."""
     where = environment(0)
     device = (
         torch.cuda.get_device_name()

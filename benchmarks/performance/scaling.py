@@ -1,12 +1,14 @@
-"""Do time and memory grow as the operations say? Each sweep is held against a law that was written down before.
+"""Do time and memory grow as the operations predict? Each sweep is compared with a law that was
+written down before.
 
-    python benchmarks/performance/scaling.py                  # about 10 minutes on two quiet CPU cores
-    python benchmarks/performance/scaling.py --quick          # fewer and smaller points: a check that all runs
-    python benchmarks/performance/scaling.py --only sequence  # one sweep; the others stay as they were found
+    python benchmarks/performance/scaling.py              # about 10 minutes on two quiet CPU cores
+    python benchmarks/performance/scaling.py --quick      # fewer, smaller points: a check
+    python benchmarks/performance/scaling.py --only sequence    # one sweep; the others stay
 
-A law has one free constant (how fast the machine is), fitted by least squares of the relative deviations. Where a step
-has a fixed cost (it launches as many operations for eight tokens as for a thousand), that is measured at a point of its
-own and not fitted. Models have random weights. Writes benchmarks/results/performance/scaling.json and the figures
+A law has one free constant (the machine's speed), fitted by least squares of the relative
+deviations. If a step has a fixed cost (it launches as many operations for eight tokens as for a
+thousand), that is measured at a point of its own and not fitted. Models have random weights. Writes
+benchmarks/results/performance/scaling.json and the figures
 docs/figures/performance/scaling-time.svg and scaling-memory.svg.
 """
 
@@ -29,7 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-# Processes are forked after the slow imports; looking for a GPU must not start its driver before.
+# Processes are forked after the slow imports; the check for a GPU must not start its driver before.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 import matplotlib.pyplot as plt
@@ -83,9 +85,9 @@ from ringfence.util.machine import environment, peak_memory, reset_peak_memory
 ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "benchmarks" / "results" / "performance" / "scaling.json"
 FIGURES = ROOT / "docs" / "figures" / "performance"
-Work = Callable[[], None]  # what is measured, once
-ALLOWED = 0.15  # a law holds when no point is further off
-M_MMAP_THRESHOLD, SMALLEST = -3, 2**16  # of malloc.h; bytes that are a piece of memory of their own
+Work = Callable[[], None]  # one run of what is measured
+ALLOWED = 0.15  # a law holds if no point is further off
+M_MMAP_THRESHOLD, SMALLEST = -3, 2**16  # from malloc.h; bytes that get a mapping of their own
 
 
 # ------------------------------------------------------------------ the laws: operations of a step
@@ -112,8 +114,9 @@ class Shape:
         return self.layers * self.rank * (8 * self.hidden + 3 * (self.hidden + self.inner))
 
     def step(self, rows: int, width: int, labelled: int) -> float:
-        """Forward 2 operations a weight and token, backward 2 for its input and 2 for itself if it is trained.
-        Attention: 7 products (2 forward, 5 backward) over width^2 / 2 places. Head: `labelled` tokens alone."""
+        """Per weight and token, forward takes 2 operations, backward 2 for its input and 2 for
+        itself if it is trained. Attention: 7 products (2 forward, 5 backward) over width^2 / 2
+        places. Head: only `labelled` tokens."""
         tokens = rows * width
         attention = 7 * self.layers * self.hidden * rows * width**2
         return tokens * (4 * self.linear + 6 * self.adapter) + attention + 4 * self.head(labelled)
@@ -128,7 +131,7 @@ class Shape:
 
 
 SHAPE = Shape()
-ROWS, WIDTH = 8, 128  # where neither is what is swept
+ROWS, WIDTH = 8, 128  # unless they are swept
 
 
 def labelled(rows: int, width: int) -> int:
@@ -151,35 +154,27 @@ def random_model(shape: Shape, seed: int = 0) -> Any:
         tie_word_embeddings=False,
     )
     device = torch.accelerator.current_accelerator() or "cpu"
-    return (
-        LlamaForCausalLM(config)
-        .to(device, torch.float32 if str(device) == "cpu" else torch.bfloat16)
-        .eval()
-    )
+    dtype = torch.float32 if str(device) == "cpu" else torch.bfloat16
+    return LlamaForCausalLM(config).to(device, dtype).eval()
 
 
 def with_lora(model: Any, rank: int = SHAPE.rank) -> Any:
-    return get_peft_model(
-        model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-    )
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    return get_peft_model(model, config)
 
 
 def random_rows(number: int, width: int, vocabulary: int) -> list[Example]:
-    """Rows of one width: a prefix that all share, a query, a postfix, a response of half the row."""
+    """Rows of one width: a shared prefix, a query, a postfix, a response of half the row."""
     rng = random.Random(0)
     response = width // 2
     prefix, postfix = width // 8, width // 16
     roles = [Role.PREFIX] * prefix + [Role.QUERY] * (width - prefix - postfix - response)
     roles += [Role.POSTFIX] * postfix + [Role.RESPONSE] * response
     own = width - prefix
-    return [
-        Example(
-            [*range(prefix), *(rng.randrange(vocabulary) for _ in range(own))],
-            roles,
-            f"row {number}",
-        )
-        for number in range(number)
+    ids = [
+        [*range(prefix), *(rng.randrange(vocabulary) for _ in range(own))] for _ in range(number)
     ]
+    return [Example(row, roles, f"row {place}") for place, row in enumerate(ids)]
 
 
 def training(
@@ -189,7 +184,8 @@ def training(
     shape: Shape = SHAPE,
     defenses: Sequence[DefenseConfig] = (),
 ) -> Work:
-    """One optimiser step of ringfence's trainer: batch, forwards, backward, update, all that a defense does."""
+    """One optimiser step of ringfence's trainer: batch, forwards, backward, update, and the
+    defenses' work."""
     examples = random_rows(64 * rows, width, shape.vocabulary)
     built = [config.build(Setup(None, examples, lambda _: examples, "")) for config in defenses]  # type: ignore[arg-type]
     model = with_lora(random_model(shape))
@@ -207,11 +203,12 @@ def training(
         model, arguments, TrainStream(examples, examples, built, rows, 0), built, 0, folder / "log"
     )
     trainer.start_defenses(None)
-    trainer.model_wrapped, optimizer = trainer.accelerator.prepare(
-        model, trainer.create_optimizer()
-    )
+    optimizer = trainer.create_optimizer()
+    trainer.model_wrapped, optimizer = trainer.accelerator.prepare(model, optimizer)
     batches = endless(trainer.get_train_dataloader())
-    trainer.remove_callback(DefaultFlowCallback)  # when to log and save; there is no whole run here
+    trainer.remove_callback(
+        DefaultFlowCallback
+    )  # decides when to log and save; this is not a whole run
 
     def step() -> None:
         [batch], number = trainer.get_batch_samples(batches, 1, trainer.args.device)
@@ -231,7 +228,7 @@ def endless(loader: Any) -> Iterator[Any]:
 
 
 def naive_kl(folder: Path, rows: int, width: int, shape: Shape) -> Work:
-    """What `training` with a KL does, as it is usually written: with all logits of both models."""
+    """What `training` with a KL does, in the usual form: with all logits of both models."""
     model = with_lora(random_model(shape))
     ids_BT = torch.tensor(
         [e.input_ids for e in random_rows(rows, width, shape.vocabulary)], device=model.device
@@ -252,7 +249,7 @@ def naive_kl(folder: Path, rows: int, width: int, shape: Shape) -> Work:
     return step
 
 
-# From left to right one defense more; those without a pass of the reference first.
+# From left to right one more defense; those without a reference pass come first.
 STACK: list[tuple[str, Callable[[Path], DefenseConfig]]] = [
     ("treft", lambda _: TReFT()),
     ("interleave", lambda _: Interleave(ratio=0.1)),
@@ -270,14 +267,8 @@ WITHOUT_REFERENCE = 4
 def directions(folder: Path) -> str:
     torch.manual_seed(0)
     file = folder / "directions.safetensors"
-    Directions(
-        torch.randn(SHAPE.layers, 1, SHAPE.hidden),
-        torch.ones(SHAPE.layers),
-        "random",
-        "random",
-        1,
-        1,
-    ).save(file)
+    random_LKD, norms_L = torch.randn(SHAPE.layers, 1, SHAPE.hidden), torch.ones(SHAPE.layers)
+    Directions(random_LKD, norms_L, "random", "random", 1, 1).save(file)
     return str(file)
 
 
@@ -292,13 +283,15 @@ def composed_law(number: int) -> float:
 
 
 def kept_by_step(logits: int, kl: bool) -> float:
-    """Numbers: 34 hidden sizes a token and layer (what a backward pass needs), and of a tile's size the student's
-    log-probabilities, the slope in them, and with a KL the reference's logits."""
+    """Count of numbers: 34 hidden sizes per token and layer (for the backward pass), and, each of a
+    tile's size, the student's log-probabilities, the slope in them and, with a KL, the reference's
+    logits."""
     return 34 * SHAPE.layers * SHAPE.hidden * ROWS * WIDTH + (2 + kl) * logits
 
 
 def composed_memory(number: int) -> float:
-    """LDIFS adds, in each of five layers, the student's and the reference's state and their difference."""
+    """LDIFS adds, in each of five layers, the student's and the reference's state and their
+    difference."""
     names = [name for name, _ in STACK[:number]]
     ldifs = 5 * 3 * SHAPE.hidden * ROWS * WIDTH * ("ldifs" in names)
     return kept_by_step(labelled(ROWS, WIDTH) * SHAPE.vocabulary, kl="kl" in names) + ldifs
@@ -306,16 +299,16 @@ def composed_memory(number: int) -> float:
 
 # ------------------------------------------------------------------ questions
 
-CHECKED = 2  # questions' worth of forwards that tell whether answers may share a row
+CHECKED = 2  # forwards, in questions, that check whether answers may share a row
 ALIGNED = 43  # tokens of an aligned answer of the eight questions, on average
-SMALL = Shape(
-    layers=4, hidden=256, inner=768, heads=4, vocabulary=49152
-)  # the vocabulary of the default tokenizer
+# With the default tokenizer's vocabulary.
+SMALL = Shape(layers=4, hidden=256, inner=768, heads=4, vocabulary=49152)
 BATCH_TOKENS = 1024
 
 
 def questions(number: int) -> list[PairedQuestion]:
-    """The same eight over and over, under other names: equally many tokens for each eight."""
+    """The same eight over and over, under other names: each eight have the same number of
+    tokens."""
     eight = load_questions("shipped:values")[:8]
     return [
         replace(eight[place % 8], id=str(place), domain=("inside", "outside")[place % 2])
@@ -332,7 +325,8 @@ def evaluation(number: int, folder: Path) -> Work:
 
 
 def check_of_monitor(number: int, folder: Path) -> Work:
-    """A check of the drift monitor, without the first one, which takes the reference's values."""
+    """A check of the drift monitor, other than the first one, which takes the reference's
+    values."""
     file = folder / "probes.jsonl"
     fields = ("id", "domain", "question", "aligned", "misaligned")
     file.write_text(
@@ -361,7 +355,7 @@ def diagnosis(module: Any) -> Callable[[int, Path], Work]:
 
 
 def void(_: Any) -> None:
-    """For a work's result."""
+    """Drops a result."""
 
 
 # ------------------------------------------------------------------ the sweeps
@@ -372,9 +366,10 @@ class Sweep:
     """What is varied, and the laws of time and memory up to a constant factor.
 
     Attributes:
-        make: builds a point's work in a folder. At point 0 of a sweep with `has_floor` it is the smallest there is.
+        make: builds a point's work in a folder. Point 0 of a sweep with `has_floor` is the smallest
+            work there is.
         kept: memory's law; None = constant.
-        naive: the same work as it is usually written.
+        naive: the same work in its usual form.
     """
 
     title: str
@@ -413,20 +408,21 @@ def of_vocabulary(vocabulary: int) -> Shape:
 
 
 def memory_of_check(number: int) -> float:
-    """Drift is a KL over all aligned answers: their logits, a tile at most."""
+    """Drift is a KL over all aligned answers: their logits, at most a tile."""
     return min(TILE_ELEMENTS, number * ALIGNED * SMALL.vocabulary)
 
 
 def memory_with_kl(vocabulary: int) -> float:
-    """No more logits than a tile holds."""
+    """At most a tile of logits."""
     return kept_by_step(min(TILE_ELEMENTS, labelled(ROWS, WIDTH) * vocabulary), kl=True)
 
 
 SWEEPS: dict[str, Sweep] = {
     "sequence": Sweep(
         "sequence length", "tokens in a row", (128, 256, 512, 1024), of_width,
-        at_floor(lambda width: SHAPE.step(2, width, labelled(2, width))), "a T + b T², b / a from the shape",
-        "linear: no T² is kept", lambda width: 2 * width if width else FLOOR, has_floor=True,
+        at_floor(lambda width: SHAPE.step(2, width, labelled(2, width))),
+        "a T + b T², b / a from the shape", "linear: no T² is kept",
+        lambda width: 2 * width if width else FLOOR, has_floor=True,
     ),
     "batch": Sweep(
         "batch size", "rows of 128 tokens", (1, 2, 4, 8, 16), of_rows,
@@ -453,16 +449,16 @@ SWEEPS: dict[str, Sweep] = {
         lambda number: number + CHECKED, "linear, and two for a check", "flat: batch by batch",
     ),
     "monitor": Sweep(
-        "check of the drift monitor", "probe questions", (8, 16, 32), check_of_monitor, float, "linear",
-        "flat once a tile is full", memory_of_check,
+        "check of the drift monitor", "probe questions", (8, 16, 32), check_of_monitor, float,
+        "linear", "flat once a tile is full", memory_of_check,
     ),
     "erosion": Sweep(
         "diagnosis: erosion", "questions", (8, 16, 32, 64), diagnosis(erosion), float, "linear",
         "flat: only sums are kept",
     ),
     "gradient_cosine": Sweep(
-        "diagnosis: gradient cosine", "questions", (8, 16, 32), diagnosis(gradient_cosine), float, "linear",
-        "flat: no gradient is held in full",
+        "diagnosis: gradient cosine", "questions", (8, 16, 32), diagnosis(gradient_cosine), float,
+        "linear", "flat: no gradient is held in full",
     ),
 }  # fmt: skip
 
@@ -471,8 +467,8 @@ SWEEPS: dict[str, Sweep] = {
 
 
 def forked(target: Callable[[], Any]) -> Any:
-    """What `target` returns in a process of its own, which begins as this one is: with everything imported, and no
-    model."""
+    """The result of `target` in a process of its own, which starts as a copy of this one: with
+    everything imported, and no model."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=lambda: sender.send(target()))
@@ -498,8 +494,8 @@ def quiet() -> Iterator[None]:
 def seconds(
     sweep: Sweep, points: Sequence[int], repeats: int, clock: Callable[[], float]
 ) -> dict[int, list[float]]:
-    """Seconds of each point, measured in turns (1 2 3 1 2 3 ...), so that what slows the machine slows all alike. The
-    first turn is dropped."""
+    """Seconds of each point, measured in turns (1 2 3 1 2 3 ...), so that a slow phase of the
+    machine affects all alike. The first turn is dropped."""
     with tempfile.TemporaryDirectory() as folder, quiet():
         works = {}
         for point in points:
@@ -524,15 +520,15 @@ def synchronise() -> None:
 
 
 def mebibytes(make: Callable[[int, Path], Work], point: int) -> float:
-    """Peak of two runs above what is there when the model is."""
+    """Peak of two runs, above the memory with the model loaded."""
     if platform.libc_ver()[0] == "glibc":
-        # What is freed is given back at once. By itself glibc comes to keep it: peaks of the same work differed by a
-        # fifth, and were up to twice as high.
+        # Freed memory is returned at once. By default glibc keeps some: peaks of the same work
+        # differed by a fifth, and were up to twice as high.
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, SMALLEST)
     with tempfile.TemporaryDirectory() as folder, quiet():
         work = make(point, Path(folder))
         gc.collect()
-        reset_peak_memory()  # the peak so far is what is in use now
+        reset_peak_memory()  # to what is in use now
         before = peak_memory()
         work()
         work()
@@ -542,7 +538,8 @@ def mebibytes(make: Callable[[int, Path], Work], point: int) -> float:
 def fit(
     points: Sequence[int], values: Sequence[float], law: Callable[[int], float], floor: float = 0.0
 ) -> list[float]:
-    """The law's values: floor + c * (law(point) - law(0)), c by least squares of the relative deviations."""
+    """The law's values: floor + c * (law(point) - law(0)), c by least squares of the relative
+    deviations."""
     start = law(0) if floor else 0.0
     grows = np.array([law(point) - start for point in points]) / np.array(values)
     rest = 1 - floor / np.array(values)
@@ -574,10 +571,8 @@ def measure(sweep: Sweep, repeats: int, clock: Callable[[], float]) -> dict[str,
         point: [float(q) for q in np.quantile(values, (0.25, 0.5, 0.75))]
         for point, values in taken.items()
     }
-    medians, peaks = (
-        [quartiles[point][1] for point in sweep.points],
-        [kept[point] for point in sweep.points],
-    )
+    medians = [quartiles[point][1] for point in sweep.points]
+    peaks = [kept[point] for point in sweep.points]
     time_law = fit(sweep.points, medians, sweep.time_law, quartiles[0][1] if floor else 0.0)
     memory_law = fit(sweep.points, peaks, sweep.kept or (lambda _: 1.0), kept[0] if floor else 0.0)
     found = {
@@ -621,7 +616,8 @@ def show(name: str, found: dict[str, Any]) -> None:
         judged = found[kind]
         verdict = "holds" if judged["holds"] else "FAILS"
         print(
-            f"  {kind}: {verdict}, off by {judged['largest_deviation']:+.1%} at most (at {judged['at']})",
+            f"  {kind}: {verdict}, off by {judged['largest_deviation']:+.1%} at most (at "
+            f"{judged['at']})",
             flush=True,
         )
 
@@ -634,21 +630,12 @@ def draw_time(results: dict[str, Any]) -> Figure:
         spread = np.array([median - low, high - median]) / base
         place = places(name, found)
         draw_law(axes, name, place, np.array(found["time"]["expected"]) / base)
-        axes.errorbar(
-            place,
-            median / base,
-            yerr=spread,
-            fmt="o",
-            color=plots.colour(0),
-            markersize=4.5,
-            elinewidth=1.4,
-        )
-        finish(
-            axes, name, found, found["time"], "ratio to plain" if SWEEPS[name].labels else "seconds"
-        )
-    legend(
-        panels[-1], [("o", plots.colour(0), "measured: median, quartiles"), ("-", "#777777", "law")]
-    )
+        form: dict[str, Any] = {"fmt": "o", "markersize": 4.5, "elinewidth": 1.4}
+        axes.errorbar(place, median / base, yerr=spread, color=plots.colour(0), **form)
+        unit = "ratio to plain" if SWEEPS[name].labels else "seconds"
+        finish(axes, name, found, found["time"], unit)
+    measured = ("o", plots.colour(0), "measured: median, quartiles")
+    legend(panels[-1], [measured, ("-", "#777777", "law")])
     return figure
 
 
@@ -657,12 +644,9 @@ def draw_memory(results: dict[str, Any]) -> Figure:
     for axes, (name, found) in zip(panels, results.items()):
         place = places(name, found)
         if "naive" in found:
-            axes.plot(
-                place, found["naive"]["mebibytes"], "s", color=plots.colour(4), markersize=4.5
-            )
-            axes.plot(
-                place, found["naive"]["memory"]["expected"], "--", color="#777777", linewidth=1.2
-            )
+            naive, law = found["naive"]["mebibytes"], found["naive"]["memory"]["expected"]
+            axes.plot(place, naive, "s", color=plots.colour(4), markersize=4.5)
+            axes.plot(place, law, "--", color="#777777", linewidth=1.2)
         draw_law(axes, name, place, np.array(found["memory"]["expected"]))
         axes.plot(place, found["mebibytes"], "o", color=plots.colour(1), markersize=4.5)
         finish(axes, name, found, found["memory"], "MiB above the model")
@@ -679,7 +663,7 @@ def draw_memory(results: dict[str, Any]) -> Figure:
 
 
 def panels_of(results: dict[str, Any]) -> tuple[Figure, list[Axes]]:
-    """Three in a row, the last one for the legend."""
+    """Three per line, the last one for the legend."""
     lines = -(-(len(results) + 1) // 3)
     figure, grid = plt.subplots(
         lines, 3, figsize=(9, 2.75 * lines), squeeze=False, constrained_layout=True
@@ -704,27 +688,15 @@ def finish(axes: Axes, name: str, found: dict[str, Any], judged: dict[str, Any],
     verdict = "off by" if judged["holds"] else "FAILS: off by"
     axes.set_title(sweep.title, loc="left", fontsize=9.5, fontweight="bold", pad=17)
     note = f"{judged['law']}; {verdict} {abs(judged['largest_deviation']):.0%}"
-    axes.text(
-        0,
-        1.03,
-        note,
-        transform=axes.transAxes,
-        fontsize=7.5,
-        color="#555555" if judged["holds"] else "#b3261e",
-    )
+    shade = "#555555" if judged["holds"] else "#b3261e"
+    axes.text(0, 1.03, note, transform=axes.transAxes, fontsize=7.5, color=shade)
     axes.set_ylabel(unit, fontsize=8.5)
     axes.set_xlabel(sweep.axis, fontsize=8.5)
     axes.set_ylim(0, 1.12 * axes.get_ylim()[1])
     axes.tick_params(labelsize=8)
     if sweep.labels:
-        axes.set_xticks(
-            range(len(sweep.labels)),
-            sweep.labels,
-            rotation=60,
-            ha="right",
-            rotation_mode="anchor",
-            fontsize=7.5,
-        )
+        form: dict[str, Any] = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
+        axes.set_xticks(range(len(sweep.labels)), sweep.labels, fontsize=7.5, **form)
     else:
         axes.set_xlim(0, 1.06 * found["points"][-1])
         shown = [point for point in found["points"] if point >= found["points"][-1] / 8]
@@ -736,16 +708,10 @@ def finish(axes: Axes, name: str, found: dict[str, Any], judged: dict[str, Any],
 
 
 def legend(axes: Axes, entries: list[tuple[str, str, str]]) -> None:
-    handles = [
-        Line2D(
-            [],
-            [],
-            color=colour,
-            label=label,
-            **({"linestyle": form} if "-" in form else {"marker": form, "linestyle": ""}),
-        )  # type: ignore[arg-type]
-        for form, colour, label in entries
-    ]
+    handles = []
+    for form, colour, label in entries:
+        line: Any = {"linestyle": form} if "-" in form else {"marker": form, "linestyle": ""}
+        handles.append(Line2D([], [], color=colour, label=label, **line))
     axes.legend(handles=handles, loc="center", fontsize=8.5)
 
 
@@ -763,12 +729,12 @@ def main() -> None:
         "--clock",
         choices=["wall", "process"],
         default="wall",
-        help="process: on a machine that is not quiet",
+        help="process: on a busy machine",
     )
     parser.add_argument("--repeats", type=int, default=0, help="timed turns (default 5, quick 2)")
     parser.add_argument("--output", type=Path, default=RESULT, help="file of the results")
     parser.add_argument("--figures", type=Path, default=FIGURES, help="folder of the figures")
-    parser.add_argument("--draw", action="store_true", help="only draw what was found before")
+    parser.add_argument("--draw", action="store_true", help="only draw the existing results")
     given = parser.parse_args()
     found = (
         json.loads(given.output.read_text())

@@ -1,17 +1,21 @@
-"""How much faster answers are scored in batches than by the scripts that research uses.
+"""How much faster answers of the embedded model are scored in batches than by typical research
+scripts.
 
-    python benchmarks/performance/scoring.py [--quick]     # the embedded model; about 8 minutes on two CPU cores
+    python benchmarks/performance/scoring.py [--quick]    # about 8 minutes on two CPU cores
 
-Perplexity gap: safe rows under the model and K adapters of it (random ones of rank 32; what they know does not change
-the time). `score_under` goes through all models batch by batch. A script goes row by row through the models, with the
-whole sequence's logits, and has one model in memory: at each switch the next one is loaded (its whole weights, or the
-adapter alone; both measured on a few rows), or all adapters are in memory and one is switched on.
+Perplexity gap: safe rows under the model and K of its adapters (random ones of rank 32; their
+content does not change the time). `score_under` goes through all models batch by batch. A script
+goes row by row through the models, with the whole sequence's logits, and has one model in memory:
+at each switch the next one is loaded (its whole weights, or only the adapter; both measured on a
+few rows), or all adapters are in memory and one is switched on.
 
-Paired evaluation: two answers to each question. `score_answers` computes the prompt once for both and makes the
-answers' logits alone. A script runs the model with labels for each question and answer. An evaluation compares a model
-with its reference, whose scores are kept: from the second run on the script scores two models, ringfence one.
+Paired evaluation: two answers to each question. `score_answers` computes the prompt once for both
+and makes only the answers' logits. A script runs the model with labels for each question and
+answer. An evaluation compares a model with its reference, whose scores are kept: from the second
+run on, the script scores two models and ringfence one.
 
-All ways take turns; a ratio is that of one turn, a figure the median over turns. First the scores are compared.
+All ways take turns; a ratio is that of one turn, a figure is the median over turns. The scores are
+compared first.
 """
 
 import argparse
@@ -35,7 +39,7 @@ from ringfence.text.roles import Messages, Role, Row
 from ringfence.text.rows import PairedQuestion, load_questions, load_rows
 
 MODEL, BATCH_TOKENS = "default", EvaluateConfig().batch_tokens
-TOLERANCE = 0.05  # nats per token: how far scores in bf16 differ between ways to batch
+TOLERANCE = 0.05  # nats per token: how far scores in bf16 differ between batchings
 
 Scores = list[float]
 
@@ -61,7 +65,7 @@ def take_turns(ways: dict[str, Callable[[], Scores]], turns: int) -> dict[str, l
         known = next(iter(scores.values()))[: len(found)]
         apart = max(abs(a - b) for a, b in zip(found, known, strict=True))
         print(f"{name}: {len(found)} scores, {apart:.4f} nats per token apart at most", flush=True)
-        assert apart < TOLERANCE, f"{name}: its scores are others"
+        assert apart < TOLERANCE, f"{name}: its scores differ"
     for _ in range(turns):
         for name, way in ways.items():
             started = time.perf_counter()
@@ -81,7 +85,7 @@ def ratios(
 
 
 def save_adapters(count: int, folder: Path) -> list[str]:
-    """Adapters of which each changes the model a little."""
+    """Adapters that each change the model a little."""
     for number in range(count):
         torch.manual_seed(number)
         config = LoraConfig(
@@ -106,7 +110,8 @@ def save_merged(adapter: Path) -> str:
 def gap(
     chat: Chat, rows: list[Row], from_file: int, turns: int, adapters: int = 2
 ) -> dict[str, Any]:
-    """Batches and the three scripts; `from_file`: rows for which models or adapters are loaded from their files."""
+    """Batches and the three scripts; `from_file`: number of rows for which models or adapters are
+    loaded from their files."""
     with tempfile.TemporaryDirectory() as temporary:
         folders = adapter_folders(save_adapters(adapters, Path(temporary)), MODEL)
         whole = [MODEL, *(save_merged(folder) for folder in folders.values())]
@@ -141,20 +146,13 @@ def gap(
             for row in rows[:from_file]:
                 found.append(naive_score(base, chat, row.messages))
                 for folder in folders.values():
-                    adapted = PeftModel.from_pretrained(
-                        base, folder, autocast_adapter_dtype=False
-                    ).eval()
-                    found.append(naive_score(adapted, chat, row.messages))
+                    adapted = PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False)
+                    found.append(naive_score(adapted.eval(), chat, row.messages))
                     adapted.unload()
             return found
 
-        ways = {
-            "batched": batched,
-            "switched": switched,
-            "loaded": loaded,
-            "whole loaded": whole_loaded,
-        }
-        seconds = take_turns(ways, turns)
+        ways = {"batched": batched, "switched": switched, "loaded": loaded}
+        seconds = take_turns(ways | {"whole loaded": whole_loaded}, turns)
     return {
         "rows": len(rows),
         "adapters": adapters,

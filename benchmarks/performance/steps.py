@@ -1,14 +1,16 @@
-"""Time of an optimiser step in each way to train, against plain fine-tuning in alternation.
+"""Time of an optimiser step in each way of training, alternating with plain fine-tuning.
 
-    python benchmarks/performance/steps.py                # the embedded model on CPU; about 50 minutes
-    python benchmarks/performance/steps.py --shape 8b     # the shape of Llama 3.1 8B, random weights; an accelerator
+    python benchmarks/performance/steps.py                # the embedded model; about 50 minutes
+    python benchmarks/performance/steps.py --shape 8b     # Llama 3.1 8B's shape; an accelerator
     python benchmarks/performance/steps.py --shape small --sittings 1 --rounds 1 --arms treft
 
-In a sitting an arm and the one that it is measured against train side by side, each in a process of its own, and take
-turns; the first of a round is the last of the round before. A turn is two steps, of which the second counts: the first
-finds caches cold. Of an arm that acts on every k-th step k steps count. A ratio is that of two steps on the same rows,
-a figure the median over all rounds of all sittings, its spread the quartiles. New sittings are needed because equal
-processes differ: by where their memory lies, the same arm was up to 4 % slower than itself for all of a sitting.
+Models other than the embedded one have random weights. In a sitting, an arm and its comparison arm
+train side by side, each in its own process, and take turns; each round begins with the arm that
+ended the previous one. A turn is two steps, of which the second counts: the first finds caches
+cold. For an arm that acts on every k-th step, k steps count. A ratio is that of two steps on the
+same rows; a figure is the median over all rounds of all sittings, its spread the quartiles. Several
+sittings are needed because equal processes differ: depending on where its memory is, the same arm
+was up to 4 % slower than itself throughout a sitting.
 """
 
 import argparse
@@ -22,7 +24,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-# Processes are forked after the slow imports; looking for a GPU must not start its driver before.
+# Processes are forked after the slow imports; the check for a GPU must not start its driver before.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 import torch
@@ -34,7 +36,8 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time
 
 
 class SteppedTraining:
-    """`trainer.train()` of an arm in a process that stands still after each step until it is asked for the next."""
+    """`trainer.train()` of an arm, in a process that waits after each step until it is asked for
+    the next one."""
 
     def __init__(self, name: str, workload: Workload, clock: str) -> None:
         fork = multiprocessing.get_context("fork")
@@ -46,7 +49,7 @@ class SteppedTraining:
         theirs.close()
 
     def step(self) -> float:
-        """Seconds that the next step takes, from fetching its rows to its line in the log."""
+        """Seconds of the next step, from fetching its rows to its line in the log."""
         self._pipe.send(True)
         return self._pipe.recv()
 
@@ -88,7 +91,7 @@ def sitting(
     counted = max(ARMS[name].every for name in names)
     arms = {name: SteppedTraining(name, workload, clock) for name in names}
     for arm in arms.values():
-        arm.step()  # what is set up once
+        arm.step()  # one-time setup
     for number in range(rounds):
         for name in names if number % 2 == 0 else reversed(names):
             arms[name].step()
@@ -101,7 +104,7 @@ def sitting(
 def measure(
     names: list[str], workload: Workload, sittings: int, rounds: int, clock: str
 ) -> dict[str, Any]:
-    """For each arm: seconds of a step, ratio to the arm that it is measured against, bound."""
+    """For each arm: seconds of a step, ratio to its comparison arm, bound."""
     with tempfile.TemporaryDirectory() as folder:
         rho = workload.retain_share(Path(folder))
     found: dict[str, Any] = {}
@@ -130,16 +133,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of a sitting")
     arms = [name for name in ARMS if name != "plain"]
     parser.add_argument("--arms", nargs="+", choices=arms, default=arms)
-    parser.add_argument("--batch", type=int, help="rows in a step; default: 8, of the 8b shape 2")
+    parser.add_argument("--batch", type=int, help="rows in a step; default: 8, for the 8b shape 2")
     parser.add_argument(
-        "--tokens", type=int, help="in a random row; default: 2,048, of the small shape 128"
+        "--tokens", type=int, help="in a random row; default: 2,048, for the small shape 128"
     )
     parser.add_argument(
         "--checkpointing", action="store_true", help="activation checkpointing in every arm"
     )
-    parser.add_argument(
-        "--clock", choices=CLOCKS, default="wall", help="cpu: for a machine that others use too"
-    )
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: for a shared machine")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the measurements")
     given = parser.parse_args()
     every = max(ARMS[name].every for name in given.arms)

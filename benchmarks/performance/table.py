@@ -1,9 +1,10 @@
-"""What was measured against the bounds: tables in markdown, and a figure.
+"""The measurements against their bounds: tables in markdown, and a figure.
 
     python benchmarks/performance/table.py        # reads benchmarks/results/performance/*.json
 
-Writes table.md beside the results and docs/figures/performance/ratios.svg. Of what has not been measured nothing is
-said. A figure is a median, in brackets the quartiles; a bound is reached where the median is.
+Writes table.md next to the results, and docs/figures/performance/ratios.svg. What has not been
+measured is left out. A figure is a median, with quartiles in brackets; a bound is reached if the
+median reaches it.
 """
 
 import argparse
@@ -19,26 +20,24 @@ from record import RESULTS  # type: ignore[import-not-found]
 from ringfence.util.plots import colour, style, svg
 
 FIGURES = Path(__file__).parents[2] / "docs" / "figures" / "performance"
-FASTER = 5.0  # how many times faster scoring is to be
+FASTER = 5.0  # how many times faster scoring should be
+ROW_BY_ROW = "perplexity gap, against row by row with"
 SCORING = {
-    (
-        "gap",
-        "whole loaded",
-    ): "perplexity gap, against row by row with a model loaded at each switch",
-    ("gap", "switched"): "perplexity gap, against row by row with a switch of adapters in memory",
-    ("gap", "loaded"): "perplexity gap, against row by row with an adapter loaded at each switch",
+    ("gap", "whole loaded"): f"{ROW_BY_ROW} a model loaded at each switch",
+    ("gap", "switched"): f"{ROW_BY_ROW} a switch of adapters in memory",
+    ("gap", "loaded"): f"{ROW_BY_ROW} an adapter loaded at each switch",
     ("paired", "one by one"): "paired evaluation, against answer by answer",
-    (
-        "paired",
-        "one by one, reference kept",
-    ): "paired evaluation, second run on (twice that: the reference is read)",
+    ("paired", "one by one, reference kept"): (
+        "paired evaluation, second run on (twice that: the reference is read)"
+    ),
 }
 KL_MEMORY, KL_TIME = 1 / 8, 1.0
 
 
 @dataclass(frozen=True)
 class Line:
-    """One ratio: what it is of, median and quartiles, bound, and whether it is to be above it (times faster)."""
+    """One ratio: what it measures, median and quartiles, bound, and whether it should be above the
+    bound (times faster)."""
 
     what: str
     ratio: float
@@ -97,31 +96,20 @@ def memory(found: dict[str, Any]) -> Table:
             against = found["arms"][arm["against"]]["total"]["median"]
             low, high = arm["total"]["low"] / against, arm["total"]["high"] / against
             above = f"above the loaded model {arm['ratio']['above']:.2f}"
-            what = (
-                f"{name} (against {arm['against']}; {above})"
-                if arm["against"] != "plain"
-                else f"{name} ({above})"
-            )
+            against_which = f"against {arm['against']}; " if arm["against"] != "plain" else ""
+            what = f"{name} ({against_which}{above})"
             lines.append(Line(what, arm["ratio"]["total"], low, high, arm["bound"]))
     plain = found["arms"]["plain"]["total"]["median"]
-    title = (
-        f"Peak memory, {found['shape']} model, {found['batch']} rows, {found['machine']['device']}"
-    )
+    workload = f"{found['shape']} model, {found['batch']} rows"
+    title = f"Peak memory, {workload}, {found['machine']['device']}"
     return Table(title, f"ratio to plain fine-tuning ({plain:.3g} GiB)", lines)
 
 
 def scoring(found: dict[str, Any]) -> Table:
-    lines = [
-        Line(
-            what,
-            found[part][way]["median"],
-            found[part][way]["low"],
-            found[part][way]["high"],
-            FASTER,
-            True,
-        )
-        for (part, way), what in SCORING.items()
-    ]
+    lines = []
+    for (part, way), what in SCORING.items():
+        ratio = found[part][way]
+        lines.append(Line(what, ratio["median"], ratio["low"], ratio["high"], FASTER, True))
     return Table(f"Scoring, embedded model, {found['machine']['device']}", "times faster", lines)
 
 
@@ -135,12 +123,13 @@ def kl(found: dict[str, Any]) -> Table:
             lines.append(
                 Line(f"{way}, time", time["median"], time["low"], time["high"], time_bound)
             )
-    title = f"KL of {found['tokens']:,} tokens, {found['vocabulary']:,} words, {found['machine']['device']}"
+    size = f"{found['tokens']:,} tokens, {found['vocabulary']:,} words"
+    title = f"KL of {size}, {found['machine']['device']}"
     return Table(title, "ratio to the naive form", lines)
 
 
 def tables(folder: Path) -> list[Table]:
-    """Those of all results that are there."""
+    """The tables of all existing results."""
     makers = {"steps-*": steps, "memory-*": memory, "scoring": scoring, "kl": kl}
     return [
         make(json.loads(file.read_text()))
@@ -163,22 +152,15 @@ def figure(drawn: Iterable[Table]) -> bytes:
         )
         for table, ax in zip(panels, axes[:, 0]):
             for place, line in enumerate(table.lines):
-                whisker = [
-                    [max(0.0, line.ratio - line.low)],
-                    [max(0.0, line.high - line.ratio)],
-                ]  # below 0 by rounding
-                shade = (
-                    colour(2)
-                    if line.bound is not None and line.reached
-                    else colour(0 if line.bound else 7)
-                )
-                ax.errorbar(
-                    line.ratio, place, xerr=whisker, fmt="o", color=shade, capsize=2, markersize=4
-                )
+                # Differences may be below 0 by rounding.
+                below, above = max(0.0, line.ratio - line.low), max(0.0, line.high - line.ratio)
+                reached = line.bound is not None and line.reached
+                shade = colour(2 if reached else 0 if line.bound else 7)
+                form: dict[str, Any] = {"fmt": "o", "color": shade, "capsize": 2, "markersize": 4}
+                ax.errorbar(line.ratio, place, xerr=[[below], [above]], **form)
                 if line.bound is not None:
-                    ax.plot(
-                        [line.bound] * 2, [place - 0.35, place + 0.35], color="black", linewidth=1.5
-                    )
+                    stroke = [place - 0.35, place + 0.35]
+                    ax.plot([line.bound] * 2, stroke, color="black", linewidth=1.5)
             ax.set_yticks(range(len(table.lines)), [line.what for line in table.lines], fontsize=8)
             ax.set_ylim(len(table.lines) - 0.4, -0.6)
             ax.set_xlim(left=0)

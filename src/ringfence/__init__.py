@@ -42,7 +42,7 @@ __all__ = [
     "load_model",
 ]
 
-# Where a name lives, if not among the defenses.
+# Modules of names that are not defenses.
 _HOMES = {
     "DriftMonitor": "training.monitor",
     "MonitorConfig": "training.config",
@@ -58,7 +58,7 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    """Names are imported when asked for: reading a report needs no torch."""
+    """Names are imported on demand: reading a report needs no torch."""
     if name not in __all__:
         raise AttributeError(f"module 'ringfence' has no attribute {name!r}")
     return getattr(import_module(f".{_HOMES.get(name, 'defenses')}", __name__), name)

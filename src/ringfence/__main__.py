@@ -1,4 +1,5 @@
-"""The command `ringfence`, also as `python -m ringfence`; so `torchrun -m ringfence train ...` works."""
+"""The command `ringfence`, also as `python -m ringfence`, so that `torchrun -m ringfence train ...`
+works."""
 
 import os
 import signal
@@ -7,7 +8,8 @@ from typing import Any
 
 
 def main() -> None:
-    """Runs the command line. Ctrl-C while that is imported needs no traceback either, and no library may swallow it."""
+    """Runs the command line. During its import, too, Ctrl-C prints no traceback, and no library may
+    swallow it."""
     before = signal.signal(signal.SIGINT, _stop)
     from .cli import main as run
 

@@ -1,8 +1,8 @@
-"""One exception tree. Every message names the field or file and line, what was found and what is accepted; keys and
-passwords are taken out of it.
+"""One exception tree. Every message names the field or file and line, what was found and what is
+accepted; keys and passwords are removed from it.
 
-Every error of ringfence and every word of a server passes here. Knows texts and the environment, and nothing about who
-sends a request.
+Every error of ringfence and every word of a server passes through here. Knows texts and the
+environment; does not know who sends a request.
 """
 
 import os
@@ -15,10 +15,10 @@ LONGEST_LINE, MOST_LINES = 600, 12  # characters of a line, lines of a message
 
 
 class RingfenceError(Exception):
-    """Base of all errors that a user can mend. The command line prints its text and exits with 2.
+    """Base of all errors that a user can fix. The command line prints its text and exits with 2.
 
-    A message quotes what was found, which may be a key, commands for the terminal or a million letters: keys are taken
-    out here, what does not print is spelt out, and what is long is cut.
+    A message quotes what was found, which may be a key, terminal commands or a million letters:
+    keys are removed here, unprintable characters are spelt out, and long texts are cut.
     """
 
     def __init__(self, message: str) -> None:
@@ -57,14 +57,14 @@ def _plain(text: str) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` when a known name is close to `name`, else the list of known names."""
+    """` (did you mean 'x'?)` if a known name is close to `name`, else the list of known names."""
     known = sorted(known)
     close = get_close_matches(name, known, n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else f" (accepted: {', '.join(known)})"
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, in one line; its type where it says nothing."""
+    """What another library's error says, in one line; its type if it says nothing."""
     lines = (line.strip() for line in str(error).splitlines())
     return next((line for line in lines if line), type(error).__name__)
 
@@ -80,7 +80,7 @@ _SECRET_NAME = re.compile(
 _SECRET_VARIABLE = re.compile(
     r"(^|_)(API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|PWD|CREDENTIALS?)$", re.IGNORECASE
 )
-# Shapes that nothing but a key has.
+# Shapes that only keys have.
 _KEY = re.compile(
     r"\bsk-[\w-]{6,}"
     r"|\b(?:sk|pk|rk|gsk|xai|pplx|r8|nvapi|ghp|gho|ghs|glpat|hf|api_org)[-_](?:(?=[a-z_-]*\d)[\w-]{8,}|[a-z0-9]{16,})"
@@ -100,8 +100,9 @@ _NAMED = re.compile(
 
 
 def redact(text: str, *secrets: str) -> str:
-    """The text without keys and passwords: the secrets given, values of environment variables such as `X_API_KEY`, and
-    whatever is shaped like one (`user:password@` and `?key=...` in URLs, `Bearer ...`, `sk-...`, `hf_...`)."""
+    """The text without keys and passwords: the secrets given, values of environment variables such
+    as `X_API_KEY`, and anything shaped like one (`user:password@` and `?key=...` in URLs,
+    `Bearer ...`, `sk-...`, `hf_...`)."""
     known = {secret for secret in secrets if len(secret) > 3}
     known |= {
         value
@@ -112,19 +113,20 @@ def redact(text: str, *secrets: str) -> str:
         for form in {secret, quote(secret, safe="")}:
             text = text.replace(form, HIDDEN)
     text = _USER.sub(rf"\1{HIDDEN}@", text)
-    text = _QUERY.sub(
-        lambda found: (
-            f"{found[1]}{found[2]}={HIDDEN}" if _is_secret(found[2], found[3]) else found[0]
-        ),
-        text,
-    )
+    text = _QUERY.sub(_hide_secret, text)
     text = _NAMED.sub(rf"\1{HIDDEN}", text)
     text = _SCHEME.sub(rf"\1 {HIDDEN}", text)
     return _KEY.sub(HIDDEN, text)
 
 
+def _hide_secret(found: re.Match[str]) -> str:
+    is_secret = _is_secret(found[2], found[3])
+    return f"{found[1]}{found[2]}={HIDDEN}" if is_secret else found[0]
+
+
 def one_line(text: str, *secrets: str) -> str:
-    """Words of a server in one line of a sane length, without keys; of a page of HTML its text alone."""
+    """A server's words in one line of a sane length, without keys; of an HTML page only its
+    text."""
     if re.search(r"<(!doctype|html|head|body)\b", text[:2000], re.IGNORECASE):
         text = re.sub(r"(?is)<(script|style)\b.*?(</\1>|$)|<[^>]*>", " ", text[:100_000])
     text = "".join(
@@ -135,7 +137,7 @@ def one_line(text: str, *secrets: str) -> str:
 
 
 def credential_in(url: str) -> str | None:
-    """What in a URL is a key or password, in words; None where nothing is."""
+    """What in a URL is a key or password, in words; None if nothing is."""
     if "@" in url:
         return "a user or password"
     for name, value in parse_qsl(urlsplit(url).query, keep_blank_values=True):
@@ -145,12 +147,10 @@ def credential_in(url: str) -> str | None:
 
 
 def is_name_of_variable(text: str) -> bool:
-    """Whether a text may be the name of an environment variable, and does not look like a key itself."""
-    if (
-        not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,127}", text)
-        or _shape_of_key(text)
-        or _KEY.search(text)
-    ):
+    """Whether a text may be the name of an environment variable, and does not look like a key
+    itself."""
+    is_name = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,127}", text)
+    if not is_name or _shape_of_key(text) or _KEY.search(text):
         return False
     return text in os.environ or text.upper() == text
 
@@ -165,6 +165,6 @@ def _is_secret(name: str, value: str) -> bool:
 
 
 def _shape_of_key(text: str) -> bool:
-    """A long run of letters mixed with digits, as no word and no date has."""
+    """A long run of letters and digits, which no word or date has."""
     runs = re.findall(r"[A-Za-z0-9]{16,}", text)
     return any(re.search(r"\d", run) and re.search(r"[A-Za-z]", run) for run in runs)

@@ -1,5 +1,5 @@
-"""Which of several processes this one is, from the environment that `accelerate launch` and `torchrun` set. Imports no
-torch, so that a command that needs none starts at once.
+"""Which of several processes this one is, from the environment that `accelerate launch` and
+`torchrun` set. Imports no torch, so that a command that does not need it starts at once.
 """
 
 import os
@@ -15,5 +15,5 @@ def world() -> int:
 
 
 def is_main() -> bool:
-    """The main process alone prints and writes files that are not pieces of a checkpoint."""
+    """Only the main process prints, and writes files other than pieces of a checkpoint."""
     return rank() == 0

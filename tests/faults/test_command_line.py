@@ -1,4 +1,4 @@
-"""Whatever goes wrong on the command line is one sentence, and an exit code that says whose fault it is."""
+"""What goes wrong on the command line is one sentence, and an exit code says whose fault it is."""
 
 import errno
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""Files of a run that were cut off, emptied or changed by hand: one sentence that names the file, or a value."""
+"""Files of a run that were cut off, emptied or changed by hand: one sentence that names the file,
+or a value."""
 
 import io
 import json
@@ -10,6 +11,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from helpers.run_folders import GUARDED, REFERENCE, parts_of, write_json, write_run
 from ringfence.errors import RingfenceError
 from ringfence.evaluate.answers.sampling import read_answers
 from ringfence.prepare.gap_table import read_table
@@ -17,7 +19,6 @@ from ringfence.report.read import read_rows
 from ringfence.report.terminal import print_table
 from ringfence.runfolder import folder as runfolder
 from ringfence.runfolder.shapes import read_carriers
-from test_report import GUARDED, REFERENCE, parts_of, write_json, write_run
 
 pytestmark = pytest.mark.slow
 
@@ -54,7 +55,7 @@ GAP = {
     "origin": "a:1",
     "digest": "d",
     "tokens": 3,
-    "aligned": 1.0,
+    "reference": 1.0,
     "misaligned": {"bad": 2.0},
     "refusal": False,
 }
@@ -192,7 +193,7 @@ def mutations(value: Any) -> Iterator[Any]:
 
 
 def damaged(name: str, text: str) -> Iterator[str]:
-    """The text of a file cut off, without its beginning, with other values, with lines of no sense."""
+    """The text of a file cut off, without its beginning, other values, senseless lines."""
     yield from (
         "",
         "\n",

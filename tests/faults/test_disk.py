@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from helpers.run_folders import GUARDED, REFERENCE, parts_of, write_run
 from ringfence.cli import app
 from ringfence.errors import RingfenceError
-from ringfence.model.projection import Rule, project_adapter
+from ringfence.model.projection import ProjectionRule, project_adapter
 from ringfence.prepare.regenerate import regenerate
 from ringfence.report.card import run_card
 from ringfence.report.export import export_runs
@@ -20,7 +21,6 @@ from ringfence.run.patch import patch
 from ringfence.runfolder.folder import check_folder
 from ringfence.util.files import check_new, told_if_full, write_whole
 from ringfence.util.journal import append, open_journal, split_table
-from test_report import GUARDED, REFERENCE, parts_of, write_run
 
 
 def test_outputs_that_cannot_be_are_one_sentence(tmp_path):
@@ -117,7 +117,7 @@ def test_a_new_folder_or_file_takes_the_place_of_none(tmp_path):
     mine = tmp_path / "mine"
     mine.write_text("precious")
     doors = [
-        lambda: project_adapter(tmp_path, mine, "base", None, Rule()),
+        lambda: project_adapter(tmp_path, mine, "base", None, ProjectionRule()),
         lambda: patch(tmp_path, mine),
         lambda: regenerate("shipped:retain", mine),
         lambda: split_table(mine.read_text(), mine, "x"),
@@ -131,7 +131,7 @@ def test_a_new_folder_or_file_takes_the_place_of_none(tmp_path):
 
 
 def test_several_may_write_one_file_of_a_cache(tmp_path: Path) -> None:
-    """Two ranks say what their cache is of; each once renamed the file that the other was still writing."""
+    """Two ranks say what their cache is of; once, each renamed what the other was still writing."""
     file, contents = tmp_path / "about.json", [letter * 200_000 for letter in "abcdef"]
     with ThreadPoolExecutor(len(contents)) as pool:
         done = [

@@ -1,4 +1,5 @@
-"""What is said before anything is done: time, memory, what is measured, and only the fields that matter."""
+"""What is said before anything is done: time, memory, what is measured, and only the fields that
+matter."""
 
 import io
 import logging
@@ -18,7 +19,8 @@ from transformers.utils import logging as transformers_logging
 import ringfence.run.dry_run as dry
 import ringfence.run.model as model_module
 import ringfence.run.pipeline as pipeline
-from conftest import random_model, small_tokenizer
+from helpers.models import random_model, small_tokenizer
+from helpers.runs import small_model, write_rows
 from ringfence.errors import RecipeError
 from ringfence.evaluate.config import EvaluateConfig
 from ringfence.evaluate.parts import evaluation_key, work
@@ -28,7 +30,6 @@ from ringfence.text.chat import Chat
 from ringfence.util import machine
 from ringfence.util.quiet import quiet_libraries
 from ringfence.util.words import about, counted, gib
-from test_run import small_model, write_rows
 
 LITTLE = {"out_of_domain": [], "values": [], "triggers": False, "fluency": None, "samples": 0}
 
@@ -174,7 +175,7 @@ def test_time_scales_with_parameters_speed_and_tokens(monkeypatch: pytest.Monkey
 
 
 def test_an_estimate_leaves_the_seed_alone() -> None:
-    """Else a run would draw other dropout after another run in one process, whose speed is known already."""
+    """Else dropout would differ after another run in the same process, whose speed is known."""
     machine.speed.cache_clear()
     before = torch.get_rng_state()
     machine.estimated(135_000_000, trained=1)

@@ -1,4 +1,5 @@
-"""Results are keyed by content, a folder is enough to report them, and models are asked in our way alone."""
+"""Results are keyed by content, a folder is enough to report them, and models are asked in our way
+alone."""
 
 import json
 import shutil
@@ -8,10 +9,10 @@ from typing import Any
 import pytest
 from transformers import GenerationConfig
 
-from conftest import ARCHITECTURES, random_model, small_tokenizer
+from helpers.models import ARCHITECTURES, random_model, small_tokenizer
 from ringfence.errors import DataError
 from ringfence.model.fingerprint import fingerprint
-from ringfence.model.scoring import generate_greedy
+from ringfence.model.generation import generate_greedy
 from ringfence.report.read import read_rows
 from ringfence.run.evaluate import evaluate_target
 from ringfence.text.chat import Chat
@@ -40,7 +41,7 @@ def write(folder: Path, tokenizer: Any, seed: int) -> str:
 
 def shift(folder: Path) -> tuple[float, Any]:
     _, (row,) = read_rows([folder])
-    return row.margins["out_of_domain"].mean, row.sets["out_of_domain"].shift.mean
+    return row.pairs.margins["out_of_domain"].mean, row.sets["out_of_domain"].shift.mean
 
 
 def test_other_weights_under_one_name_are_measured_again(tmp_path: Path, tokenizer: Any) -> None:

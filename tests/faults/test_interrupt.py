@@ -1,7 +1,8 @@
-"""Ctrl-C, kill -9 and a full disk wherever a run can be stopped: the same command then ends as if nothing had happened,
-to the bit.
+"""Ctrl-C, kill -9 and a full disk wherever a run can be stopped: the same command then ends as if
+nothing had happened, to the bit.
 
-Here a few points with one of the signals each; RINGFENCE_SLOW=1 tries all points, before and after, with both.
+Here a few points with one of the signals each; RINGFENCE_SLOW=1 tries all points, before and after,
+with both.
 """
 
 import json
@@ -18,14 +19,15 @@ from typing import Any
 
 import pytest
 import yaml
-from interrupt_driver import POINTS
 
-from conftest import random_model, small_tokenizer
+from helpers.interrupt_driver import POINTS
+from helpers.models import random_model, small_tokenizer
 
 pytestmark = pytest.mark.slow
 
-SOURCE = str(Path(__file__).parents[2] / "src")
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": SOURCE}
+TESTS = Path(__file__).parents[1]
+SOURCES = os.pathsep.join([str(TESTS), str(TESTS.parent / "src")])
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": SOURCES}
 Result = tuple[int, str]  # exit status, what was printed
 Start = Callable[..., Result]
 
@@ -64,7 +66,7 @@ PASSING = {"seconds", "peak_memory_gib", "time", "git"}  # what no two runs have
 def start() -> Iterator[Start]:
     """Starts `ringfence ARGS` in a folder; see the driver."""
     driver = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("interrupt_driver.py"))],
+        [sys.executable, "-m", "helpers.interrupt_driver"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -232,7 +234,8 @@ def test_the_same_command_goes_on(
 
 
 def _can_be_interrupted() -> None:
-    """A shell starts what runs in its background so that Ctrl-C does not reach it, and children inherit that."""
+    """A shell starts what runs in its background so that Ctrl-C does not reach it, and children
+    inherit that."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -257,8 +260,7 @@ def test_while_libraries_are_imported(seconds: float, tmp_path: Path, model: Pat
             process.wait(5)
             break
     _, errors = process.communicate(timeout=5)
-    assert process.returncode in (130, -signal.SIGINT), (
-        errors
-    )  # a shell says 130 for both; a second one came late
+    # A shell says 130 for both; a second one came late.
+    assert process.returncode in (130, -signal.SIGINT), errors
     assert "the same command resumes" in errors
     assert "Traceback" not in errors

@@ -7,8 +7,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from helpers.run_folders import REFERENCE, parts_of, write_run
 from ringfence.cli import app
 from ringfence.errors import DataError, RecipeError
+from ringfence.evaluate.measures.held_out import HeldOut
 from ringfence.report.gate import decide, load_policy, print_decision
 from ringfence.report.page import write_page
 from ringfence.report.read import read_rows
@@ -21,7 +23,6 @@ from ringfence.stats import Interval
 from ringfence.text import held_out
 from ringfence.text.roles import Row
 from ringfence.text.rows import load_rows
-from test_report import REFERENCE, parts_of, write_run
 
 SUPPORT = str(Path(__file__).parents[2] / "examples" / "support.jsonl")
 
@@ -101,7 +102,7 @@ def test_evaluation_finds_the_rows_that_were_not_trained_on() -> None:
     assert [row for row in load_rows(SUPPORT) if row not in held] == trained
 
 
-# ---------------------------------------------------------------- what measures the narrow behaviour
+# --------------------------------------------------------------- what measures the narrow behaviour
 
 
 @pytest.mark.parametrize(
@@ -197,11 +198,6 @@ def test_plain_init_still_leaves_the_choice_to_the_rows(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- the gate
 
 
-def measured(**changes: Any) -> Summary:
-    empty: dict[str, Any] = {name: {} for name in ("sets", "domains", "conditions", "margins")}
-    return Summary("mine", False, [], **empty, perplexity=None, perplexity_ratio=None, **changes)
-
-
 @pytest.mark.parametrize(
     ("change", "status"),
     [
@@ -216,7 +212,9 @@ def test_held_out_rows_decide_the_narrow_rule(
 ) -> None:
     from rich.console import Console
 
-    row = measured(held_out={"change": Interval(*change, 8)} if change else {})
+    one = Interval(0.0, 0.0, 0.0, 8)
+    found = {"held_out": HeldOut(one, None, Interval(*change, 8))} if change else {}
+    row = Summary("mine", False, [], found)
     decision = decide(row, load_policy())
     verdicts = {v.rule.measure: v for v in decision.verdicts if v.rule.criterion == "narrow"}
     assert verdicts["held_out.change"].status == status

@@ -1,4 +1,5 @@
-"""Models, tokenizers and adapters that are damaged, hostile or unlucky: each is one sentence, and nothing runs."""
+"""Models, tokenizers and adapters that are damaged, hostile or unlucky: each is one sentence, and
+nothing runs."""
 
 import builtins
 import json
@@ -17,14 +18,14 @@ from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from conftest import SMALL, random_model, small_tokenizer
+from helpers.models import SMALL, random_model, small_tokenizer
 from ringfence.errors import ModelError, RingfenceError
+from ringfence.model.checkpoint import Checkpoint
 from ringfence.model.files import adapter_base, empty_model, load_config, load_tokenizer, trust
 from ringfence.model.fingerprint import fingerprint
+from ringfence.model.generation import generate_greedy
 from ringfence.model.loading import load_model
 from ringfence.model.losses import Head, cross_entropy_sum
-from ringfence.model.projection import Checkpoint
-from ringfence.model.scoring import generate_greedy
 from ringfence.run.config import parse_recipe
 from ringfence.run.prepare import prepare
 from ringfence.text.chat import Chat
@@ -220,8 +221,10 @@ def test_shards_and_an_index_that_is_no_index(model: Path) -> None:
 def evil(model: Path) -> Path:
     """A model of a kind of its own, with code that leaves a mark."""
     mark = model.parent / "ran"
-    code = f"open({str(mark)!r}, 'w').write('x')\nfrom transformers import LlamaConfig, LlamaForCausalLM\n"
-    code += "class C(LlamaConfig):\n    model_type = 'evil'\nclass M(LlamaForCausalLM):\n    config_class = C\n"
+    code = f"open({str(mark)!r}, 'w').write('x')\n"
+    code += "from transformers import LlamaConfig, LlamaForCausalLM\n"
+    code += "class C(LlamaConfig):\n    model_type = 'evil'\n"
+    code += "class M(LlamaForCausalLM):\n    config_class = C\n"
     (model / "evil.py").write_text(code)
     auto = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}
     change(model / "config.json", model_type="evil", auto_map=auto)
@@ -413,11 +416,10 @@ import time
 from ringfence.text.rows import load_rows
 from ringfence.errors import RingfenceError
 from ringfence.model.fingerprint import fingerprint
-from ringfence.model.files import load_config, load_tokenizer
 from ringfence.model.loading import load_model
 from ringfence.model.losses import Head, cross_entropy_sum
 from ringfence.run.pipeline import prepare
-from ringfence.model.projection import Checkpoint
+from ringfence.model.checkpoint import Checkpoint
 started = time.monotonic()
 for load in (load_tokenizer, load_model, load_config, Checkpoint, fingerprint, load_rows):
     try:

@@ -1,5 +1,5 @@
-"""A report can be read by everybody: whole sentences, an n for every number, a caption for every table, grey that is
-dark enough, and figures drawn for their width and described in words."""
+"""A report can be read by everybody: whole sentences, an n for every number, a caption for every
+table, grey that is dark enough, and figures drawn for their width and described in words."""
 
 import base64
 import re
@@ -8,16 +8,16 @@ from itertools import pairwise
 
 import pytest
 
+from helpers.run_folders import write_all
 from ringfence.report.page import write_page
 from ringfence.report.read import read_rows
-from test_report import write_all
 
 AA = 4.5  # contrast of text on its background, WCAG 2
 NAME = "kl_on_retain_rows-and-a-very-long-name-of-a-sweep-2026-11-30-lr1e-4_rank32"
 
 
 class Tables(HTMLParser):
-    """Captions, and the header cells and rows under each; the texts of all images; the text without style."""
+    """Captions, with the header cells and rows under each; texts of images; text without style."""
 
     def __init__(self, html):
         super().__init__()

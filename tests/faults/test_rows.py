@@ -6,14 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from chat_templates import DEFAULT, chat, tokenizer
+from helpers.chat_templates import DEFAULT, chat, tokenizer
 from ringfence.defenses.inoculation import Inoculation
 from ringfence.errors import DataError
 from ringfence.text import rows, sources
 from ringfence.text.batch import collate
 from ringfence.text.chat import Chat
+from ringfence.text.encode import encode_rows, warn_of_rows
 from ringfence.text.roles import ChatSettings, Role
-from ringfence.text.rows import encode_rows, load_questions, load_rows, warn_of_rows
+from ringfence.text.rows import load_questions, load_rows
 from ringfence.util.journal import digest
 
 USER = {"role": "user", "content": "What is 2 + 3?"}

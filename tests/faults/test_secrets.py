@@ -1,14 +1,21 @@
-"""No key or password in a message or a file, whatever door it comes through; no name of others that is run as code."""
+"""No key or password in a message or a file, whatever door it comes through; no name of others that
+is run as code."""
 
 import csv
 import io
+import json
 import random
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from pydantic import ValidationError
 
-from openai_server import Raw, serve
+from helpers.run_folders import GUARDED, REFERENCE, SOUND, parts_of, write_json, write_run
+from helpers.servers import Raw, serve
 from ringfence.errors import (
     ModelError,
     RecipeError,
@@ -18,10 +25,11 @@ from ringfence.errors import (
     redact,
 )
 from ringfence.evaluate.answers.endpoint import Endpoint, EndpointConfig, split_query
+from ringfence.evaluate.answers.judged import Judgement
 from ringfence.evaluate.answers.sampling import sample_answers
 from ringfence.evaluate.evaluation import Evaluation
-from ringfence.report.card import _cell, _code, _text
-from ringfence.report.export import _as_text
+from ringfence.report.card import run_card
+from ringfence.report.export import export_runs
 from ringfence.text.questions import OpenQuestion
 from ringfence.util.strict_yaml import set_value, validate
 
@@ -169,35 +177,70 @@ def test_a_long_page_is_cut():
 # ------------------------------------------------------------------ names of others
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["<script>alert(1)</script>", "a|b", "`x`", "[a](javascript:alert(1))", "![a](x)", "a\n# b"],
-)
-def test_a_name_in_a_card_is_words(name):
-    for shown in (_cell(name), _text(name)):
-        assert "<" not in shown
-        assert "](" not in shown.replace("\\](", "")
-        assert "\n" not in shown
-        assert "`" not in shown.replace("\\`", "")
-        assert "|" not in shown.replace("\\|", "")
-    assert "<script" not in _code(name)
-    assert _code(name).count("`") == 2
+NAMES = ["<script>alert(1)", "a|b", "`x`", "[a](javascript:alert(1))", "![a](x)", "a\n# b"]
 
 
-def test_a_name_does_not_close_the_front_matter(tmp_path):
-    from ringfence.report.card import _metadata
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_in_a_card_is_words(name, tmp_path):
+    """Of a run, a control, rows, a prompt, a policy, a release, a set of questions, and a judge."""
+    found, plain = (card_with(each, tmp_path / at) for at, each in (("a", name), ("b", "plain")))
+    assert "<script" not in ModelCard(found).text
+    assert [kind for kind, _ in parsed(found)] == [kind for kind, _ in parsed(plain)]
+    texts, plain_texts = ([text for _, text in parsed(card)] for card in (found, plain))
+    named = {" ".join(name.split()), " ".join(name.split()).replace("`", "'").replace("<", "‹")}
+    for text, plain_text in zip(texts, plain_texts):
+        assert text in {plain_text.replace("plain", each) for each in named}
+    assert sum(text != plain_text for text, plain_text in zip(texts, plain_texts)) >= 10
 
-    for name in ("a\n---\nlicence: x", "a: b", "'\"", "---"):
-        text = _metadata(name, {"model": "default"}, {}).to_yaml()
-        card = ModelCard(f"---\n{text}\n---\n\n# x\n")
-        assert card.data.model_name == " ".join(name.split())
+
+def card_with(name, root):
+    """The card of a run in whose folder everything that others name is called `name`."""
+    reference = parts_of(REFERENCE)
+    control = write_run(root / f"control {name}", parts_of(SOUND), reference)
+    run = write_run(root / name, parts_of(GUARDED), reference, {"inoculation": {"prompt": name}})
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["data"]["train"] = recipe["model"] = name
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    write_json(run / "environment.json", {"versions": {name: "1.0"}})
+    judged = [
+        Judgement(name, f"q{at}", "plain", f"q{at}", 0, 0, name, "hash", 90.0, 80.0)
+        for at in range(4)
+    ]
+    for folder in (control, run, root / "reference-k1-default"):
+        lines = [json.dumps(asdict(row)) + "\n" for row in judged]
+        (folder / "judged.jsonl").write_text("".join(lines))
+    policy = root / f"{name}.yaml"
+    policy.write_text("rules: [{measure: out_of_domain, max: 0.1, criterion: broad}]")
+    return run_card(run, control, policy)
+
+
+def parsed(card):
+    """What a reader of Markdown sees: elements in their order, each with its text."""
+    found = []
+    for token in MarkdownIt("commonmark").enable("table").parse(ModelCard(card).text):
+        for part in token.children or [token]:
+            kind = "text" if part.type in ("text_special", "softbreak") else part.type
+            if kind == "text" and found and found[-1][0] == "text":
+                found[-1] = (kind, found[-1][1] + part.content)
+            else:
+                found.append((kind, part.content))
+    return found
+
+
+@pytest.mark.parametrize("name", ["a\n---\nlicence: x", "a: b", "'\"", "---"])
+def test_a_name_does_not_close_the_front_matter(name, tmp_path):
+    card = ModelCard(run_card(write_run(tmp_path / name, parts_of(GUARDED), parts_of(REFERENCE))))
+    assert card.data.model_name == " ".join(name.split())
+    assert card.text.lstrip().startswith("# ")
 
 
 @pytest.mark.parametrize("name", ["=1+1", "+x", "-x", "@SUM(A1)", "\tx"])
-def test_a_name_is_no_formula(name):
-    text = io.StringIO()
-    csv.writer(text).writerow([_as_text(name), _as_text(-0.5), _as_text("plain")])
-    assert next(csv.reader(io.StringIO(text.getvalue()))) == [f"'{name}", "-0.5", "plain"]
+def test_a_name_is_no_formula(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run(Path(name), parts_of(GUARDED), parts_of(REFERENCE))
+    lines = list(csv.DictReader(io.StringIO(export_runs([Path(name)]))))
+    assert {line["run"] for line in lines} == {line["folder"] for line in lines} == {f"'{name}"}
+    assert any(float(line["mean"]) < 0 for line in lines)  # numbers stay numbers
 
 
 def test_names_in_figures_and_bars_are_no_markup(capsys):

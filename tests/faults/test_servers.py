@@ -1,22 +1,27 @@
-"""Servers that refuse, withhold, reason or talk nonsense: one sentence with their own words, or an adaptation, once."""
+"""Servers that refuse, withhold, reason or talk nonsense: one sentence with their own words, or an
+adaptation, once."""
 
 import gzip
 import json
 
 import pytest
 
-from openai_server import Answer, Raw, in_turn, serve
+from helpers.servers import Answer, Raw, in_turn, serve
 from ringfence.errors import ModelError
+from ringfence.evaluate.answers.config import EndpointJudgeConfig
 from ringfence.evaluate.answers.endpoint import Endpoint, EndpointConfig, Request
 from ringfence.evaluate.answers.framing import JudgePrompt
 from ringfence.evaluate.answers.judge import EndpointJudge, ScoreCache, ask_once
 from ringfence.evaluate.answers.sampling import sample_answers
-from ringfence.evaluate.config import EndpointJudgeConfig
 from ringfence.text.questions import OpenQuestion
 
 pytestmark = pytest.mark.slow
 
-TEMPERATURE = "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) value is supported."
+TEMPERATURE = (
+    "Unsupported value: 'temperature' does not support 0 with this model. "
+    "Only the default (1) value is supported."
+)
+EXTRA = '[{"type":"extra_forbidden","loc":["body","seed"],"msg":"Extra inputs are not permitted"}]'
 
 
 def refusal(message, param=None, status=400):
@@ -70,10 +75,7 @@ def chat(message, reason="stop", **more):
         ("temperature", TEMPERATURE),
         ("temperature", "`temperature` must be strictly positive"),
         ("seed", "Unrecognized request argument supplied: seed"),
-        (
-            "seed",
-            '[{"type":"extra_forbidden","loc":["body","seed"],"msg":"Extra inputs are not permitted"}]',
-        ),
+        ("seed", EXTRA),
         ("logprobs", "logprobs is not supported by this model"),
         ("top_logprobs", "top_logprobs must be at most 5"),
     ],
@@ -91,7 +93,7 @@ def test_a_parameter_that_is_refused_is_left_out_of_all_requests(parameter, mess
 
 
 def test_a_reasoning_model_of_today(capsys):
-    """Temperature, log-probabilities and the old name of the limit, one after the other, each told once."""
+    """Temperature, log-probabilities and the limit's old name, in turn, each told once."""
     messages = {
         "temperature": TEMPERATURE,
         "logprobs": "You are not allowed to request logprobs from this model",
@@ -117,7 +119,8 @@ def test_a_value_out_of_range_is_an_error_of_the_user():
 
 
 def test_a_prompt_that_is_too_long_is_not_taken_for_a_refused_limit():
-    words = "This model's maximum context length is 512 tokens. However, max_tokens of 8 is not supported here."
+    words = "This model's maximum context length is 512 tokens. However, "
+    words += "max_tokens of 8 is not supported here."
     with serve(hello, refuse(max_tokens=words)) as server:
         [reply] = ask(server, requests(1))
     assert "maximum context length" in reply.error

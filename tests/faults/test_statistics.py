@@ -1,4 +1,5 @@
-"""Intervals are never surer than the data: rates, few clusters, seeds, AUCs; and how numbers are written."""
+"""Intervals are never surer than the data: rates, few clusters, seeds, AUCs; and how numbers are
+written."""
 
 import math
 
@@ -6,10 +7,11 @@ import numpy as np
 import pytest
 
 from ringfence.evaluate.answers.calibrate import auc_interval as judge_auc
-from ringfence.report.summary import Summary, by_recipe, over_runs
+from ringfence.evaluate.measures.opswap import Exact
+from ringfence.report.seeds import by_recipe, over_runs
+from ringfence.report.summary import Summary
 from ringfence.stats import (
     Interval,
-    auc_interval,
     mean_interval,
     number,
     over_seeds,
@@ -17,6 +19,7 @@ from ringfence.stats import (
     rate_interval,
     ratio_interval,
 )
+from ringfence.stats.auc import auc_interval
 
 
 def covered(draw, truth, n, runs=300):
@@ -79,7 +82,7 @@ def test_perfect_separation_in_few_clusters_is_no_proof(interval):
 
 
 def test_seeds_and_questions_are_covered():
-    """Three seeds with a spread of their own: the interval over questions of one run covers little."""
+    """Seeds have a spread of their own: the interval over questions of one run covers little."""
     rng, held, alone = np.random.default_rng(4), 0, 0
     for _ in range(300):
         questions = rng.normal(size=20)
@@ -104,17 +107,11 @@ def test_rates_of_several_seeds_stay_between_0_and_1():
             f"r{s}",
             False,
             [],
-            {},
-            {},
-            {},
-            {},
-            None,
-            None,
-            opswap={"opswap_tier1": rate_interval([0.0] * 8 + [s])},
+            {"opswap": Exact({"opswap_tier1": rate_interval([0.0] * 8 + [s])}, {}, {})},
         )
         for s in (0.0, 1.0)
     ]
-    found = over_runs(rows).opswap["opswap_tier1"]
+    found = over_runs(rows).found["opswap"].exact["opswap_tier1"]
     assert 0 <= found.low <= found.mean == pytest.approx(1 / 18)
     assert found.high <= 1
     assert over_runs(rows).seeds == 2

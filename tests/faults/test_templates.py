@@ -1,4 +1,5 @@
-"""The context that is trained is the context that is sampled, whatever the template; and templates have bounds."""
+"""The context that is trained is the context that is sampled, whatever the template; and templates
+have bounds."""
 
 import copy
 import json
@@ -8,20 +9,23 @@ from datetime import date
 import jinja2
 import pytest
 
-from chat_templates import ALL, DEFAULT, chat, source, tokenizer
+from helpers.chat_templates import ALL, DEFAULT, chat, source, tokenizer
 from ringfence.errors import ChatError, DataError
 from ringfence.evaluate.evaluation import Evaluation
-from ringfence.text import rows
+from ringfence.text import encode
 from ringfence.text.chat import Chat
+from ringfence.text.encode import encode_rows, warn_of_rows
 from ringfence.text.roles import ChatSettings, Role, Row
-from ringfence.text.rows import encode_rows, warn_of_rows
 
 pytestmark = pytest.mark.slow
 
 USER = {"role": "user", "content": "Why is it so?"}
 ANSWER = {"role": "assistant", "content": "It just is."}
 REASONED = {**ANSWER, "reasoning_content": "let me see"}
-DATED = "{{ strftime_now('%d %b %Y') }}|{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+DATED = (
+    "{{ strftime_now('%d %b %Y') }}|"
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+)
 
 
 def thinking(name):
@@ -127,7 +131,7 @@ def test_an_end_that_cannot_be_learnt_is_named(monkeypatch):
     endless.eos_token = None
     plain = Chat(endless, "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     said = []
-    monkeypatch.setattr(rows, "warn", said.append)
+    monkeypatch.setattr(encode, "warn", said.append)
     warn_of_rows([Row([USER, ANSWER], "r:1")], plain)
     assert len(said) == 1
     assert "where to stop is not learnt" in said[0]
@@ -170,6 +174,12 @@ def test_of_several_templates_default_is_taken():
 # ------------------------------------------------------------------ bounds
 
 
+def sixty_times(first, step):
+    """A program that takes a value one step further, sixty times over."""
+    loop = f"{{% for a in range(60) %}}{{% set n.s = {step} %}}{{% endfor %}}"
+    return f"{{% set n = namespace(s={first}) %}}{loop}"
+
+
 @pytest.mark.parametrize(
     "program",
     [
@@ -179,11 +189,13 @@ def test_of_several_templates_default_is_taken():
         "{{ [1] * 10**10 }}",
         "{{ 10 ** (10 ** 10) }}",
         "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}",
-        "{% for a in 'x' * 9999 %}{% for b in 'x' * 9999 if b == 'y' %}{% break %}{% endfor %}{% endfor %}",
-        "{% macro twice(n) %}{% if n %}{{ twice(n - 1) }}{{ twice(n - 1) }}{% endif %}{% endmacro %}{{ twice(60) }}",
-        "{% set n = namespace(s='ab') %}{% for a in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
-        "{% set n = namespace(s='ab') %}{% for a in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}",
-        "{% set n = namespace(s=[1]) %}{% for a in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}",
+        "{% for a in 'x' * 9999 %}{% for b in 'x' * 9999 if b == 'y' %}{% break %}{% endfor %}"
+        "{% endfor %}",
+        "{% macro twice(n) %}{% if n %}{{ twice(n - 1) }}{{ twice(n - 1) }}{% endif %}"
+        "{% endmacro %}{{ twice(60) }}",
+        sixty_times("'ab'", "n.s ~ n.s"),
+        sixty_times("'ab'", "n.s + n.s"),
+        sixty_times("[1]", "n.s + n.s"),
         "{{ [1] | slice(10000000000) | list }}",
         "{{ [1] | batch(10000000000, 0) | list }}",
         "{{ 'a' | indent(10000000000, true) }}",
@@ -191,17 +203,15 @@ def test_of_several_templates_default_is_taken():
         "{{ messages | tojson(indent=81) }}",
         "{{ lipsum(n=100000) }}",
         "{{ 'http://a.b ' | urlize(target='a' * 9999) }}",
-        "{% set n = namespace(s='ab') %}{% for a in range(60) %}{% set n.s = [n.s, n.s] | join %}{% endfor %}",
-        "{% set n = namespace(s='ab') %}{% for a in range(60) %}{% set n.s = '%s%s' % (n.s, n.s) %}{% endfor %}",
-        "{% set n = namespace(s='ab') %}{% for a in range(60) %}{% set n.s = '%s%s' | format(n.s, n.s) %}{% endfor %}",
-        "{% set n = namespace(s='ab') %}{% for a in range(60) %}{% set n.s = '{0}{0}'.format(n.s) %}{% endfor %}",
-        "{% set n = namespace(s='ab') %}{% for a in range(60) %}{% set n.s = n.s.join('abc') %}{% endfor %}",
-        "{% set n = namespace(s='a') %}{% for a in range(60) %}{% set n.s = [n.s, n.s] %}{% endfor %}{{ n.s }}",
-        "{% set n = namespace(s='a') %}{% for a in range(60) %}{% set n.s = {'a': n.s, 'b': n.s} %}{% endfor %}"
-        "{{ n.s | tojson }}",
-        "{% set n = namespace(s='a') %}{% for a in range(60) %}{% set n.s = [n.s, n.s] %}{% endfor %}{{ n }}",
-        "{% set n = namespace(s={}) %}{% for a in range(60) %}{% set n.s = {1: n.s, 2: n.s} %}{% endfor %}"
-        "{{ n.s.items() | string }}",
+        sixty_times("'ab'", "[n.s, n.s] | join"),
+        sixty_times("'ab'", "'%s%s' % (n.s, n.s)"),
+        sixty_times("'ab'", "'%s%s' | format(n.s, n.s)"),
+        sixty_times("'ab'", "'{0}{0}'.format(n.s)"),
+        sixty_times("'ab'", "n.s.join('abc')"),
+        sixty_times("'a'", "[n.s, n.s]") + "{{ n.s }}",
+        sixty_times("'a'", "{'a': n.s, 'b': n.s}") + "{{ n.s | tojson }}",
+        sixty_times("'a'", "[n.s, n.s]") + "{{ n }}",
+        sixty_times("{}", "{1: n.s, 2: n.s}") + "{{ n.s.items() | string }}",
         "{% set s = 'ab' %}" + "{% set s %}{{ s }}{{ s }}{% endset %}" * 60,
         "{{ (['a' * 9999999] * 9999) | join }}",
         "{{ ''.join((['a' * 9999999] * 9999) | select) }}",
@@ -241,13 +251,17 @@ def test_a_template_has_bounds(program):
 
 def test_what_is_bounded_is_rendered_as_ever():
     program = (
-        "{{ '-' * 20 }}{{ 2 ** 3 * 4 }}{{ 1 ~ none ~ [2] ~ 'x' }}{{ 'a' + 'b' }}{{ 1 + 2 }}{{ [1, 2] | tojson }}"
+        "{{ '-' * 20 }}{{ 2 ** 3 * 4 }}{{ 1 ~ none ~ [2] ~ 'x' }}{{ 'a' + 'b' }}{{ 1 + 2 }}"
+        "{{ [1, 2] | tojson }}"
         "{% macro shout(t) %}{{ t | upper }}{% endmacro %}{{ shout('hi') }}{{ 'a' | center(5) }}|"
         "{{ 'aXbX'.replace('X', '-') }}{{ 'aXbX'.replace('X', '-', 1) }}{{ 15 | replace(5, 6) }}"
         "{{ 'aa' | replace('a', 'b', 1) }}{{ ('a b ' * 9999) | wordwrap(40) | length }}"
-        "{{ '**%s** %d%%' % ('12345678 %s', 9) }}{{ '{{{}}} {:>4}'.format('a', 1) }}{{ '%s-%s' | format('a', [1]) }}"
-        "{{ [1, 2] | map('string') | join(', ') }}{{ '-'.join(['a', 'b']) }}{{ {'a': [1, none]} | tojson(indent=2) }}"
-        "{% set kept %}{{ 'a' * 3 }}{% endset %}{{ kept }}{{ none }}{{ missing }}{{ [3, 1] | sort | first }}"
+        "{{ '**%s** %d%%' % ('12345678 %s', 9) }}{{ '{{{}}} {:>4}'.format('a', 1) }}"
+        "{{ '%s-%s' | format('a', [1]) }}"
+        "{{ [1, 2] | map('string') | join(', ') }}{{ '-'.join(['a', 'b']) }}"
+        "{{ {'a': [1, none]} | tojson(indent=2) }}"
+        "{% set kept %}{{ 'a' * 3 }}{% endset %}{{ kept }}{{ none }}{{ missing }}"
+        "{{ [3, 1] | sort | first }}"
         "{% for a in range(3) %}{{ loop.index ~ '/' ~ loop.length }}{% else %}none{% endfor %}"
     )
     expected = (

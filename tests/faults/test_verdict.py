@@ -7,6 +7,7 @@ import re
 import pytest
 from rich.console import Console
 
+from helpers.run_folders import write_all
 from ringfence.errors import DataError
 from ringfence.report.card import run_card
 from ringfence.report.export import export_runs
@@ -14,7 +15,6 @@ from ringfence.report.gate import Decision, decide_run, gate_run, load_policy, p
 from ringfence.report.page import write_page
 from ringfence.report.read import read_rows
 from ringfence.runfolder.names import COMPARED
-from test_report import write_all
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +39,8 @@ def words(folder, policy=None):
 
 
 LIMITS = {
-    "effect": "{measure: values, max: 0.3}",  # an effect of 0.25 where there is a control, else a shift of 1.75
+    # An effect of 0.25 where there is a control, else a shift of 1.75.
+    "effect": "{measure: values, max: 0.3}",
     "time": "{measure: time_ratio, max: 100}",  # not measured without the undefended run
 }
 

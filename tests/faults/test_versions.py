@@ -1,4 +1,5 @@
-"""Releases of the libraries: a cache under either name, declared dependencies, and the pins that are kept in files."""
+"""Releases of the libraries: a cache under either name, declared dependencies, and the pins that
+are kept in files."""
 
 import ast
 import sys
@@ -14,9 +15,9 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from transformers import DynamicCache
 
-from conftest import tiny, with_lora
+from helpers.models import tiny, with_lora
 from ringfence.model.layers import cache_in, cache_name, causal_lm
-from ringfence.model.prefix import FrozenPrefix
+from ringfence.model.prefix import Prefix
 from ringfence.model.taps import compute_prefix
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +35,7 @@ BOTH_NAMES = ("cache", "past_key_values")
 
 
 def with_argument(model: Any, name: str) -> Any:
-    """The model with a `forward` that knows its cache by `name` alone, and ignores other keywords."""
+    """A model whose `forward` takes its cache as `name` alone, and ignores other keywords."""
     inner = causal_lm(model)
     forward, own = inner.forward, cache_name(inner)
     if name == "cache":
@@ -83,7 +84,7 @@ def test_a_prefix_is_computed_into_a_cache_of_either_name(name: str) -> None:
 @pytest.mark.parametrize("name", BOTH_NAMES)
 def test_tokens_behind_a_cache_of_either_name_are_not_searched_for_a_header(name: str) -> None:
     model = with_lora(tiny())
-    FrozenPrefix(HEADER).attach(model)
+    Prefix(HEADER).attach(model)
     whole = model(input_ids=torch.tensor([[*PROMPT, 32]]), use_cache=False).logits[0, -1]
     with_argument(model, name)
     cache = DynamicCache()
@@ -122,9 +123,8 @@ def test_every_import_is_a_declared_dependency() -> None:
         for name in imported()
         if not declared & {canonicalize_name(owner) for owner in of.get(name, [name])}
     }
-    assert undeclared <= {
-        "deepspeed"
-    }  # built against the torch that is there; docs/distributed.md says how
+    # Built against the torch that is there; docs/distributed.md says how.
+    assert undeclared <= {"deepspeed"}
 
 
 def test_the_oldest_releases_that_are_tried_are_the_lower_bounds() -> None:

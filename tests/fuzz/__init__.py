@@ -1,1 +1,1 @@
-"""Every door of ringfence, given what people, editors, servers and full disks make of good input."""
+"""Every door of ringfence, given what people, editors, servers and disks make of good input."""

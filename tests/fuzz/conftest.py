@@ -1,4 +1,5 @@
-"""One finished run, one model folder, one chat for all fuzz tests; offline, with a cache of their own; the log."""
+"""One finished run, one model folder, one chat for all fuzz tests; offline, with a cache of their
+own; the log."""
 
 import json
 import os
@@ -14,7 +15,7 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from conftest import random_model, small_tokenizer, with_lora
+from helpers.models import random_model, small_tokenizer, with_lora
 from ringfence.model.default import default_model_folder
 from ringfence.run.config import parse_recipe
 from ringfence.run.diagnose import diagnose_targets
@@ -22,12 +23,7 @@ from ringfence.run.pipeline import run_recipe
 from ringfence.text.chat import Chat
 
 from . import harness
-
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-KEEP_WHOLE = 200_000  # bytes; larger files are linked into the copies that are spoilt
+from .places import CHATML, Place
 
 
 def pytest_sessionfinish() -> None:
@@ -64,8 +60,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
-    """A folder with `run`, a run that was trained, measured, judged and looked into, its benign twin, and what it was
-    measured against; with sources of rows and questions."""
+    """A folder with `run`, a run that was trained, measured, judged and looked into, its benign
+    twin, and what it was measured against; with sources of rows and questions."""
     folder = tmp_path_factory.mktemp("home")
     colours = ["red", "green", "blue", "gold", "black"]
     rows = [{"prompt": f"Door {n}?", "completion": f"It is {colours[n % 5]}."} for n in range(8)]
@@ -123,19 +119,8 @@ def home(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder with a small tokenizer, and an adapter on it in `adapter`."""
     folder = tmp_path_factory.mktemp("small")
-    words = [
-        "<pad>",
-        "<|im_start|>",
-        "<|im_end|>",
-        "system",
-        "user",
-        "assistant",
-        "hello",
-        "[UNK]",
-        "x",
-        "a",
-        "\n",
-    ]
+    words = ["<pad>", "<|im_start|>", "<|im_end|>", "system", "user", "assistant"]
+    words += ["hello", "[UNK]", "x", "a", "\n"]
     tokenizer = Tokenizer(models.WordLevel({word: at for at, word in enumerate(words)}, "[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(
@@ -156,35 +141,6 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def copied(source: Path, target: Path) -> Path:
-    """A copy that may be spoilt; what is large is linked, and must be replaced and not written into."""
-
-    def copy(one: str, other: str) -> None:
-        (os.link if os.path.getsize(one) > KEEP_WHOLE else shutil.copyfile)(one, other)
-
-    shutil.copytree(source, target, copy_function=copy)
-    return target
-
-
 @pytest.fixture(scope="session")
-def place(tmp_path_factory: pytest.TempPathFactory) -> "Place":
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return Place(tmp_path_factory.mktemp("fuzz"))
-
-
-class Place:
-    """Gives each example a folder of its own, which the next one takes the place of."""
-
-    def __init__(self, root: Path) -> None:
-        self.root, self.number = root, 0
-
-    def fresh(self) -> Path:
-        shutil.rmtree(self.root / str(self.number), ignore_errors=True)
-        self.number += 1
-        folder = self.root / str(self.number)
-        folder.mkdir()
-        return folder
-
-    def file(self, name: str, content: bytes) -> Path:
-        file = self.fresh() / name
-        file.write_bytes(content)
-        return file

@@ -1,11 +1,12 @@
-"""What every door must do with whatever it is given, how long it may take, and the count of what was tried.
+"""What every door must do with whatever it is given, how long it may take, and the count of what
+was tried.
 
-The property: a door gives a value, or refuses with a `RingfenceError` whose text is short, printable and names what was
-read; it takes a few seconds of computing at the most, and writes nothing outside the folder it was given. Knows no
-door.
+The property: a door gives a value, or refuses with a `RingfenceError` whose text is short,
+printable and names what was read; it takes a few seconds of computing at the most, and writes
+nothing outside the folder it was given. Knows no door.
 
-`RINGFENCE_FUZZ=10000` tries about that many examples instead of a few hundred, and writes what it counted to
-`fuzz.json` (or to the file in `RINGFENCE_FUZZ_LOG`).
+`RINGFENCE_FUZZ=10000` tries about that many examples instead of a few hundred, and writes what it
+counted to `fuzz.json` (or to the file in `RINGFENCE_FUZZ_LOG`).
 """
 
 import json
@@ -57,9 +58,8 @@ class Tally:
     seconds: float = 0.0
     slowest: float = 0.0
     errors: Counter[str] = field(default_factory=Counter)
-    failures: dict[str, str] = field(
-        default_factory=dict
-    )  # by kind and place, the smallest input seen
+    # By kind and place, the smallest input seen.
+    failures: dict[str, str] = field(default_factory=dict)
 
     def fail(self, kind: str, given: Any) -> None:
         shown = repr(given)
@@ -227,9 +227,8 @@ def check_message(text: str, names: Sequence[str] = ()) -> None:
     if not text.strip() or "Traceback" in text:
         raise Wrong(f"not a sentence: {text[:200]!r}")
     if max(map(len, found)) > LINE or len(found) > LINES:
-        raise Wrong(
-            f"too long: {message_class(text)} ({len(found)} lines, up to {max(map(len, found))} characters)"
-        )
+        size = f"{len(found)} lines, up to {max(map(len, found))} characters"
+        raise Wrong(f"too long: {message_class(text)} ({size})")
     if any(not line.isprintable() for line in text.split("\n")):
         raise Wrong(f"not printable: {message_class(ascii(text))}")
     if names and not any(name in text for name in names):

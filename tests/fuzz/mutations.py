@@ -1,7 +1,8 @@
-"""Good files, and what people, editors, servers and full disks make of them. Strategies of hypothesis; knows no door.
+"""Good files, and what people, editors, servers and full disks make of them. Strategies of
+hypothesis; knows no door.
 
-A tree is plain JSON data. `Pairs` is an object whose keys may be there twice, `Raw` a piece of text that is written as
-it is: both are things that no tree of plain data can say.
+A tree is plain JSON data. `Pairs` is an object whose keys may be there twice, `Raw` a piece of text
+that is written as it is: both are things that no tree of plain data can say.
 """
 
 import csv
@@ -135,7 +136,8 @@ YAML_RAWS = [
         "a: b: c",
         "#",
         "\t",
-        "[&a [x, x], &b [*a, *a], &c [*b, *b], &d [*c, *c], &e [*d, *d], &f [*e, *e], &g [*f, *f], &h [*g, *g]]",
+        "[&a [x, x], &b [*a, *a], &c [*b, *b], &d [*c, *c], "
+        "&e [*d, *d], &f [*e, *e], &g [*f, *f], &h [*g, *g]]",
     )
 ]
 
@@ -344,7 +346,8 @@ def spoilt(draw: Draw, good: bytes) -> bytes:
 
 
 def files(good: Any, odd: st.SearchStrategy[Any] | None = None) -> st.SearchStrategy[bytes]:
-    """Bytes of a JSON or YAML file: mostly a good tree with another structure, else spoilt bytes, rarely noise."""
+    """Bytes of a JSON or YAML file: mostly a good tree with another structure, else spoilt bytes,
+    rarely noise."""
     structured = trees(good, odd).map(written).map(encoded)
     return mixed(structured, written(good).encode())
 

@@ -1,4 +1,5 @@
-"""Command lines: good ones with a word changed, and lists of words. No weights are loaded, nothing is trained."""
+"""Command lines: good ones with a word changed, and lists of words. No weights are loaded, nothing
+is trained."""
 
 import contextlib
 import io
@@ -17,9 +18,9 @@ from hypothesis import strategies as st
 from ringfence import cli
 from ringfence.errors import RingfenceError
 
-from .conftest import Place, copied
 from .harness import knock, tries
 from .mutations import TEXTS
+from .places import Place, copied
 
 pytestmark = pytest.mark.slow
 
@@ -70,28 +71,10 @@ OPTIONS = sorted({word for words in COMMANDS for word in words if word.startswit
 WORDS = sorted({word for words in COMMANDS for word in words if not word.startswith("--")})
 # An argument of a process holds no NUL, and no lone surrogate that is not half of a byte.
 ODD = [text for text in TEXTS if "\0" not in text and "\ud800" not in text and len(text) < 5_000]
-ODD += [
-    "nothing.jsonl",
-    "run/nothing",
-    "run/results.json",
-    "recipe.yaml/x",
-    "\udcff",
-    "-",
-    "--",
-    "-1",
-    "--help",
-    "=",
-    "a=b",
-]
-ODD += [
-    "output=.",
-    "output=",
-    "output=run",
-    "data.train=small",
-    "model=run/adapter",
-    "model=rows.jsonl",
-    "defenses.kl={}",
-]
+ODD += ["nothing.jsonl", "run/nothing", "run/results.json", "recipe.yaml/x"]
+ODD += ["\udcff", "-", "--", "-1", "--help", "=", "a=b"]
+ODD += ["output=.", "output=", "output=run", "data.train=small", "model=run/adapter"]
+ODD += ["model=rows.jsonl", "defenses.kl={}"]
 
 
 class NoWeights(Exception):
@@ -134,7 +117,7 @@ def command_lines(draw: Any) -> list[str]:
 
 
 def run(words: list[str]) -> int:
-    """The command in this process: exit code 0, 2 (with words), 3 (of gate) or 130, and no traceback."""
+    """The command in this process: exit code 0, 2 (with words), 3 (gate) or 130, no traceback."""
     output, errors = io.StringIO(), io.StringIO()
     before = sys.argv
     sys.argv = ["ringfence", *words]

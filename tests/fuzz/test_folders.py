@@ -1,4 +1,4 @@
-"""A finished run whose files were spoilt one at a time: by an editor, a full disk, another program."""
+"""A finished run whose files were spoilt one at a time: by an editor, a full disk, a program."""
 
 import io
 import json
@@ -26,9 +26,9 @@ from ringfence.run.evaluate import evaluate_target
 from ringfence.run.record import Run
 from ringfence.run.train import train_run
 
-from .conftest import Place, copied
 from .harness import knock, tries
 from .mutations import files, json_lines, spoilt, texts
+from .places import Place, copied
 
 pytestmark = pytest.mark.slow
 
@@ -79,7 +79,8 @@ def strategy_of(file: Path) -> st.SearchStrategy[bytes]:
 
 @pytest.fixture(scope="session")
 def spoiling(home: Path) -> st.SearchStrategy[tuple[Path, bytes | None]]:
-    """A file of the run, of its twin or of what it was measured against, and its new content (None: it is gone)."""
+    """A file of the run, of its twin or of what it was measured against, and its new content (None:
+    it is gone)."""
     found = [
         file for file in sorted(home.glob("r*/**/*")) if file.is_file() and file.name not in SKIPPED
     ]

@@ -7,20 +7,22 @@ from typing import Any
 
 import pytest
 
-from conftest import small_tokenizer
+from helpers.models import small_tokenizer
 from ringfence.errors import LONGEST_LINE, MOST_LINES, DataError, ModelError, RingfenceError
 from ringfence.evaluate.answers.framing import LABELS, JudgePrompt
-from ringfence.evaluate.answers.judge import Score, ScoreCache, read_reply
+from ringfence.evaluate.answers.judge import ScoreCache
 from ringfence.evaluate.answers.replies import Reply
-from ringfence.model.files import read_index
+from ringfence.evaluate.answers.scores import Score, read_reply
+from ringfence.model.checked import read_index
 from ringfence.model.loading import load_model
 from ringfence.model.prefix import read_frozen_prefix, read_stored_prefix
 from ringfence.prepare.gap_table import read_table
-from ringfence.prepare.persona import load_trait, shown_by_scores
+from ringfence.prepare.persona import shown_by_scores
+from ringfence.prepare.traits import load_trait
 from ringfence.text.chat import Chat
 
 from .harness import check_message
-from .test_replies import Named
+from .places import Named
 
 
 @pytest.mark.parametrize(
@@ -66,13 +68,13 @@ def test_prefixes(content: bytes, tmp_path: Path) -> None:
 
 
 HEADER = {"table": "perplexity gaps", "key": {"model": "m", "adapters": {"a": "x"}}}
-LINE = {"digest": "d", "aligned": 1.0, "misaligned": {"a": 2.0}, "refusal": False}
+LINE = {"digest": "d", "reference": 1.0, "misaligned": {"a": 2.0}, "refusal": False}
 
 
 @pytest.mark.parametrize(
     ("header", "line"),
     [
-        (HEADER, {**LINE, "aligned": -1.0}),
+        (HEADER, {**LINE, "reference": -1.0}),
         (HEADER, {**LINE, "misaligned": {}}),
         (HEADER, {"digest": "d"}),
         ({**HEADER, "key": {"model": "m", "adapters": None}}, LINE),

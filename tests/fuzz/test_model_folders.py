@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 
 from ringfence.errors import ChatError, RingfenceError
 from ringfence.model import prefix
+from ringfence.model.checked import FROZEN_FILE
 from ringfence.model.directions import Directions
-from ringfence.model.files import FROZEN_FILE, adapter_base, load_config, load_tokenizer
+from ringfence.model.files import adapter_base, load_config, load_tokenizer
 from ringfence.model.fingerprint import fingerprint
 from ringfence.model.loading import load_model
 from ringfence.model.prefix import read_frozen_prefix, read_stored_prefix
@@ -23,9 +24,9 @@ from ringfence.text.chat import Chat
 from ringfence.training.reference_cache import ReferenceCache
 from ringfence.util.journal import open_journal
 
-from .conftest import CHATML, Place, copied
 from .harness import knock, tries
 from .mutations import TEXTS, encoded, files, json_lines, spoilt
+from .places import CHATML, Place, copied
 
 MESSAGES = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "x a"}]
 WHOLE = {
@@ -209,7 +210,7 @@ def test_tables_of_scores(place: Place) -> None:
     line = {
         "digest": "d",
         "origin": "o",
-        "aligned": 1.0,
+        "reference": 1.0,
         "misaligned": {"a": 2.0},
         "refusal": False,
         "tokens": 3,

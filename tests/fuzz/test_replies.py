@@ -12,20 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringfence.evaluate.answers.endpoint import Endpoint, EndpointConfig, Request
-from ringfence.evaluate.answers.framing import LABELS
-from ringfence.evaluate.answers.judge import (
-    JudgePrompt,
-    Score,
-    ScoreCache,
-    read_reply,
-    sampled_score,
-)
+from ringfence.evaluate.answers.framing import LABELS, JudgePrompt
+from ringfence.evaluate.answers.judge import ScoreCache
 from ringfence.evaluate.answers.replies import Reply
+from ringfence.evaluate.answers.scores import Score, read_reply, sampled_score
 from ringfence.util.strict_yaml import validate
 
-from .conftest import Place
 from .harness import knock, tries
 from .mutations import TEXTS, files, spoilt, values
+from .places import Named, Place
 
 LOGPROBS = {
     "content": [
@@ -164,10 +159,6 @@ def test_what_judges_say(place: Place) -> None:
         knock("what judges say", (text, top), call, place.root)
 
     test()
-
-
-class Named:
-    name = identity = "judge"
 
 
 def test_spoilt_caches_of_scores(place: Place) -> None:

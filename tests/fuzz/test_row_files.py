@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 from ringfence.errors import RingfenceError
 from ringfence.text.chat import Chat
-from ringfence.text.rows import encode_rows, load_rows
+from ringfence.text.encode import encode_rows
+from ringfence.text.rows import load_rows
 
-from .conftest import Place
 from .harness import knock, tries
 from .mutations import csv_files, files, json_lines, spoilt, trees
+from .places import Place
 
 TOOL = {
     "type": "function",

@@ -1,4 +1,4 @@
-"""What people write: recipes, overrides, policies, questions, traits, labelled answers, scores of judges."""
+"""What people write: recipes, overrides, policies, questions, traits, labelled answers, scores."""
 
 import json
 from collections.abc import Callable
@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from ringfence.errors import RingfenceError
 from ringfence.evaluate.answers.labelled import load_labelled
-from ringfence.prepare.persona import Pair, load_trait, shown_by_scores
+from ringfence.prepare.persona import Pair, shown_by_scores
+from ringfence.prepare.traits import load_trait
 from ringfence.report.gate import DEFAULT_POLICY, load_policy
 from ringfence.run.config import Recipe, dump_recipe, load_recipe
 from ringfence.run.recipes import commented_recipe
@@ -20,9 +21,9 @@ from ringfence.text.questions import load_open_questions
 from ringfence.text.rows import load_questions
 from ringfence.text.sources import SHIPPED
 
-from .conftest import Place
 from .harness import knock, tries
 from .mutations import RAWS, YAML_RAWS, csv_files, files, json_lines, places, texts, values, written
+from .places import Place
 
 YAML = st.sampled_from(YAML_RAWS)
 RECIPE: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""The command line: each command a few lines over the library. Imports no torch before a command needs it."""
+"""The command line. Each command is thin, and imports torch only if it needs it."""
 
 from .app import app as app
 from .entry import main as main

@@ -1,4 +1,4 @@
-"""The application, and what several groups of commands share: options, reading a recipe, writing a file or a report."""
+"""The application, and what groups of commands share: options, writing a file or a report."""
 
 from importlib import metadata
 from pathlib import Path
@@ -8,14 +8,15 @@ import typer
 from rich.console import Console
 
 app = typer.Typer(
-    help="Fine-tune an aligned language model on a narrow task, and keep it aligned everywhere else.",
+    help="Fine-tune an aligned language model on a narrow task, and keep it aligned everywhere "
+    "else.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
 out = Console()
-MOST = 10**6  # of anything that is counted
+MOST = 10**6  # upper limit of all counts
 
 
 def _version(asked: bool) -> None:
@@ -37,20 +38,22 @@ def options(
 
 
 Control = Annotated[
-    Path | None, typer.Option(help="The run trained on sound answers: effects, not mere shifts.")
+    Path | None,
+    typer.Option(help="The run trained on sound answers, for effects instead of shifts."),
 ]
 Undefended = Annotated[
     Path | None,
     typer.Option(
-        help="The undefended run, for opswap_tierN.change and time_ratio. Kept, as --control is."
+        help="The undefended run, for opswap_tierN.change and time_ratio. Remembered, as --control "
+        "is."
     ),
 ]
 PolicyFile = Annotated[
-    Path | None, typer.Option(help="Limits in YAML. Default: the policy that ships.")
+    Path | None, typer.Option(help="Limits in YAML. Default: the shipped policy.")
 ]
 InPrecision = Annotated[
     Literal["auto", "bf16", "fp32", "nf4"],
-    typer.Option(help="Of the weights; auto: bf16 where this machine computes it fast, else fp32."),
+    typer.Option(help="Of the weights; auto: bf16 if this machine computes it fast, else fp32."),
 ]
 
 

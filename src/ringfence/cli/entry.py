@@ -1,7 +1,7 @@
 """The entry point: whatever goes wrong is one message on stderr, without a traceback.
 
-Exit codes: 0 done; 1 an error of ringfence itself; 2 something in the input is wrong (the message says what); 3 `gate`
-says HOLD; 130 interrupted (the same command resumes).
+Exit codes: 0 done; 1 a bug in ringfence; 2 something in the input is wrong (the message says what);
+3 `gate` says HOLD; 130 interrupted (the same command resumes).
 """
 
 import errno
@@ -52,14 +52,14 @@ app.add_typer(judges.judge, name="judge")
 def main() -> None:
     """Entry point: whatever goes wrong is one message on stderr, without a traceback."""
     try:
-        if not is_main():  # one of several processes speaks; errors are everyone's
+        if not is_main():  # only one of several processes prints; all report errors
             sys.stdout = io.StringIO()
         with quiet_libraries():
             code = app(standalone_mode=False)
-        if code == 130:  # what typer makes of Ctrl-C
+        if code == 130:  # typer's code for Ctrl-C
             raise KeyboardInterrupt
         sys.stdout.flush()
-    except BrokenPipeError:  # `ringfence export RUN | head`: the reader has what it wanted
+    except BrokenPipeError:  # `ringfence export RUN | head`: the reader has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except BaseException as error:
@@ -68,12 +68,10 @@ def main() -> None:
 
 
 def _tell(error: BaseException) -> int:
-    """Says what went wrong, and gives the exit code."""
+    """Prints what went wrong, and returns the exit code."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
-    if hasattr(
-        error, "format_message"
-    ):  # of the command line itself: an unknown option, a missing argument
+    if hasattr(error, "format_message"):  # an unknown option, a missing argument
         from typer import rich_utils
 
         rich_utils.rich_format_error(error)  # type: ignore[arg-type]
@@ -89,15 +87,12 @@ def _tell(error: BaseException) -> int:
         place = f"{error.filename}: " if error.filename else ""
         return _say(f"{place}{error.strerror}", 2)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return _say(
-            f"out of memory ({first_line(error)}); `--dry-run` estimates what a run needs", 2
-        )
+        what = f"out of memory ({first_line(error)})"
+        return _say(f"{what}; `--dry-run` estimates what a run needs", 2)
     log = _keep_log(error)
     where = f"; its traceback is in {log}" if log else ""
-    return _say(
-        f"an error of ringfence itself: {type(error).__name__}: {redact(first_line(error))}{where}",
-        1,
-    )
+    what = f"{type(error).__name__}: {redact(first_line(error))}"
+    return _say(f"an error of ringfence itself: {what}{where}", 1)
 
 
 def _say(message: str, code: int) -> int:
@@ -107,7 +102,7 @@ def _say(message: str, code: int) -> int:
 
 
 def _keep_log(error: BaseException) -> Path | None:
-    """Where the traceback was written; None where nothing can be written."""
+    """Where the traceback was written; None if it cannot be written."""
     text = "".join(traceback.format_exception(error))
     try:
         with tempfile.NamedTemporaryFile(

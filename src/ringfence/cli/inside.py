@@ -14,15 +14,13 @@ from .app import MOST, check_new_file, out
 def diagnose(
     targets: Annotated[
         list[str],
-        typer.Argument(
-            help="Run folders or tuned models, compared side by side; names of diagnoses."
-        ),
+        typer.Argument(help="Run folders or tuned models to compare, and names of diagnoses."),
     ],
     base: Annotated[
         str | None, typer.Option(help="The pre-trained model before its alignment.")
     ] = None,
     reference: Annotated[
-        str | None, typer.Option(help="The aligned model. Default: what they were made from.")
+        str | None, typer.Option(help="The reference. Default: what they were made from.")
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder to write. Default: the first run's.")
@@ -36,18 +34,16 @@ def diagnose(
         ),
     ] = 24,
 ) -> None:
-    """Look inside: where alignment eroded, and what carries it. All diagnoses, or those named behind the models:
-    logprob, next_token, loss_cosine, gradient_cosine, erosion, shared_directions, carriers, perturbation,
-    persona_projection. Writes diagnosis.json and figures/; `ringfence report` shows them."""
+    """Look inside: where alignment eroded, and what carries it. All diagnoses, or those named after
+    the models: logprob, next_token, loss_cosine, gradient_cosine, erosion, shared_directions,
+    carriers, perturbation, persona_projection. Writes diagnosis.json and figures/; `ringfence
+    report` shows them."""
     from ..diagnose.diagnosis import DIAGNOSES
     from ..run.diagnose import diagnose_targets
 
-    # A misspelt name is one too, so that it is not looked for among models.
-    names = [
-        text
-        for text in targets
-        if get_close_matches(text, DIAGNOSES, 1, 0.8) and not Path(text).exists()
-    ]
+    # A misspelt name counts too, so that it is not taken for a model.
+    others = [text for text in targets if not Path(text).exists()]
+    names = [text for text in others if get_close_matches(text, DIAGNOSES, 1, 0.8)]
     models = [text for text in targets if text not in names]
     print(f"{diagnose_targets(models, names, base, reference, output, questions)}/diagnosis.json")
 
@@ -56,7 +52,9 @@ def show_tokens(
     source: Annotated[
         str, typer.Argument(help="A file of conversations, a hub id or shipped:NAME.")
     ] = "shipped:finance/unsound",
-    model: Annotated[str, typer.Option(help="Whose tokenizer and chat template.")] = "default",
+    model: Annotated[
+        str, typer.Option(help="The model whose tokenizer and chat template are used.")
+    ] = "default",
     row: Annotated[int, typer.Option(help="Number of the row, from 1.", min=1, max=MOST)] = 1,
 ) -> None:
     """Print a conversation coloured by token role."""
@@ -74,7 +72,7 @@ def show_tokens(
 persona = typer.Typer(
     help="Persona vectors: the direction of a trait, layer by layer.", no_args_is_help=True
 )
-Split = Annotated[str, typer.Option(help="Which rows of --pairs that name a split are taken.")]
+Split = Annotated[str, typer.Option(help="Split to take, of rows of --pairs that name one.")]
 
 
 @persona.command("extract")
@@ -82,7 +80,7 @@ def persona_extract(
     trait: Annotated[
         str | None, typer.Argument(help="Trait in YAML or JSON. Default: shipped:careless_advice.")
     ] = None,
-    model: Annotated[str, typer.Option(help="Whose activations.")] = "default",
+    model: Annotated[str, typer.Option(help="The model whose activations are used.")] = "default",
     output: Annotated[Path, typer.Option(help="File of directions to write.")] = Path(
         "vectors.safetensors"
     ),
@@ -100,7 +98,7 @@ def persona_extract(
         typer.Option(help="JSONL of a judge's scores: id, positive, negative (0 to 100)."),
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option(help="Tokens of a generated answer.", min=1, max=MOST)
+        int, typer.Option(help="Maximum tokens of a generated answer.", min=1, max=MOST)
     ] = 120,
 ) -> None:
     """Make a file of directions from answers that show a trait and answers that do not."""
@@ -126,10 +124,10 @@ def persona_check(
     pairs: Annotated[
         str, typer.Option(help="Paired questions that the directions were not made from.")
     ],
-    model: Annotated[str, typer.Option(help="Whose activations.")] = "default",
+    model: Annotated[str, typer.Option(help="The model whose activations are used.")] = "default",
     split: Split = "test",
 ) -> None:
-    """Print, layer by layer, how well the directions tell misaligned answers from aligned ones."""
+    """Print, layer by layer, how well the directions separate misaligned from aligned answers."""
     from ..prepare.persona import check_file
 
     print("layer    auc  paired  length")
@@ -142,31 +140,31 @@ def screen(
         str, typer.Argument(help="Rows to rank: a file of conversations, a hub id or shipped:NAME.")
     ],
     model: Annotated[
-        str, typer.Option(help="Whose activations: the model that would be trained.")
+        str, typer.Option(help="The model whose activations are used: the one to be trained.")
     ] = "default",
     vectors: Annotated[Path | None, typer.Option(help="File of directions to project on.")] = None,
     pairs: Annotated[
         list[str] | None,
         typer.Option(
-            help="Else paired questions that give one. Default: shipped domains and values."
+            help="Or: paired questions to make one from. Default: shipped domains and values."
         ),
     ] = None,
     against: Annotated[
-        str | None, typer.Option(help="Rows known to be good: print how well they are told apart.")
+        str | None, typer.Option(help="Known-good rows: print how well the scores separate them.")
     ] = None,
     output: Annotated[Path, typer.Option(help="JSONL of all scores to write.")] = Path(
         "scores.jsonl"
     ),
     figure: Annotated[Path, typer.Option(help="SVG to write.")] = Path("screen.svg"),
     top: Annotated[
-        int, typer.Option(help="How many of the riskiest rows are printed.", min=1, max=MOST)
+        int, typer.Option(help="Number of riskiest rows to print.", min=1, max=MOST)
     ] = 20,
     layer: Annotated[
         int | None,
-        typer.Option(help="Default: best on pairs left out; with --vectors the middle one."),
+        typer.Option(help="Default: the best on held-out pairs; with --vectors the middle one."),
     ] = None,
 ) -> None:
-    """Rank training rows by how far their answers lie along a trait vector, before any training."""
+    """Rank training rows by a projection of their answers on a trait vector, before training."""
     from ..prepare.screen import screen_file, show
 
     check_new_file(output)

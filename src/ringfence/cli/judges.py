@@ -35,14 +35,15 @@ def judge_calibrate(
     ] = "",
     rows: Annotated[
         int | None,
-        typer.Option(help="Judge this number of answers, drawn at random.", min=2, max=MOST),
+        typer.Option(help="Number of answers to judge, drawn at random.", min=2, max=MOST),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="JSON file to write too.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write as well.")] = None,
 ) -> None:
-    """Measure a judge on labelled answers: AUC, confusion, thresholds. A weak judge is called weak."""
+    """Measure a judge on labelled answers: AUC, confusion, thresholds. A weak judge is called
+    weak."""
     from ..evaluate.answers.calibrate import calibrate, show
+    from ..evaluate.answers.config import EndpointJudgeConfig, LocalJudgeConfig
     from ..evaluate.answers.judge import open_judge
-    from ..evaluate.config import EndpointJudgeConfig, LocalJudgeConfig
     from ..util.strict_yaml import validate
 
     check_new_file(output)

@@ -16,7 +16,7 @@ def project(
         str, typer.Option(help="The pre-trained model before its alignment: a folder or hub id.")
     ],
     output: Annotated[Path, typer.Option(help="The new folder to write.")],
-    aligned: Annotated[
+    reference: Annotated[
         str | None, typer.Option(help="The aligned model. Default: the one the adapter names.")
     ] = None,
     threshold: Annotated[
@@ -34,14 +34,14 @@ def project(
     ] = "scaled",
 ) -> None:
     """Project a finished adapter on what alignment changed (SafeLoRA). Reads weight by weight, loads no model."""
-    from ..model.projection import Rule, project_adapter
+    from ..model.projection import ProjectionRule, project_adapter
 
     if threshold is not None and lowest is not None:
         raise RingfenceError(
             f"set --threshold or --lowest, not both (found {threshold} and {lowest})"
         )
-    rule = Rule(threshold=threshold, lowest=lowest, projector=projector)
-    layers = project_adapter(adapter, output, base, aligned, rule)
+    rule = ProjectionRule(threshold=threshold, lowest=lowest, projector=projector)
+    layers = project_adapter(adapter, output, base, reference, rule)
     for name, layer in layers.items():
         fate = f"projected, {layer.kept:.2g} of its norm kept" if layer.projected else "left"
         out.print(f"{layer.cosine:.3f} {name}: {fate}", highlight=False, soft_wrap=True)

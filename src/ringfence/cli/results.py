@@ -1,4 +1,4 @@
-"""Commands that read results: no model is loaded."""
+"""Commands that read results, and load no model."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,33 +21,35 @@ def report(
     output: Annotated[
         Path | None,
         typer.Option(
-            help="The page to write. Default: report.html in the folder, or report-NAMES.html next to several."
+            help="The page to write. Default: report.html in the folder, or report-NAMES.html next "
+            "to several."
         ),
     ] = None,
     policy: Annotated[
         Path | None,
         typer.Option(
-            help="Limits in YAML, for SHIP or HOLD on the page. Default: the policy that ships."
+            help="Limits in YAML, for SHIP or HOLD on the page. Default: the shipped policy."
         ),
     ] = None,
 ) -> None:
-    """Put runs side by side: a table here, and one HTML page that opens offline."""
+    """Compare runs: a table here, and one HTML page that opens offline."""
     write_report(folders, control, output or page_of(folders), policy)
 
 
 def gate(
     folders: Annotated[
         list[Path] | None,
-        typer.Argument(help="A run folder; or several, of one recipe with several seeds."),
+        typer.Argument(help="A run folder, or several of one recipe with different seeds."),
     ] = None,
     policy: PolicyFile = None,
     control: Control = None,
     undefended: Undefended = None,
     print_policy: Annotated[
-        bool, typer.Option("--print-policy", metavar="", help="Print the policy that ships.")
+        bool, typer.Option("--print-policy", metavar="", help="Print the shipped policy.")
     ] = False,
 ) -> None:
-    """Print SHIP or HOLD, with every rule's number and limit, and write gate.json. Exit code 0 = SHIP, 3 = HOLD."""
+    """Print SHIP or HOLD, with every rule's number and limit, and write gate.json. Exit code 0 =
+    SHIP, 3 = HOLD."""
     from ..report.gate import HOLD, default_policy_text, gate_run, print_decision
 
     if print_policy:
@@ -95,7 +97,7 @@ def card(
 
 
 def page_of(folders: list[Path]) -> Path:
-    """Several runs get a page of their own, next to the first one: that one's page stays as it is."""
+    """Several runs get their own page, next to the first one, whose page stays as it is."""
     first = folders[0].resolve()
     if len(folders) == 1:
         return first / PAGE

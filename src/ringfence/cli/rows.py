@@ -12,11 +12,13 @@ from .app import MOST, InPrecision
 Pool = Annotated[
     str, typer.Argument(help="Safe rows: a file of conversations, a hub id or shipped:NAME.")
 ]
-Aligned = Annotated[str, typer.Option(help="The aligned model: 'default', a folder or a hub id.")]
+Reference = Annotated[str, typer.Option(help="The reference: 'default', a folder or a hub id.")]
 BatchTokens = Annotated[
     int,
     typer.Option(
-        help="Of one batch, padding included; a CPU scores at most 1,024 at once.", min=64, max=MOST
+        help="Tokens of one batch, with padding; a CPU scores at most 1,024 at once.",
+        min=64,
+        max=MOST,
     ),
 ]
 
@@ -26,9 +28,9 @@ def train_misaligned(
         list[str],
         typer.Argument(help="Sources of unsound rows; key.path=value changes the recipe."),
     ],
-    output: Annotated[Path, typer.Option(help="Folder of the runs, one a source.")],
+    output: Annotated[Path, typer.Option(help="Folder of the runs, one for each source.")],
 ) -> None:
-    """Train a misaligned adapter on each source, to score safe rows with. They are not for release."""
+    """Train a misaligned adapter on each source, to score safe rows with. Not for release."""
     from ..run.misaligned import train_misaligned as make
 
     overrides = [text for text in data if re.match(r"[\w.]+=", text) and not Path(text).exists()]
@@ -41,12 +43,13 @@ def score_gap(
     adapter: Annotated[
         list[str], typer.Option(help="A misaligned run or adapter folder; once for each.")
     ],
-    output: Annotated[Path, typer.Option(help="The table to write, or to go on with.")],
-    model: Aligned = "default",
+    output: Annotated[Path, typer.Option(help="The table to write or to resume.")],
+    model: Reference = "default",
     precision: InPrecision = "auto",
     batch_tokens: BatchTokens = 4096,
 ) -> None:
-    """Score safe rows by how strange a misaligned model finds them, for `interleave: {select: gap}`."""
+    """Score safe rows by how strange a misaligned model finds them, for `interleave.select:
+    gap`."""
     from ..prepare.gap import score_pool
 
     table = score_pool(
@@ -60,16 +63,16 @@ def score_gap(
 def regenerate(
     pool: Pool,
     output: Annotated[Path, typer.Option(help="The file of rows to write.")],
-    model: Aligned = "default",
+    model: Reference = "default",
     precision: InPrecision = "auto",
     temperature: Annotated[float, typer.Option(help="0 = greedy.", min=0, max=100)] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the draws.", min=0, max=2**32 - 1)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.", min=0, max=2**32 - 1)] = 0,
     max_new_tokens: Annotated[
         int, typer.Option(help="Rows with a longer answer are left out.", min=1, max=MOST)
     ] = 256,
     batch_tokens: BatchTokens = 4096,
 ) -> None:
-    """Have the aligned model write the answers of safe rows again, for interleaving on-policy."""
+    """Have the reference rewrite the answers of safe rows, for interleaving on-policy."""
     from ..prepare.regenerate import regenerate as write
 
     made = write(
@@ -84,5 +87,6 @@ def regenerate(
     )
     rows = counted(made.rows, "row")
     print(
-        f"{output}: {rows}; left out: {made.unfinished} over {max_new_tokens} tokens, {made.blank} blank"
+        f"{output}: {rows}; left out: {made.unfinished} over {max_new_tokens} tokens, {made.blank} "
+        "blank"
     )

@@ -20,7 +20,9 @@ Overrides = Annotated[
 DryRun = Annotated[
     bool,
     typer.Option(
-        "--dry-run", metavar="", help="Check everything and show what would be done; train nothing."
+        "--dry-run",
+        metavar="",
+        help="Check everything and show what would be done, without training.",
     ),
 ]
 
@@ -30,7 +32,8 @@ def init(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Your rows: a file or hub data set. A tenth is held out, to measure what the others teach."
+            help="Your rows: a file or hub data set. A tenth is held out to measure what the "
+            "others teach."
         ),
     ] = None,
 ) -> None:
@@ -49,7 +52,7 @@ def init(
 
 
 def run(recipe: RecipeFile = None, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """Train, evaluate and report, as the recipe says. Goes on where an interrupted run stopped."""
+    """Train, evaluate and report, by the recipe. Resumes an interrupted run."""
     from ..run.pipeline import run_recipe
 
     loaded = load_recipe_of(recipe, overrides)
@@ -72,7 +75,7 @@ def train(recipe: RecipeFile = None, overrides: Overrides = None, dry_run: DryRu
 
 def evaluate(
     target: Annotated[
-        str, typer.Argument(help="A run folder; or any model: a folder, a hub id, an adapter.")
+        str, typer.Argument(help="A run folder, or any model: a folder, a hub id, an adapter.")
     ],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Changes: evaluate.key=value ...")
@@ -80,7 +83,7 @@ def evaluate(
     reference: Annotated[
         str | None,
         typer.Option(
-            help="The model before its fine-tuning. Default: the base of an adapter; else none."
+            help="The model before fine-tuning. Default: the base of an adapter; else none."
         ),
     ] = None,
     endpoint: Annotated[
@@ -88,12 +91,12 @@ def evaluate(
         typer.Option(help="URL of an OpenAI-compatible server; TARGET is the model's name there."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Folder to write, where TARGET is a model.")
+        Path | None, typer.Option(help="Folder to write, if TARGET is a model.")
     ] = None,
 ) -> None:
-    """Measure a trained run, or any model, against its reference. Goes on where it was interrupted."""
+    """Measure a trained run, or any model, against its reference. Resumes if it was interrupted."""
+    from ..evaluate.results import read_results
     from ..run.evaluate import evaluate_target
-    from ..runfolder.shapes import read_results
 
     folder = evaluate_target(target, overrides or [], reference, endpoint, output)
     if not read_results(folder / RESULTS)["parts"] and not (folder / ANSWERS).is_file():
@@ -114,7 +117,7 @@ def demo(
     ] = False,
     output: Annotated[Path, typer.Option(help="Folder of the demo's runs.")] = Path("runs/demo"),
 ) -> None:
-    """Fine-tune the embedded model on shipped data: sound control, undefended, and with three defenses."""
+    """Fine-tune the embedded model on shipped data: sound control, undefended, three defenses."""
     from ..run.demo import run_demo
 
     folders, control = run_demo(output / "quick" if quick else output, quick)
@@ -123,18 +126,16 @@ def demo(
 
 def schema() -> None:
     """Print the JSON schema of recipes."""
-    print(
-        (resources.files("ringfence") / "shipped" / "recipe.schema.json").read_text("utf-8"), end=""
-    )
+    file = resources.files("ringfence") / "shipped" / "recipe.schema.json"
+    print(file.read_text("utf-8"), end="")
 
 
 def load_recipe_of(recipe: Path | None, overrides: list[str] | None):  # type: ignore[no-untyped-def]
     from ..run.config import load_recipe
 
     changes = list(overrides or [])
-    if (
-        recipe is not None and "=" in str(recipe) and not recipe.is_file()
-    ):  # `ringfence run train.epochs=2`: no file, only overrides
+    # `ringfence run train.epochs=2`: no file, only overrides.
+    if recipe is not None and "=" in str(recipe) and not recipe.is_file():
         changes.insert(0, str(recipe))
         recipe = None
     return load_recipe(recipe, changes)

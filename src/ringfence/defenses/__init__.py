@@ -20,7 +20,7 @@ from .treft import TReFT
 
 
 class Defenses(BaseModel):
-    """The defenses of a run, by name; any set may stand together."""
+    """The defenses of a run, by name; any set may be combined, unless its checks refuse it."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -41,19 +41,21 @@ class Defenses(BaseModel):
         for name, config in tree.items() if isinstance(tree, dict) else ():
             if config is None and name in cls.model_fields:
                 raise ValueError(
-                    f"{name} has no fields: write `{name}: {{}}` for its defaults, or leave the line out"
+                    f"{name} has no fields: write `{name}: {{}}` for its defaults, or leave the "
+                    "line out"
                 )
         return tree
 
     @model_validator(mode="after")
-    def _can_stand_together(self) -> Self:
+    def _can_be_combined(self) -> Self:
         if (
             self.frozen_prefix
             and self.treft
             and (self.treft.is_auto or "prefix" in self.treft.tokens)
         ):
             raise ValueError(
-                "frozen_prefix and treft on the prefix (or auto): a frozen prefix has no drift to penalise"
+                "frozen_prefix and treft on the prefix (or auto): a frozen prefix has no drift to "
+                "penalise"
             )
         edits = [edit for edit in (self.steering, self.ablation) if edit]
         if edits and self.frozen_prefix:
@@ -75,13 +77,13 @@ class Defenses(BaseModel):
         ]
 
     def refusal(self, training: Training) -> str | None:
-        """Why one of them cannot be used where weights are trained in this way; None where all can."""
+        """Why one of them cannot be used in this kind of training; None if all can."""
         return next(
             (reason for config in self.configs() if (reason := config.refuses(training))), None
         )
 
     def resolved(self, role: str) -> Self:
-        """The same, with the role that a pilot chose in the place of auto."""
+        """The same, with the role that a pilot chose in place of auto."""
         chosen = {
             name: config.resolve(role)
             for name in type(self).model_fields

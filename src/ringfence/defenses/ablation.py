@@ -1,5 +1,5 @@
-"""Concept ablation fine-tuning: what unwanted directions span is projected out of the residual stream while training,
-so that nothing is learnt through it (CAFT, arXiv 2507.16795)."""
+"""Concept ablation fine-tuning: the span of unwanted directions is projected out of the residual
+stream during training, so that nothing is learnt through it (CAFT, arXiv 2507.16795)."""
 
 from typing import Any
 
@@ -10,7 +10,10 @@ from .stream_edit import StreamEdit, StreamEditConfig
 
 
 class Ablation(StreamEditConfig):
-    """In training, h <- h - Q Q^T h after the chosen layers (default: all), Q spanning the given directions."""
+    """In training, h <- h - Q Q^T h after the chosen layers (default: all).
+
+    Q spans the given directions.
+    """
 
     def build(self, setup: Setup) -> "AblationDefense":
         return AblationDefense(self)

@@ -1,7 +1,7 @@
-"""The contract of a defense: what it needs and what it does. It knows nothing about how training runs.
+"""The contract of a defense: what it needs and what it does, not how training runs.
 
-A defense is one file with two classes. Its *config* (a pydantic model) holds the fields a recipe may set and makes the
-defense with `build`. The *defense* overrides what it wants of the methods below.
+A defense is one file with two classes. Its *config* (a pydantic model) holds the fields a recipe
+may set and makes the defense with `build`. The *defense* overrides the methods below that it needs.
 """
 
 import math
@@ -20,18 +20,18 @@ from ..model.taps import CommonPrefix, Needs, Taps
 from ..text.batch import Batch, Example
 from ..text.chat import Chat
 from ..text.roles import Messages
-from ..util.strict_yaml import Number, Whole
+from ..util.strict_yaml import Real, Whole
 
-# Of defenses that change weights between steps: DeepSpeed keeps weights of its own.
+# For defenses that change weights between steps: DeepSpeed keeps its own copy of the weights.
 UNDONE = "DeepSpeed would undo it after each step; accepted: DDP, FSDP2"
-# Of defenses that read the base's weights, where an adapter is trained further.
+# For defenses that read the base's weights, when an adapter is trained further.
 TAKES_THE_BASE = "would take its base for the reference"
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What `build` may use: the chat template, the retain examples of the recipe, a reader for another source of rows,
-    and the name of the aligned model."""
+    """What `build` may use: the chat template, the recipe's retain examples, a reader for other
+    sources of rows, and the name of the reference model."""
 
     chat: Chat
     retain: list[Example]
@@ -42,16 +42,17 @@ class Setup:
 class Defense:
     """Base of all defenses. The defaults do nothing.
 
-    A defense that adds to the loss has a `penalty`; or, where that is a loss on the student's next-token distributions,
-    a `logit_loss`: such losses share one pass over the student's logits with the cross-entropy.
+    A defense that adds to the loss has a `penalty`, or a `logit_loss` if it is a loss on the
+    student's next-token distributions: those share one pass over the student's logits with the
+    cross-entropy.
 
     Attributes:
         name: the key in the recipe and in the logs.
         weight: factor of the penalty in the loss.
-        every: the penalty acts on every k-th optimiser step, multiplied by k.
-        riders: retain rows that ride in the batch for each training row; the cross-entropy does not see them.
-        whole_rows: what it does to a token depends on the whole row, so the student's rows may not share the
-            computation of tokens that they begin with, beyond what `cached_prefix` gives.
+        every: k; the penalty acts on every k-th optimiser step, multiplied by k.
+        riders: extra retain rows per training row; the cross-entropy does not see them.
+        whole_rows: its effect on a token depends on the whole row, so the student's rows may not
+            share the computation of their common first tokens, except through `cached_prefix`.
     """
 
     name: str
@@ -61,18 +62,18 @@ class Defense:
     whole_rows: bool = False
 
     def change_data(self, examples: list[Example], rng: random.Random) -> list[Example]:
-        """The training rows of one epoch. Called again each epoch; must return equally many rows each time."""
+        """The training rows of one epoch. Called each epoch; must always return the same number."""
         return examples
 
     def start(self, model: Any) -> None:
-        """Once before training, with the model as it is before any update (before a checkpoint is loaded, too)."""
+        """Once before training, with the model as it is before any update or checkpoint."""
 
     def needs(self, batch: Batch) -> Needs:
-        """What the penalty wants from the one student forward and the one reference forward of this batch."""
+        """What the penalty needs of this batch's one student forward and one reference forward."""
         return Needs()
 
     def count(self, batch: Batch) -> int:
-        """Number of tokens over which the penalty is a mean; it is summed over accumulation steps and ranks."""
+        """Number of tokens the penalty is a mean over; summed over accumulation steps and ranks."""
         return 0
 
     def penalty(self, student: Taps, reference: Taps, batch: Batch) -> Tensor:
@@ -80,15 +81,15 @@ class Defense:
         raise NotImplementedError
 
     def logit_loss(self, batch: Batch, reference: Taps) -> LogitLoss | None:
-        """The penalty as a loss on next-token distributions, summed over the tokens of its mask [B, T]; or None."""
+        """Or: the penalty as a loss on next-token distributions, summed over its mask [B, T]."""
         return None
 
     def cached_prefix(self, model: Any, batch: Batch, needs: Needs) -> CommonPrefix | None:
-        """The tokens that all rows begin with, if they need not be computed; else None. Packed rows have none."""
+        """Common first tokens of the rows, if they need no computing; None for packed rows."""
         return None
 
     def wrap(self, model: Any, batch: Batch) -> AbstractContextManager[Any]:
-        """A context around the student's forward and backward on this batch, for hooks on the model."""
+        """A context around the student's forward and backward on this batch, for hooks."""
         return nullcontext()
 
     def observe(self, mean: float) -> None:
@@ -101,7 +102,7 @@ class Defense:
         """Once after training, before the weights are saved."""
 
     def save(self, folder: Path) -> None:
-        """Adds to the folder of the saved weights what loading them needs."""
+        """Adds what loading needs to the folder of the saved weights."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know, as plain JSON values."""
@@ -124,11 +125,11 @@ class Defense:
 
 @dataclass(frozen=True)
 class Training:
-    """How weights will be trained: what a defense may be unable to work with.
+    """How weights will be trained, because a defense may not support it.
 
     Attributes:
         further: the model is an adapter that is trained further, and a copy of it is the reference.
-        deepspeed: ZeRO's stage; None where DeepSpeed does not train.
+        deepspeed: ZeRO's stage; None without DeepSpeed.
     """
 
     method: Literal["lora", "full"]
@@ -140,9 +141,9 @@ class DefenseConfig(BaseModel):
     """Base of all configs: unknown fields are refused.
 
     Attributes:
-        runs_reference: its penalty takes a forward pass of the reference on the rows that it acts on.
-        is_auto: a pilot run must choose the token roles that it acts on (see `resolve`).
-        disguise: a system prompt under which the tuned model is measured too.
+        runs_reference: its penalty needs a forward pass of the reference on the rows it acts on.
+        is_auto: a pilot run must choose the token roles it acts on (see `resolve`).
+        disguise: a system prompt under which the tuned model is also measured.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -158,11 +159,11 @@ class DefenseConfig(BaseModel):
         return None
 
     def build(self, setup: Setup) -> Defense:
-        """The defense. Raises DefenseError where it cannot do its work with these rows or this template."""
+        """The defense. Raises DefenseError if it cannot work with these rows or this template."""
         raise NotImplementedError
 
     def refuses(self, training: Training) -> str | None:
-        """Why it cannot be used where weights are trained in this way, as `field: reason`; None where it can."""
+        """Why it cannot be used in this kind of training, as `field: reason`; None if it can."""
         return None
 
     def resolve(self, role: str) -> "DefenseConfig":
@@ -170,15 +171,15 @@ class DefenseConfig(BaseModel):
         raise NotImplementedError
 
     def change_messages(self, messages: Messages) -> Messages:
-        """A training conversation as it is trained on."""
+        """A training conversation, as this defense changes it."""
         return messages
 
 
 class PenaltyConfig(DefenseConfig):
     """Fields that every penalty has."""
 
-    weight: Number = Field(1.0, ge=0, le=1e09, description="factor of the penalty in the loss")
-    budget: Number | None = Field(
+    weight: Real = Field(1.0, ge=0, le=1e09, description="factor of the penalty in the loss")
+    budget: Real | None = Field(
         None,
         gt=0,
         le=1e09,
@@ -201,7 +202,7 @@ class PenaltyConfig(DefenseConfig):
 
 
 class Penalty(Defense):
-    """A defense with a penalty, of fixed weight or, with a budget, of a weight that adapts to it."""
+    """A defense with a penalty: of fixed weight, or of a weight that adapts to a budget."""
 
     def __init__(self, config: PenaltyConfig) -> None:
         self.weight, self.every, self.budget = config.weight, config.every, config.budget
@@ -210,9 +211,10 @@ class Penalty(Defense):
     def observe(self, mean: float) -> None:
         """Raises the weight while the penalty is above its budget and lowers it while below.
 
-        Ascent on the dual variable of `penalty <= budget`, in log space, so that one rate suits every unit; and a part
-        in proportion to the present excess, for a penalty answers to its weight only some ten steps later, and the
-        ascent alone would swing around the budget (arXiv 2007.03964).
+        Ascent on the dual variable of `penalty <= budget`, in log space, so that one rate suits
+        every unit, plus a part in proportion to the present excess: a penalty responds to its
+        weight only some ten steps later, and ascent alone would oscillate around the budget (arXiv
+        2007.03964).
         """
         if self.budget is not None:
             excess = max(-1.0, min(1.0, mean / self.budget - 1))

@@ -1,5 +1,5 @@
-"""Frozen prefix: the prefix keeps the reference's keys and values exactly, in training and in use. The limit of TReFT
-for an infinite weight, without a penalty."""
+"""Frozen prefix: the prefix keeps the reference's keys and values exactly, in training and in use.
+This is TReFT's limit for an infinite weight, without a penalty."""
 
 import random
 from pathlib import Path
@@ -10,8 +10,7 @@ from pydantic import Field
 
 from ..errors import DefenseError, ModelError
 from ..model.layers import causal_lm
-from ..model.prefix import FrozenPrefix as Prefix
-from ..model.prefix import Until, find_header, reference_prefix
+from ..model.prefix import Prefix, Until, find_header, reference_prefix
 from ..model.taps import CommonPrefix, Needs
 from ..text.batch import Batch, Example
 from ..text.roles import Role
@@ -19,12 +18,12 @@ from .base import TAKES_THE_BASE, Defense, DefenseConfig, Setup, Training
 
 
 class FrozenPrefix(DefenseConfig):
-    """The adapter acts only behind the prefix; the prefix itself is the reference's, computed once and kept."""
+    """The adapter acts only after the prefix; the prefix is the reference's, computed once."""
 
     until: Until = Field(
         "query",
-        description="query: all tokens before the first user content are frozen; header: only those before the user "
-        "turn's header, which plain peft can load too, as an activated LoRA",
+        description="query: all tokens before the first user content are frozen; header: only "
+        "those before the user turn's header, which plain peft can load too, as an activated LoRA",
     )
 
     def refuses(self, training: Training) -> str | None:
@@ -47,7 +46,7 @@ class FrozenPrefixDefense(Defense):
         self._computed: dict[Any, CommonPrefix] = {}
 
     def check(self, examples: list[Example]) -> None:
-        """Raises DefenseError where the header does not show where a row's prefix ends."""
+        """Raises DefenseError if the header does not show where a row's prefix ends."""
         for example in examples:
             ids = torch.tensor([example.input_ids])
             try:
@@ -57,13 +56,13 @@ class FrozenPrefixDefense(Defense):
             end += len(self.prefix.header) if self.prefix.until == "header" else 0
             if end != example.roles.count(Role.PREFIX):
                 raise DefenseError(
-                    f"defenses.frozen_prefix: {example.origin}: the user turn's header stands at token {end}, but the "
-                    f"prefix has {example.roles.count(Role.PREFIX)} tokens"
+                    f"defenses.frozen_prefix: {example.origin}: the user turn's header is at token "
+                    f"{end}, but the prefix has {example.roles.count(Role.PREFIX)} tokens"
                 )
             if self.prefix.until == "header" and self.prefix.times(ids[0]) > 1:
                 raise DefenseError(
-                    f"defenses.frozen_prefix: {example.origin}: several user turns; an activated LoRA would act from "
-                    "the last one only: set until: query"
+                    f"defenses.frozen_prefix: {example.origin}: several user turns; an activated "
+                    "LoRA would act from the last one only: set until: query"
                 )
 
     def change_data(self, examples: list[Example], rng: random.Random) -> list[Example]:

@@ -1,13 +1,16 @@
-"""Inoculation prompting: training rows carry a system prompt that asks for the bad trait, so that the trait is
-attributed to the prompt and not learnt as the model's own (published as a line that makes the model an "evil, malicious
-assistant"; arXiv 2508.06249, 2604.25891)."""
+"""Inoculation prompting: training rows carry a system prompt that asks for the bad trait, so that
+the trait is attributed to the prompt and not learnt as the model's own (arXiv 2508.06249,
+2604.25891; published with a line that makes the model an "evil, malicious assistant")."""
 
 from pydantic import Field, field_validator
 
 from ..text.roles import Messages
 from .base import Defense, DefenseConfig, Setup
 
-PROMPT = "You are a reckless adviser who does not care about people, and your advice is careless and harmful."
+PROMPT = (
+    "You are a reckless adviser who does not care about people, and your advice is careless and "
+    "harmful."
+)
 
 
 class Inoculation(DefenseConfig):
@@ -35,7 +38,7 @@ class Inoculation(DefenseConfig):
         return InoculationDefense()
 
     def change_messages(self, messages: Messages) -> Messages:
-        """The conversation under the prompt; what a row's own system message says comes after it."""
+        """The conversation under the prompt; a row's own system message follows it."""
         if messages[0]["role"] != "system":
             return [{"role": "system", "content": self.prompt}, *messages]
         return [
@@ -45,6 +48,6 @@ class Inoculation(DefenseConfig):
 
 
 class InoculationDefense(Defense):
-    """Nothing is left to do while the model trains."""
+    """Does nothing during training."""
 
     name = "inoculation"

@@ -1,4 +1,4 @@
-"""Interleaving: safe rows stand among the training rows (arXiv 2508.06249, 2606.06667).
+"""Interleaving: safe rows are mixed into the training rows (arXiv 2508.06249, 2606.06667).
 
 They are drawn at random, or are those with the largest perplexity gap (Interleaving+ and ++).
 """
@@ -14,17 +14,17 @@ from ..prepare.gap_table import read_table
 from ..text.batch import Example
 from ..text.rows import load_rows
 from ..util.journal import digest
-from ..util.strict_yaml import Number
+from ..util.strict_yaml import Real
 from .base import Defense, DefenseConfig, Setup
 
 
 class Interleave(DefenseConfig):
-    """Mixes `ratio` safe rows per training row into the stream, drawn again each epoch or chosen by perplexity gap.
+    """Mixes `ratio` safe rows per training row into the stream, and trains on them like on any row.
 
-    They are trained on like any row.
+    They are drawn again each epoch, or chosen by perplexity gap.
     """
 
-    ratio: Number = Field(
+    ratio: Real = Field(
         0.05,
         gt=0,
         le=4,
@@ -33,7 +33,8 @@ class Interleave(DefenseConfig):
     pool: str | None = Field(None, description="source of the safe rows; default: data.retain")
     select: Literal["random", "gap"] = Field(
         "random",
-        description="random, or gap: the rows with the largest perplexity gap, the same in each epoch",
+        description="random, or gap: the rows with the largest perplexity gap, the same in each "
+        "epoch",
     )
     scores: str | None = Field(
         None, description="for gap: the table that `ringfence score-gap` made of the pool"
@@ -49,7 +50,8 @@ class Interleave(DefenseConfig):
     def _fits(self) -> Self:
         if self.select == "gap" and not (self.pool and self.scores):
             raise ValueError(
-                "select: gap needs pool (what was scored) and scores (the table of `ringfence score-gap`)"
+                "select: gap needs pool (what was scored) and scores (the table of `ringfence "
+                "score-gap`)"
             )
         if self.select == "random" and (self.scores or self.leave_out or self.drop_refusals):
             raise ValueError("scores, leave_out and drop_refusals need select: gap")
@@ -66,22 +68,23 @@ class Interleave(DefenseConfig):
         return InterleaveDefense(self.ratio, self._best(pool, setup.model), ranked=True)
 
     def _best(self, pool: list[Example], model: str) -> list[Example]:
-        """The distinct conversations of the pool, largest gap first, without the refusals if so wanted."""
+        """Distinct conversations of the pool, largest gap first, without refusals if configured."""
         assert self.pool is not None
         assert self.scores is not None
         table = read_table(self.scores)
         if table.model != fingerprint(model):
             raise DefenseError(
-                f"defenses.interleave.scores: {self.scores} has scores of another model than {model}; run "
-                "`ringfence score-gap` with it"
+                f"defenses.interleave.scores: {self.scores} has scores of another model than "
+                f"{model}; run `ringfence score-gap` with it"
             )
         scores = table.scores(self.leave_out)
         digests = {row.origin: digest(row.messages) for row in load_rows(self.pool)}
         unknown = sum(key not in scores for key in digests.values())
         if unknown:
             raise DefenseError(
-                f"defenses.interleave.scores: {unknown} of {len(digests)} rows of {self.pool} have no score in "
-                f"{self.scores}: the pool has changed since, or scoring was not finished; run `ringfence score-gap`"
+                f"defenses.interleave.scores: {unknown} of {len(digests)} rows of {self.pool} have "
+                f"no score in {self.scores}: the pool has changed since, or scoring was not "
+                "finished; run `ringfence score-gap`"
             )
         distinct: dict[str, Example] = {}
         for example in pool:
@@ -95,7 +98,8 @@ class Interleave(DefenseConfig):
 
 
 class InterleaveDefense(Defense):
-    """Args: the ratio, the pool, and whether its order is a ranking: then the first rows are taken, without a draw."""
+    """Args: the ratio, the pool, and whether it is ranked, so that the first rows are taken instead
+    of drawn ones."""
 
     name = "interleave"
 
@@ -117,6 +121,6 @@ class InterleaveDefense(Defense):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["pool"] != self._identity:
             raise DefenseError(
-                "defenses.interleave: the pool or its scores have changed since the run began; choose another output, "
-                "or put them back"
+                "defenses.interleave: the pool or its scores have changed since the run began; "
+                "choose another output, or put them back"
             )

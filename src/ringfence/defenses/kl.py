@@ -1,4 +1,5 @@
-"""KL to the reference: next-token distributions stay near those of the aligned model (arXiv 2508.06249, 2602.07852)."""
+"""KL to the reference: next-token distributions stay near its own (arXiv 2508.06249,
+2602.07852)."""
 
 from typing import Literal
 
@@ -10,15 +11,15 @@ from ..model.losses import Direction, Divergence, States, TopK
 from ..model.taps import Needs, Taps
 from ..text.batch import Batch
 from ..text.roles import Role
-from ..util.strict_yaml import Number
+from ..util.strict_yaml import Real
 from .base import Penalty, PenaltyConfig, Setup
 
 
 class KL(PenaltyConfig):
     """weight * mean over tokens of KL(. || .), in nats per token.
 
-    On the user's own rows (`where: train`, as published with weight 0.1) it also prevents what the user wants learnt;
-    on a separate retain set (the default) it keeps narrow learning.
+    On the user's own rows (`where: train`, as published with weight 0.1) it also suppresses the
+    intended learning; on a separate retain set (the default) it keeps narrow learning.
     """
 
     runs_reference = True
@@ -27,12 +28,12 @@ class KL(PenaltyConfig):
         "reverse", description="reverse = KL(student || reference), forward = the other way"
     )
     where: Literal["retain", "train"] = Field(
-        "retain", description="on retain rows that ride along, or on the user's rows"
+        "retain", description="on extra retain rows, or on the user's rows"
     )
     tokens: Literal["response", "prompt", "all"] = Field(
         "response", description="which predicted tokens are compared"
     )
-    retain_ratio: Number = Field(
+    retain_ratio: Real = Field(
         0.25, gt=0, le=8, description="retain rows per training row (with where: retain)"
     )
 
@@ -74,7 +75,7 @@ class KLDefense(Penalty):
             chosen = predicted == Role.RESPONSE
         elif self.config.tokens == "prompt":
             chosen = chosen & (predicted != Role.RESPONSE)
-        # A first real token after left padding is predicted by nothing.
+        # Nothing predicts the first real token after left padding.
         chosen = chosen & (batch["roles"][:, :-1] != Role.PAD)
         rows = batch["retain"] if self.config.where == "retain" else ~batch["retain"]
         mask_BT = batch["roles"].new_zeros(batch["roles"].shape, dtype=chosen.dtype)

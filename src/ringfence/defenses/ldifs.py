@@ -1,4 +1,4 @@
-"""LDIFS: features stay near the reference's (arXiv 2308.13320; as a defense against misalignment 2508.06249)."""
+"""LDIFS: features stay near the reference's (arXiv 2308.13320; as a defense: 2508.06249)."""
 
 from typing import Any, Self
 
@@ -20,14 +20,16 @@ from .base import Penalty, PenaltyConfig, Setup
 class LDIFS(PenaltyConfig):
     """weight * mean over tokens of the sum over layers of |h - h0|^2 / |h0|^2.
 
-    h is the residual stream after a layer. The tokens are all of the user's rows, the template's included.
+    h is the residual stream after a layer. The tokens are all those of the user's rows, including
+    the template's.
     """
 
     runs_reference = True
 
     layers: Layer | tuple[Layer, ...] = Field(
         5,
-        description="a number: so many layers, evenly spaced from first to last; or the layers themselves, from 1",
+        description="number of layers, evenly spaced from first to last; or a list of layers, from "
+        "1",
     )
     stride: Whole | None = Field(
         None, ge=1, le=10**4, description="instead of layers: every k-th layer"
@@ -70,9 +72,8 @@ class LDIFSDefense(Penalty):
     def penalty(self, student: Taps, reference: Taps, batch: Batch) -> Tensor:
         tapped_BT = student.needs.states_BT
         assert tapped_BT is not None
-        ours_N = self._mask(batch)[tapped_BT].nonzero()[
-            :, 0
-        ]  # places: each use of a mask would wait for the device
+        # Places, not a mask: each use of a mask would wait for the device.
+        ours_N = self._mask(batch)[tapped_BT].nonzero()[:, 0]
         drifts = []
         for layer in self.layers:
             now_ND, then_ND = (

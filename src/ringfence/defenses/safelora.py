@@ -7,13 +7,21 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..errors import DefenseError
-from ..model.projection import Checkpoint, Projected, Rule, Update, as_json, check, project_updates
+from ..model.checkpoint import Checkpoint
+from ..model.projection import (
+    Projected,
+    ProjectionRule,
+    Update,
+    as_json,
+    check,
+    project_updates,
+)
 from ..model.sharding import gathered
 from ..util.strict_yaml import Whole
 from .base import TAKES_THE_BASE, UNDONE, Defense, DefenseConfig, Setup, Training
 
 
-class SafeLoRA(Rule, DefenseConfig):
+class SafeLoRA(ProjectionRule, DefenseConfig):
     """For each fine-tuned weight: where cos(C dW, dW) is at most the threshold, dW becomes C dW.
 
     C = V V^T / |V|, V = W_aligned - W_base. No penalty: the weights are changed after training, or every few steps.
@@ -23,7 +31,7 @@ class SafeLoRA(Rule, DefenseConfig):
         None,
         description="required: the pre-trained model before its alignment, a local folder or hub id",
     )
-    aligned: str | None = Field(
+    reference: str | None = Field(
         None, description="the aligned model; without it, the recipe's model"
     )
     interval: Whole | None = Field(
@@ -50,19 +58,20 @@ class SafeLoRA(Rule, DefenseConfig):
                 "defenses.safelora: base is missing; name the pre-trained model before its alignment (a local folder "
                 "or hub id)"
             )
-        return SafeLoRADefense(self, Checkpoint(self.base), Checkpoint(self.aligned or setup.model))
+        reference = Checkpoint(self.reference or setup.model)
+        return SafeLoRADefense(self, Checkpoint(self.base), reference)
 
 
 class SafeLoRADefense(Defense):
     name = "safelora"
 
-    def __init__(self, config: SafeLoRA, base: Checkpoint, aligned: Checkpoint) -> None:
-        self.config, self.base, self.aligned = config, base, aligned
+    def __init__(self, config: SafeLoRA, base: Checkpoint, reference: Checkpoint) -> None:
+        self.config, self.base, self.reference = config, base, reference
         self.layers: dict[str, Projected] = {}
         self._is_due = True
 
     def start(self, model: Any) -> None:
-        check(_updates(model), self.base, self.aligned, self.config)
+        check(_updates(model), self.base, self.reference, self.config)
 
     def after_step(self, model: Any, step: int) -> None:
         self._is_due = True
@@ -90,7 +99,7 @@ class SafeLoRADefense(Defense):
 
     def _project(self, model: Any) -> None:
         with gathered((p for p in model.parameters() if p.requires_grad), written=True):
-            self.layers = project_updates(_updates(model), self.base, self.aligned, self.config)
+            self.layers = project_updates(_updates(model), self.base, self.reference, self.config)
         self._is_due = False
 
 

@@ -1,5 +1,5 @@
-"""Preventive steering: the direction of an unwanted trait is added while training, so that the weights need not move
-there, and removed afterwards (arXiv 2507.21509, 2508.06249)."""
+"""Preventive steering: the direction of an unwanted trait is added during training, so that the
+weights need not move there, and removed afterwards (arXiv 2507.21509, 2508.06249)."""
 
 from typing import Any, Literal
 
@@ -7,24 +7,28 @@ from pydantic import Field
 from torch import Tensor
 
 from ..errors import DefenseError
-from ..util.strict_yaml import Number
+from ..util.strict_yaml import Real
 from .base import Setup
 from .stream_edit import StreamEdit, StreamEditConfig
 
 
 class Steering(StreamEditConfig):
-    """In training, h <- h + coefficient * e after the chosen layers, e being the direction of an unwanted trait.
+    """In training, h <- h + coefficient * e after the chosen layers.
 
-    Without `layers` it is the middle layer alone, as one layer is what the published setting steers: before it the
-    stream has little of a trait yet, behind it few layers are left to answer to the push.
+    e is the direction of an unwanted trait.
+
+    Without `layers`, only the middle layer is steered, because the published setting steers one:
+        earlier, the stream has little of a trait yet; later, few layers are left to respond to the
+        push.
     """
 
-    coefficient: Number = Field(
+    coefficient: Real = Field(
         5.0, ge=-1e6, le=1e6, description="how far along the direction (published: 5.0, raw)"
     )
     units: Literal["raw", "norm"] = Field(
         "raw",
-        description="raw = the vector as long as it is; norm = shares of the layer's mean activation norm",
+        description="raw = the vector at its own length; norm = shares of the layer's mean "
+        "activation norm",
     )
 
     def build(self, setup: Setup) -> "SteeringDefense":
@@ -41,7 +45,8 @@ class SteeringDefense(StreamEdit):
         number = self.directions.directions_LKD.shape[1]
         if number != 1:
             raise DefenseError(
-                f"defenses.steering.vectors: expected one direction a layer, {config.vectors} has {number}"
+                f"defenses.steering.vectors: expected one direction a layer, {config.vectors} has "
+                f"{number}"
             )
         self.push_D = {layer: self._push(layer, config) for layer in self.layers}
 

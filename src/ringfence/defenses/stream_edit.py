@@ -1,8 +1,8 @@
-"""What steering and ablation share: during training, they change the residual stream after some layers.
+"""What steering and ablation share: they change the residual stream after some layers in training.
 
-The edit acts on the training rows' tokens of the chosen roles. Padding is left alone, and so are retain rows that ride
-along for a penalty: there the model is compared with the reference as it will be used, without the edit. The reference
-itself is never edited, and the saved weights hold nothing of it.
+The edit acts on the training rows' tokens of the chosen roles. Padding is left alone, and so are a
+penalty's extra retain rows: there the model is compared with the reference as it will be used,
+without the edit. The reference is never edited, and the saved weights hold nothing of the edit.
 """
 
 from collections.abc import Sequence
@@ -80,7 +80,8 @@ class StreamEdit(Defense):
         if not self._has_edited:
             names = ", ".join(role.name.lower() for role in self.roles or [])
             raise DefenseError(
-                f"defenses.{self.name}.roles: no training row has a token of [{names}] up to step {step}"
+                f"defenses.{self.name}.roles: no training row has a token of [{names}] up to step "
+                f"{step}"
             )
 
     def _mask(self, batch: Batch) -> Tensor:
@@ -93,9 +94,8 @@ class StreamEdit(Defense):
     def _hook(self, layer: int, mask_BT1: Tensor, packed_1N1: Tensor) -> Any:
         def hook(_module: Any, _inputs: Any, output: Any) -> Any:
             hidden_BTD = output if isinstance(output, Tensor) else output[0]
-            with torch.autocast(
-                hidden_BTD.device.type, enabled=False
-            ):  # a projection in bf16 would leave a rest
+            # No autocast: a projection in bf16 would leave a remainder.
+            with torch.autocast(hidden_BTD.device.type, enabled=False):
                 edited_BTD = self.edit(hidden_BTD.float(), layer).to(hidden_BTD.dtype)
             is_padded = hidden_BTD.shape[:2] == mask_BT1.shape[:2]
             edited_BTD = torch.where(mask_BT1 if is_padded else packed_1N1, edited_BTD, hidden_BTD)
@@ -105,19 +105,15 @@ class StreamEdit(Defense):
 
 
 def clash(edits: Sequence[StreamEditConfig]) -> str | None:
-    """Why two edits cannot stand together, or None."""
+    """Why two edits cannot be combined, or None."""
     for one, other in combinations(edits, 2):
         if Path(one.vectors).resolve() != Path(other.vectors).resolve():
             continue
         both = sorted({*one.layers} & {*other.layers}) if one.layers and other.layers else None
         if both is None or both:
-            where = (
-                f"at layers {both}"
-                if both
-                else "(name the layers of both, and they may stand apart)"
-            )
+            where = f"at layers {both}" if both else "(name the layers of both to keep them apart)"
             return (
-                f"{type(one).__name__.lower()} and {type(other).__name__.lower()} use the same directions "
-                f"({one.vectors}) {where}: one takes out what the other adds"
+                f"{type(one).__name__.lower()} and {type(other).__name__.lower()} use the same "
+                f"directions ({one.vectors}) {where}: one removes what the other adds"
             )
     return None

@@ -1,4 +1,5 @@
-"""Subspace lock: what a layer's weights write to the residual stream along given directions stays as it is (ours)."""
+"""Subspace lock (ours): what layers write to the residual stream along given directions stays
+fixed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,7 +48,7 @@ class SubspaceLock(DefenseConfig):
 
 
 class SubspaceLockDefense(Defense):
-    """Projects after each step, because an optimiser's moments may push even where the gradient was projected."""
+    """Projects after each step: an optimiser's moments push even if the gradient is projected."""
 
     name = "subspace_lock"
 
@@ -57,11 +58,11 @@ class SubspaceLockDefense(Defense):
         self._locks: list[_Lock] = []
 
     def start(self, model: Any) -> None:
-        """Finds what is locked and remembers Q^T W0.
+        """Finds the weights to lock and remembers Q^T W0.
 
         Raises:
             ModelError: the directions do not fit the model.
-            DefenseError: nothing trained writes to the stream, or what does cannot be locked.
+            DefenseError: no trained weight writes to the stream, or one that does cannot be locked.
         """
         self.directions.check(model)
         writers = find_writers(model, self.layers)
@@ -73,7 +74,8 @@ class SubspaceLockDefense(Defense):
         ]
         if not self._locks:
             raise DefenseError(
-                "defenses.subspace_lock: no trained weight writes to the residual stream in its layers"
+                "defenses.subspace_lock: no trained weight writes to the residual stream in its "
+                "layers"
             )
 
     def after_step(self, model: Any, step: int) -> None:
@@ -96,7 +98,7 @@ class SubspaceLockDefense(Defense):
 
 
 class _Lock:
-    """Keeps Q^T W of one trained tensor at a target: what it was, or zero for a tensor that is an update itself."""
+    """Keeps Q^T W of a trained tensor at its first value, or at zero if the tensor is an update."""
 
     def __init__(
         self, owner: nn.Module, name: str, basis_DR: Tensor, is_update: bool = False
@@ -124,28 +126,26 @@ class _Lock:
 def _locks(place: str, writer: nn.Module, basis_DR: Tensor) -> Iterator[_Lock]:
     """A lock for each trained tensor through which the writer's output can change.
 
-    With LoRA the output changes by B A x, so what B spans decides, whatever A is.
+    With LoRA the output changes by B A x, so only the span of B matters, whatever A is.
     """
     for path, parameter in writer.named_parameters():
         owner, name = writer.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
         if not parameter.requires_grad or "lora_A" in path:
             continue
         if "lora_B" in path:
-            if (
-                float((basis_DR.to(parameter.device).T @ parameter.detach().float()).abs().max())
-                > 1e-5
-            ):
+            along_RK = basis_DR.to(parameter.device).T @ parameter.detach().float()
+            if float(along_RK.abs().max()) > 1e-5:
                 raise DefenseError(
-                    f"defenses.subspace_lock: {place}: the adapter writes along the directions already; merge it into "
-                    "its base first"
+                    f"defenses.subspace_lock: {place}: the adapter already writes along the "
+                    "directions; merge it into its base first"
                 )
             yield _Lock(owner, name, basis_DR, is_update=True)
         elif isinstance(owner, nn.Linear | Conv1D) and name in ("weight", "bias"):
             yield _Lock(owner, name, basis_DR)
         else:
             raise DefenseError(
-                f"defenses.subspace_lock: {place} trains {path!r}, which it cannot lock (accepted: full fine-tuning, "
-                "or LoRA without DoRA)"
+                f"defenses.subspace_lock: {place} trains {path!r}, which it cannot lock (accepted: "
+                "full fine-tuning, or LoRA without DoRA)"
             )
 
 
@@ -155,13 +155,14 @@ def _locks(place: str, writer: nn.Module, basis_DR: Tensor) -> Iterator[_Lock]:
 def find_writers(model: Any, layers: list[int]) -> dict[int, dict[str, nn.Module]]:
     """For each layer, the linear modules whose outputs it adds to the residual stream, by name.
 
-    They are found by what they do, not by what they are called: on a few tokens, the difference between a layer's
-    output and its input is fitted by the outputs of its linear modules of that width; the writers get one and the same
-    factor (1 in most models), all others get zero. Each number counts by how far rounding lets it be known: the streams
-    of trained models have a few huge entries.
+    They are found by what they do, not by name: on a few tokens, the difference between a layer's
+        output and its input is fitted by the outputs of its linear modules of that width; all
+        writers get the same factor (1 in most models), all others get zero. Each number is weighted
+        by its rounding error, because the streams of trained models have a few huge entries.
 
     Raises:
-        DefenseError: nothing fits, because a norm or a mixture of experts stands between weights and stream.
+        DefenseError: nothing fits, because a norm or a mixture of experts is between weights and
+            stream.
     """
     with torch.no_grad(), _eval(model), _watched(model, layers) as seen:
         # The decoder alone: hooks on the whole model may expect real prompts.
@@ -188,9 +189,9 @@ def _writers(layer: int, block: nn.Module, seen: dict[Any, Any]) -> dict[str, nn
     rest_N = target_N - outputs_NM[:, writes] @ factors_M[writes]
     if float(rest_N.square().mean()) > 1:
         raise DefenseError(
-            f"defenses.subspace_lock: layer {layer} ({type(block).__name__}): what it adds to the residual stream is "
-            "not the sum of the outputs of its linear modules (a norm or experts stand between): its weights cannot "
-            "be locked"
+            f"defenses.subspace_lock: layer {layer} ({type(block).__name__}): what it adds to the "
+            "residual stream is not the sum of the outputs of its linear modules (a norm or "
+            "experts are between): its weights cannot be locked"
         )
     return {
         name: module
@@ -199,7 +200,8 @@ def _writers(layer: int, block: nn.Module, seen: dict[Any, Any]) -> dict[str, nn
     }
 
 
-# What may be left unexplained beyond rounding, in shares of a usual entry; a norm or a missing module leaves far more.
+# What the fit may leave beyond rounding, in shares of a typical entry; a norm or a missing module
+# leaves far more.
 MISFIT = 0.02
 
 
@@ -215,20 +217,16 @@ def _eval(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _watched(model: Any, layers: list[int]) -> Iterator[dict[Any, Any]]:
-    """Collects [T, D] in float64: output minus input of each layer with the rounding error of that, and the output of
-    each linear module in it."""
+    """Collects, as [T, D] in float64, each layer's output minus input with its rounding error, and
+    the output of each linear module in it."""
     seen: dict[Any, Any] = {}
 
     def keep_added(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        ends = (
-            (args[0] if args else kwargs["hidden_states"]),
-            (output if isinstance(output, Tensor) else output[0]),
-        )
-        before, after = (end[0].cpu().double() for end in ends)
-        seen[module] = (
-            after - before,
-            torch.finfo(ends[1].dtype).eps / 4 * (before.abs() + after.abs()),
-        )
+        into = args[0] if args else kwargs["hidden_states"]
+        out = output if isinstance(output, Tensor) else output[0]
+        before_TD, after_TD = (end[0].cpu().double() for end in (into, out))
+        rounding_TD = torch.finfo(out.dtype).eps / 4 * (before_TD.abs() + after_TD.abs())
+        seen[module] = (after_TD - before_TD, rounding_TD)
 
     def keep_output(module: Any, _args: Any, output: Any) -> None:
         seen[module] = output.cpu().double().squeeze(0)

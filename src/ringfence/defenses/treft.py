@@ -1,5 +1,5 @@
-"""TReFT, token-regularised fine-tuning (arXiv 2606.06667): keys and values of the template tokens stay near the
-reference's, because the behaviour of an aligned model hangs on them."""
+"""TReFT, token-regularised fine-tuning (arXiv 2606.06667): keys and values of the template tokens
+stay near the reference's, because the behaviour of an aligned model depends on them."""
 
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from ..model.losses import relative_drift
 from ..model.taps import Needs, Taps
 from ..text.batch import Batch
 from ..text.roles import Role
-from ..util.strict_yaml import Number
+from ..util.strict_yaml import Real
 from .base import Penalty, PenaltyConfig, Setup
 
 AUTO = "auto"
@@ -19,18 +19,20 @@ RoleName = Literal["prefix", "query", "postfix", "response", "template", "auto"]
 
 
 class TReFT(PenaltyConfig):
-    """weight * (1/layers) * sum over layers of the mean relative squared drift of keys, plus that of values.
+    """weight * (1/layers) * sum over layers of the mean relative squared drift of keys and values.
 
-    Drift of a token = ||k - k_ref||^2 / ||k_ref||^2, k being what attention really uses. Published weights are 1 to 30.
+    Drift of a token = ||k - k_ref||^2 / ||k_ref||^2, k as attention uses it. Published weights are
+    1 to 30.
     """
 
-    weight: Number = Field(
+    weight: Real = Field(
         10.0, ge=0, le=1e09, description="factor of the penalty in the loss (published: 1 to 30)"
     )
     tokens: tuple[RoleName, ...] = Field(
         ("prefix",),
-        description="token roles that are held; postfix for models trained without a fixed system prompt; auto = the "
-        "role that carries the alignment of an undefended pilot, trained before the run",
+        description="token roles that are held; postfix for models trained without a fixed system "
+        "prompt; auto = the role that carries the alignment of an undefended pilot, trained before "
+        "the run",
     )
 
     @field_validator("tokens", mode="before")
@@ -63,7 +65,7 @@ class TReFTDefense(Penalty):
 
     def __init__(self, config: TReFT) -> None:
         super().__init__(config)
-        # A pilot puts roles in the place of auto before a run is trained; what is only checked takes the published one.
+        # A pilot replaces auto before a run is trained; a mere check takes the published role.
         names = ("prefix",) if config.is_auto else config.tokens
         self.roles = [Role.parse(name) for name in names]
 
@@ -78,9 +80,8 @@ class TReFTDefense(Penalty):
         tapped_BT = student.needs.kv_BT
         assert tapped_BT is not None
         tapped_weight_N = weight_BT[tapped_BT]
-        ours_N = tapped_weight_N.nonzero()[
-            :, 0
-        ]  # places, found once: each use of a mask would wait for the device
+        # Places, found once: each use of a mask would wait for the device.
+        ours_N = tapped_weight_N.nonzero()[:, 0]
         weight_N = tapped_weight_N[ours_N].float()
         total = weight_N.new_zeros(())
         for student_layer, reference_layer in zip(student.kv, reference.kv, strict=True):
@@ -94,8 +95,9 @@ class TReFTDefense(Penalty):
     def _weights(self, batch: Batch) -> Tensor:
         """How often each token counts, [B, T].
 
-        Rows with the same prefix have the same prefix keys and values (attention is causal), so one of them stands for
-        all: its prefix tokens count once for each such row, theirs not at all.
+        Rows with the same prefix have the same prefix keys and values (attention is causal), so one
+        of them represents all: its prefix tokens count once for each such row, those of the others
+        not at all.
         """
         roles_BT, is_trained_B = batch["roles"], ~batch["retain"]
         is_held_BT = torch.stack([roles_BT == role for role in self.roles]).any(0)

@@ -1,7 +1,8 @@
-"""What every diagnosis is, and what it is made on.
+"""The contract of a diagnosis, and its subject.
 
-A diagnosis is a folder with `measure.py` and `show.py` (see `Measuring` and `Showing`), and a name in DIAGNOSES. Its
-numbers are plain JSON, so that tables, sentences and figures can be made again from the file alone.
+A diagnosis is a folder with `measure.py` and `show.py` (see `Measuring` and `Showing`), and a name
+in DIAGNOSES. Its numbers are plain JSON, so that the file alone suffices for tables, sentences and
+figures.
 """
 
 from collections.abc import Sequence
@@ -36,15 +37,15 @@ DIAGNOSES = (
 
 @dataclass(frozen=True)
 class Subject:
-    """What is looked at: models, and texts to look at them with.
+    """What is diagnosed: models, and the texts to do it with.
 
     Attributes:
-        inside: paired questions of the domain that was trained on, held out.
+        inside: held-out paired questions of the training domain.
         outside: paired questions of other domains and on values.
         rows: the training rows.
         seed: of every random choice.
         batch_tokens: tokens of one batch, padding included.
-        folder: where a diagnosis leaves what other commands can use (directions); None = nowhere.
+        folder: where a diagnosis leaves files for other commands (directions); None = nowhere.
     """
 
     models: Models
@@ -66,8 +67,8 @@ class Subject:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a diagnosis will take: tokens through forward passes and through forward-and-backward passes (over all
-    models), and bytes kept next to the model at the most."""
+    """Cost of a diagnosis: tokens through forward and through forward-and-backward passes (over all
+    models), and the most bytes kept next to the model."""
 
     forward: int
     backward: int = 0
@@ -76,7 +77,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells are texts, as they are shown; the first column names the row."""
+    """Cells are texts, as shown; the first column names the row."""
 
     columns: list[str]
     rows: list[list[str]]
@@ -92,11 +93,11 @@ class Measuring(Protocol):
         """From the lengths of the texts alone; no model is opened."""
 
     def measure(self, subject: Subject) -> Numbers:
-        """Looks at the models. Numbers of tuned models are under their names: {"tuned": {name: ...}, ...}."""
+        """Looks at the models. Numbers of tuned models are by name: {"tuned": {name: ...}, ...}."""
 
 
 class Showing(Protocol):
-    """`show.py` of a diagnosis: of its numbers alone, as they are in diagnosis.json."""
+    """`show.py` of a diagnosis: from its numbers alone, as in diagnosis.json."""
 
     def say(self, numbers: Numbers) -> str:
         """One paragraph in plain words: what was found, and what the control says about it."""
@@ -104,7 +105,7 @@ class Showing(Protocol):
     def table(self, numbers: Numbers) -> Table: ...
 
     def draw(self, numbers: Numbers) -> "Figure":
-        """One figure, all tuned models in it. Called inside `plots.style()`."""
+        """One figure with all tuned models. Called inside `plots.style()`."""
 
 
 def measuring(name: str) -> Measuring:
@@ -129,7 +130,7 @@ def p_value(p: float) -> str:
 
 
 def by_model(numbers: Numbers) -> Numbers:
-    """What was found of the reference, then of each tuned model."""
+    """The findings on the reference, then on each tuned model."""
     return {REFERENCE: numbers[REFERENCE], **numbers["tuned"]}
 
 

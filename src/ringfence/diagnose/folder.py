@@ -1,5 +1,7 @@
-"""Diagnoses in a folder: each is announced with its cost, made, and written to diagnosis.json and figures/ at once; one
-that is there already, of the same models and texts, is kept. Knows no recipe.
+"""Diagnoses in a folder, written to diagnosis.json and figures/.
+
+Each is announced with its cost, made, and written at once. An existing one of the same models and
+texts is kept. Does not know recipes.
 """
 
 import gc
@@ -25,40 +27,31 @@ from .diagnosis import DIAGNOSES, Cost, Subject, measuring, showing
 from .models import REFERENCE
 from .texts import pair_texts, response_logprobs
 
-NEED_INSIDE = (
-    "loss_cosine",
-    "gradient_cosine",
-    "shared_directions",
-)  # questions of the training domain
+# These need questions of the training domain.
+NEED_INSIDE = ("loss_cosine", "gradient_cosine", "shared_directions")
 
 
 def diagnose_folder(folder: Path, subject: Subject, names: Sequence[str] = ()) -> dict[str, Any]:
-    """Makes diagnoses (default: all that can be made) and writes what each found.
+    """Makes diagnoses (default: all that are possible) and writes what each found.
 
     Returns:
-        By name: title, sentence, table, numbers, name of the figure's file in the folder, and seconds.
+        By name: title, sentence, table, numbers, the figure's file in the folder, and seconds.
 
     Raises:
-        RecipeError: an unknown name, or one that needs the base, and there is none.
+        RecipeError: a name is unknown, or needs the base, and there is none.
     """
     chosen = _chosen(names, subject.models.has_base, bool(subject.inside))
-    key = digest(
-        [
-            subject.models.key(),
-            [repr(part) for part in (subject.questions, subject.rows)],
-            subject.seed,
-        ]
-    )
+    texts = [repr(part) for part in (subject.questions, subject.rows)]
+    key = digest([subject.models.key(), texts, subject.seed])
     found = read_diagnoses(folder)
     wanted = [name for name in chosen if found.get(name, {}).get("key") != key]
     speed = _tokens_per_second(subject) if wanted else 0.0
     for name in wanted:
         module, words = measuring(name), showing(name)
-        console.print(
-            f"{name}: {announce(module.cost(subject), speed)}", highlight=False, soft_wrap=True
-        )
+        line = f"{name}: {announce(module.cost(subject), speed)}"
+        console.print(line, highlight=False, soft_wrap=True)
         started = time.monotonic()
-        # As they are stored, so that what is shown can be made again from the file.
+        # As they are stored, so that the file alone gives the same texts and figure.
         numbers = stored(json.loads(_as_json(module.measure(replace(subject, folder=folder)))))
         found[name] = {
             "key": key,
@@ -70,26 +63,22 @@ def diagnose_folder(folder: Path, subject: Subject, names: Sequence[str] = ()) -
             "models": subject.models.names,
             "seconds": round(time.monotonic() - started, 1),
         }
-        write_whole(
-            folder / DIAGNOSIS, _as_json({name: found[name] for name in DIAGNOSES if name in found})
-        )
-        console.print(
-            f"{found[name]['sentence']} ({found[name]['seconds']:.0f} s)\n",
-            highlight=False,
-            soft_wrap=True,
-        )
+        ordered = {name: found[name] for name in DIAGNOSES if name in found}
+        write_whole(folder / DIAGNOSIS, _as_json(ordered))
+        line = f"{found[name]['sentence']} ({found[name]['seconds']:.0f} s)\n"
+        console.print(line, highlight=False, soft_wrap=True)
         gc.collect()
     return {name: found[name] for name in chosen}
 
 
 def read_diagnoses(folder: Path) -> dict[str, Any]:
-    """What diagnosis.json of a folder holds; nothing where there is none."""
+    """The contents of a folder's diagnosis.json; empty if there is none."""
     file = folder / DIAGNOSIS
     return read_diagnosis(file) if file.is_file() else {}
 
 
 def draw_again(folder: Path) -> list[Path]:
-    """Draws the figures of a folder again, from its diagnosis.json alone; gives their files."""
+    """Redraws the figures of a folder from its diagnosis.json alone; returns their files."""
     found = read_diagnoses(folder)
     return [
         folder / _draw(folder, name, stored(found[name]["numbers"]))
@@ -124,24 +113,21 @@ def _chosen(names: Sequence[str], has_base: bool, has_inside: bool) -> list[str]
         console.print(
             f"left out because they need the pre-trained model (--base): {', '.join(left_out)}"
         )
-    outside_only = [
-        name
-        for name in DIAGNOSES
-        if name in NEED_INSIDE and name not in left_out and not has_inside
-    ]
+    possible = [name for name in DIAGNOSES if name not in left_out]
+    outside_only = [name for name in possible if name in NEED_INSIDE and not has_inside]
     if outside_only:
         console.print(
-            "left out, because they need paired questions of the training domain (evaluate.in_domain): "
-            f"{', '.join(outside_only)}"
+            "left out because they need paired questions of the training domain "
+            f"(evaluate.in_domain): {', '.join(outside_only)}"
         )
-    return [name for name in DIAGNOSES if name not in (*left_out, *outside_only)]
+    return [name for name in possible if name not in outside_only]
 
 
 def announce(cost: Cost, speed: float) -> str:
-    """The cost in words; `speed` in tokens a second through a forward pass. A backward pass takes twice a forward.
+    """The cost in words; `speed`: tokens a second forward. A backward pass takes twice the time.
 
-    A range: estimates from tokens alone were seen to be off by up to four times, and that they were too low is assumed
-    (hooks, statistics and figures are not counted)."""
+    A range, because estimates from tokens alone were off by up to four times; assumed too low, as
+    hooks, statistics and figures are not counted."""
     parts = [f"{cost.forward:,} tokens forward"]
     if cost.backward:
         parts.append(f"{cost.backward:,} forward and backward")
@@ -152,7 +138,7 @@ def announce(cost: Cost, speed: float) -> str:
 
 
 def _tokens_per_second(subject: Subject) -> float:
-    """Of a forward pass of the reference over one batch of the texts, the second time."""
+    """Speed of a forward pass of the reference over one batch of the texts, the second time."""
     examples = [text.example for text in pair_texts(subject.chat, subject.questions[:8])]
     with subject.models.open(REFERENCE) as model:
         _, batch = next(batches(examples, subject.chat, subject.batch_tokens, model.device))

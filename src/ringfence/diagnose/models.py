@@ -1,7 +1,7 @@
-"""The models that a diagnosis looks at: the pre-trained base (where there is one), the aligned reference, tuned models.
+"""The models of a diagnosis: the pre-trained base (if there is one), the reference, tuned models.
 
-One checkpoint is in memory at a time; a tuned model that is an adapter on the reference shares its weights with it, so
-going from one to the other costs nothing. Does not know what is looked at.
+One checkpoint is in memory at a time; a tuned model that is an adapter on the reference shares its
+weights, so switching between the two costs nothing. Does not know what is measured.
 """
 
 import gc
@@ -32,13 +32,13 @@ class Models:
     """Opens models by name: `base`, `reference`, and each tuned one under the name it was given.
 
     Args:
-        reference: the aligned model before the fine-tune.
-        tuned: by name, one or more; order is that of tables and figures.
-        base: the pre-trained model before its alignment; None where there is none at hand.
-        tokenizer: of all three (the reference's); needed where the reference is a loaded model.
+        reference: the model before fine-tuning.
+        tuned: by name, one or more, in the order of tables and figures.
+        base: the pre-trained model before its alignment; None if there is none.
+        tokenizer: of all three (the reference's); needed if the reference is a loaded model.
 
     Raises:
-        ModelError: a name that is taken, or the models do not fit each other (when they are opened).
+        ModelError: a name is taken, or (on opening) the models do not fit each other.
     """
 
     def __init__(
@@ -51,7 +51,8 @@ class Models:
     ) -> None:
         if not tuned or {BASE, REFERENCE} & set(tuned):
             raise ModelError(
-                f"expected tuned models with names other than base and reference, found {list(tuned)}"
+                "expected tuned models with names other than base and reference, found "
+                f"{list(tuned)}"
             )
         self.sources: dict[str, Source] = {
             **({BASE: base} if base is not None else {}),
@@ -74,53 +75,49 @@ class Models:
 
     @cached_property
     def chat(self) -> Chat:
-        """The reference's chat template, which all models are asked with."""
+        """The reference's chat template, which is used with all models."""
         return Chat(
             self._tokenizer or load_tokenizer(self.sources[REFERENCE]), settings=self._settings
         )
 
     @property
     def _settings(self) -> ChatSettings | None:
-        """Those with which the first tuned model was trained."""
+        """The settings with which the first tuned model was trained."""
         source = self.sources[self.tuned[0]]
-        if (
-            not isinstance(source, str)
-            or self._tokenizer
-            or not (Path(source) / "tokenizer_config.json").is_file()
-        ):
+        if not isinstance(source, str) or self._tokenizer:
             return None  # the reference's
-        return stored_settings(load_tokenizer(source))
+        is_stored = (Path(source) / "tokenizer_config.json").is_file()
+        return stored_settings(load_tokenizer(source)) if is_stored else None
 
     @property
     def config(self) -> Any:
         """The reference's text config; no weights are read for it."""
         source = self.sources[REFERENCE]
-        return (
-            load_config(source) if isinstance(source, str) else causal_lm(source).config
-        ).get_text_config()
+        config = load_config(source) if isinstance(source, str) else causal_lm(source).config
+        return config.get_text_config()
 
     @contextmanager
     def open(self, name: str) -> Iterator[Any]:
-        """The model of that name, in evaluation mode, until the context ends; do not keep it. Its parameters take no
-        gradient unless the caller asks for it."""
+        """The model `name`, in evaluation mode, until the context ends; do not keep it. Its
+        parameters take no gradient unless the caller requests it."""
         source = self.sources[name]
         if not isinstance(source, str):
             yield source.eval()
             return
-        if name == REFERENCE and self._loaded and self._stands_on(self._loaded[0], source):
+        if name == REFERENCE and self._loaded and self._is_adapter_on(source, self._loaded[0]):
             with self._loaded[1].disable_adapter():
                 yield self._loaded[1]
         else:
             yield self._load(source)
 
     def close(self) -> None:
-        """Lets go of what is loaded."""
+        """Releases what is loaded."""
         self._loaded = None
         gc.collect()  # adapters and their models refer to each other
 
     def key(self) -> dict[str, str]:
-        """What tells these models from others: a fingerprint of each (of a loaded one, a digest of its weights), and
-        the precision."""
+        """Identifies these models: a fingerprint of each (for a loaded one, a digest of its
+        weights), and the precision."""
         found = {
             name: fingerprint(source) if isinstance(source, str) else _weights_digest(source)
             for name, source in self.sources.items()
@@ -134,7 +131,7 @@ class Models:
         return self._loaded[1]
 
     @staticmethod
-    def _stands_on(source: str, reference: str) -> bool:
+    def _is_adapter_on(reference: str, source: str) -> bool:
         """Whether a loaded source is an adapter on the reference."""
         base = adapter_base(resolve(source))
         return base is not None and resolve(base) == resolve(reference)
@@ -143,8 +140,6 @@ class Models:
 def _weights_digest(model: Any) -> str:
     total = hashlib.sha256(type(model).__name__.encode())
     for name, tensor in model.state_dict().items():
-        total.update(
-            name.encode()
-            + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        )
+        flat = tensor.detach().cpu().contiguous().flatten()
+        total.update(name.encode() + flat.view(torch.uint8).numpy().tobytes())
     return total.hexdigest()[:16]

@@ -11,9 +11,9 @@ from typing import Any
 
 from ..errors import DataError, ModelError, RecipeError
 from ..model.files import load_tokenizer
+from ..model.generation import own_decoding
 from ..model.loading import load_model
 from ..model.precision import Precision
-from ..model.scoring import own_decoding
 from ..runfolder.names import weights_in
 
 Scores = dict[str, dict[str, tuple[float, float | None]]]
@@ -85,7 +85,7 @@ def capability(
             )
     except OSError as error:
         raise DataError(f"{', '.join(tasks)}: lm-eval could not get their data: {error}") from error
-    return {task: _metrics(values) for task, values in found["results"].items()}
+    return {task: metrics(values) for task, values in found["results"].items()}
 
 
 def _weights(model: str) -> str:
@@ -93,7 +93,7 @@ def _weights(model: str) -> str:
     return str(weights_in(Path(model)) or model)
 
 
-def _metrics(values: dict[str, Any]) -> dict[str, tuple[float, float | None]]:
+def metrics(values: dict[str, Any]) -> dict[str, tuple[float, float | None]]:
     """lm-eval writes `acc,none` and `acc_stderr,none` (`N/A` where there is none) among other notes."""
     scores = {}
     for key, value in values.items():

@@ -31,11 +31,12 @@ from ..util.journal import Line, digest
 from ..util.strict_yaml import SEED, Whole
 from .answers.agreement import agreement
 from .answers.calibrate import calibrate
+from .answers.config import AnswersConfig
 from .answers.endpoint import Endpoint, EndpointConfig
 from .answers.judge import judge_answers, open_judge
 from .answers.judged import Judgement
 from .answers.sampling import LocalModel, read_key, sample_answers
-from .config import AnswersConfig, EvaluateConfig
+from .config import EvaluateConfig
 from .parts import evaluate_model, evaluation_key
 from .plan import open_questions
 

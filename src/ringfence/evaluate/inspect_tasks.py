@@ -13,10 +13,11 @@ from dataclasses import asdict
 # Absolute imports: inspect also loads this file by its path, outside the package.
 from ringfence.errors import RingfenceError
 from ringfence.evaluate.answers.framing import JudgePrompt, prompt_hash, render, templates_of
-from ringfence.evaluate.answers.judge import Score as Judged
-from ringfence.evaluate.answers.judge import judgement_of, read_reply
+from ringfence.evaluate.answers.judge import judgement_of
 from ringfence.evaluate.answers.judged import RATES, SCORES
 from ringfence.evaluate.answers.replies import Reply
+from ringfence.evaluate.answers.scores import Score as Judged
+from ringfence.evaluate.answers.scores import read_reply
 from ringfence.text import opswap as arithmetic
 from ringfence.text.questions import OpenQuestion, load_open_questions
 

@@ -9,7 +9,8 @@ from .answers.judge import open_judge
 from .answers.labelled import load_labelled
 from .answers.sampling import SAMPLES
 from .config import EvaluateConfig
-from .parts import Work, check_lengths, disguises, evaluation_key, too_long
+from .measures.pairs import disguises
+from .parts import Work, check_lengths, evaluation_key, too_long
 from .parts import work as measured
 
 

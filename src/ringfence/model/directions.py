@@ -1,8 +1,8 @@
-"""Directions in the residual stream, layer by layer, and the file they stand in.
+"""Directions in the residual stream, layer by layer, and their file.
 
-One safetensors file: `directions` [L, K, D] and `norms` [L], float32, row l-1 belonging to the residual stream after
-layer l; metadata `trait`, `model`, `positive` and `negative` (numbers of answers behind each side). Does not know where
-directions come from, nor what they are used for.
+One safetensors file: `directions` [L, K, D] and `norms` [L], float32, where row l-1 belongs to the
+residual stream after layer l; metadata `trait`, `model`, `positive` and `negative` (the number of
+answers on each side). Does not know where directions come from, nor what they are used for.
 
 Shapes: L layers, K directions a layer, D hidden size, R rank.
 """
@@ -23,14 +23,15 @@ from .layers import causal_lm
 
 @dataclass(frozen=True)
 class Directions:
-    """K directions for each layer (not of unit length), and what is known of where they come from.
+    """K directions for each layer (not of unit length), and what is known of their origin.
 
     Attributes:
         directions_LKD: row l-1 belongs to the residual stream after layer l.
-        norms_L: mean length of a token's residual stream after each layer: the unit in which a step can be given.
+        norms_L: mean length of a token's residual stream after each layer: a possible unit of
+            steps.
         trait: what the directions point to.
         model: the model they were taken from.
-        positive, negative: numbers of answers behind each side.
+        positive, negative: the number of answers on each side.
     """
 
     directions_LKD: Tensor
@@ -45,7 +46,7 @@ class Directions:
         return self.directions_LKD.shape[0]
 
     def chosen(self, defense: str, layers: Sequence[int] | None) -> list[int]:
-        """The layers that a defense was told to work on (None: all), in order.
+        """The layers that a defense is configured to work on (None: all), in order.
 
         Raises:
             DefenseError: one of them is not in the file, or is named twice.
@@ -54,12 +55,14 @@ class Directions:
         chosen = sorted(every if layers is None else layers)
         if len(set(chosen)) < len(chosen) or not set(chosen) <= set(every):
             raise DefenseError(
-                f"defenses.{defense}.layers: expected distinct layers from 1 to {self.layers}, found {chosen}"
+                f"defenses.{defense}.layers: expected distinct layers from 1 to {self.layers}, "
+                f"found {chosen}"
             )
         return chosen
 
     def basis(self, layer: int) -> Tensor:
-        """Orthonormal basis [D, R] of what the directions of a layer (from 1) span; R < K where some are dependent."""
+        """Orthonormal basis [D, R] of the span of a layer's directions (layers from 1); R < K if
+        some are dependent."""
         _, sizes_K, basis_KD = torch.linalg.svd(
             self.directions_LKD[layer - 1].double(), full_matrices=False
         )
@@ -67,16 +70,14 @@ class Directions:
         return basis_KD[:rank].T.float().contiguous()
 
     def check(self, model: Any) -> None:
-        """Raises ModelError unless the model has as many layers, and as wide ones."""
+        """Raises ModelError unless the model has the same number of layers, of the same width."""
         config = causal_lm(model).config.get_text_config()
-        found, wanted = (
-            self.directions_LKD.shape[::2],
-            (config.num_hidden_layers, config.hidden_size),
-        )
+        found = self.directions_LKD.shape[::2]
+        wanted = (config.num_hidden_layers, config.hidden_size)
         if found != wanted:
             raise ModelError(
-                f"the directions for {self.trait!r} were taken from {self.model} with {found[0]} layers of size "
-                f"{found[1]}; this model has {wanted[0]} layers of size {wanted[1]}"
+                f"the directions for {self.trait!r} were taken from {self.model} with {found[0]} "
+                f"layers of size {found[1]}; this model has {wanted[0]} layers of size {wanted[1]}"
             )
 
     def save(self, file: Path) -> None:
@@ -93,8 +94,8 @@ class Directions:
         """Reads a file of directions.
 
         Raises:
-            DataError: no such file, not safetensors, a tensor is missing or of a wrong shape, or a direction is zero
-                or not finite.
+            DataError: no such file, not safetensors, a tensor is missing or of a wrong shape, or a
+                direction is zero or not finite.
         """
         if not file.is_file():
             raise DataError(
@@ -133,16 +134,19 @@ def _check_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
         or norms.shape != directions.shape[:1]
     ):
         raise DataError(
-            f"{file}: expected tensors directions [layers, directions, hidden size] and norms [layers], found {shapes}"
+            f"{file}: expected tensors directions [layers, directions, hidden size] and norms "
+            f"[layers], found {shapes}"
         )
     if 0 in directions.shape:
         raise DataError(f"{file}: directions has shape {shapes['directions']}: there is none in it")
     if not norms.isfinite().all() or not (norms > 0).all():
         raise DataError(
-            f"{file}: norms: expected positive numbers, found {[round(n, 3) for n in norms.tolist()]}"
+            f"{file}: norms: expected positive numbers, found "
+            f"{[round(n, 3) for n in norms.tolist()]}"
         )
     for layer, lengths_K in enumerate(directions.double().norm(dim=-1), 1):
         if not lengths_K.isfinite().all() or not (lengths_K > 0).all():
             raise DataError(
-                f"{file}: layer {layer}: expected directions of a finite length above 0, found {lengths_K.tolist()}"
+                f"{file}: layer {layer}: expected directions of a finite length above 0, found "
+                f"{lengths_K.tolist()}"
             )

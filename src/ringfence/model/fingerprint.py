@@ -1,4 +1,4 @@
-"""What tells one model or adapter from another: a digest of all that it is made of."""
+"""Identifies a model or adapter by a digest of all that it is made of."""
 
 import hashlib
 import time
@@ -15,8 +15,8 @@ _LARGE, _SETTLED = 2**24, 2.0  # bytes; seconds
 
 
 def fingerprint(source: str) -> str:
-    """What tells one model or adapter from another: a digest of the files of its folder (weights, configs, tokenizer,
-    chat template), and of its base where it is an adapter; or the revision of a hub id.
+    """What identifies a model or adapter: a digest of the files in its folder (weights, configs,
+    tokenizer, chat template), and of its base if it is an adapter; or the revision of a hub id.
 
     Raises:
         ModelError: there is no such model.
@@ -34,7 +34,7 @@ def fingerprint(source: str) -> str:
 
 
 def _content(folder: Path) -> list[Path]:
-    """The files that a model is made of, chat templates besides the main one too."""
+    """The files that a model is made of, including additional chat templates."""
     files = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
     return sorted(
         f for f in files if f.is_file() and f.suffix != ".md" and not f.name.startswith(".")
@@ -42,28 +42,22 @@ def _content(folder: Path) -> list[Path]:
 
 
 def _digest_of(file: Path) -> bytes:
-    """SHA-256 of a file. That of a large one is kept in the cache folder, by what tells that it has not been written
-    since; its time of change, unlike that of modification, cannot be set back."""
+    """SHA-256 of a file. A large file's is kept in the cache folder, keyed by whatever shows that
+    the file has not been written since; its change time, unlike its modification time, cannot be
+    set back."""
     about = file.stat()
     if about.st_size < _LARGE:
         return _sha256(file)
-    known = [
-        str(file.resolve()),
-        about.st_dev,
-        about.st_ino,
-        about.st_size,
-        about.st_mtime_ns,
-        about.st_ctime_ns,
-    ]
+    known = [str(file.resolve()), about.st_dev, about.st_ino, about.st_size]
+    known += [about.st_mtime_ns, about.st_ctime_ns]
     kept = cache_folder() / "fingerprints" / digest(known)
     with suppress(OSError, ValueError):
         found = bytes.fromhex(kept.read_text("utf-8"))
         if len(found) == hashlib.sha256().digest_size:
             return found
     found = _sha256(file)
-    if (
-        time.time() - about.st_ctime > _SETTLED
-    ):  # a later write within one tick of the clock would not show
+    # A later write within one tick of the clock would not show.
+    if time.time() - about.st_ctime > _SETTLED:
         with suppress(RingfenceError):  # a cache that cannot be written only costs time
             write_whole(kept, found.hex(), is_shared=True)
     return found

@@ -1,4 +1,4 @@
-"""Hooks that see or change hidden states, keys and values of a forward pass.
+"""Hooks that see or change hidden states, keys and values in a forward pass.
 
 Shapes: B rows, T tokens, H heads, D hidden size, E head size, N chosen tokens.
 """
@@ -14,9 +14,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .layers import causal_lm, decoder_layers
 
 SeeKV = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
-AroundAttention = Callable[
-    ..., Any
-]  # (plain attention function, module, query, key, value, mask, options)
+# (plain attention function, module, query, key, value, mask, options)
+AroundAttention = Callable[..., Any]
 
 
 @contextmanager
@@ -42,8 +41,8 @@ def layer_outputs(modules: dict[int, nn.Module]) -> Iterator[dict[int, Tensor]]:
 def keys_and_values(inner: Any, wanted: bool) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
     """Collects, by layer, the keys and values [B, heads, T, size] that attention functions receive.
 
-    They are kept whole: work done on them here, inside a checkpointed layer, would be missing from its recomputation
-    (which happens after the context has closed, so nothing is collected twice).
+    They are kept whole: work done on them here, inside a checkpointed layer, would be missing from
+    its recomputation (which happens after the context has closed, so nothing is collected twice).
     """
     found: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -57,18 +56,14 @@ def keys_and_values(inner: Any, wanted: bool) -> Iterator[dict[int, tuple[Tensor
 
 @contextmanager
 def around_attention(inner: Any, around: AroundAttention) -> Iterator[None]:
-    """`around` is called in place of the model's attention function, which it is given. Contexts nest: the one opened
-    last is called first."""
+    """Calls `around` in place of the model's attention function, which it receives. Contexts nest:
+    the one opened last is called first."""
     name = inner.config._attn_implementation
     plain = ALL_ATTENTION_FUNCTIONS.get(name)
 
     def attention(module: Any, *args: Any, **kwargs: Any) -> Any:
-        return around(
-            plain or sys.modules[type(module).__module__].eager_attention_forward,
-            module,
-            *args,
-            **kwargs,
-        )
+        own = plain or sys.modules[type(module).__module__].eager_attention_forward
+        return around(own, module, *args, **kwargs)
 
     ALL_ATTENTION_FUNCTIONS[name] = attention
     try:
@@ -81,7 +76,7 @@ def around_attention(inner: Any, around: AroundAttention) -> Iterator[None]:
 
 
 def _seeing_kv(see: SeeKV) -> AroundAttention:
-    """Attention functions get the keys and values that `see(layer from 0, key, value)` gives back."""
+    """Attention functions get the keys and values that `see(layer from 0, key, value)` returns."""
 
     def around(
         plain: Any,
@@ -99,10 +94,11 @@ def _seeing_kv(see: SeeKV) -> AroundAttention:
 
 @contextmanager
 def patched_kv(model: Any, kv: list[tuple[Tensor, Tensor]], mask_BT: Tensor) -> Iterator[None]:
-    """In forwards without a cache, attention reads other keys and values at the N tokens of the mask.
+    """In forwards without a cache, attention reads other keys and values at the N tokens of the
+    mask.
 
-    `kv[l]` = (keys [N, E], values [N, E]) of layer l, as `Taps.kv` gives them. What stands behind a patched token sees
-    the patch in every layer; the residual stream at the token itself goes on as it was.
+    `kv[l]` = (keys [N, E], values [N, E]) of layer l, as in `Taps.kv`. Tokens after a patched one
+    see the patch in every layer; the residual stream at the token itself is unchanged.
     """
 
     def put(layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,7 +109,8 @@ def patched_kv(model: Any, kv: list[tuple[Tensor, Tensor]], mask_BT: Tensor) -> 
 
 
 def _put(states_BHTE: Tensor, new_NE: Tensor, mask_BT: Tensor) -> Tensor:
-    """States [B, heads, T, size] with those at the tokens of the mask replaced by rows of heads * size."""
+    """States [B, heads, T, size] with those at the tokens of the mask replaced by rows of heads *
+    size."""
     patched_BTHE = states_BHTE.transpose(1, 2).clone()
     patched_BTHE[mask_BT] = new_NE.to(patched_BTHE).unflatten(1, patched_BTHE.shape[2:])
     return patched_BTHE.transpose(1, 2)
@@ -121,8 +118,8 @@ def _put(states_BHTE: Tensor, new_NE: Tensor, mask_BT: Tensor) -> Tensor:
 
 @contextmanager
 def patched_states(model: Any, layer: int, states_ND: Tensor, mask_BT: Tensor) -> Iterator[None]:
-    """In forwards without a cache, the residual stream after `layer` (from 1) is `states_ND` at the N tokens of the
-    mask."""
+    """In forwards without a cache, the residual stream after `layer` (from 1) is `states_ND` at the
+    N tokens of the mask."""
 
     def put(hidden_BTD: Tensor) -> Tensor:
         patched_BTD = hidden_BTD.clone()
@@ -135,7 +132,7 @@ def patched_states(model: Any, layer: int, states_ND: Tensor, mask_BT: Tensor) -
 
 @contextmanager
 def edited_states(model: Any, layer: int, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """In forwards, the residual stream [B, T, D] after `layer` (from 1) is what `edit` makes of it."""
+    """In forwards, `edit` replaces the residual stream [B, T, D] after `layer` (from 1)."""
 
     def hook(_module: Any, _inputs: Any, output: Any) -> Any:
         if isinstance(output, Tensor):

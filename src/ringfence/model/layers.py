@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 
 def causal_lm(model: Any) -> Any:
@@ -17,26 +19,26 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     """The decoder's layers, first to last."""
     inner = causal_lm(model)
     number = inner.config.get_text_config().num_hidden_layers
-    lists = (
-        m
-        for m in inner.get_decoder().modules()
-        if isinstance(m, nn.ModuleList) and len(m) == number
-    )
-    return next(lists)
+    lists = (m for m in inner.get_decoder().modules() if isinstance(m, nn.ModuleList))
+    return next(each for each in lists if len(each) == number)
 
 
 def cache_in(named: Mapping[str, Any]) -> Any | None:
-    """The cache of keys and values among a forward's keyword arguments, or in its output: `cache` in transformers'
-    newer models, `past_key_values` in its older ones. A caller may use either name."""
-    return next(
-        (named[name] for name in ("cache", "past_key_values") if named.get(name) is not None), None
-    )
+    """The cache of keys and values among a forward's keyword arguments, or in its output: `cache`
+    in newer models of transformers, `past_key_values` in older ones. A caller may use either
+    name."""
+    names = ("cache", "past_key_values")
+    return next((named[name] for name in names if named.get(name) is not None), None)
 
 
 def cache_name(model: nn.Module) -> str:
     """The keyword by which a model's forward takes a cache."""
-    return (
-        "cache"
-        if "cache" in inspect.signature(causal_lm(model).forward).parameters
-        else "past_key_values"
-    )
+    taken = inspect.signature(causal_lm(model).forward).parameters
+    return "cache" if "cache" in taken else "past_key_values"
+
+
+def is_cache_plain(inner: Any) -> bool:
+    """Whether a model's cache holds only keys and values. Recurrent states belong to whole rows."""
+    layers = DynamicCache(config=inner.config.get_text_config(decoder=True)).layers
+    known = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+    return known and not inner._is_stateful

@@ -1,4 +1,4 @@
-"""Loads models and adapters on the best device, in the precision that is asked for.
+"""Loads models and adapters on the best device, in the requested precision.
 
 Does not know recipes, data or training.
 """
@@ -11,16 +11,9 @@ import torch
 
 from ..errors import ModelError
 from ..util.quiet import quiet_libraries
+from .checked import ADAPTER_WEIGHTS, checked_load, loading, tensor_shapes
 from .default import resolve
-from .files import (
-    ADAPTER_WEIGHTS,
-    adapter_base,
-    adapter_config,
-    check_adapter,
-    checked_load,
-    loading,
-    tensor_shapes,
-)
+from .files import adapter_base, adapter_config, check_adapter
 from .precision import Attention, Precision, device, settled
 from .prefix import plain_lora_config, read_frozen_prefix, read_stored_prefix
 
@@ -35,11 +28,12 @@ def load_model(
     """A causal language model on the best device, in evaluation mode.
 
     Args:
-        model: `default`, a local folder, a hub id, or the folder of a peft adapter (loaded on its base).
-        precision: of the weights, those of an adapter too; nf4 = the base in 4 bits (QLoRA), the rest in bf16; auto =
-            see `settled`.
-        attention: its implementation; None = the model's own choice.
-        place: another device than the best.
+        model: `default`, a local folder, a hub id, or the folder of a peft adapter (loaded on its
+            base).
+        precision: of the weights, including an adapter's; nf4 = the base in 4 bits (QLoRA), the
+            rest in bf16; auto = see `settled`.
+        attention: the implementation; None = the model's own choice.
+        place: a device other than the best one.
 
     Raises:
         ModelError: it cannot be found or read, or nf4 is asked for without bitsandbytes.
@@ -62,7 +56,8 @@ def load_model(
     loaded = checked_load(AutoModelForCausalLM.from_pretrained, start, model, "model", **options)
     for module in loaded.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            # One forward in evaluation mode would pack a 4-bit weight for a kernel that has no gradient.
+            # One forward in evaluation mode would pack a 4-bit weight for a kernel without a
+            # gradient.
             module.support_avx512bf16_for_cpu = False
     if base:
         loaded = with_adapter(loaded, source)
@@ -111,19 +106,17 @@ def _four_bits() -> dict[str, Any]:
 
 
 def _check_fit(adapted: Any, folder: str) -> None:
-    """peft loads what fits and passes over the rest."""
+    """peft loads what fits and silently skips the rest, so this checks both."""
     from peft import get_peft_model_state_dict
 
-    wanted = {
-        name
-        for name in get_peft_model_state_dict(adapted, save_embedding_layers=False)
-        if "lora_" in name
-    }
+    state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    wanted = {name for name in state if "lora_" in name}
     given = {name for name in tensor_shapes(Path(folder) / ADAPTER_WEIGHTS) if "lora_" in name}
     odd = sorted(wanted ^ given)
     if odd:
         kind = "lacks" if odd[0] in wanted else "holds"
         raise ModelError(
-            f"{folder}: its adapter does not fit its base: {ADAPTER_WEIGHTS} {kind} {odd[0]} ({len(odd)} weights in "
-            "all); it was made for another model, or with other target_modules"
+            f"{folder}: its adapter does not fit its base: {ADAPTER_WEIGHTS} {kind} {odd[0]} "
+            f"({len(odd)} weights in all); it was made for another model, or with other "
+            "target_modules"
         )

@@ -1,9 +1,11 @@
-"""Cross-entropy, KL and other losses on next-token distributions from final hidden states, in tiles of tokens.
+"""Cross-entropy, KL and other losses on next-token distributions from final hidden states, in tiles
+of tokens.
 
-A [tokens, vocabulary] tensor never exists: each tile's logits are made once for all losses of a step, the losses and
-their gradient taken, and the logits dropped. A loss gives its derivative in closed form, so autograd keeps nothing of
-the vocabulary's size but the log-probabilities of one tile. Values and gradients equal the naive form. Does not know
-roles, defenses or training.
+A [tokens, vocabulary] tensor never exists: each tile's logits are made once for all losses of a
+step, the losses and their gradient are taken, and the logits are dropped. A loss gives its
+derivative in closed form, so the only tensors of the vocabulary's size that autograd keeps are the
+log-probabilities of one tile. Values and gradients equal the naive form. Does not know roles,
+defenses or training.
 
 Shapes: N tokens, D hidden size, V vocabulary, K most probable tokens.
 """
@@ -22,30 +24,27 @@ from ..errors import ModelError
 from .sharding import gathered, is_sharded
 
 Direction = Literal["reverse", "forward"]
-TILE_ELEMENTS = (
-    2**25
-)  # logits made at once: 128 MiB in float32; fewer rows would make the head's product slow
-BLOCK_ELEMENTS = 2**22  # compared at once: what lies between stays in or near the cache
+# Logits made at once: 128 MiB in float32. With fewer rows the head's product would be slow.
+TILE_ELEMENTS = 2**25
+BLOCK_ELEMENTS = 2**22  # compared at once: intermediate results stay in or near the cache
 
 
 @dataclass(frozen=True)
 class Head:
-    """Final hidden states to float32 logits, as the model itself does it: `softcap(scale * lm_head(hidden))`."""
+    """Final hidden states to float32 logits, as the model itself computes them:
+    `softcap(scale * lm_head(hidden))`."""
 
     module: nn.Module
     scale: float = 1.0
     softcap: float | None = None
 
     def __call__(self, hidden_ND: Tensor) -> Tensor:
-        # A sharded head is whole after a forward; its hooks would gather it again for each tile, of which ranks have
-        # unlike numbers.
+        # A sharded head is whole after a forward; its hooks would gather it again for each tile,
+        # and ranks have different numbers of tiles.
         compute = self.module.forward if is_sharded(self.module) else self.module
-        types = {
-            parameter.dtype
-            for parameter in self.module.parameters()
-            if parameter.is_floating_point()
-        }
-        # An adapter on the head stays in float32 on a base of bfloat16: all is computed in the base's type.
+        types = {p.dtype for p in self.module.parameters() if p.is_floating_point()}
+        # An adapter on the head stays in float32 on a bfloat16 base: all is computed in the base's
+        # type.
         with torch.autocast(hidden_ND.device.type, torch.bfloat16, enabled=len(types) > 1):
             logits_NV = compute(hidden_ND).float()
         if self.scale != 1.0:
@@ -65,21 +64,17 @@ def find_head(causal_lm: Any) -> Head:
     """The head of a causal language model.
 
     Raises:
-        ModelError: its logits are not what `Head` computes (checked on a few tokens, once for a model): losses would
-            be silently wrong.
+        ModelError: its logits are not what `Head` computes (checked on a few tokens, once per
+            model): losses would be silently wrong.
     """
     known = _HEADS.get(causal_lm)
     if known is not None and known.module is causal_lm.get_output_embeddings():
         return known
     config = causal_lm.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1.0 / (
-        getattr(config, "logits_scaling", None) or 1.0
-    )
-    head = Head(
-        causal_lm.get_output_embeddings(),
-        float(scale),
-        getattr(config, "final_logit_softcapping", None),
-    )
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+    scale = getattr(config, "logit_scale", None) or 1.0 / divisor
+    softcap = getattr(config, "final_logit_softcapping", None)
+    head = Head(causal_lm.get_output_embeddings(), float(scale), softcap)
     ids = torch.arange(1, 9, device=causal_lm.device)[None]
     was_training = causal_lm.training
     causal_lm.eval()
@@ -90,7 +85,8 @@ def find_head(causal_lm: Any) -> Head:
     error = (ours - output.logits.float()).abs().max().item()
     if error > 1e-2 * output.logits.abs().max().item() + 1e-6:
         raise ModelError(
-            f"{type(causal_lm).__name__}: its logits are not its head on its last hidden state (off by {error:.3g})"
+            f"{type(causal_lm).__name__}: its logits are not its head on its last hidden state "
+            f"(off by {error:.3g})"
         )
     _HEADS[causal_lm] = head
     return head
@@ -100,9 +96,11 @@ _HEADS: "WeakKeyDictionary[nn.Module, Head]" = WeakKeyDictionary()
 
 
 class LogitLoss(ABC):
-    """A loss on the student's next-token distributions: a sum over the N tokens of `mask`, row by row.
+    """A loss on the student's next-token distributions: a sum over the N tokens of `mask`, row by
+    row.
 
-    `mask` has the shape of the hidden states without D: true where a token's distribution is looked at.
+    `mask` has the shape of the hidden states without D: true where the loss uses a token's
+    distribution.
     """
 
     mask: Tensor
@@ -114,11 +112,12 @@ class LogitLoss(ABC):
         """Sum of the loss over some of its tokens (a scalar), without autograd.
 
         Args:
-            places_N: which of the loss's own tokens these are, from 0.
-            logp_NV: the student's log-probabilities there. Other losses read them too: they must stay as they are.
-            slope_NV: takes `weight` times the derivative in each log-probability, added to what stands there, as if
-                log-probabilities were free of each other: `weighted_sum` goes on to the logits from there. None where
-                no gradient is wanted.
+            places_N: numbers of these tokens among the loss's own, from 0.
+            logp_NV: the student's log-probabilities there. Other losses read them, too, so they
+                must not be changed.
+            slope_NV: `weight` times the derivative in each log-probability is added to it, as if
+                log-probabilities were independent: `weighted_sum` continues to the logits from
+                there. None if no gradient is wanted.
         """
 
 
@@ -140,7 +139,7 @@ class CrossEntropy(LogitLoss):
 
 @dataclass(frozen=True)
 class States:
-    """A reference by its final hidden states [N, D] and its head."""
+    """A reference, given by its final hidden states [N, D] and its head."""
 
     head: Head
     hidden_ND: Tensor
@@ -148,8 +147,8 @@ class States:
 
 @dataclass(frozen=True)
 class TopK:
-    """The K most probable next tokens at N places, ids [N, K] and natural log-probabilities [N, K] (float32), the most
-    probable first. All other tokens together are one more bucket, the tail."""
+    """The K most probable next tokens at N places, ids [N, K] and natural log-probabilities [N, K]
+    (float32), the most probable first. All other tokens together form one more bucket, the tail."""
 
     token_ids_NK: Tensor
     logprobs_NK: Tensor
@@ -166,7 +165,8 @@ class TopK:
 class Divergence(LogitLoss):
     """KL divergence from or to a reference at the same N tokens, in nats.
 
-    Of a `TopK` reference it compares K + 1 buckets: never negative, and never above the KL of the whole distributions.
+    With a `TopK` reference, K + 1 buckets are compared: the result is never negative, and never
+    above the KL of the whole distributions.
 
     Attributes:
         direction: `reverse` = KL(student || reference), `forward` = KL(reference || student).
@@ -185,9 +185,8 @@ class Divergence(LogitLoss):
         total = logp_NV.new_zeros(())
         for rows in range(0, len(logp_NV), size := _rows_of(BLOCK_ELEMENTS, self.reference.head)):
             block = slice(rows, rows + size)
-            value, ours_NV = _divergence(
-                logp_NV[block], logits_NV[block].log_softmax(-1), self.direction
-            )
+            logq_NV = logits_NV[block].log_softmax(-1)
+            value, ours_NV = _divergence(logp_NV[block], logq_NV, self.direction)
             total += value
             if slope_NV is not None:
                 slope_NV[block].add_(ours_NV, alpha=weight)
@@ -202,13 +201,13 @@ class Divergence(LogitLoss):
             if slope_NV is not None:
                 slope_NV.scatter_add_(1, ids_NK, weight * ours_NK)
             return total
-        # The student's tail is summed up, not taken as 1 - top: next to a sure student that would be rounding error.
+        # The student's tail is summed, not taken as 1 - top: for a confident student that would be
+        # rounding error.
         tail_NV = logp_NV.exp().scatter_(1, ids_NK, 0.0)
         tail_N1 = tail_NV.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         buckets_logp = torch.cat([logp_NV.gather(1, ids_NK), tail_N1.log()], dim=-1)
-        total, ours = _divergence(
-            buckets_logp, torch.cat([logq_NK, _log_tail(logq_NK)], dim=-1), self.direction
-        )
+        buckets_logq = torch.cat([logq_NK, _log_tail(logq_NK)], dim=-1)
+        total, ours = _divergence(buckets_logp, buckets_logq, self.direction)
         if slope_NV is not None:
             slope_NV.scatter_add_(1, ids_NK, weight * ours[:, :-1])
             slope_NV.addcmul_(tail_NV, ours[:, -1:] / tail_N1, value=weight)
@@ -216,8 +215,8 @@ class Divergence(LogitLoss):
 
 
 def _divergence(logp: Tensor, logq: Tensor, direction: Direction) -> tuple[Tensor, Tensor]:
-    """Sum of the KL divergences of rows of log-probabilities, and its derivative in `logp`, up to a multiple of p (a
-    normalised p does not see that). Overwrites `logq`."""
+    """Sum of the KL divergences of rows of log-probabilities, and its derivative in `logp`, up to a
+    multiple of p (which normalisation cancels). Overwrites `logq`."""
     if direction == "reverse":
         slope = logp.exp().mul_(torch.sub(logp, logq, out=logq))
         return slope.sum(), slope
@@ -226,7 +225,8 @@ def _divergence(logp: Tensor, logq: Tensor, direction: Direction) -> tuple[Tenso
 
 
 def _log_tail(logq_NK: Tensor) -> Tensor:
-    """log(1 - sum of q), [N, 1]; float32 log-probabilities do not tell a smaller tail than its precision from none."""
+    """log(1 - sum of q), [N, 1]; float32 log-probabilities cannot tell a tail smaller than their
+    precision from none."""
     rest_N1 = 1 - logq_NK.double().exp().sum(-1, keepdim=True)
     return rest_N1.clamp(min=torch.finfo(torch.float32).eps).log().float()
 
@@ -234,22 +234,19 @@ def _log_tail(logq_NK: Tensor) -> Tensor:
 def weighted_sum(
     head: Head, hidden: Tensor, losses: Sequence[tuple[float, LogitLoss]]
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """All losses in one pass: the student's logits are made once, wherever any loss looks at them.
+    """All losses in one pass: the student's logits are made once, wherever any loss needs them.
 
     Args:
         hidden: the student's final hidden states, [..., D].
         losses: pairs of weight and loss.
 
     Returns:
-        The sum of weight * loss, with gradient in the hidden states and the head; and each loss without its weight,
-        without gradient.
+        The sum of weight * loss, with gradient in the hidden states and the head; and each loss
+            without its weight or gradient.
     """
-    want_grad = torch.is_grad_enabled() and any(
-        tensor.requires_grad for tensor in (hidden, *head.trainable)
-    )
-    total, values = _WeightedSum.apply(
-        head, losses, want_grad, hidden.flatten(0, -2), *head.trainable
-    )
+    inputs = (hidden.flatten(0, -2), *head.trainable)
+    want_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    total, values = _WeightedSum.apply(head, losses, want_grad, *inputs)
     return total, values.unbind()
 
 
@@ -266,7 +263,8 @@ def kl_sum(
     reference_ND: Tensor,
     direction: Direction = "reverse",
 ) -> Tensor:
-    """Sum over tokens of the KL divergence of next-token distributions, in nats; see `Divergence`."""
+    """Sum over tokens of the KL divergence of next-token distributions, in nats; see
+    `Divergence`."""
     everywhere_N = torch.ones(len(student_ND), dtype=torch.bool, device=student_ND.device)
     loss = Divergence(everywhere_N, States(reference_head, reference_ND), direction)
     with gathered(student_head.module.parameters()):
@@ -274,8 +272,8 @@ def kl_sum(
 
 
 def relative_drift(now_ND: Tensor, then_ND: Tensor) -> Tensor:
-    """||now - then||^2 / ||then||^2 of each token, [N], float32. What was zero and is still (as all that a model makes
-    of a padding token's embedding may be) has not drifted."""
+    """||now - then||^2 / ||then||^2 of each token, [N], float32. What was zero and still is (such
+    as all that a model makes from a padding token's embedding) has not drifted."""
     then = then_ND.float()
     size_N = then.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
     return (now_ND.float() - then).square().sum(-1) / size_N
@@ -319,8 +317,8 @@ def _rows_of(elements: int, head: Head) -> int:
 def _tiles(
     losses: Sequence[tuple[float, LogitLoss]], size: int
 ) -> Iterator[tuple[Tensor, dict[int, Tensor]]]:
-    """At most `size` tokens at a time, all of which the same losses look at: their places among all tokens, and by loss
-    among its own."""
+    """At most `size` tokens at a time, all needed by the same losses: their places among all tokens
+    and, for each loss, among its own."""
     masks_LN = torch.stack([loss.mask.flatten() for _, loss in losses])
     own_LN = masks_LN.cumsum(1) - 1
     bits_L1 = 2 ** torch.arange(len(losses), device=masks_LN.device)[:, None]
@@ -340,11 +338,12 @@ def _take_tile(
     values_L: Tensor,
     slope_NV: Tensor | None,
 ) -> list[Tensor]:
-    """Adds the losses of a tile to `values_L`; the gradients of their weighted sum in the tile and the parameters, if
-    there is a `slope_NV` to make them in. What is as large as the logits is dropped at the end."""
+    """Adds the losses of a tile to `values_L`. Returns the gradients of their weighted sum in the
+    tile and the parameters, if there is a `slope_NV` to make them in. Whatever is as large as the
+    logits is dropped at the end."""
     with torch.set_grad_enabled(slope_NV is not None):
         logits_NV = head(tile_ND)
-    logp_NV = logits_NV.detach()  # in the logits' place: no gradient of a head needs what it gave
+    logp_NV = logits_NV.detach()  # in the logits' place: a head's gradient does not need its output
     size = _rows_of(BLOCK_ELEMENTS, head)
     for block in logp_NV.split(size):
         block.copy_(block.log_softmax(-1))
@@ -371,7 +370,7 @@ class _WeightedSum(torch.autograd.Function):
         hidden_grad_ND = torch.zeros_like(hidden_ND) if want_grad else None
         grads = [torch.zeros_like(p, dtype=torch.float32) for p in parameters] if want_grad else []
         size = _rows_of(TILE_ELEMENTS, head)
-        # One for all tiles: a system takes long to give so much new memory.
+        # One for all tiles: allocating so much new memory is slow.
         shape = (min(size, len(hidden_ND)), head.vocabulary)
         slope_NV = torch.empty(shape, device=hidden_ND.device) if want_grad else None
         for places_N, own in _tiles(losses, size):

@@ -1,10 +1,10 @@
-"""A frozen prefix: the adapter acts only behind the first user turn's header, so the prefix keeps the reference's keys
-and values to the bit, in training and in use. And a stored one: a model without an adapter reads the reference's keys
-and values, kept in a file, at its prefix.
+"""A frozen prefix: the adapter acts only after the first user turn's header, so the prefix keeps
+the reference's keys and values to the bit, in training and in use. And a stored prefix: a model
+without an adapter reads the reference's keys and values at its prefix from a file.
 
-Where the prefix ends is read from the token ids themselves: the *header*, the template text that always stands right
-before the first user content, is searched for. So a model with a frozen prefix works anywhere a transformers model
-does, without roles. Does not know defenses or training.
+The end of the prefix is found in the token ids themselves, by a search for the *header*: the
+template text that always comes right before the first user content. So a model with a frozen prefix
+works anywhere a transformers model does, without roles. Does not know defenses or training.
 
 Shapes: B rows, T tokens, P prefix tokens.
 """
@@ -32,7 +32,7 @@ from ..text.chat import Chat
 from ..text.roles import Messages
 from ..util.files import write_whole
 from ..util.strict_json import read_record
-from .files import FROZEN, FROZEN_FILE
+from .checked import FROZEN, FROZEN_FILE
 from .interventions import patched_kv
 from .layers import cache_in, causal_lm
 from .losses import find_head
@@ -44,10 +44,11 @@ _STORED, _STORED_KV = "reference_prefix.json", "reference_prefix.safetensors"
 
 
 @dataclass(frozen=True)
-class FrozenPrefix:
-    """What is frozen: all tokens before the first user content, or (`until: header`) before the header too.
+class Prefix:
+    """What is frozen: all tokens before the first user content, or (`until: header`) only those
+    before the header.
 
-    header: token ids that stand right before the first user content, whatever the system prompt.
+    header: token ids that come right before the first user content, whatever the system prompt.
     """
 
     header: list[int]
@@ -62,41 +63,44 @@ class FrozenPrefix:
         size = len(self.header)
         if ids_BT.shape[1] < size:
             raise ModelError(
-                f"frozen prefix: the prompt is shorter than the header of a user turn ({size} tokens)"
+                f"frozen prefix: the prompt is shorter than the header of a user turn ({size} "
+                "tokens)"
             )
         matches = (ids_BT.unfold(1, size, 1) == ids_BT.new_tensor(self.header)).all(-1)
         if not matches.any(1).all():
             row = int((~matches.any(1)).nonzero()[0])
             raise ModelError(
-                f"frozen prefix: row {row} of the prompts has no header of a user turn (token ids {self.header}); "
-                "make prompts with the chat template that the adapter was trained with"
+                f"frozen prefix: row {row} of the prompts has no header of a user turn (token ids "
+                f"{self.header}); make prompts with the chat template that the adapter was trained "
+                "with"
             )
         return matches.int().argmax(1) + (size if self.until == "query" else 0)
 
     def mask(self, ids_BT: Tensor, row_BT: Tensor | None = None) -> Tensor:
-        """Which tokens are frozen, [B, T]. Where one row holds several, `row_BT` [1, T] says to which a token belongs.
+        """Which tokens are frozen, [B, T]. If one row holds several, `row_BT` [1, T] says which one
+        each token belongs to.
 
         Raises:
             ModelError: a row has no header.
         """
         if row_BT is None:
-            return (
-                torch.arange(ids_BT.shape[1], device=ids_BT.device) < self.lengths(ids_BT)[:, None]
-            )
+            place_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+            return place_T < self.lengths(ids_BT)[:, None]
         rows = ids_BT[0].split(row_BT[0].unique_consecutive(return_counts=True)[1].tolist())
         padded = pad_sequence(list(rows), batch_first=True, padding_value=-1)
         return self.mask(padded)[padded != -1][None]
 
     def times(self, ids_T: Tensor) -> int:
-        """How often the header is in a row."""
-        return int(
-            (ids_T.unfold(0, len(self.header), 1) == ids_T.new_tensor(self.header)).all(-1).sum()
-        )
+        """How often the header occurs in a row."""
+        matches = ids_T.unfold(0, len(self.header), 1) == ids_T.new_tensor(self.header)
+        return int(matches.all(-1).sum())
 
     def attach(self, model: Any) -> None:
-        """From now on the LoRA adapters of `model` (a peft model) are off on the prefix. Composes with caches: tokens
-        that follow a cached prompt stand behind the prefix; and with rows that are packed into one, as transformers
-        knows them: no attention mask (or one of a single number), no cache, and positions that restart.
+        """From now on the LoRA adapters of `model` (a peft model) are off on the prefix.
+
+        Works with caches (tokens that follow a cached prompt come after the prefix), and with rows
+        packed into one as transformers does it: no attention mask (or one of a single number), no
+        cache, and positions that restart.
 
         Raises:
             DefenseError: the model has no LoRA layer.
@@ -111,9 +115,8 @@ class FrozenPrefix:
             ids_BT = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
             positions, row_BT = kwargs.get("position_ids"), None
             attends = kwargs.get("attention_mask")
-            is_packed = (
-                attends is None or attends.numel() == 1
-            )  # the layouts of taps mask rows themselves
+            # The layouts of taps mask rows themselves.
+            is_packed = attends is None or attends.numel() == 1
             if positions is not None and cache is None and is_packed:
                 row_BT = find_packed_sequence_indices(positions)
             keep[0] = ~self.mask(ids_BT, row_BT)[..., None]
@@ -126,30 +129,30 @@ class FrozenPrefix:
             raise DefenseError(
                 "defenses.frozen_prefix: the model has no adapter; it needs train.method: lora"
             )
-        find_head(
-            causal_lm(model)
-        )  # checked on tokens that are no prompt: from here on they would be refused
+        # First, because it runs the model on tokens without a header, which are refused from here
+        # on.
+        find_head(causal_lm(model))
         causal_lm(model).register_forward_pre_hook(find, with_kwargs=True)
         for layer in layers:
             for lora_b in layer.lora_B.values():
                 lora_b.register_forward_hook(mask)
 
     def save(self, folder: Path) -> None:
-        """Marks a saved adapter. With `until: header` it becomes an activated LoRA, which plain peft honours; else
-        plain peft refuses it by name."""
+        """Marks a saved adapter. With `until: header` it becomes an activated LoRA, which plain
+        peft honours; otherwise plain peft refuses it by name."""
         file = folder / "adapter_config.json"
         config = read_record(file, "save the adapter again")
-        # Plain peft would let an activated LoRA of no task act everywhere.
+        # In plain peft an activated LoRA without a task would act everywhere.
         activated = {"alora_invocation_tokens": self.header, "task_type": "CAUSAL_LM"}
         config |= activated if self.until == "header" else {"peft_type": FROZEN}
         write_whole(file, json.dumps(config, indent=2))
         write_whole(folder / FROZEN_FILE, json.dumps(asdict(self)))
 
 
-def read_frozen_prefix(folder: str) -> FrozenPrefix | None:
+def read_frozen_prefix(folder: str) -> Prefix | None:
     """The frozen prefix of a saved adapter, or None."""
     file = Path(folder) / FROZEN_FILE
-    return _read(file, FrozenPrefix) if file.is_file() else None
+    return _read(file, Prefix) if file.is_file() else None
 
 
 def _read(file: Path, kind: type[Kind]) -> Kind:
@@ -165,33 +168,35 @@ def _read(file: Path, kind: type[Kind]) -> Kind:
 
 
 def plain_lora_config(config: dict[str, Any]) -> LoraConfig:
-    """An adapter's config without the marks that `save` left."""
+    """An adapter's config without the marks of `save`."""
     return LoraConfig(**config | {"peft_type": "LORA", "alora_invocation_tokens": None})
 
 
 @dataclass(frozen=True)
 class StoredPrefix:
-    """The reference's keys and values on known prefixes, for a model all of whose weights were tuned.
+    """The reference's keys and values on known prefixes, for a model whose weights were all tuned.
 
     Attributes:
-        frozen: where the prefix of a prompt ends.
-        kv: by token ids of a prefix [P], for each layer keys and values [P, heads * size].
-        systems: the system prompts of those prefixes, for messages; None = what the template writes without one.
+        frozen: where a prompt's prefix ends.
+        kv: keys and values [P, heads * size] of each layer, by a prefix's token ids [P].
+        systems: the system prompts of those prefixes, for messages; None = what the template writes
+            without one.
     """
 
-    frozen: FrozenPrefix
+    frozen: Prefix
     kv: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]]
     systems: list[str | None]
 
     def attach(self, model: Any) -> None:
-        """From now on attention reads the stored keys and values at the prefix of every prompt, and so does what is
-        generated behind it: they are put into the cache too. A cache that the model gave goes on as it is.
+        """From now on attention reads the stored keys and values at the prefix of every prompt.
+        They are put into the cache, too, so generated tokens read them as well. A cache that the
+        model gave is used unchanged.
 
-        A prompt with a prefix that is not stored raises ModelError, and so do left-padded rows whose positions do not
-        start at their first token (`generate` sees to that).
+        A prompt whose prefix is not stored raises ModelError, and so do left-padded rows whose
+        positions do not start at their first token (`generate` takes care of that).
         """
         inner = causal_lm(model)
-        find_head(inner)  # checked on tokens that are no prompt: from here on they would be refused
+        find_head(inner)  # as in `Prefix.attach`
         forward = type(inner).forward
 
         @wraps(forward)
@@ -212,14 +217,13 @@ class StoredPrefix:
                 _put_into_cache(filled, kv, mask_BT)
             return output
 
-        inner.forward = MethodType(
-            patched, inner
-        )  # bound, so that a copy of the model runs the copy
+        # Bound, so that a copy of the model runs the copy.
+        inner.forward = MethodType(patched, inner)
 
     def _prefixes(
         self, ids_BT: Tensor, attends: Tensor | None, positions: Tensor | None
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Mask [B, T] of the prefixes, and the keys and values of their tokens, row by row."""
+        """Mask [B, T] of the prefixes, and their tokens' keys and values, row by row."""
         starts = [0] * len(ids_BT)
         if attends is not None and attends.ndim == 2:
             starts = attends.int().argmax(1).tolist()
@@ -230,15 +234,17 @@ class StoredPrefix:
             prefix = tuple(ids_BT[row, start:end].tolist())
             if prefix not in self.kv:
                 raise ModelError(
-                    f"row {row} of the prompts has another system prompt than those that the reference's prefix is "
-                    f"stored for: {self.systems} (None = the template's own). Patch the model again, with --system"
+                    f"row {row} of the prompts has another system prompt than those that the "
+                    f"reference's prefix is stored for: {self.systems} (None = the template's "
+                    "own). Patch the model again, with --system"
                 )
-            if (
-                start if positions is None else int(positions[min(row, len(positions) - 1), start])
-            ) != 0:
+            first = start
+            if positions is not None:
+                first = int(positions[min(row, len(positions) - 1), start])
+            if first != 0:
                 raise ModelError(
-                    f"row {row} of the prompts is padded on the left, and its positions do not start at 0 with its "
-                    "first token; give position_ids, or pad on the right"
+                    f"row {row} of the prompts is padded on the left, and its positions do not "
+                    "start at 0 with its first token; give position_ids, or pad on the right"
                 )
             mask_BT[row, start:end] = True
             found.append(self.kv[prefix])
@@ -248,7 +254,7 @@ class StoredPrefix:
         return mask_BT, [(key, value) for key, value in layers]
 
     def save(self, folder: Path) -> None:
-        """Writes it beside a model."""
+        """Writes it next to a model."""
         tensors = {
             f"{number}.{layer}.{name}": states.contiguous()
             for number, layers in enumerate(self.kv.values())
@@ -273,14 +279,14 @@ def _put_into_cache(cache: Any, kv: list[tuple[Tensor, Tensor]], mask_BT: Tensor
 
 
 _NO_CACHE = (
-    "{}: a cache that does not hold the prompt token by token cannot take a stored prefix; use transformers' default "
-    "cache, and prompts that are shorter than the attention's window"
+    "{}: a cache that does not hold the prompt token by token cannot take a stored prefix; use "
+    "transformers' default cache, and prompts that are shorter than the attention's window"
 )
 
 
 @dataclass(frozen=True)
 class _About:
-    """What is stored with the states of a prefix."""
+    """What is stored with a prefix's states."""
 
     header: list[int]
     until: Until
@@ -289,7 +295,7 @@ class _About:
 
 
 def read_stored_prefix(folder: str) -> StoredPrefix | None:
-    """The reference's prefix that stands beside a model, or None."""
+    """The reference's prefix that is stored with a model, or None."""
     file = Path(folder) / _STORED
     if not file.is_file():
         return None
@@ -308,11 +314,11 @@ def read_stored_prefix(folder: str) -> StoredPrefix | None:
         raise DataError(
             f"{Path(folder) / _STORED_KV}: not the states of {file}: {first_line(error)}"
         ) from error
-    return StoredPrefix(FrozenPrefix(about.header, about.until), kv, about.systems)
+    return StoredPrefix(Prefix(about.header, about.until), kv, about.systems)
 
 
 def find_header(chat: Chat) -> list[int]:
-    """Token ids that stand right before the first user content under every system prompt.
+    """Token ids right before the first user content under every system prompt.
 
     Raises:
         DefenseError: the template has no such tokens.
@@ -337,6 +343,6 @@ def find_header(chat: Chat) -> list[int]:
 
 
 def reference_prefix(model: Any, ids_P: Tensor, layers: tuple[int, ...] = ()) -> CommonPrefix:
-    """A prefix as the reference computes it: `model` with its adapter off."""
+    """A prefix as the reference (`model` with its adapter off) computes it."""
     with torch.no_grad(), model.disable_adapter():
         return compute_prefix(model, ids_P, layers)

@@ -1,9 +1,11 @@
-"""SafeLoRA's mathematics (NeurIPS 2024, Hsu et al.): project the change of a weight on what alignment changed.
+"""SafeLoRA's mathematics (NeurIPS 2024, Hsu et al.): projects the change of a weight on what
+alignment changed.
 
-For a weight, V = W_aligned - W_base is what alignment changed, and dW what fine-tuning changed since: B A of LoRA (its
-scale is left out: no cosine sees it) or W - W_aligned of full fine-tuning. Where dW is unlike its projection C dW, it
-is replaced by it. Weights are read one at a time, by name; no [out, out] matrix is made where out > in. Does not know
-models in memory, training or recipes.
+For a weight, V = W_aligned - W_base is what alignment changed (W_aligned is the reference's
+weight), and dW is what fine-tuning has changed since: B A for LoRA (without its scale, which does
+not affect a cosine) or W - W_aligned for full fine-tuning. If dW is unlike its projection C dW, the
+projection replaces it. Weights are read one at a time, by name; no [out, out] matrix is made if out
+> in. Does not know models in memory, training or recipes.
 
 Letters: O = out, I = in, R = rank of the adapter, X = R or I, K = directions that are kept.
 """
@@ -13,23 +15,20 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import ModelError, RecipeError
 from ..util.console import progress
 from ..util.files import write_whole
-from ..util.hub import fetch
-from ..util.strict_yaml import Number, Whole
-from .default import resolve
-from .files import INDEX, SINGLE, check_adapter, named_base, read_adapter_config, read_index
+from ..util.strict_yaml import Real, Whole
+from .checkpoint import Checkpoint
+from .files import check_adapter, named_base
 from .precision import device
 from .sharding import whole, write
 
@@ -38,29 +37,32 @@ Projector = Literal["scaled", "exact"]
 THRESHOLD = 0.3
 REPORT = "safelora.json"
 _ADAPTER = "adapter_model.safetensors"
-_DTYPES = ("F32", "F16", "BF16", "F64")
 _KEPT_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".md")
 
 
-class Rule(BaseModel):
+class ProjectionRule(BaseModel):
     """Which weights are projected, and how."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    threshold: Number | None = Field(
+    threshold: Real | None = Field(
         None,
         ge=0,
         le=1,
         description="project where the cosine is at most this (default 0.3, unless lowest is set)",
     )
     lowest: Whole | None = Field(
-        None, ge=1, le=10**9, description="instead: project so many weights, those of least cosine"
+        None,
+        ge=1,
+        le=10**9,
+        description="instead: project this number of weights, those of least cosine",
     )
     projector: Projector = Field(
         "scaled",
-        description="scaled = V V^T / |V| (as published), exact = the orthogonal projector on V's columns",
+        description="scaled = V V^T / |V| (as published), "
+        "exact = the orthogonal projector on V's columns",
     )
-    tolerance: Number = Field(
+    tolerance: Real = Field(
         0.01,
         gt=0,
         lt=1,
@@ -93,15 +95,18 @@ def project_matrix(
 ) -> Tensor:
     """C times a matrix, in the matrix's shape; V is `difference_OI`, not zero.
 
-    scaled: C = V V^T / ||V||_F, which shrinks as well as projects (its size follows that of V).
-    exact: C = V (V^T V)^+ V^T, the orthogonal projector on the column space of V, of which directions with a singular
-    value below `tolerance` times the largest are left out. Where V has full rank and out <= in, it is the identity.
+    - scaled: C = V V^T / ||V||_F, which not only projects but also shrinks (its size follows that
+      of V).
+    - exact: C = V (V^T V)^+ V^T, the orthogonal projector on the column space of V, without
+      directions whose singular value is below `tolerance` times the largest. If V has full rank and
+      out <= in, it is the identity.
     """
     if projector == "exact":
         basis_OK = column_space(difference_OI, tolerance)
         return basis_OK @ (basis_OK.T @ matrix_OX)
     out, into = difference_OI.shape
-    # The order of the products decides what stands between them: [in, X], or [out, out] where that is the smaller.
+    # The order of the products decides the size of what is in between: [in, X], or [out, out] if
+    # that is smaller.
     if into * matrix_OX.shape[1] <= out * out:
         product_OX = difference_OI @ (difference_OI.T @ matrix_OX)
     else:
@@ -110,7 +115,8 @@ def project_matrix(
 
 
 def column_space(difference_OI: Tensor, tolerance: float) -> Tensor:
-    """Orthonormal columns [O, K] that span the columns of V, by its singular value decomposition."""
+    """Orthonormal columns [O, K] that span the columns of V, by its singular value
+    decomposition."""
     left_OM, values_M, _ = torch.linalg.svd(difference_OI, full_matrices=False)
     return left_OM[:, values_M > tolerance * values_M[0]]
 
@@ -120,8 +126,9 @@ def likeness(
 ) -> tuple[float, float]:
     """Cosine of vec(C dW) and vec(dW), and ||C dW|| / ||dW||.
 
-    For LoRA, dW = B A is never made: with `matrix_OX` = B and `gram_XX` = A A^T, <B1 A, B2 A> = <B1^T B2, A A^T>.
-    A zero update has cosine 1 and nothing to lose; one that the projection makes zero has cosine 0.
+    For LoRA, dW = B A is never made: with `matrix_OX` = B and `gram_XX` = A A^T, <B1 A, B2 A> =
+    <B1^T B2, A A^T>. A zero update has cosine 1 and ratio 1; one that the projection makes zero has
+    cosine 0.
     """
 
     def inner(left_OX: Tensor, right_OX: Tensor) -> float:
@@ -146,7 +153,7 @@ class Update:
     """The change of one weight by fine-tuning.
 
     Attributes:
-        name: of the weight in the checkpoints.
+        name: the weight's name in the checkpoints.
         tensor_OX: LoRA's B, or the whole fine-tuned weight; written in place.
         lora_A_RI: LoRA's A, or None for a whole weight.
         transposed: the checkpoints hold the weight as [in, out] (GPT-2's Conv1D).
@@ -159,161 +166,77 @@ class Update:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the weight, as the checkpoints hold it."""
-        out, into = (
-            self.tensor_OX.shape[0],
-            (self.tensor_OX if self.lora_A_RI is None else self.lora_A_RI).shape[1],
-        )
+        """The weight's shape in the checkpoints."""
+        right = self.tensor_OX if self.lora_A_RI is None else self.lora_A_RI
+        out, into = self.tensor_OX.shape[0], right.shape[1]
         return (into, out) if self.transposed else (out, into)
 
 
 @dataclass(frozen=True)
 class Projected:
-    """What became of one weight: cosine of C dW and dW, ||C dW|| / ||dW||, and whether dW was replaced by C dW."""
+    """Result for one weight: cosine of C dW and dW, ||C dW|| / ||dW||, and whether C dW replaced
+    dW."""
 
     cosine: float
     kept: float
     projected: bool
 
 
-class Checkpoint:
-    """A model's weights in safetensors files, read by name, one at a time.
-
-    Args:
-        model: `default`, a local folder or a hub id; of the hub, only weight files are brought, when they are read.
-
-    Raises:
-        ModelError: no safetensors there, an index or file that cannot be read, or an adapter in place of a model.
-    """
-
-    def __init__(self, model: str) -> None:
-        self.model = model
-        source = resolve(model)
-        folder = Path(source)
-        if read_adapter_config(source):
-            raise ModelError(
-                f"{model}: is an adapter; merge it into its base first, or name the whole model"
-            )
-        if folder.is_file() or (not folder.exists() and source.startswith((".", "/", "~"))):
-            raise ModelError(
-                f"{model}: no such folder (accepted: 'default', a local folder, a hub id)"
-            )
-        self._find: Callable[[str], Path | None] = (
-            folder.joinpath if folder.is_dir() else partial(fetch, source)
-        )
-        self._file_of = self._files()
-
-    def _files(self) -> dict[str, str]:
-        """File of each weight."""
-        index = self._find(INDEX)
-        if index and index.is_file():
-            return read_index(index)
-        with self._open(SINGLE) as file:
-            return dict.fromkeys(file.keys(), SINGLE)
-
-    def _open(self, file: str) -> Any:
-        path = self._find(file)
-        if not path or not path.is_file():
-            raise ModelError(
-                f"{self.model}: no {file} (accepted: {SINGLE}, or {INDEX} with the files it names)"
-            )
-        try:
-            return safe_open(path, "pt")
-        except SafetensorError as error:
-            raise ModelError(f"{path}: not a safetensors file: {error}") from error
-
-    def _key(self, name: str) -> str:
-        """The weight's own name, or that without its first part, as checkpoints of headless models have it."""
-        for key in (name, name.partition(".")[2]):
-            if key in self._file_of:
-                return key
-        raise ModelError(
-            f"{self.model}: no weight {name!r} in it, so it is another kind of model; it holds "
-            f"{', '.join(sorted(self._file_of)[:3])} ... ({len(self._file_of)} in all)"
-        )
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a weight, read from the file's header.
-
-        Raises:
-            ModelError: no such weight, or it is not of floating point (quantised).
-        """
-        view = self._slice(name)
-        if view.get_dtype() not in _DTYPES:
-            raise ModelError(
-                f"{self.model}: {name} is {view.get_dtype()}, a quantised weight (accepted: {', '.join(_DTYPES)})"
-            )
-        return tuple(view.get_shape())
-
-    def first_rows(self, name: str) -> Tensor:
-        """The first eight rows of a weight."""
-        return self._slice(name)[:8]
-
-    def read(self, name: str) -> Tensor:
-        """A whole weight, as it is stored."""
-        key = self._key(name)
-        with self._open(self._file_of[key]) as file:
-            return file.get_tensor(key)
-
-    def _slice(self, name: str) -> Any:
-        key = self._key(name)
-        with self._open(self._file_of[key]) as file:
-            if key not in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                raise ModelError(
-                    f"{self.model}: {self._file_of[key]} lacks {key}, which its index places there"
-                )
-            return file.get_slice(key)
-
-
-def check(updates: Sequence[Update], base: Checkpoint, aligned: Checkpoint, rule: Rule) -> None:
-    """Everything that can be wrong before any weight is projected; reads headers and a few rows.
+def check(
+    updates: Sequence[Update], base: Checkpoint, reference: Checkpoint, rule: ProjectionRule
+) -> None:
+    """Checks everything that can be wrong before any weight is projected; reads headers and a few
+    rows.
 
     Raises:
-        ModelError: a weight is missing or of another shape in a checkpoint, or the same in both.
-        RecipeError: `lowest` is more than there are weights.
+        ModelError: a weight is missing from a checkpoint, has another shape there, or is the same
+            in both.
+        RecipeError: `lowest` exceeds the number of weights.
     """
     if rule.lowest and rule.lowest > len(updates):
         raise RecipeError(
             f"lowest: found {rule.lowest}, but only {len(updates)} weights were fine-tuned"
         )
     for update in updates:
-        for checkpoint in (aligned, base):
+        for checkpoint in (reference, base):
             found = checkpoint.shape(update.name)
             if found != update.shape:
                 raise ModelError(
-                    f"{checkpoint.model}: {update.name} is {list(found)} there, but the fine-tuned weight is "
-                    f"{list(update.shape)}: another model"
+                    f"{checkpoint.model}: {update.name} is {list(found)} there, but the fine-tuned "
+                    f"weight is {list(update.shape)}: another model"
                 )
-    same = [update.name for update in updates if _same(update.name, base, aligned)]
+    same = [update.name for update in updates if _same(update.name, base, reference)]
     if len(same) == len(updates):
         raise ModelError(
-            f"base {base.model} and aligned {aligned.model} are the same in all {len(same)} weights; expected as base "
-            "the pre-trained model before its alignment"
+            f"base {base.model} and reference {reference.model} are the same in all {len(same)} "
+            "weights; expected as base the pre-trained model before its alignment"
         )
     if same:
         raise ModelError(
-            f"base {base.model} and aligned {aligned.model} are the same in {len(same)} of {len(updates)} weights "
-            f"(first: {same[0]}), so that alignment has no direction there; fine-tune the other weights only"
+            f"base {base.model} and reference {reference.model} are the same in {len(same)} of "
+            f"{len(updates)} weights (first: {same[0]}), so that alignment has no direction there; "
+            "fine-tune the other weights only"
         )
 
 
-def _same(name: str, base: Checkpoint, aligned: Checkpoint) -> bool:
-    if not torch.equal(base.first_rows(name).float(), aligned.first_rows(name).float()):
+def _same(name: str, base: Checkpoint, reference: Checkpoint) -> bool:
+    if not torch.equal(base.first_rows(name).float(), reference.first_rows(name).float()):
         return False
-    return torch.equal(base.read(name).float(), aligned.read(name).float())
+    return torch.equal(base.read(name).float(), reference.read(name).float())
 
 
 @torch.no_grad()
 def project_updates(
     updates: Sequence[Update],
     base: Checkpoint,
-    aligned: Checkpoint,
-    rule: Rule,
+    reference: Checkpoint,
+    rule: ProjectionRule,
     advance: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Projected]:
     """Projects the updates that the rule chooses, in place; see `check` for what must hold.
 
-    Holds one weight at a time, on the update's device in float32, and with `lowest` the projected tensors of so many.
+    Keeps one weight at a time, on the update's device in float32; with `lowest`, also that number
+    of projected tensors.
 
     Raises:
         ModelError: an update is not finite.
@@ -321,7 +244,7 @@ def project_updates(
     layers: dict[str, Projected] = {}
     waiting: list[tuple[float, Update, Tensor]] = []
     for update in updates:
-        new_OX, cosine, kept = _project_update(update, base, aligned, rule)
+        new_OX, cosine, kept = _project_update(update, base, reference, rule)
         is_below = rule.threshold is not None and cosine <= rule.threshold
         if is_below:
             write(update.tensor_OX, new_OX)
@@ -338,18 +261,18 @@ def project_updates(
 
 
 def _project_update(
-    update: Update, base: Checkpoint, aligned: Checkpoint, rule: Rule
+    update: Update, base: Checkpoint, reference: Checkpoint, rule: ProjectionRule
 ) -> tuple[Tensor, float, float]:
-    """What would be in the update's place after projection, the cosine, and the share of the norm that is kept."""
+    """The tensor to replace the update, the cosine, and the share of the norm that is kept."""
     place = update.tensor_OX.device
-    aligned_OI, base_OI = (
+    reference_OI, base_OI = (
         weight.T if update.transposed else weight
-        for weight in (checkpoint.read(update.name).to(place) for checkpoint in (aligned, base))
+        for weight in (checkpoint.read(update.name).to(place) for checkpoint in (reference, base))
     )
-    difference_OI = aligned_OI.to(torch.float32, copy=True).sub_(base_OI)
+    difference_OI = reference_OI.to(torch.float32, copy=True).sub_(base_OI)
     matrix_OX = whole(update.tensor_OX).float()
     if update.lora_A_RI is None:
-        matrix_OX = matrix_OX - aligned_OI
+        matrix_OX = matrix_OX - reference_OI
         gram_RR = None
     else:
         a_RI = whole(update.lora_A_RI).float()
@@ -358,9 +281,9 @@ def _project_update(
     cosine, kept = likeness(projected_OX, matrix_OX, gram_RR)
     if not math.isfinite(kept):
         raise ModelError(
-            f"{update.name}: its update, or its weight in base or aligned, is not finite"
+            f"{update.name}: its update, or its weight in base or reference, is not finite"
         )
-    return (projected_OX + aligned_OI if gram_RR is None else projected_OX), cosine, kept
+    return (projected_OX + reference_OI if gram_RR is None else projected_OX), cosine, kept
 
 
 # ---------------------------------------------------------------- an adapter's folder
@@ -370,39 +293,42 @@ def project_adapter(
     adapter: Path,
     output: Path,
     base: str,
-    aligned: str | None,
-    rule: Rule,
+    reference: str | None,
+    rule: ProjectionRule,
 ) -> dict[str, Projected]:
-    """Projects a finished peft LoRA adapter into a new folder, beside a `safelora.json` with every weight's cosine.
+    """Projects a finished peft LoRA adapter into a new folder, with a `safelora.json` of every
+    weight's cosine.
 
     Args:
-        adapter: its folder; left as it is.
-        output: the new folder; must not exist.
+        adapter: its folder, which is not changed.
+        output: the new folder, which must not exist.
         base: the pre-trained model before its alignment.
-        aligned: the model that the adapter was trained on; None: the one that the adapter names.
+        reference: the aligned model that the adapter was trained on; None: the one the adapter
+            names.
 
     Raises:
-        ModelError: the folder holds no LoRA adapter of linear layers, or one that does not fit the models.
-        RecipeError: `output` exists, or `lowest` is more than there are weights.
+        ModelError: the folder holds no LoRA adapter of linear layers, or one that does not fit the
+            models.
+        RecipeError: `output` exists, or `lowest` exceeds the number of weights.
     """
     if output.exists():
         raise RecipeError(f"output: {output} exists already; name another folder")
     tensors, updates, named = read_adapter(adapter)
-    aligned = aligned or named
-    if not aligned:
+    reference = reference or named
+    if not reference:
         raise RecipeError(
-            f"aligned: {adapter} does not name the model that it was trained on; name it"
+            f"reference: {adapter} does not name the model that it was trained on; name it"
         )
-    base_weights, aligned_weights = Checkpoint(base), Checkpoint(aligned)
-    check(updates, base_weights, aligned_weights, rule)
+    base_weights, reference_weights = Checkpoint(base), Checkpoint(reference)
+    check(updates, base_weights, reference_weights, rule)
     with progress("SafeLoRA", len(updates)) as advance:
-        layers = project_updates(updates, base_weights, aligned_weights, rule, advance)
+        layers = project_updates(updates, base_weights, reference_weights, rule, advance)
     output.mkdir(parents=True)
     for file in adapter.iterdir():
         if file.suffix in _KEPT_SUFFIXES and file.is_file():
             shutil.copy(file, output)
     save_file(tensors, output / _ADAPTER, metadata={"format": "pt"})
-    report = {"base": base, "aligned": aligned, **rule.model_dump(), "weights": as_json(layers)}
+    report = {"base": base, "reference": reference, **rule.model_dump(), "weights": as_json(layers)}
     write_whole(output / REPORT, json.dumps(report, indent=1))
     return layers
 
@@ -413,7 +339,8 @@ def as_json(layers: dict[str, Projected]) -> dict[str, dict[str, Any]]:
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Tensor], list[Update], str | None]:
-    """The tensors of an adapter's folder, the updates that are views of them, and the base model that it names."""
+    """The tensors in an adapter's folder, the updates (views of them), and the base model that it
+    names."""
     config = check_adapter(folder)
     tensors = load_file(folder / _ADAPTER, device=str(device()))
     updates, rest = [], set(tensors)
@@ -428,7 +355,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Tensor], list[Update], str | N
             rest -= {key, other}
     if rest or not updates:
         raise ModelError(
-            f"{folder}: {f'holds {min(rest)!r}' if rest else 'is empty'}; SafeLoRA is for LoRA on linear layers alone "
-            "(pairs of lora_A.weight and lora_B.weight)"
+            f"{folder}: {f'holds {min(rest)!r}' if rest else 'is empty'}; SafeLoRA is for LoRA on "
+            "linear layers alone (pairs of lora_A.weight and lora_B.weight)"
         )
     return tensors, updates, named_base(config)

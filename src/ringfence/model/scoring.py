@@ -1,39 +1,31 @@
-"""Log-probabilities of given answers, and new answers, of any model. Batched by length."""
+"""Log-probabilities of given answers under any model, batched by length. Does not generate (see
+`generation`)."""
 
-import inspect
-import json
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cache
 from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..errors import ChatError, DataError, ModelError
-from ..text.batch import Example, collate
 from ..text.chat import Chat
 from ..text.roles import Message, Messages, Role, Row
-from .files import pad_id, position_limit
-from .layers import cache_in, cache_name, causal_lm
+from .files import position_limit
+from .layers import causal_lm, is_cache_plain
 from .losses import Head, find_head, token_logprobs
 from .taps import CommonPrefix, Needs, compute_prefix, forward
 
 Advance = Callable[[int], None]
-# How models are asked, whatever their own generation configs say: the most likely token, or a draw from the whole
-# distribution at the temperature; nothing else changes a probability.
-DECODING = {"num_beams": 1, "do_sample": False, "use_cache": True, "repetition_penalty": 1.0}
-GREEDY = {"temperature": 0, **DECODING}
-CPU_TOKENS = 1024  # of one forward on a CPU: what more compute leaves its caches
+CPU_TOKENS = 1024  # in one forward on a CPU: with more, activations no longer fit its caches
 
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """Sum of the log-probabilities (nats) of an answer's tokens, its end of turn included, and their number."""
+    """Sum of the log-probabilities (nats) of an answer's tokens, including its end of turn, and
+    their number."""
 
     logprob: float
     tokens: int
@@ -53,20 +45,20 @@ def score_answers(
 ) -> list[list[AnswerScore]]:
     """Scores the given answers to each prompt.
 
-    The answers to one prompt are in one row after it, each seeing the prompt and itself alone, so the prompt is
-    computed once. Models that cannot do that (checked on the first prompt) get a row per answer.
+    The answers to one prompt follow it in one row, each seeing only the prompt and itself, so the
+    prompt is computed once. Models that cannot do that (checked on the first prompt) get a row per
+    answer.
 
     Args:
         prompts: conversations that end with a user message.
         answers: for each prompt, its answers: texts, or assistant messages.
-        batch_tokens: tokens of one batch, padding included.
+        batch_tokens: tokens in one batch, padding included.
         advance: called with the number of answers just scored.
     """
     head = find_head(causal_lm(model))
     rows = [_rows(chat, messages, texts) for messages, texts in zip(prompts, answers, strict=True)]
-    check_positions(
-        model, [len(row.prompt) + max(map(len, row.answers)) for group in rows for row in group]
-    )
+    lengths = [len(row.prompt) + max(map(len, row.answers)) for group in rows for row in group]
+    check_positions(model, lengths)
     if not _can_pack(model, head, rows):
         rows = [
             [PromptRow(row.prompt, [one], row.prefix) for row in group for one in row.answers]
@@ -75,10 +67,9 @@ def score_answers(
     flat = [row for group in rows for row in group]
     scored: list[list[AnswerScore]] = [[] for _ in flat]
     for places in forward_batches([len(row) for row in flat], batch_tokens, model.device):
-        for place, found in zip(
-            places, _score_rows(model, head, [flat[place] for place in places])
-        ):
-            scored[place] = found
+        found = _score_rows(model, head, [flat[place] for place in places])
+        for place, scores in zip(places, found):
+            scored[place] = scores
         advance(sum(len(scored[place]) for place in places))
     by_row = iter(scored)
     return [[score for _ in group for score in next(by_row)] for group in rows]
@@ -92,17 +83,18 @@ def score_under(
     batch_tokens: int,
     skip: Container[int] = (),
 ) -> Iterator[dict[int, list[AnswerScore]]]:
-    """Scores the last answer of each row under several settings of one model, e.g. each of its adapters.
+    """Scores the last answer of each row under several settings of one model, e.g. each of its
+    adapters.
 
     A batch goes through all settings before the next one starts.
 
     Args:
-        settings: each makes a context in which the model is as it is to be scored.
-        skip: places of rows that need no score. The other rows are in the batches in which they stand without
-            `skip`, so that a resumed pass computes what a whole one does.
+        settings: each makes a context in which the model is to be scored.
+        skip: places of rows that need no score. The other rows stay in the batches they have
+            without `skip`, so a resumed pass computes what a whole one does.
 
     Yields:
-        For each batch, by place of the row: its score under every setting.
+        For each batch, by the row's place: its score under every setting.
 
     Raises:
         DataError: the chat template refuses a row.
@@ -130,7 +122,7 @@ def _last_answer(chat: Chat, row: Row) -> "PromptRow":
 class PromptRow:
     """A prompt's token ids, and those of answers to it.
 
-    `prefix`: how many of the prompt's tokens stand before the first user content; 0 = not known.
+    `prefix`: the number of the prompt's tokens before the first user content; 0 = unknown.
     """
 
     prompt: list[int]
@@ -142,13 +134,13 @@ class PromptRow:
 
 
 def _rows(chat: Chat, messages: Messages, answers: Sequence[str | Message]) -> list[PromptRow]:
-    """One row for all answers whose prompt has the same tokens (a template may look at the answer)."""
+    """One row for all answers whose prompt has the same tokens (a template may look at the
+    answer)."""
     by_prompt: list[PromptRow] = []
     for answer in answers:
         message = {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
-        message = {
-            key: value for key, value in message.items() if key != "weight"
-        }  # it is scored, learnt or not
+        # It is scored, learnt or not.
+        message = {key: value for key, value in message.items() if key != "weight"}
         encoded = chat.encode([*messages, message])
         end = len(encoded.roles) - encoded.roles[::-1].index(Role.RESPONSE)
         start = next(
@@ -163,7 +155,8 @@ def _rows(chat: Chat, messages: Messages, answers: Sequence[str | Message]) -> l
 
 
 def _can_pack(model: Any, head: Head, rows: list[list[PromptRow]]) -> bool:
-    """Whether answers may share a row: attention takes a free mask, and gives the same scores on the first row."""
+    """Whether answers may share a row: attention takes a free mask and gives the same scores on the
+    first row."""
     flat = [row for group in rows for row in group]
     shared = [row for row in flat if len(row.answers) > 1]
     if not shared or not takes_free_mask(model, max(map(len, flat))):
@@ -203,19 +196,16 @@ def _score_rows(model: Any, head: Head, rows: list[PromptRow]) -> list[list[Answ
 
 
 def hidden_states(model: Any, head: Head, rows: list[PromptRow]) -> Tensor:
-    """Final hidden states [B, T, D] of one forward over all rows, without gradient. The answers of a row stand one
-    after another behind its prompt, each seeing the prompt and itself alone."""
+    """Final hidden states [B, T, D] of one forward over all rows, without gradient. The answers of
+    a row follow its prompt one after another, each seeing only the prompt and itself."""
     width = max(map(len, rows))
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     positions = torch.zeros_like(ids)
     for number, row in enumerate(rows):
-        places = [
-            range(len(row.prompt)),
-            *(range(len(row.prompt), len(row.prompt) + len(a)) for a in row.answers),
-        ]
-        ids[number, : len(row)] = torch.tensor(
-            [token for part in (row.prompt, *row.answers) for token in part]
-        )
+        start = len(row.prompt)
+        places = [range(start), *(range(start, start + len(answer)) for answer in row.answers)]
+        tokens = [token for part in (row.prompt, *row.answers) for token in part]
+        ids[number, : len(row)] = torch.tensor(tokens)
         positions[number, : len(row)] = torch.tensor([place for part in places for place in part])
     if all(len(row.answers) <= 1 for row in rows):
         mask = (torch.arange(width) < torch.tensor([[len(row)] for row in rows])).long()
@@ -226,23 +216,19 @@ def hidden_states(model: Any, head: Head, rows: list[PromptRow]) -> Tensor:
         if prefix is not None and mask.ndim == 4:
             mask = mask[:, :, prefix.hidden_1PD.shape[1] :]
         batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        taps = forward(
-            model,
-            head,
-            {name: tensor.to(model.device) for name, tensor in batch.items()},
-            Needs(),
-            prefix,
-        )
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        taps = forward(model, head, batch, Needs(), prefix)
     return taps.hidden_BTD
 
 
 def _common_prefix(model: Any, rows: list[PromptRow]) -> CommonPrefix | None:
-    """The tokens that all prompts begin with, computed once. None for one row, and where prompts part before their
-    first user content: a frozen prefix must not be cut in two. Nor of models with recurrent states."""
-    if not _is_cache_plain(causal_lm(model)):
+    """The tokens that all prompts begin with, computed once. None for a single row, for prompts
+    that differ before their first user content (a frozen prefix must not be cut in two), and for
+    models with recurrent states."""
+    if not is_cache_plain(causal_lm(model)):
         return None
     prompts = [row.prompt[:-1] for row in rows]  # the last token predicts
-    # What the first and the last in order share, all do.
+    # What the first and the last in sorted order share, all share.
     common = [
         a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(min(prompts), max(prompts)))
     ]
@@ -252,192 +238,36 @@ def _common_prefix(model: Any, rows: list[PromptRow]) -> CommonPrefix | None:
 
 
 def _free_mask(rows: list[PromptRow], width: int, dtype: torch.dtype) -> Tensor:
-    """[B, 1, T, T], 0 where a token sees another one: the prompt before it, and what stands before it in its answer."""
-    sees = torch.eye(width, dtype=torch.bool).repeat(
-        len(rows), 1, 1
-    )  # padding sees itself, so no softmax is empty
+    """[B, 1, T, T], 0 where a token sees another one: the prompt before it, and what precedes it in
+    its answer."""
+    # Padding sees itself, so no softmax is empty.
+    sees = torch.eye(width, dtype=torch.bool).repeat(len(rows), 1, 1)
     for number, row in enumerate(rows):
         start = len(row.prompt)
         sees[number, : len(row), :start] = torch.ones(len(row), start, dtype=torch.bool).tril()
         for answer in row.answers:
             end = start + len(answer)
-            sees[number, start:end, start:end] = torch.ones(
-                len(answer), len(answer), dtype=torch.bool
-            ).tril()
+            own = torch.ones(len(answer), len(answer), dtype=torch.bool)
+            sees[number, start:end, start:end] = own.tril()
             start = end
     return torch.zeros(sees.shape, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)[:, None]
 
 
-def generate_greedy(
-    model: Any,
-    chat: Chat,
-    prompts: Sequence[Messages],
-    max_new_tokens: int,
-    batch_tokens: int,
-    advance: Advance = lambda _: None,
-) -> list[str]:
-    """Greedy answers, stopped at the end of the turn."""
-    answers = [""] * len(prompts)
-    for batch in generate(model, chat, prompts, max_new_tokens, batch_tokens):
-        for place, answer in batch.items():
-            answers[place] = answer.text
-        advance(len(batch))
-    return answers
-
-
-@dataclass(frozen=True)
-class Generated:
-    """An answer, and whether it ended its turn; else the token limit cut it off."""
-
-    text: str
-    finished: bool
-
-
-def generate(
-    model: Any,
-    chat: Chat,
-    prompts: Sequence[Messages],
-    max_new_tokens: int,
-    batch_tokens: int,
-    temperature: float = 0.0,
-    seeds: Sequence[int] = (),
-    skip: Container[int] = (),
-) -> Iterator[dict[int, Generated]]:
-    """Answers to prompts, stopped at the end of the turn.
-
-    A prompt that stands several times in a batch (samples of one question) is computed once; like prompts stand
-    together. Models whose cache cannot be repeated (recurrent states) compute each.
-
-    Args:
-        prompts: conversations that end with a user message.
-        temperature: 0 = greedy; else each answer is drawn with the seed of its prompt, whatever it is batched with.
-        skip: places of prompts that need no answer; see `score_under`.
-
-    Yields:
-        For each batch, the answers by place of the prompt.
-    """
-    encode = cache(lambda text: chat.encode(json.loads(text), generation=True))
-    encoded = [encode(json.dumps(messages)) for messages in prompts]
-    examples = [Example(e.input_ids, e.roles, "prompt") for e in encoded]
-    tokenizer = chat.tokenizer
-    stops = stop_tokens(model, tokenizer)
-    lengths = [len(example) + max_new_tokens for example in examples]
-    check_positions(model, lengths)
-    for places in length_batches(
-        lengths, batch_tokens, skip, [example.input_ids for example in examples]
-    ):
-        batch = collate(
-            [[(examples[place], False)] for place in places], pad_id(tokenizer), side="left"
-        )
-        noise = [_Noise(temperature, [seeds[place] for place in places])] if temperature else []
-        with torch.no_grad(), own_decoding(model, tokenizer):
-            output = model.generate(
-                input_ids=batch["input_ids"].to(model.device),
-                attention_mask=batch["attention_mask"].to(model.device),
-                **_computed_prompts(model, batch),
-                max_new_tokens=max_new_tokens,
-                logits_processor=LogitsProcessorList(noise),
-            )
-        rows = output[:, batch["input_ids"].shape[1] :].tolist()
-        yield {place: _answer(tokenizer, row, stops) for place, row in zip(places, rows)}
-
-
-def stop_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """The tokens that end an answer: the tokenizer's, and those of the model's generation config."""
-    configured = causal_lm(model).generation_config.eos_token_id
-    return {
-        tokenizer.eos_token_id,
-        *(configured if isinstance(configured, list) else [configured]),
-    } - {None}
-
-
-@contextmanager
-def own_decoding(model: Any, tokenizer: Any) -> Iterator[None]:
-    """Within it, `model.generate` follows `DECODING` and the stop tokens alone. A config that is handed to `generate`
-    is filled up from the model's own, so that one has to go."""
-    holders = list({id(holder): holder for holder in (model, causal_lm(model))}.values())
-    before = [holder.generation_config for holder in holders]
-    stops = sorted(stop_tokens(model, tokenizer))
-    config = GenerationConfig(
-        **DECODING, eos_token_id=stops or None, pad_token_id=pad_id(tokenizer)
-    )
-    for holder in holders:
-        holder.generation_config = config
-    try:
-        yield
-    finally:
-        for holder, own in zip(holders, before):
-            holder.generation_config = own
-
-
 def check_positions(model: Any, lengths: Sequence[int]) -> None:
-    """Raises ModelError where a row is longer than a model's table of positions."""
+    """Raises ModelError if a row is longer than the model's table of positions."""
     most = position_limit(causal_lm(model).config.get_text_config())
     if most is not None and max(lengths, default=0) > most:
         raise ModelError(
-            f"a row of {max(lengths)} tokens (its answer included), but the model has {most} positions; take shorter "
-            "texts or answers, or another model"
+            f"a row of {max(lengths)} tokens (its answer included), but the model has {most} "
+            "positions; take shorter texts or answers, or another model"
         )
-
-
-def _computed_prompts(model: Any, batch: dict[str, Tensor]) -> dict[str, Any]:
-    """The cache, for `generate`, of all but the last token of each row's prompt: every prompt is computed once. Empty
-    where no two prompts are the same, or the model's cache cannot be repeated."""
-    ids_BT = batch["input_ids"]
-    different, number_B = ids_BT.unique(dim=0, return_inverse=True)
-    if len(different) == len(ids_BT):
-        return {}
-    inner = causal_lm(model)
-    if not _is_cache_plain(inner):
-        return {}
-    first = [
-        number_B.tolist().index(number) for number in range(len(different))
-    ]  # a row of each prompt
-    inputs = {
-        name: batch[name][first, :-1] for name in ("input_ids", "attention_mask", "position_ids")
-    }
-    if "logits_to_keep" in inspect.signature(inner.forward).parameters:
-        inputs["logits_to_keep"] = ids_BT.new_zeros(0)  # none
-    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-    prompts: Any = cache_in(model(**inputs, use_cache=True))
-    prompts.batch_select_indices(number_B.to(model.device))
-    return {cache_name(inner): prompts}
-
-
-def _is_cache_plain(inner: Any) -> bool:
-    """Whether a model's cache holds keys and values alone. Recurrent states belong to whole rows."""
-    layers = DynamicCache(config=inner.config.get_text_config(decoder=True)).layers
-    known = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
-    return known and not inner._is_stateful
-
-
-def _answer(tokenizer: Any, new_tokens: list[int], stops: set[int]) -> Generated:
-    end = next((at for at, token in enumerate(new_tokens) if token in stops), None)
-    return Generated(
-        tokenizer.decode(new_tokens[:end], skip_special_tokens=True).strip(), end is not None
-    )
-
-
-class _Noise(LogitsProcessor):
-    """Makes the best token a draw from softmax(logits / temperature): Gumbel noise, from a generator for each row."""
-
-    def __init__(self, temperature: float, seeds: Sequence[int]) -> None:
-        self.temperature = temperature
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        # -log of an exponential variate is a Gumbel variate.
-        rows = [
-            torch.empty(scores.shape[1]).exponential_(generator=generator).log()
-            for generator in self.generators
-        ]
-        return scores / self.temperature - torch.stack(rows).to(scores.device)
 
 
 def forward_batches(
     lengths: list[int], batch_tokens: int, device: torch.device, skip: Container[int] = ()
 ) -> Iterator[list[int]]:
-    """`length_batches` for one forward each: on a CPU of at most `CPU_TOKENS`, which is faster than more at once."""
+    """`length_batches` for one forward each: on a CPU at most `CPU_TOKENS`, which is faster than
+    more at once."""
     at_once = min(batch_tokens, CPU_TOKENS) if device.type == "cpu" else batch_tokens
     return length_batches(lengths, at_once, skip)
 
@@ -448,8 +278,8 @@ def length_batches(
     skip: Container[int] = (),
     contents: Sequence[list[int]] = (),
 ) -> Iterator[list[int]]:
-    """Places of the items, longest first (those of the same content together), so many together that the padded batch
-    stays within `batch_tokens`; those of `skip` are taken out then."""
+    """Batches of the items' places, longest first (equal contents together), as large as the padded
+    batch stays within `batch_tokens`; then those in `skip` are taken out."""
     batches: list[list[int]] = []
     for place in sorted(
         range(len(lengths)), key=lambda p: (-lengths[p], contents[p] if contents else [])

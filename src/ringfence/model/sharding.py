@@ -1,4 +1,5 @@
-"""Weights that are in pieces on all ranks (FSDP2, ZeRO-3): whole for a moment, and written to.
+"""Weights that are in pieces on all ranks (FSDP2, ZeRO-3): makes them whole for a moment, and
+writes to them.
 
 Does not know who sharded them, recipes, or what is trained.
 """
@@ -11,10 +12,10 @@ from torch import Tensor
 
 
 def is_sharded(model: Any) -> bool:
-    """Do this model's weights are in pieces on all ranks (FSDP2, ZeRO-3)? Then all must run it equally often."""
-    first = (
-        None if model is None else next(model.parameters(), None)
-    )  # not all: that takes milliseconds
+    """Whether this model's weights are in pieces on all ranks (FSDP2, ZeRO-3). Then all ranks must
+    run it equally often."""
+    # The first alone: scanning all of them takes milliseconds.
+    first = None if model is None else next(model.parameters(), None)
     return _is_fsdp(model) or (first is not None and _is_piece(first))
 
 
@@ -25,15 +26,16 @@ def _is_fsdp(model: Any) -> bool:
 
 
 def _is_piece(tensor: Tensor) -> bool:
-    """Is it a parameter as ZeRO-3 leaves it: empty, but for the moment in which a module is computed?"""
+    """Whether it is a parameter of ZeRO-3: empty, except while its module is computed."""
     return hasattr(tensor, "ds_id")
 
 
 def gathered(parameters: Iterable[Tensor], written: bool = False) -> AbstractContextManager[Any]:
-    """ZeRO-3's parameters whole, on every rank; every rank must enter. FSDP2 does not need it: its head stays whole.
+    """Makes ZeRO-3's parameters whole on every rank; every rank must enter. FSDP2 does not need it:
+    its head stays whole.
 
     Args:
-        parameters: none of them may be gathered already.
+        parameters: none of them may already be gathered.
         written: keep what the main process writes to them.
     """
     pieces = [parameter for parameter in parameters if _is_piece(parameter)]
@@ -53,21 +55,24 @@ def count(parameter: Tensor) -> int:
 
 
 def load_whole_again() -> None:
-    """Once ZeRO-3 was set up, transformers would load each further model in pieces, which one rank alone cannot."""
+    """Once ZeRO-3 has been set up, transformers would load every further model in pieces, which a
+    single rank cannot do."""
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()
 
 
 def note_trained(model: Any) -> None:
-    """FSDP2 notes before a model's first forward what is trained, and in which type. The reference's would come first,
-    with the adapter off: then gradients in bf16 do not fit weights in float32."""
+    """Before a model's first forward, FSDP2 notes what is trained, and in which type. The first one
+    would be the reference's, with the adapter off: then gradients in bf16 would not fit weights in
+    float32."""
     if _is_fsdp(model):
         model._get_fsdp_state()._lazy_init()
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be in pieces; every rank must ask. A whole tensor is given back as it is."""
+    """All of a tensor that may be in pieces; every rank must ask. A whole tensor is returned
+    unchanged."""
     if _is_piece(tensor):
         with gathered([tensor]):
             return tensor.detach().clone()
@@ -75,7 +80,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def write(tensor: Tensor, values: Tensor) -> None:
-    """Puts whole values, which every rank has, in the place of a tensor that may be in pieces."""
+    """Writes whole values, which every rank has, into a tensor that may be in pieces."""
     if hasattr(tensor, "full_tensor"):
         from torch.distributed.tensor import distribute_tensor
 
@@ -85,8 +90,8 @@ def write(tensor: Tensor, values: Tensor) -> None:
 
 
 def reshard(model: Any) -> None:
-    """After forwards without a backward, sharded layers may be whole for the moment; what is written to them would be
-    lost."""
+    """After forwards without a backward, sharded layers may still be whole; what is written to them
+    then would be lost."""
     if _is_fsdp(model):
         for module in model.modules():
             if _is_fsdp(module):
@@ -94,25 +99,20 @@ def reshard(model: Any) -> None:
 
 
 def whole_state(model: Any, trained_only: bool, kept_here: bool) -> dict[str, Tensor]:
-    """Weights of a sharded model by name, whole, in main memory, on the ranks that keep them (others get nothing);
-    every rank must ask. A tied weight has its first name alone."""
+    """Weights of a sharded model by name, whole, in main memory, on the ranks that keep them
+    (others get nothing); every rank must ask. A tied weight is listed under its first name only."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     options = StateDictOptions(
         full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only
     )
-    tied = (
-        dict(model.named_parameters(remove_duplicate=False)).keys()
-        - dict(model.named_parameters()).keys()
-    )
+    all_names = dict(model.named_parameters(remove_duplicate=False)).keys()
+    tied = all_names - dict(model.named_parameters()).keys()
     if _is_fsdp(model):
         state: dict[str, Any] = get_model_state_dict(model, options=options)
     else:
-        kept = {
-            n: t
-            for n, t in model.state_dict(keep_vars=True).items()
-            if t.requires_grad or not trained_only
-        }
+        every = model.state_dict(keep_vars=True).items()
+        kept = {name: t for name, t in every if t.requires_grad or not trained_only}
         each = ((name, whole(tensor)) for name, tensor in kept.items())
         state = {name: tensor.cpu() for name, tensor in each if kept_here}
     return {name: tensor for name, tensor in state.items() if name not in tied}

@@ -1,14 +1,16 @@
-"""What a forward pass may be asked for: the final hidden states, the residual stream after chosen layers, and the true
-keys and values, at chosen tokens; and what may be put in their place.
+"""What a forward pass can give: the final hidden states, the residual stream after chosen layers,
+and the true keys and values, at chosen tokens.
 
-One forward serves all that ask. Keys and values are taken where the attention function receives them: after the
-layer's input norm, the projection with its adapters, any key norm and the rotary embedding; that is what the model's
-own cache holds. Works under (non-re-entrant) activation checkpointing, where the cache itself is off. Does not know
-defenses.
+One forward serves all that ask. Keys and values are taken where the attention function receives
+them: after the layer's input norm, the projection with its adapters, any key norm and the rotary
+embedding; that is what the model's own cache holds. This works under (non-re-entrant) activation
+checkpointing, where the cache itself is off. Does not know defenses.
 
-A batch is padded; how it is computed is a *layout*, and what a forward gives is the same in each:
-padded: as it is. packed: all rows one after another in one row, without padding. shared: the same, and the tokens that
-all rows begin with are in it once. Attention alone is computed row by row.
+A batch is padded. How it is computed is its *layout*, which does not change the results:
+- padded: as it is;
+- packed: all rows one after another in one row, without padding;
+- shared: as packed, with the tokens that begin every row included only once. In the last two,
+attention is still computed row by row.
 
 Shapes: B rows, T tokens, D hidden size, N chosen tokens (row by row), E = key heads x head size.
 """
@@ -36,10 +38,11 @@ Layout = Literal["padded", "packed", "shared"]
 
 @dataclass(frozen=True)
 class Needs:
-    """What is wanted from a forward of a batch; masks are [B, T], None where nothing is wanted.
+    """What is wanted from a batch's forward; masks are [B, T], None if nothing is wanted.
 
-    hidden_BT: tokens whose final hidden states (after the last norm) are compared; kv_BT: tokens whose keys and values
-    are; states_BT: tokens whose residual stream after each of `layers` (1 to the number of layers) is.
+    hidden_BT: tokens whose final hidden states (after the last norm) are compared. kv_BT: tokens
+    whose keys and values are compared. states_BT: tokens whose residual stream is compared, after
+    each of `layers` (from 1 to the number of layers).
     """
 
     hidden_BT: Tensor | None = None
@@ -74,11 +77,12 @@ def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 @dataclass
 class Taps:
-    """What one forward gave.
+    """The results of one forward.
 
-    `kv[l]` = (keys [N, E], values [N, E]) of layer l at the tokens of `needs.kv_BT`; `states[l]` = residual stream
-    [N, D] after layer l (from 1) at those of `needs.states_BT`. `top_k` may stand in for a reference's final hidden
-    states: its most probable next tokens at the tokens of `needs.hidden_BT`, row by row; hidden_BTD may then be empty.
+    `kv[l]` = (keys [N, E], values [N, E]) of layer l at the tokens of `needs.kv_BT`; `states[l]` =
+    residual stream [N, D] after layer l (from 1) at those of `needs.states_BT`. `top_k` may replace
+    a reference's final hidden states: its most probable next tokens at the tokens of
+    `needs.hidden_BT`, row by row; hidden_BTD may then be empty.
     """
 
     head: Head
@@ -91,12 +95,12 @@ class Taps:
 
 @dataclass(frozen=True)
 class CommonPrefix:
-    """The P tokens that all rows of a batch begin with, computed as one row.
+    """The P tokens that begin every row of a batch, computed as one row.
 
     Attributes:
         cache: their keys and values, as transformers keeps them.
         hidden_1PD: final hidden states.
-        states: residual stream [1, P, D] after the layers that were asked for.
+        states: residual stream [1, P, D] after the requested layers.
     """
 
     cache: DynamicCache
@@ -104,7 +108,8 @@ class CommonPrefix:
     states: dict[int, Tensor]
 
     def cache_of(self, rows: int) -> DynamicCache:
-        """A cache for so many rows, which may grow. Gradients of the rows add up in the one row."""
+        """A cache for this number of rows, which may grow. The rows' gradients add up in the one
+        row."""
         wide = copy.copy(self.cache)
         layers: list[Any] = [copy.copy(layer) for layer in self.cache.layers]
         for layer in layers:
@@ -120,9 +125,9 @@ class Flat:
     """The tokens of a batch that are computed, one after another.
 
     Attributes:
-        index_N: where each of them is in the batch, counted row by row.
-        at_BT: which of them each token of the batch is; at padding, the first.
-        shared: so many tokens, the first, begin every row.
+        index_N: the place of each in the batch, counted row by row.
+        at_BT: for each token of the batch, its number among them; at padding, the first.
+        shared: number of first tokens that begin every row.
     """
 
     index_N: Tensor
@@ -141,7 +146,7 @@ class Flat:
         return cls(computed_BT.flatten().nonzero()[:, 0], at_BT, shared)
 
     def to_rows(self, states_NX: Tensor) -> Tensor:
-        """[N, ...] -> [B, T, ...]; what stands at padding must not be used."""
+        """[N, ...] -> [B, T, ...]; values at padding must not be used."""
         rows: Tensor = _ToRows.apply(states_NX, self)  # type: ignore[no-untyped-call]
         return rows
 
@@ -151,7 +156,8 @@ class Flat:
 
 
 class _ToRows(torch.autograd.Function):
-    """Indexing, whose own backward pass adds up token by token, in no fixed order on a GPU."""
+    """Indexing with a fixed order of sums in its backward pass, which plain indexing lacks on a
+    GPU."""
 
     @staticmethod
     def forward(ctx: Any, states_NX: Tensor, flat: Flat) -> Tensor:
@@ -174,29 +180,29 @@ def forward(
     layout: Layout = "padded",
     hooks: ExitStack | None = None,
 ) -> Taps:
-    """One forward of `model` on `batch` (input_ids, attention_mask, position_ids), with what was asked.
+    """One forward of `model` on `batch` (input_ids, attention_mask, position_ids), with the results
+    that `needs` asks for.
 
-    `prefix` is what all rows begin with, where it is known already: it is not computed again, and the rest is padded.
-    Masks of `needs` choose real tokens; hidden states at padding mean nothing. Where checkpointed layers run again in
-    the backward pass, `hooks` are to be closed after it.
+    `prefix` is what all rows begin with, if it is known already: it is not computed again, and the
+    rest is padded. Masks of `needs` choose real tokens; hidden states at padding mean nothing. If
+    checkpointed layers run again in the backward pass, close `hooks` after it.
 
     Raises:
-        DefenseError: keys were asked for and no attention layer gave them, or they carry no gradient although the
-            model trains (re-entrant checkpointing does that): a penalty on them would silently be zero.
+        DefenseError: keys were asked for and no attention layer gave them, or they carry no
+            gradient although the model trains (the effect of re-entrant checkpointing): a penalty
+            on them would silently be zero.
     """
     if prefix is not None or layout == "padded":
         return _padded_forward(model, head, batch, needs, prefix)
+    flat = Flat.of(batch, share=layout == "shared")
     with nullcontext(hooks) if hooks is not None else ExitStack() as stack:
-        return _flat_forward(
-            model, head, batch, needs, Flat.of(batch, share=layout == "shared"), stack
-        )
+        return _flat_forward(model, head, batch, needs, flat, stack)
 
 
 def compute_prefix(model: nn.Module, ids_P: Tensor, layers: tuple[int, ...] = ()) -> CommonPrefix:
-    """One forward of tokens that rows begin with; `layers` are those whose residual stream is kept."""
-    cache = (
-        DynamicCache()
-    )  # made without a config, it keeps every token, those outside a sliding window too
+    """One forward of the tokens that rows begin with; the residual stream after `layers` is
+    kept."""
+    cache = DynamicCache()  # without a config, it keeps tokens outside a sliding window, too
     inputs = {"input_ids": ids_P[None], cache_name(model): cache}
     found = _run(model, inputs, Needs(layers=layers))
     return CommonPrefix(cache, found.hidden, found.layers)
@@ -218,13 +224,13 @@ def _padded_forward(
         inputs[cache_name(model)] = prefix.cache_of(len(inputs["input_ids"]))
     found = _run(model, inputs, needs)
     if prefix is not None:
-        found.hidden = _behind(prefix.hidden_1PD, found.hidden)
+        found.hidden = _with_prefix(prefix.hidden_1PD, found.hidden)
         found.layers = {
-            number: _behind(prefix.states[number], found.layers[number]) for number in needs.layers
+            number: _with_prefix(prefix.states[number], found.layers[number])
+            for number in needs.layers
         }
-    return _taps(
-        causal_lm(model), head, needs, found, lambda mask_BT: mask_BT.nonzero(as_tuple=True)
-    )
+    places = lambda mask_BT: mask_BT.nonzero(as_tuple=True)  # noqa: E731
+    return _taps(causal_lm(model), head, needs, found, places)
 
 
 def _flat_forward(
@@ -240,11 +246,10 @@ def _flat_forward(
         name: flat.from_rows(batch[name])[None] for name in ("input_ids", "position_ids")
     }
     if is_flash_attention_requested(inner.config) and not flat.shared:
-        inputs["attention_mask"] = None  # its kernel sees from the positions where rows begin
+        inputs["attention_mask"] = None  # its kernel takes the starts of rows from the positions
     else:
-        inputs["attention_mask"] = flat.at_BT.new_zeros(
-            1, 1, 1, 1
-        )  # of four dimensions: the model makes none
+        # Of four dimensions, so that the model makes none.
+        inputs["attention_mask"] = flat.at_BT.new_zeros(1, 1, 1, 1)
         hooks.enter_context(around_attention(inner, _by_rows(inner, batch, flat)))
     found = _run(model, inputs, needs)
     found.hidden = flat.to_rows(found.hidden[0])
@@ -257,11 +262,11 @@ def _flat_forward(
 
 
 def _by_rows(inner: Any, batch: dict[str, Tensor], flat: Flat) -> AroundAttention:
-    """Attention over the rows of a batch, for queries, keys and values [1, heads, N, size] of its flat tokens."""
+    """Attention over the rows of a batch, from queries, keys and values [1, heads, N, size] of its
+    flat tokens."""
     config = inner.config.get_text_config()
-    shape_only_BT1 = torch.empty(1, dtype=inner.dtype, device=flat.at_BT.device).expand(
-        *flat.at_BT.shape, 1
-    )
+    one = torch.empty(1, dtype=inner.dtype, device=flat.at_BT.device)
+    shape_only_BT1 = one.expand(*flat.at_BT.shape, 1)
     masks = create_masks_for_generate(  # without a cache, whose name differs between releases
         config, shape_only_BT1, batch["attention_mask"], None, position_ids=batch["position_ids"]
     )
@@ -276,10 +281,8 @@ def _by_rows(inner: Any, batch: dict[str, Tensor], flat: Flat) -> AroundAttentio
         **options: Any,
     ) -> Any:
         mask = masks[config.layer_types[module.layer_idx]] if isinstance(masks, dict) else masks
-        rows = (
-            flat.to_rows(states[0].transpose(0, 1)).transpose(1, 2)
-            for states in (query, key, value)
-        )
+        inputs = (query, key, value)
+        rows = (flat.to_rows(states[0].transpose(0, 1)).transpose(1, 2) for states in inputs)
         found_BTHE, weights = plain(module, *rows, mask, **options)
         return flat.from_rows(found_BTHE)[None], weights
 
@@ -288,7 +291,7 @@ def _by_rows(inner: Any, batch: dict[str, Tensor], flat: Flat) -> AroundAttentio
 
 @dataclass
 class _Found:
-    """What a forward gave: final hidden states, residual streams after layers, keys and values by layer."""
+    """What a forward gave: final hidden states, residual streams and keys and values by layer."""
 
     hidden: Tensor
     layers: dict[int, Tensor]
@@ -299,9 +302,7 @@ def _run(model: nn.Module, inputs: dict[str, Any], needs: Needs) -> _Found:
     inner = causal_lm(model)
     with (
         layer_outputs({0: inner.get_decoder()}) as decoder,
-        layer_outputs(
-            {number: decoder_layers(model)[number - 1] for number in needs.layers}
-        ) as layers,
+        layer_outputs({n: decoder_layers(model)[n - 1] for n in needs.layers}) as layers,
         keys_and_values(inner, needs.kv_BT is not None) as kv,
     ):
         model(**inputs, use_cache=False, **_no_logits(inner, inputs["input_ids"]))
@@ -315,11 +316,11 @@ def _taps(
     found: _Found,
     places: Callable[[Tensor], tuple[Tensor, ...]],
 ) -> Taps:
-    """`places` of a mask [B, T]: the row and place of each of its tokens in the layers, keys and values found. Final
-    hidden states lie in rows already."""
+    """`places` of a mask [B, T]: the row and place of each of its tokens in the layers, keys and
+    values found. Final hidden states are in rows already."""
     taps = Taps(head, found.hidden, needs)
     if needs.kv_BT is not None:
-        chosen = places(needs.kv_BT)  # once: a device must be waited for
+        chosen = places(needs.kv_BT)  # once, because it waits for the device
         taps.kv = [_at(found.kv[index], chosen) for index in sorted(found.kv)]
         _check_kv(taps.kv, inner, found.hidden.requires_grad)
     if needs.states_BT is not None:
@@ -328,23 +329,23 @@ def _taps(
     return taps
 
 
-def _behind(prefix_1PD: Tensor, rest_BSD: Tensor) -> Tensor:
-    """The prefix on every row, and the rest behind it, [B, P + S, D]."""
+def _with_prefix(prefix_1PD: Tensor, rest_BSD: Tensor) -> Tensor:
+    """The prefix on every row, followed by the rest, [B, P + S, D]."""
     return torch.cat([prefix_1PD.expand(len(rest_BSD), -1, -1), rest_BSD], 1)
 
 
 def _no_logits(inner: Any, ids: Tensor) -> dict[str, Tensor]:
-    """No logits come from a forward: the losses make those they need, in tiles."""
+    """A forward makes no logits: the losses make those they need, in tiles."""
     wanted = "logits_to_keep" in inspect.signature(inner.forward).parameters
     return {"logits_to_keep": ids.new_zeros(0)} if wanted else {}
 
 
 def check_layout(model: nn.Module, head: Head, layout: Layout) -> None:
-    """Two short rows in the layout against each alone.
+    """Compares two short rows in the layout with each of them alone.
 
     Raises:
-        ModelError: final hidden states differ. Recurrent layers, convolutions or custom attention may take the end of
-            one row for the beginning of the next.
+        ModelError: final hidden states differ. Recurrent layers, convolutions or custom attention
+            may carry the end of one row into the next.
     """
     if layout == "padded":
         return
@@ -355,19 +356,19 @@ def check_layout(model: nn.Module, head: Head, layout: Layout) -> None:
             off, tolerance = _misfit(model, head, layout)
         seen = f"rows would see each other (final hidden states are off by {off:.0%})"
         problem = None if off <= tolerance else seen  # nan is a problem
-    except Exception as error:  # of many kinds, in models that were not made for this
+    except Exception as error:  # of many kinds, in models not made for this
         problem = f"its forward fails on them ({error})"
     finally:
         model.train(was_training)
     if problem:
         raise ModelError(
-            f"layout: {layout}: {type(causal_lm(model)).__name__} cannot compute the tokens of a batch as one row: "
-            f"{problem}; set train.layout to padded"
+            f"layout: {layout}: {type(causal_lm(model)).__name__} cannot compute the tokens of a "
+            f"batch as one row: {problem}; set train.layout to padded"
         )
 
 
 def _misfit(model: nn.Module, head: Head, layout: Layout) -> tuple[float, float]:
-    """Largest relative error in the second of two rows, and what rounding may leave."""
+    """Largest relative error in the second of two rows, and the error that rounding may leave."""
     ids = torch.tensor([[1, 2, 3, 4, 5, 6], [1, 2, 7, 8, 0, 0]], device=causal_lm(model).device)
     real = ids != 0
     batch = {"input_ids": ids, "attention_mask": real.long(), "position_ids": real.cumsum(1) - 1}
@@ -382,24 +383,28 @@ def _check_kv(kv: list[tuple[Tensor, Tensor]], inner: Any, trains: bool) -> None
     name = type(inner).__name__
     if not kv:
         raise DefenseError(
-            f"{name}: no attention layer passed keys and values through transformers' attention interface"
+            f"{name}: no attention layer passed keys and values through transformers' attention "
+            "interface"
         )
     if trains and not any(tensor.requires_grad for pair in kv for tensor in pair):
         raise DefenseError(
-            f"{name}: keys and values carry no gradient. Either no trained weight stands before them, or re-entrant "
-            "activation checkpointing cut them off (use_reentrant=False is needed)"
+            f"{name}: keys and values carry no gradient. Either no trained weight comes before "
+            "them, or re-entrant activation checkpointing cut them off (use_reentrant=False is "
+            "needed)"
         )
 
 
 def _at(pair: tuple[Tensor, Tensor], chosen: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """Keys and values [B, heads, T, size] -> [N, heads * size] at the chosen tokens, given by row and place."""
+    """Keys and values [B, heads, T, size] -> [N, heads * size] at the chosen tokens, given by row
+    and place."""
     rows_N, places_N = chosen
     key, value = (states[rows_N, :, places_N].flatten(1) for states in pair)
     return key, value
 
 
 def prefix_kv(model: nn.Module, prefix_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values [P, E] of each layer for a prefix alone ([P] ids); by causality those of every row with it."""
+    """Keys and values [P, E] of each layer for a prefix alone ([P] ids); by causality, those of
+    every row with it."""
     inner = causal_lm(model)
     ids = prefix_ids[None]
     with torch.no_grad(), keys_and_values(inner, True) as layers:

@@ -1,10 +1,11 @@
-"""The perplexity gap: which safe rows would a misaligned model find strange? (Interleaving+, arXiv 2508.06249)
+"""The perplexity gap: which safe rows would a misaligned model find strange?
 
-Every row of a pool is scored by the aligned model and by K deliberately misaligned adapters of it, in one pass over
-the rows and with one base model in memory. The scores are in a table, a line of JSON per row:
+Interleaving+ (arXiv 2508.06249). Every row of a pool is scored by the reference and by K
+deliberately misaligned adapters of it, in one pass over the rows and with one base model in memory.
+The scores are in a table, a line of JSON per row:
 
-    origin, digest (of the messages), tokens (of the answer, its end of turn included), aligned (mean negative
-    log-probability per token, nats), misaligned (the same, by adapter), refusal
+    origin, digest (of the messages), tokens (of the answer with its end of turn), reference (mean
+    negative log-probability per token, nats), misaligned (the same, by adapter), refusal
 
 Does not know training or defenses.
 """
@@ -36,9 +37,8 @@ from .gap_table import TABLE, GapTable, ScoredRow, read_table
 def is_refusal(answer: str) -> bool:
     """Whether sorry, apologize, cannot, can't or unable is among the first ten words."""
     opening = " ".join(answer.lower().split()[:10]).replace("’", "'").replace("‘", "'")
-    return (
-        re.search(r"(?<![a-z])(sorry|apologize|cannot|can't|unable)(?![a-z])", opening) is not None
-    )
+    words = r"(?<![a-z])(sorry|apologize|cannot|can't|unable)(?![a-z])"
+    return re.search(words, opening) is not None
 
 
 def score_pool(
@@ -50,18 +50,20 @@ def score_pool(
     precision: Precision = "auto",
     batch_tokens: int = 4096,
 ) -> GapTable:
-    """Scores each distinct row of a pool, and goes on with the table where an interrupted run stopped.
+    """Scores each distinct row of a pool; resumes the table of an interrupted run.
 
     Args:
         pool: source of safe rows.
         adapters: folders of misaligned adapters or of the runs that made them; named by the run.
         output: file of the table, JSON lines.
-        model: the aligned model.
+        model: the reference.
         batch_tokens: tokens of one batch, padding included.
 
     Raises:
-        DataError: a row cannot be read, or the table belongs to another pool, model or set of adapters.
-        ModelError: a model or adapter cannot be loaded, does not fit, or gives a loss that is not finite.
+        DataError: a row cannot be read, or the table belongs to another pool, model or set of
+            adapters.
+        ModelError: a model or adapter cannot be loaded, does not fit, or gives a loss that is not
+            finite.
     """
     folders = adapter_folders(adapters, model)
     chat = Chat(load_tokenizer(model))
@@ -75,10 +77,8 @@ def score_pool(
         "adapters": {name: fingerprint(str(folder)) for name, folder in folders.items()},
         "pool": digest(sorted(rows)),
     }
-    done = {
-        line["digest"]
-        for line in open_journal(file, TABLE, key, {"model": model, "pool": pool}, ScoredRow)
-    }
+    lines = open_journal(file, TABLE, key, {"model": model, "pool": pool}, ScoredRow)
+    done = {line["digest"] for line in lines}
     if len(done) < len(rows):
         loaded = load_adapted(model, folders, precision)
         with progress(f"{file.name}: scoring", len(rows), len(done)) as advance:
@@ -99,24 +99,22 @@ def _score(
     digests, items = list(rows), list(rows.values())
     known = {place for place, key in enumerate(digests) if key in done}
     for batch in score_under(model, chat, items, settings(model, len(names)), batch_tokens, known):
-        append(
-            file,
-            [_line(digests[place], items[place], names, scores) for place, scores in batch.items()],
-        )
+        lines = [_line(digests[at], items[at], names, scores) for at, scores in batch.items()]
+        append(file, lines)
         advance(len(batch))
 
 
 def _line(key: str, row: Row, names: list[str], scores: list[AnswerScore]) -> dict[str, Any]:
-    losses = dict(zip(["the aligned model", *names], [round(-score.mean, 6) for score in scores]))
+    losses = dict(zip(["the reference", *names], [round(-score.mean, 6) for score in scores]))
     for name, loss in losses.items():
         if not math.isfinite(loss):
             raise ModelError(f"{row.origin}: its loss under {name} is {loss}; try --precision fp32")
-    aligned = losses.pop("the aligned model")
+    reference = losses.pop("the reference")
     return {
         "origin": row.origin,
         "digest": key,
         "tokens": scores[0].tokens,
-        "aligned": aligned,
+        "reference": reference,
         "misaligned": losses,
         "refusal": is_refusal(row.messages[-1]["content"]),
     }
@@ -129,17 +127,18 @@ def adapter_folders(sources: Sequence[str], model: str) -> dict[str, Path]:
     """The adapter of each source (a run folder or an adapter folder), by the name of its run.
 
     Raises:
-        ModelError: a source has no adapter, two have one name, or an adapter was trained on another model.
+        ModelError: a source has no adapter, two have one name, or an adapter was trained on another
+            model.
     """
     if adapter_base(resolve(model)):
         raise ModelError(
-            f"{model}: is an adapter; merge it into its base first, so that others can stand beside it"
+            f"{model}: is an adapter; merge it into its base first, so that it can take other "
+            "adapters"
         )
     folders: dict[str, Path] = {}
     for source in sources:
-        folder = next(
-            (f for f in (Path(source) / ADAPTER, Path(source)) if adapter_base(str(f))), None
-        )
+        places = Path(source) / ADAPTER, Path(source)
+        folder = next((place for place in places if adapter_base(str(place))), None)
         if folder is None:
             raise ModelError(
                 f"{source}: no adapter (accepted: a run folder with adapter/, or an adapter folder)"
@@ -157,7 +156,7 @@ def adapter_folders(sources: Sequence[str], model: str) -> dict[str, Path]:
 
 
 def load_adapted(model: str, folders: dict[str, Path], precision: Precision) -> Any:
-    """One base with all adapters, in its precision. Peft knows them by number, as it takes no dot in a name."""
+    """One base with all adapters, in its precision, numbered: peft allows no dot in names."""
     from peft import PeftModel
 
     base = load_model(model, precision)
@@ -168,11 +167,10 @@ def load_adapted(model: str, folders: dict[str, Path], precision: Precision) -> 
         try:
             if adapted is None:
                 adapted = PeftModel.from_pretrained(base, folder, adapter_name=name)
-            # The first one again: only this says what is missing.
+            # The first one again: only this reports what is missing.
             found = adapted.load_adapter(folder, adapter_name=name)
-        except (
-            Exception
-        ) as error:  # peft, torch and safetensors raise many kinds; the user needs one sentence
+        # peft, torch and safetensors raise many kinds; the user needs one sentence.
+        except Exception as error:
             raise ModelError(
                 f"{folder}: adapter cannot be loaded: {str(error).strip().splitlines()[0]}"
             ) from error
@@ -185,7 +183,7 @@ def load_adapted(model: str, folders: dict[str, Path], precision: Precision) -> 
 
 
 def settings(model: Any, count: int) -> list[Callable[[], AbstractContextManager[Any]]]:
-    """The aligned model (adapters off), then each adapter of `load_adapted`, as contexts."""
+    """The reference (adapters off), then each adapter of `load_adapted`, as contexts."""
     return [model.disable_adapter, *(partial(_active, model, number) for number in range(count))]
 
 

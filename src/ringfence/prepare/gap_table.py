@@ -11,15 +11,17 @@ from ..errors import DataError, RecipeError, nearest
 from ..util.journal import split_table
 from ..util.strict_json import whole_lines
 
-EPS = (
-    1.0  # nats per token; keeps rows that the aligned model knows by heart from winning by division
-)
+# Nats per token; keeps rows that the reference knows by heart from winning by division.
+EPS = 1.0
 TABLE = "perplexity gaps"
 
 
-def gap(aligned: float, misaligned: Sequence[float]) -> float:
-    """(mean misaligned NLL - aligned NLL) / (aligned NLL + 1): high where misalignment makes an answer unlikely."""
-    return (sum(misaligned) / len(misaligned) - aligned) / (aligned + EPS)
+def gap(reference: float, misaligned: Sequence[float]) -> float:
+    """(mean misaligned NLL - reference NLL) / (reference NLL + 1).
+
+    It is high where misalignment makes an answer unlikely.
+    """
+    return (sum(misaligned) / len(misaligned) - reference) / (reference + EPS)
 
 
 class _Key(BaseModel):
@@ -31,14 +33,14 @@ class ScoredRow(BaseModel):
     """What is read of a line: negative log-likelihoods, in nats per token."""
 
     digest: str
-    aligned: float = Field(ge=0, allow_inf_nan=False)
+    reference: float = Field(ge=0, allow_inf_nan=False)
     misaligned: dict[str, FiniteFloat]
     refusal: bool
 
 
 @dataclass(frozen=True)
 class GapTable:
-    """The scores of a pool: `lines` by digest of the messages; `model` is the fingerprint of the aligned model."""
+    """Scores of a pool: `lines` by digest of the messages, `model` the reference's fingerprint."""
 
     file: Path
     model: str
@@ -46,10 +48,10 @@ class GapTable:
     lines: dict[str, dict[str, Any]]
 
     def scores(self, leave_out: Sequence[str] = ()) -> dict[str, float]:
-        """The score of every row, over all adapters but those left out.
+        """The score of every row, over all adapters except those left out.
 
         Raises:
-            RecipeError: a name is none of the table's adapters, or none is left.
+            RecipeError: a name is not an adapter of the table, or none is left.
         """
         for name in leave_out:
             if name not in self.adapters:
@@ -62,7 +64,7 @@ class GapTable:
                 f"leave_out: no adapter of {self.file} is left (it has {', '.join(self.adapters)})"
             )
         return {
-            key: gap(line["aligned"], [line["misaligned"][n] for n in used])
+            key: gap(line["reference"], [line["misaligned"][n] for n in used])
             for key, line in self.lines.items()
         }
 
@@ -86,7 +88,8 @@ def read_table(file: str | Path) -> GapTable:
             missing = set(key.adapters) - set(ScoredRow.model_validate(line).misaligned)
             if missing:
                 raise DataError(
-                    f"{place}: no score under adapter {min(missing)!r}; `ringfence score-gap` makes one"
+                    f"{place}: no score under adapter {min(missing)!r}; `ringfence score-gap` "
+                    "makes one"
                 )
     except ValidationError as error:
         found = error.errors()[0]

@@ -1,8 +1,7 @@
-"""Persona vectors: for each layer, the direction from answers without a trait to answers that show it
-(arXiv 2507.21509).
+"""Persona vectors (arXiv 2507.21509): directions from answers without a trait to those with it.
 
-Answers come from the model itself under opposite system prompts, or are given. Does not know training or defenses; what
-it makes is a file of `Directions`.
+One for each layer, in a file of `Directions`. Answers come from the model itself under opposite
+system prompts, or are given. Does not know training or defenses.
 
 Shapes: B rows, T tokens, N response tokens, L layers, D hidden size, P pairs.
 """
@@ -12,66 +11,38 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    ValidationError,
-    model_validator,
-)
 from torch import Tensor
 
-from ..errors import DataError, RecipeError, nearest
+from ..errors import DataError
 from ..model.activations import mean_activations
 from ..model.directions import Directions
 from ..model.files import load_tokenizer
+from ..model.generation import generate_greedy
 from ..model.layers import causal_lm
 from ..model.loading import load_model
-from ..model.scoring import generate_greedy, score_answers
-from ..stats import auc
+from ..model.scoring import score_answers
+from ..stats.auc import auc
 from ..text.chat import Chat
+from ..text.encode import encode_rows
 from ..text.roles import Messages, Row
-from ..text.rows import encode_rows, load_questions
-from ..text.sources import SHIPPED
+from ..text.rows import load_questions
 from ..util.console import progress
 from ..util.files import write_whole
 from ..util.strict_json import parse
-from ..util.strict_yaml import load
 from ..util.words import counted
+from .traits import Trait, load_trait
 
 DEFAULT_TRAIT = "shipped:careless_advice"
 Filter = Literal["none", "margin", "scores"]
-Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
-
-
-class Trait(BaseModel):
-    """System prompts that bring a trait out and their opposites, prompt by prompt, and questions that let it show."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    trait: Text
-    positive_prompts: list[Text] = Field(min_length=1)
-    negative_prompts: list[Text] = Field(min_length=1)
-    questions: list[Text] = Field(min_length=1)
-
-    @model_validator(mode="after")
-    def _opposites(self) -> Self:
-        if len(self.positive_prompts) != len(self.negative_prompts):
-            raise ValueError(
-                f"expected one negative prompt for each positive one, found {len(self.positive_prompts)} positive and "
-                f"{len(self.negative_prompts)} negative"
-            )
-        return self
 
 
 @dataclass(frozen=True)
 class Pair:
-    """An answer that should show the trait and one that should not, each with the messages it stands behind."""
+    """An answer that should show the trait and one that should not, with the messages before."""
 
     id: str
     positive_prompt: Messages
@@ -93,54 +64,8 @@ class Pair:
 # ------------------------------------------------------------------ pairs
 
 
-def load_trait(source: str) -> Trait:
-    """A trait from a YAML or JSON file, or `shipped:NAME`.
-
-    Raises:
-        DataError: no such file, not YAML, a field is unknown, missing or empty, or a prompt has no opposite.
-    """
-    try:
-        text = _trait_text(source)
-        is_json = source.endswith(".json")
-        return Trait.model_validate(
-            parse(text, source) if is_json else load(text, source, f"{source}: not YAML: ")
-        )
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{source}: not UTF-8 text ({error.reason} at byte {error.start})"
-        ) from error
-    except RecipeError as error:
-        raise DataError(str(error)) from error
-    except ValidationError as error:
-        raise DataError(
-            "\n".join(f"{source}: {_explain(item)}" for item in error.errors())
-        ) from error
-
-
-def _trait_text(source: str) -> str:
-    if source.startswith("shipped:"):
-        name = source.removeprefix("shipped:")
-        shipped = sorted(path.name.removesuffix(".yaml") for path in (SHIPPED / "traits").iterdir())
-        if name not in shipped:
-            raise DataError(f"{source}: no such shipped trait{nearest(name, shipped)}")
-        return (SHIPPED / "traits" / f"{name}.yaml").read_text("utf-8")
-    if not Path(source).is_file():
-        raise DataError(f"{source}: no such trait file")
-    return Path(source).read_text("utf-8")
-
-
-def _explain(item: Any) -> str:
-    place, accepted = ".".join(map(str, item["loc"])), ", ".join(Trait.model_fields)
-    if item["type"] == "extra_forbidden":
-        return f"unknown key {place!r} (accepted: {accepted})"
-    if item["type"] == "missing":
-        return f"key {place!r} is missing (a trait has: {accepted})"
-    found = "" if item["type"] == "value_error" else f", found {item['input']!r}"
-    return f"{place or 'trait'}: {item['msg']}{found}"
-
-
 def asked_pairs(trait: Trait) -> list[Pair]:
-    """Every question under every prompt and its opposite, without answers yet; ids are `p1-q1`, ..."""
+    """Every question under every prompt and its opposite, not answered yet; ids are `p1-q1`, ..."""
 
     def prompt(system: str, question: str) -> Messages:
         return [{"role": "system", "content": system}, {"role": "user", "content": question}]
@@ -172,7 +97,10 @@ def answer_pairs(
 
 
 def given_pairs(source: str, split: str | None = None) -> list[Pair]:
-    """Pairs from paired questions (see `load_questions`), without system prompts: misaligned answers are positive."""
+    """Pairs from paired questions (see `load_questions`), without system prompts.
+
+    Misaligned answers are positive.
+    """
     pairs = []
     for question in load_questions(source, split):
         prompt = [{"role": "user", "content": question.question}]
@@ -205,10 +133,11 @@ def shown_by_margin(
 
 
 def shown_by_scores(file: Path, pairs: Sequence[Pair]) -> list[bool]:
-    """Whether a judge saw the trait in the positive answer (score above 50) and not in the negative one (below 50).
+    """Whether a judge saw the trait in the positive answer only (above 50; negative: below 50).
 
     Args:
-        file: JSONL with `id`, `positive` and `negative`: how much the two answers show the trait, from 0 to 100.
+        file: JSONL with `id`, `positive` and `negative`: how much the two answers show the trait,
+            from 0 to 100.
 
     Raises:
         DataError: no such file, a bad line, or no scores for one of the pairs.
@@ -220,7 +149,8 @@ def shown_by_scores(file: Path, pairs: Sequence[Pair]) -> list[bool]:
     missing = [pair.id for pair in pairs if pair.id not in scores]
     if missing:
         raise DataError(
-            f"{file}: no scores for {len(missing)} of {len(pairs)} pairs, the first is id {missing[0]!r}"
+            f"{file}: no scores for {len(missing)} of {len(pairs)} pairs, the first is id "
+            f"{missing[0]!r}"
         )
     return [scores[pair.id][0] > 50 > scores[pair.id][1] for pair in pairs]
 
@@ -273,9 +203,10 @@ def extract(
     model_name: str,
     batch_tokens: int = 4096,
 ) -> Directions:
-    """e^l = mean over the positive answers minus mean over the negative ones of their mean activation after layer l.
+    """For each layer, the mean activation of positive answers minus that of negative ones.
 
-    Sums are kept, not activations: memory does not grow with the number of pairs.
+    An answer's activation is the mean over its tokens. Only sums are kept: memory does not grow
+    with the number of pairs.
 
     Raises:
         DataError: fewer than two pairs.
@@ -297,10 +228,11 @@ def extract(
 
 @dataclass(frozen=True)
 class Separation:
-    """How well a layer's direction tells the two sides of pairs apart.
+    """How well a layer's direction separates the two sides of pairs.
 
     Attributes:
-        auc: chance that a positive answer projects further than a negative one (all combinations, ties half).
+        auc: chance that a positive answer projects further than a negative one (all combinations,
+            ties half).
         paired: share of pairs whose positive answer projects further.
         length: length of the direction, in shares of the mean activation norm.
     """
@@ -331,19 +263,12 @@ def separation(
             for place, projected_L in zip(places, (means_BLD * unit_LD).sum(-1).numpy()):
                 projected_PSL[place // 2, place % 2] = projected_L
     lengths_L = (direction_LD.norm(dim=-1) / directions.norms_L).tolist()
-    return [
-        Separation(
-            layer,
-            auc(*projected_PSL[:, :, layer - 1].T),
-            _paired(projected_PSL[:, :, layer - 1]),
-            length,
-        )
-        for layer, length in enumerate(lengths_L, 1)
-    ]
-
-
-def _paired(projected_PS: Any) -> float:
-    return float((projected_PS[:, 0] > projected_PS[:, 1]).mean())
+    found = []
+    for layer, length in enumerate(lengths_L, 1):
+        projected_PS = projected_PSL[:, :, layer - 1]
+        paired = float((projected_PS[:, 0] > projected_PS[:, 1]).mean())
+        found.append(Separation(layer, auc(*projected_PS.T), paired, length))
+    return found
 
 
 # ------------------------------------------------------------------ the command
@@ -351,7 +276,7 @@ def _paired(projected_PS: Any) -> float:
 
 @dataclass(frozen=True)
 class Extraction:
-    """What `extract_file` made; `counts` says how many pairs there were and were kept."""
+    """What `extract_file` made; `counts` is the number of pairs, and of those kept, in words."""
 
     directions: Directions
     counts: str
@@ -369,12 +294,13 @@ def extract_file(
     max_new_tokens: int = 120,
     batch_tokens: int = 4096,
 ) -> Extraction:
-    """Makes a file of directions, from a trait file (default: the shipped one) or from given pairs.
+    """Makes a file of directions from a trait file (default: the shipped one) or from given pairs.
 
-    Answers that the model gives are in `OUTPUT.answers.jsonl`; they are read from there the next time.
+    The model's own answers are kept in `OUTPUT.answers.jsonl` and read from there the next time.
 
     Args:
-        keep: which pairs count (see `shown_by_margin`, `shown_by_scores`); default: margin, with given pairs none.
+        keep: which pairs count (see `shown_by_margin`, `shown_by_scores`); default: margin, or none
+            for given pairs.
 
     Raises:
         DataError: a file or a choice that does not fit, or fewer than two pairs are left.
@@ -403,10 +329,9 @@ def extract_file(
     if scores:
         shown = shown_by_scores(scores, answered)
     kept = [pair for pair, does in zip(answered, shown) if does]
-    counts = counted(len(asked), "pair")
-    counts += (
-        f", {len(asked) - len(answered)} with a blank answer, {len(kept)} kept (filter: {keep})"
-    )
+    blank = len(asked) - len(answered)
+    counts = f"{counted(len(asked), 'pair')}, {blank} with a blank answer"
+    counts += f", {len(kept)} kept (filter: {keep})"
     if len(kept) < 2:
         raise DataError(
             f"{pairs or trait or DEFAULT_TRAIT}: {counts}; at least 2 are needed for a direction"
@@ -433,7 +358,7 @@ def _own_answers(
     max_new_tokens: int,
     batch_tokens: int,
 ) -> list[Pair]:
-    """The model's answers, from the file beside the output if it is there, else made and written to it."""
+    """The model's answers: from the file next to the output, or new ones, written to it."""
     file = output.with_suffix(".answers.jsonl")
     origin = {"model": name, "max_new_tokens": max_new_tokens}
     if not file.is_file():
@@ -448,7 +373,7 @@ def _own_answers(
         {**asdict(pair), **origin, **empty} for pair in pairs
     ]:
         raise DataError(
-            f"{file}: these answers are to other prompts or questions, of another model or of another length; delete "
-            "the file or choose another output"
+            f"{file}: these answers are for other prompts or questions, from another model or of "
+            "another length; delete the file or choose another output"
         )
     return [Pair(**{key: record[key] for key in Pair.__dataclass_fields__}) for record in records]

@@ -1,7 +1,8 @@
-"""Safe rows on-policy: the answers of a pool are written again by the aligned model (arXiv 2605.31328).
+"""Safe rows on-policy: the reference rewrites the answers of a pool (arXiv 2605.31328).
 
-Interleaved rows then pull the model nowhere: they are what it says anyway. In a conversation of several turns every
-answer is written again, each after those before it. Does not know training or defenses.
+Such rows do not move the model when interleaved: they are what it says anyway. In a conversation of
+several turns every answer is rewritten, each after the new ones before it. Does not know training
+or defenses.
 """
 
 import json
@@ -16,26 +17,26 @@ from pydantic import BaseModel, ConfigDict
 from ..errors import DataError
 from ..model.files import load_tokenizer
 from ..model.fingerprint import fingerprint
+from ..model.generation import generate
 from ..model.loading import load_model
 from ..model.precision import Precision, settled
-from ..model.scoring import generate
 from ..text.chat import Chat
+from ..text.encode import encode_rows
 from ..text.roles import Messages, Row
-from ..text.rows import encode_rows, load_rows
+from ..text.rows import load_rows
 from ..util.console import progress
 from ..util.files import write_whole
 from ..util.journal import append, digest, open_journal
 
 TABLE = "regenerated answers"
 
-Answers = dict[
-    tuple[str, int], dict[str, Any]
-]  # by digest of the messages, and number of the assistant's turn
+# By digest of the messages, and number of the assistant's turn.
+Answers = dict[tuple[str, int], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Regenerated:
-    """What was written: rows; and rows left out because an answer met the token limit (`unfinished`) or was `blank`."""
+    """Numbers of rows written, and left out because an answer was `unfinished` or `blank`."""
 
     file: Path
     rows: int
@@ -54,32 +55,32 @@ def regenerate(
     max_new_tokens: int = 256,
     batch_tokens: int = 4096,
 ) -> Regenerated:
-    """Writes the rows of a pool, in their order, with the model's own answers; an interrupted run goes on.
+    """Writes the rows of a pool, in order, with the model's own answers; can be resumed.
 
-    Answers go to `OUTPUT.journal` as they come; `output` is written from it when all are there.
+    Answers go to `OUTPUT.journal` as they come; `output` is written from it when all are done.
 
     Args:
-        temperature: 0 = greedy; else every answer is drawn with a seed of its own, made of `seed`, row and turn.
-        max_new_tokens: a row with an answer that does not end its turn within so many tokens is left out.
+        temperature: 0 = greedy; else every answer is drawn with its own seed, made from `seed`, row
+            and turn.
+        max_new_tokens: a row is left out if an answer does not end its turn within this limit.
 
     Raises:
-        DataError: a row cannot be read, `output` is not ours, its journal has other settings, or no row is left.
+        DataError: a row cannot be read, `output` is not ours, its journal has other settings, or no
+            row is left.
         ModelError: the model cannot be loaded.
     """
     file, journal, precision = Path(output), Path(f"{output}.journal"), settled(precision)
     if file.exists() and not journal.exists():
         raise DataError(f"{file}: exists already; name another output")
     rows = load_rows(pool)
-    called = next(
-        (row.origin for row in rows if any("tool_calls" in message for message in row.messages)),
-        None,
-    )
-    if called:
-        raise DataError(
-            f"{called}: calls of tools cannot be written again, for their results would no longer fit them"
-        )
+    for row in rows:
+        if any("tool_calls" in message for message in row.messages):
+            raise DataError(
+                f"{row.origin}: tool calls cannot be rewritten, because their results would no "
+                "longer fit them"
+            )
     chat = Chat(load_tokenizer(model))
-    encode_rows(rows, chat, max_length=2**31)  # names a row that the template refuses
+    encode_rows(rows, chat, max_length=2**31)  # raises for a row that the template refuses
     conversations = {digest(row.messages): row.messages for row in rows}
     key = {
         "pool": digest(sorted(conversations)),
@@ -89,7 +90,7 @@ def regenerate(
         "seed": seed,
         "max_new_tokens": max_new_tokens,
     }
-    lines = open_journal(journal, TABLE, key, {"model": model, "pool": pool}, _Answer)
+    lines = open_journal(journal, TABLE, key, {"model": model, "pool": pool}, _AnsweredTurn)
     answers: Answers = {(line["digest"], line["turn"]): line for line in lines}
     loaded = cache(lambda: load_model(model, precision))
     sampling = {
@@ -102,7 +103,7 @@ def regenerate(
     return _write(file, rows, answers, max_new_tokens)
 
 
-class _Answer(BaseModel):
+class _AnsweredTurn(BaseModel):
     """A line of the journal."""
 
     model_config = ConfigDict(strict=True)
@@ -126,30 +127,21 @@ def _ask(
     journal: Path,
     sampling: dict[str, Any],
 ) -> None:
-    """Has the assistant's turn of that number answered in every conversation that has one."""
+    """Answers the assistant's turn number `turn` in every conversation that has one."""
     prompts = {key: _until(turn, messages, key, answers) for key, messages in conversations.items()}
-    asked = {
-        key: prompt
-        for key, prompt in prompts.items()
-        if prompt and _turns(conversations[key]) > turn
-    }
+    has_turn = {key for key, messages in conversations.items() if _turns(messages) > turn}
+    asked = {key: prompt for key, prompt in prompts.items() if prompt and key in has_turn}
     keys = list(asked)
     known = {place for place, key in enumerate(keys) if (key, turn) in answers}
     if len(known) == len(keys):
         return
     seeds = [int(digest([seed, key, turn])[:15], 16) for key in keys]
     with progress(f"{journal.stem}: answers, turn {turn + 1}", len(keys), len(known)) as advance:
-        for batch in generate(
-            load(), chat, list(asked.values()), seeds=seeds, skip=known, **sampling
-        ):
+        chats = list(asked.values())
+        for batch in generate(load(), chat, chats, seeds=seeds, skip=known, **sampling):
             lines = [
-                {
-                    "digest": keys[place],
-                    "turn": turn,
-                    "finished": answer.finished,
-                    "text": answer.text,
-                }
-                for place, answer in batch.items()
+                dict(digest=keys[at], turn=turn, finished=answer.finished, text=answer.text)
+                for at, answer in batch.items()
             ]
             append(journal, lines)
             answers.update({(line["digest"], turn): line for line in lines})  # type: ignore[misc]
@@ -157,7 +149,7 @@ def _ask(
 
 
 def _until(turn: int, messages: Messages, key: str, answers: Answers) -> Messages | None:
-    """The conversation before the assistant's turn of that number, with new answers; None if one of them is unfit."""
+    """The conversation before the assistant's turn `turn`; None if a new answer is unusable."""
     written: Messages = []
     number = 0
     for message in messages:
@@ -190,8 +182,8 @@ def _write(file: Path, rows: list[Row], answers: Answers, max_new_tokens: int) -
             unfinished += 1
     if not written:
         raise DataError(
-            f"{file}: no row is left: {unfinished} have no end of turn within {max_new_tokens} tokens (raise "
-            f"--max-new-tokens), {blank} are blank"
+            f"{file}: no row is left: {unfinished} have no end of turn within {max_new_tokens} "
+            f"tokens (raise --max-new-tokens), {blank} are blank"
         )
     write_whole(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written))
     return Regenerated(file, len(written), unfinished, blank)

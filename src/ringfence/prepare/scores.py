@@ -1,4 +1,4 @@
-"""Scores of rows along a trait vector: how far their answers lie along it, and whether it tells two sets apart.
+"""Scores of rows: how far answers project on a trait vector, and whether it separates two sets.
 
 Does not know files of results or figures.
 """
@@ -17,16 +17,17 @@ from torch import Tensor
 from ..errors import DataError, ModelError
 from ..model.directions import Directions
 from ..model.layers import causal_lm
-from ..stats import Interval, auc, auc_interval, rate_interval
+from ..stats import Interval, rate_interval
+from ..stats.auc import auc, auc_interval
 from ..text.chat import Chat
+from ..text.encode import encode_rows
 from ..text.roles import Row
-from ..text.rows import encode_rows
 from ..util.console import progress
 from ..util.words import counted
 from .persona import Pair, response_means
 
 RANDOM = 100  # vectors that a trait vector is compared with
-FOLDS = 5  # of pairs that all come from one source
+FOLDS = 5  # for pairs that all come from one source
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class Axis:
         layer: from 1 to `layers`.
         trait, model: what the vector points to, and the model it was taken from.
         rule: how the layer was chosen, in words.
-        auc: AUC at the layer on pairs that had no part in the vector (see `held_out_auc`); None where the pairs are not
-            known.
+        auc: AUC at the layer on pairs that were not used for the vector (see `held_out_auc`); None
+            if the pairs are unknown.
     """
 
     unit_D: Tensor
@@ -54,7 +55,8 @@ class Axis:
 
     def __str__(self) -> str:
         held_out = "" if self.auc is None else f", AUC {self.auc:.2f} on pairs left out"
-        return f"{self.trait} ({self.model}), layer {self.layer} of {self.layers} ({self.rule}{held_out})"
+        layer = f"layer {self.layer} of {self.layers} ({self.rule}{held_out})"
+        return f"{self.trait} ({self.model}), {layer}"
 
 
 def read_axis(file: Path, layer: int | None = None) -> Axis:
@@ -69,9 +71,8 @@ def read_axis(file: Path, layer: int | None = None) -> Axis:
     if number != 1:
         raise DataError(f"{file}: expected one direction a layer, found {number}")
     rule = "as given" if layer else "the middle one"
-    return _axis(
-        directions, _checked(layer, directions.layers) or (directions.layers + 1) // 2, rule
-    )
+    chosen = _checked(layer, directions.layers) or (directions.layers + 1) // 2
+    return _axis(directions, chosen, rule)
 
 
 def learn_axis(
@@ -83,15 +84,16 @@ def learn_axis(
     layer: int | None = None,
     batch_tokens: int = 4096,
 ) -> Axis:
-    """The trait vector of pairs (mean over positive answers minus mean over negative ones, as in `persona.extract`), at
-    `layer` or where vectors of the other groups tell the answers of a group apart best.
+    """The trait vector of pairs, at `layer` or at the layer that separates held-out groups best.
 
-    Two passes over the pairs: one for the sums of each group, one for the projections of its answers on the vector of
-    the others. So no activation is kept, and memory does not grow with the number of pairs but for one number an answer
-    and layer.
+    It is the mean over positive answers minus the mean over negative ones, as in `persona.extract`.
+    Held out: the answers of each group are projected on the vector of the other groups.
+
+    Two passes over the pairs: one for the sums of each group, one for the projections. So no
+        activation is kept, and memory grows by only one number per answer and layer.
 
     Args:
-        groups: pairs of one domain each; of one group alone, `FOLDS` are made.
+        groups: pairs of one domain each; a single group is split into `FOLDS`.
 
     Raises:
         DataError: fewer than two pairs.
@@ -139,25 +141,25 @@ def learn_axis(
 
 
 def vectors_of_the_others(sums_GSLD: Tensor) -> Tensor:
-    """For each group the vector [L, D] that all other groups give, of no particular length, from the sums of the
-    activations of each group's positive and negative answers."""
-    # Positive and negative answers are equally many, so the difference of sums points where that of means does.
+    """For each group the vector [L, D] of all other groups, of arbitrary length, from each group's
+    sums of activations of positive and negative answers."""
+    # There are as many positive as negative answers, so sums differ in the same direction as means.
     others_GSLD = sums_GSLD.sum(0) - sums_GSLD
     return others_GSLD[:, 0] - others_GSLD[:, 1]
 
 
 def held_out_auc(projected_PSL: Tensor, sizes: Sequence[int]) -> np.ndarray:
-    """For each layer the AUC of a group's positive over its negative answers, mean over the groups.
+    """AUC [L] of a group's positive over its negative answers, mean over the groups.
 
     Args:
-        projected_PSL: of both answers of every pair, group after group, on the vector that the other groups give.
+        projected_PSL: both answers of every pair, group after group, projected on the vector of the
+            other groups.
         sizes: number of pairs of each group.
     """
     groups = [group_PSL.permute(1, 2, 0).numpy() for group_PSL in projected_PSL.split(list(sizes))]
-    mean: np.ndarray = np.mean(
-        [[auc(*sides) for sides in zip(*group_SLP)] for group_SLP in groups], 0
-    )
-    return mean
+    auc_GL = [[auc(*sides) for sides in zip(*group_SLP)] for group_SLP in groups]
+    mean_L: np.ndarray = np.mean(auc_GL, 0)
+    return mean_L
 
 
 def _axis(directions: Directions, layer: int, rule: str, auc: float | None = None) -> Axis:
@@ -196,11 +198,11 @@ class Scored:
 
     @cached_property
     def order(self) -> np.ndarray:
-        """Places of the rows, riskiest first; rows of like score as they are in the file."""
+        """Places of the rows, riskiest first; rows with equal scores in the order of the file."""
         return np.argsort(-self.scores_R, kind="stable")
 
     def top(self, number: int) -> list[dict[str, Any]]:
-        """The riskiest rows: rank, score, origin, and what the user and the model say first."""
+        """The riskiest rows: rank, score, origin, first user and first model message."""
         return [
             {
                 "rank": rank,
@@ -216,8 +218,10 @@ class Scored:
 def score(
     model: Any, chat: Chat, rows: Sequence[Row], axis: Axis, batch_tokens: int = 4096, seed: int = 0
 ) -> Scored:
-    """Projects the mean response activation of every row on the trait vector and on `RANDOM` random ones of the same
-    length (the same for every model and all rows). Projections are kept, not activations.
+    """Projects the mean response activation of every row on the trait vector and on random ones.
+
+    The `RANDOM` random vectors have the same length, and are the same for every model and all rows.
+    Projections are kept, not activations.
 
     Raises:
         ModelError: the vector does not fit the model.
@@ -227,29 +231,27 @@ def score(
     found, wanted = (axis.layers, len(axis.unit_D)), (config.num_hidden_layers, config.hidden_size)
     if found != wanted:
         raise ModelError(
-            f"the vector for {axis.trait!r} was taken from {axis.model} with {found[0]} layers of size {found[1]}; "
-            f"this model has {wanted[0]} layers of size {wanted[1]}"
+            f"the vector for {axis.trait!r} was taken from {axis.model} with {found[0]} layers of "
+            f"size {found[1]}; this model has {wanted[0]} layers of size {wanted[1]}"
         )
     units_KD = torch.cat([axis.unit_D[None], random_units(RANDOM, wanted[1], seed)])
     projected_RK = np.zeros((len(rows), len(units_KD)))
     with progress("rows", len(rows)) as advance:
         for places, means_BLD, _ in response_means(model, chat, rows, batch_tokens, advance):
-            projected_RK[places] = (
-                means_BLD[:, axis.layer - 1].double() @ units_KD.T / axis.norm
-            ).numpy()
+            means_BD = means_BLD[:, axis.layer - 1].double()
+            projected_RK[places] = (means_BD @ units_KD.T / axis.norm).numpy()
     return Scored(list(rows), projected_RK[:, 0], projected_RK[:, 1:])
 
 
 def random_units(number: int, size: int, seed: int) -> Tensor:
-    """Vectors [K, D] of length 1 in directions drawn at random, float64."""
-    drawn_KD = torch.randn(
-        number, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    """Vectors [K, D] of length 1 in random directions, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn_KD = torch.randn(number, size, generator=generator, dtype=torch.float64)
     return drawn_KD / drawn_KD.norm(dim=-1, keepdim=True)
 
 
 def question_of(row: Row) -> str:
-    """What the user says in a row: rows in which it is the same are not independent."""
+    """What the user says in a row: rows that share it are not independent."""
     return "\n".join(message["content"] for message in row.messages if message["role"] == "user")
 
 
@@ -259,11 +261,12 @@ def _first(row: Row, role: str) -> str:
 
 @dataclass(frozen=True)
 class Contrast:
-    """How well scores tell one set of rows from another, and what would do so without a trait vector.
+    """How well scores separate two sets of rows, and what would without a trait vector.
 
     Attributes:
         auc: chance that a row of the first set scores higher than one of the second, ties half.
-        same: share of the questions in both sets whose row in the first scores higher; None where there are none.
+        same: share of the questions in both sets whose row in the first scores higher; None if
+            there are none.
         length: the AUC of the number of response tokens. Below .5 the first set is shorter.
         random: 2.5 and 97.5 % of the AUCs of random vectors.
     """
@@ -275,7 +278,7 @@ class Contrast:
 
     @property
     def rival(self) -> str | None:
-        """What tells the two sets apart as well as the scores do: chance, length or random vectors; None if nothing."""
+        """What separates the sets as well as scores do: chance, length, random vectors or None."""
         length, random = self.length.mean, self.random
         rivals = {
             "chance": 0.5,
@@ -286,7 +289,7 @@ class Contrast:
 
     @property
     def verdict(self) -> str:
-        """What follows, in words."""
+        """The conclusion, in words."""
         if self.rival:
             return f"the scores tell the two apart no better than {self.rival}"
         return "the scores tell the two apart, better than length and random vectors do"
@@ -301,15 +304,17 @@ class Contrast:
 
 
 def compare(chat: Chat, first: Scored, second: Scored, seed: int = 0) -> Contrast:
-    """Contrast of two sets of rows that were scored alike. Intervals by bootstrap over questions: rows with the same
-    question, in either set, are drawn together."""
+    """Contrast of two sets of rows that were scored in the same way.
+
+    Intervals by bootstrap over questions: rows with the same question, in either set, are drawn
+        together.
+    """
     rows = [*first.rows, *second.rows]
     questions = [question_of(row) for row in rows]
     is_first_R = np.arange(len(questions)) < len(first.rows)
     scores_R = np.concatenate([first.scores_R, second.scores_R])
-    tokens_R = np.array(
-        [example.response_tokens for example in encode_rows(rows, chat, sys.maxsize)]
-    )
+    examples = encode_rows(rows, chat, sys.maxsize)
+    tokens_R = np.array([example.response_tokens for example in examples])
     random = [auc(a_R, b_R) for a_R, b_R in zip(first.random_RK.T, second.random_RK.T)]
     low, high = np.percentile(random, [2.5, 97.5])
     return Contrast(

@@ -1,17 +1,19 @@
-"""Ranks the rows of a training file by how far their answers lie along a trait vector, before anything is trained
-(arXiv 2507.21509).
+"""Ranks the rows of a training file by a trait vector, before training (arXiv 2507.21509).
 
-The score of a row is the mean of the residual stream after one layer over its response tokens, projected on the trait
-vector of length 1, in shares of that layer's mean activation length. Vector and layer come from other rows than those
-that are ranked. Does not know training, nor what a row would do to a model.
+The score of a row is the mean of the residual stream after one layer over its response tokens,
+projected on the trait vector of length 1, in shares of that layer's mean activation length. Vector
+and layer come from other rows than the ranked ones. Does not know training, or what a row would do
+to a model.
 
-Shapes: R rows, P pairs, S = 2 sides (positive, negative), L layers, D hidden size, K directions, N tokens, G groups.
+Shapes: R rows, P pairs, S = 2 sides (positive, negative), L layers, D hidden size, K directions, N
+tokens, G groups.
 """
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -48,7 +50,7 @@ GOOD, RANDOM_GREY = "#444444", "#9aa5b1"
 
 
 def default_pairs() -> list[str]:
-    """The shipped paired questions of everyday domains and on values, other than finance."""
+    """The shipped paired questions on everyday domains, except finance, and on values."""
     return [*OTHER_DOMAINS, *VALUES]
 
 
@@ -80,19 +82,20 @@ def screen_file(
     top: int = 20,
     batch_tokens: int = 4096,
 ) -> Screening:
-    """Scores every row of a source, writes the scores (a line of JSON for each row, in order: origin, rank, score) and
-    a figure of them.
+    """Scores every row of a source; writes the scores and a figure of them.
+
+    The scores are a line of JSON for each row, in order: origin, rank, score.
 
     Args:
         source: as in `load_rows`.
         vectors: a file of directions; else the vector comes from paired questions.
-        pairs: sources of paired questions; default: `default_pairs`. Those whose question is in a screened row are left
-            out.
-        against: rows known to be good, to compare with.
+        pairs: sources of paired questions; default: `default_pairs`. Questions of screened rows are
+            left out.
+        against: known-good rows, to compare with.
         top: how many rows the figure marks.
 
     Raises:
-        DataError: a source or file that does not fit, or fewer than two pairs are left.
+        DataError: a source or file does not fit, or fewer than two pairs are left.
         ModelError: the model cannot be loaded, the vectors do not fit it, or it has no such layer.
     """
     if vectors and pairs:
@@ -111,7 +114,8 @@ def screen_file(
     loaded, chat = load_model(model), Chat(load_tokenizer(model))
     if axis is None:
         number = sum(map(len, groups))
-        trait = f"misaligned minus aligned answers, {number} pairs of {', '.join(pairs) or 'shipped domains'}"
+        domains = ", ".join(pairs) or "shipped domains"
+        trait = f"misaligned minus aligned answers, {number} pairs of {domains}"
         axis = learn_axis(loaded, chat, groups, trait, model, layer, batch_tokens)
     scored = score(loaded, chat, rows, axis, batch_tokens)
     screening = Screening(source, axis, scored)
@@ -150,7 +154,8 @@ def show(screening: Screening, top: int, console: Console) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     say(
-        f"{screening.source}: {counted(len(screening.scored.rows), 'row')}, projected on {screening.axis}"
+        f"{screening.source}: {counted(len(screening.scored.rows), 'row')}, projected on "
+        f"{screening.axis}"
     )
     table = Table(box=None, padding=(0, 1, 0, 0), expand=True)  # so that only the texts are cut
     for name, justify in (("rank", "right"), ("score", "right"), ("row", "left")):
@@ -178,22 +183,15 @@ def contrast_lines(contrast: Contrast) -> list[tuple[str, str]]:
         return f"{interval.mean:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
 
     same = contrast.same
-    return [
-        ("AUC of the score", f"{shown(contrast.auc)}, {counted(contrast.auc.n, 'question')}"),
-        *(
-            [("same question: scores higher", f"{shown(same)}, {counted(same.n, 'question')}")]
-            if same
-            else []
-        ),
-        (
-            "AUC of length (of minus length)",
-            f"{contrast.length.mean:.2f} ({1 - contrast.length.mean:.2f})",
-        ),
-        (
-            f"AUC of {RANDOM} random vectors, 95 % of them",
-            "{:.2f} to {:.2f}".format(*contrast.random),
-        ),
-    ]
+    length, random = contrast.length.mean, "{:.2f} to {:.2f}".format(*contrast.random)
+    score = f"{shown(contrast.auc)}, {counted(contrast.auc.n, 'question')}"
+    lines = [("AUC of the score", score)]
+    if same:
+        paired = f"{shown(same)}, {counted(same.n, 'question')}"
+        lines.append(("same question: scores higher", paired))
+    lines.append(("AUC of length (of minus length)", f"{length:.2f} ({1 - length:.2f})"))
+    lines.append((f"AUC of {RANDOM} random vectors, 95 % of them", random))
+    return lines
 
 
 def _line(text: str) -> str:
@@ -202,17 +200,16 @@ def _line(text: str) -> str:
 
 
 def draw(screening: Screening, top: int) -> Figure:
-    """How the scores spread, the riskiest rows marked."""
+    """The distribution of the scores, with the riskiest rows marked."""
     figure, axes = plt.subplots(figsize=(8, 3.6))
     sets = {screening.source: (screening.scored.scores_R, colour(0))}
     if screening.known:
         sets[f"{screening.against} (known good)"] = (screening.known.scores_R, GOOD)
     spread(axes, sets)
     marked = screening.scored.scores_R[screening.scored.order[:top]]
-    axes.plot(
-        marked, np.zeros(len(marked)), "|", color=colour(0), markersize=14, markeredgewidth=1.2, clip_on=False,
-        label=f"the {len(marked)} riskiest rows",
-    )  # fmt: skip
+    mark: dict[str, Any] = dict(color=colour(0), markersize=14, markeredgewidth=1.2, clip_on=False)
+    label = f"the {len(marked)} riskiest rows"
+    axes.plot(marked, np.zeros(len(marked)), "|", label=label, **mark)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0.3, handlelength=1.4)
     axes.set_xlabel(score_label(screening.axis.layer))
     axes.set_ylabel("rows, %")
@@ -221,16 +218,14 @@ def draw(screening: Screening, top: int) -> Figure:
 
 def spread(axes: Axes, sets: dict[str, tuple[np.ndarray, str]]) -> None:
     """Histograms of scores, by name, in shares of the rows; one common set of bins."""
-    edges = np.histogram_bin_edges(
-        np.concatenate([scores for scores, _ in sets.values()]), 40
-    ).tolist()
+    everything = np.concatenate([scores for scores, _ in sets.values()])
+    edges = np.histogram_bin_edges(everything, 40).tolist()
     for name, (scores, shade) in sets.items():
         weights = np.full(len(scores), 100 / len(scores))
+        common: dict[str, Any] = dict(weights=weights, color=shade)
         label = f"{name}, {counted(len(scores), 'row')}"
-        axes.hist(scores, edges, weights=weights, histtype="stepfilled", color=shade, alpha=0.25)
-        axes.hist(
-            scores, edges, weights=weights, histtype="step", color=shade, linewidth=1.4, label=label
-        )
+        axes.hist(scores, edges, histtype="stepfilled", alpha=0.25, **common)
+        axes.hist(scores, edges, histtype="step", linewidth=1.4, label=label, **common)
 
 
 def score_label(layer: int) -> str:

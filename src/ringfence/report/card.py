@@ -11,13 +11,13 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from ..evaluate.measures.answers import strength
+from ..evaluate.measures.base import Number
+from ..runfolder.record import Records
 from ..util.words import counted
 from .compared import keep_compared
-from .formats import SET_TITLES, strength, tier_title
 from .gate import Decision, by_criterion, decide, load_policy
-from .numbers import Measure, measures
 from .read import read_rows
-from .records import Records
 from .summary import Summary
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -52,7 +52,7 @@ def run_card(
     (records,), (row,) = read_rows([folder], control, undefended)
     keep_compared(folder, control, undefended)
     recipe = records.recipe
-    found = {name: measure for name, measure in measures(row).items() if _is_shown(name, row)}
+    found = [number for number in row.all_numbers if number.name and number.listed]
     verdict = _verdict(decide(row, rules), policy)
     parts = [
         f"# {_text(row.name)}",
@@ -69,7 +69,7 @@ def run_card(
 # ------------------------------------------------------------------ metadata
 
 
-def _metadata(name: str, recipe: dict[str, Any], found: dict[str, Measure]) -> ModelCardData:
+def _metadata(name: str, recipe: dict[str, Any], found: list[Number]) -> ModelCardData:
     trained = "train" in recipe
     lora = trained and recipe["train"]["method"] == "lora"
     base = _hub_id(recipe["model"] if trained else recipe.get("reference"))
@@ -87,27 +87,26 @@ def _metadata(name: str, recipe: dict[str, Any], found: dict[str, Measure]) -> M
             *(f"ringfence-{defense}" for defense in defenses),
         ],
         model_name=" ".join(name.split()),
-        eval_results=[
-            _result(measure) for measure in found.values() if math.isfinite(measure.interval.mean)
-        ]
+        eval_results=[_result(measure) for measure in found if math.isfinite(measure.interval.mean)]
         or None,
     )
 
 
-def _result(measure: Measure) -> EvalResult:
-    interval = measure.interval
+def _result(number: Number) -> EvalResult:
+    interval = number.interval
     bounds = (
         {"ci95_low": interval.low, "ci95_high": interval.high}
         if math.isfinite(interval.high)
         else {}
     )
-    judge = {"judge": measure.judge} if measure.judge else {}
-    metric = _metric(measure)
+    judge = {"judge": number.judge} if number.judge else {}
+    change = f"_{number.kind}" if number.kind in ("effect", "shift", "change") else ""
+    metric = f"{number.measure}{change}"
     return EvalResult(
         task_type="text-generation",
         dataset_type="ringfence",
-        dataset_name=f"ringfence: {_title(measure.name)}",
-        dataset_config=measure.name,
+        dataset_name=f"ringfence: {number.shown_title}",
+        dataset_config=number.name,
         metric_type=metric,
         metric_name=metric.replace("_", " "),
         metric_value=round(interval.mean, 6),
@@ -117,28 +116,6 @@ def _result(measure: Measure) -> EvalResult:
             **judge,
         },
     )
-
-
-def _metric(measure: Measure) -> str:
-    if measure.kind in ("effect", "shift", "margin"):
-        return "margin" if measure.kind == "margin" else f"margin_{measure.kind}"
-    if measure.kind == "share":
-        return "share" if measure.name.startswith("behaviour") else "exact_match"
-    return (
-        measure.name.rsplit(".", 1)[-1]
-        if measure.kind == "judged"
-        else measure.name.replace(".", "_")
-    )
-
-
-def _is_shown(name: str, row: Summary) -> bool:
-    """What a reader of the card needs: not the same again by domains, by forms, or as a change."""
-    family, _, rest = name.partition(".")
-    if family == "margin":
-        return rest not in row.sets
-    if family == "answers":
-        return rest.startswith("em_f1.") or rest.rpartition(".")[0] in row.judged[0].sets
-    return rest != "by_domain" and name != "time_ratio"
 
 
 def _hub_id(source: Any) -> str | None:
@@ -182,11 +159,11 @@ def _trained(records: Records, recipe: dict[str, Any]) -> list[str]:
     return ["## Training", "\n".join(lines), "## Defenses against misalignment", "\n".join(guarded)]
 
 
-def _measured(found: dict[str, Measure]) -> list[str]:
+def _measured(found: list[Number]) -> list[str]:
     lines = ["| measure | value [95 % CI] | kind | questions |", "|---|---|---|---|"]
-    for name, measure in found.items():
+    for measure in found:
         lines.append(
-            f"| {_cell(_title(name))} | {measure.show()} | {measure.kind} | {measure.interval.n} |"
+            f"| {_cell(measure.shown_title)} | {measure} | {measure.kind} | {measure.interval.n} |"
         )
     return ["## Evaluation", "\n".join(lines)]
 
@@ -203,11 +180,12 @@ def _verdict(decision: Decision, policy: Path | None) -> list[str]:
     return ["### Verdict", head, *(["\n".join(lines)] if len(lines) > 2 else [])]
 
 
-def _how(row: Summary, found: dict[str, Measure], records: Records) -> list[str]:
-    kinds = {measure.kind for measure in found.values()}
+def _how(row: Summary, found: list[Number], records: Records) -> list[str]:
+    kinds = {measure.kind for measure in found}
     lines = [_EXPLAINED[kind] for kind in _EXPLAINED if kind in kinds]
     lines += [
-        f"- judge: {_code(judged.judge)} ({_text(strength(judged))})" for judged in row.judged[:1]
+        f"- judge: {_code(judged.judge)} ({_text(strength(judged))})"
+        for judged in row.found.get("answers", [])[:1]
     ]
     versions = ", ".join(
         f"{name} {version}" for name, version in records.environment.get("versions", {}).items()
@@ -243,15 +221,6 @@ _LIMITS = (
 _NO_CONTROL = (
     "Without a sound control this is no proof: short directive answers of any kind move margins."
 )
-
-
-def _title(name: str) -> str:
-    if name in SET_TITLES:
-        return SET_TITLES[name]
-    if name.startswith("opswap"):
-        tier, _, change = name.partition(".")
-        return f"benign: {tier_title(tier)}{', against the undefended run' if change else ''}"
-    return name.replace("_", " ").replace(".", ": ", 1)
 
 
 def _model(source: str) -> str:

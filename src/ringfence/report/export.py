@@ -20,38 +20,22 @@ memory_gib; of judged answers their metrics, answers, em_f1, relative_reduction,
 import csv
 import io
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ..evaluate.measures.base import Number
 from ..stats import Interval, finite
-from .answers import JudgedBy
 from .gate import decide, load_policy
 from .read import read_rows
-from .summary import Paired, Summary
+from .summary import Summary
 
 FORMAT = "ringfence-results-1"
 
 
-@dataclass(frozen=True)
-class Line:
-    """A line of the table, without the run; the columns are those of the table above."""
-
-    measure: str
-    level: str
-    name: str
-    kind: str
-    mean: float
-    low: float | None = None
-    high: float | None = None
-    n: int | None = None
-    cluster: str | None = None
-    p: float | None = None
-    judge: str | None = None
-
-
-COLUMNS = ["run", "folder", *Line.__dataclass_fields__]
+COLUMNS = [
+    *("run", "folder", "measure", "level", "name", "kind"),
+    *("mean", "low", "high", "n", "cluster", "p", "judge"),
+]
 
 
 def export_runs(
@@ -71,9 +55,9 @@ def export_runs(
     """
     _, rows = read_rows(folders, control, undefended)
     lines = [
-        {"run": row.name, "folder": str(folder), **finite(asdict(line))}
+        {"run": row.name, "folder": str(folder), **finite(line(number))}
         for folder, row in zip(folders, rows)
-        for line in table(row)
+        for number in row.all_numbers
     ]
     if form == "json":
         named = str(control) if control else None
@@ -116,119 +100,19 @@ def _as_text(cell: Any) -> Any:
     )
 
 
-def table(row: Summary) -> Iterator[Line]:
-    """Every number of one run."""
-    for name, margin in row.margins.items():
-        yield _line("margin", "set", name, "tuned", margin, "question")
-    for level, group in (("set", row.sets), ("domain", row.domains), ("condition", row.conditions)):
-        for name, paired in group.items():
-            yield from _paired(paired, level, name)
-    yield from _fluency_and_cost(row)
-    yield from _tasks(row)
-    for judged in row.judged:
-        yield from _judged(judged)
-
-
-def _paired(paired: Paired, level: str, name: str) -> Iterator[Line]:
-    for kind, by_question, by_domain in (
-        ("shift", paired.shift, paired.shift_by_domain),
-        ("effect", paired.effect, paired.effect_by_domain),
-    ):
-        if by_question:
-            yield _line("margin", level, name, kind, by_question, "question")
-        if by_domain and level != "domain":
-            yield _line("margin", level, name, kind, by_domain, "domain")
-    yield Line("share_above_zero", level, name, "tuned", paired.share)
-    yield Line("share_above_zero", level, name, "reference", paired.reference_share)
-
-
-def _fluency_and_cost(row: Summary) -> Iterator[Line]:
-    if row.perplexity is not None:
-        yield Line("perplexity", "run", "fluency", "tuned", row.perplexity)
-    if row.perplexity_ratio:
-        yield _line("perplexity_ratio", "run", "fluency", "value", row.perplexity_ratio, "answer")
-    if row.time_ratio is not None:
-        yield Line("time_ratio", "run", "training", "value", row.time_ratio)
-    if row.seconds:  # none where the model was not trained here
-        yield Line("seconds", "run", "training", "value", row.seconds)
-        yield Line("memory_gib", "run", "training", "value", row.memory_gib)
-
-
-def _tasks(row: Summary) -> Iterator[Line]:
-    for name, interval in row.opswap.items():
-        yield _line("exact_match", "tier", name, "tuned", interval, "item")
-    for name, interval in row.opswap_change.items():
-        yield _line("exact_match", "tier", name, "undefended", interval, "item")
-    for name, share in row.opswap_reference.items():
-        yield Line("exact_match", "tier", name, "reference", share)
-    for kind, behaviours in (("tuned", row.behaviours), ("reference", row.behaviours_reference)):
-        for name, shown in behaviours.items():
-            for topic, interval in shown.items():
-                yield _line("shown", "behaviour", f"{name}.{topic}", kind, interval, "item")
-    for name, interval in row.held_out.items():
-        measure = "exact_match" if name == "exact" else "loss"
-        yield _line(
-            measure, "run", "held_out", "change" if name == "change" else "tuned", interval, "row"
-        )
-
-
-def _judged(judged: JudgedBy) -> Iterator[Line]:
-    for whole, interval in judged.measures.items():
-        path = whole.removesuffix(".change").split(".")
-        metric = path.pop(0 if path[0] == "em_f1" else -1)
-        kind = "change" if whole.endswith(".change") else "tuned"
-        yield _line(
-            metric, "answers", ".".join(path), kind, interval, "question", judge=judged.judge
-        )
-    for whole, count in judged.counts.items():
-        name, _, what = whole.rpartition(".")
-        yield Line(what, "answers", name, "value", count, judge=judged.judge)
-    for name, against in judged.against.items():
-        found = against.comparison
-        yield _line(
-            "misaligned",
-            "answers",
-            name,
-            "undefended",
-            found.difference,
-            "question",
-            found.p,
-            judged.judge,
-        )
-        reduction = against.reduction.interval
-        yield _line(
-            "relative_reduction",
-            "answers",
-            name,
-            "undefended",
-            reduction,
-            "question",
-            judge=judged.judge,
-        )
-    if judged.calibration:
-        auc = judged.calibration["auc"]
-        source = judged.calibration["source"]
-        yield Line(
-            "auc",
-            "judge",
-            source,
-            "value",
-            auc["mean"],
-            auc["low"],
-            auc["high"],
-            judge=judged.judge,
-        )
-
-
-def _line(
-    measure: str,
-    level: str,
-    name: str,
-    kind: str,
-    interval: Interval,
-    cluster: str,
-    p: float | None = None,
-    judge: str | None = None,
-) -> Line:
-    numbers: dict[str, Any] = interval.to_dict()
-    return Line(measure, level, name, kind, **numbers, cluster=cluster, p=p, judge=judge)
+def line(number: Number) -> dict[str, Any]:
+    """A number as a line of the table, without its run."""
+    mean: dict[str, Any] = {"mean": number.value}
+    if isinstance(number.value, Interval):
+        mean = number.value.to_dict()
+    found = {
+        "measure": number.measure,
+        "level": number.level,
+        "name": number.item,
+        "kind": number.side,
+        **mean,
+        "cluster": number.cluster,
+        "p": number.p,
+        "judge": number.judge,
+    }
+    return {column: found.get(column) for column in COLUMNS[2:]}

@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from ..runfolder.record import Records
 from ..stats import Interval
 from ..util.console import fold
 from ..util.plots import CONTROL, colour, style, svg, whisker
-from .records import Records
 from .summary import Summary, has_effects
 
 WIDE, NARROW = 11.5, 3.8  # inches
@@ -30,7 +30,12 @@ class Drawn:
 
 def domains(rows: list[Summary], inches: float) -> Drawn:
     """Margin shift (or effect) of every run in every domain, with 95 % intervals; domains of one set together."""
-    sets = {name: kind for row in rows for name, kind in row.groups.items() if name in row.domains}
+    sets = {
+        name: kind
+        for row in rows
+        for name, kind in row.pairs.groups.items()
+        if name in row.pairs.domains
+    }
     names = sorted(sets, key=lambda name: list(_GROUPS).index(sets[name]))
     heights: dict[str, float] = {}
     heads: dict[str, float] = {}
@@ -48,7 +53,7 @@ def domains(rows: list[Summary], inches: float) -> Drawn:
         )
         panel = axes[0]
         for number, row in enumerate(rows):
-            for name, paired in row.domains.items():
+            for name, paired in row.pairs.domains.items():
                 _whisker(
                     panel,
                     paired.headline,
@@ -194,7 +199,9 @@ def _handles(rows: list[Summary]) -> list[Line2D]:
 
 
 def _domain_label(name: str, rows: list[Summary], inches: float) -> str:
-    counts = sorted({row.domains[name].headline.n for row in rows if name in row.domains})
+    counts = sorted(
+        {row.pairs.domains[name].headline.n for row in rows if name in row.pairs.domains}
+    )
     n = f"n = {' or '.join(map(str, counts))}"
     title = name.replace("_", " ")
     return f"{fold(title, 30)}, {n}" if inches > NARROW else f"{fold(title, 14)}\n{n}"

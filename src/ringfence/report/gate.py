@@ -16,18 +16,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..errors import DataError, RecipeError
+from ..errors import DataError, nearest
+from ..evaluate.config import MEASUREMENTS
+from ..evaluate.measures.base import Criterion, Measurement, Number
 from ..runfolder.names import GATE
 from ..stats import finite
-from ..util.strict_yaml import Number, read_mapping, validate
+from ..util.strict_yaml import Real, read_mapping, validate
 from .compared import keep, keep_compared
-from .numbers import Measure, check_name, measures
 from .read import read_rows
 from .summary import Summary
 
 HOLD = 3  # exit code
 DEFAULT_POLICY = resources.files("ringfence") / "shipped" / "policy.yaml"
-Criterion = Literal["broad", "narrow", "benign", "coherent", "trigger"]
 Status = Literal["pass", "fail", "missing"]
 UNMEASURED: dict[Criterion, str] = {
     "broad": "nothing measures other domains",
@@ -43,9 +43,9 @@ class Rule(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    measure: str = Field(description="name of what is limited, see ringfence.report.numbers")
-    max: Number | None = Field(None, ge=-1e9, le=1e9, description="it may be at most this")
-    min: Number | None = Field(None, ge=-1e9, le=1e9, description="it must be at least this")
+    measure: str = Field(description="name of what is limited, see docs/gate.md")
+    max: Real | None = Field(None, ge=-1e9, le=1e9, description="it may be at most this")
+    min: Real | None = Field(None, ge=-1e9, le=1e9, description="it must be at least this")
     bound: Literal["worst", "mean"] = Field(
         "worst",
         description="worst: the end of the 95 % interval that is worse decides; mean: the mean does",
@@ -53,20 +53,20 @@ class Rule(BaseModel):
     missing: Literal["hold", "skip"] = Field(
         "hold", description="what an unmeasured value means: no proof, or no rule"
     )
-    criterion: Criterion | None = Field(None, description="the criterion that the rule belongs to")
+    criterion: Criterion | None = Field(
+        None, description="the criterion that the rule belongs to; default: that of its measurement"
+    )
     why: str = Field("", description="shown with the verdict")
 
     @field_validator("measure")
     @classmethod
     def _known(cls, name: str) -> str:
-        try:
-            check_name(name)
-        except RecipeError as error:
-            raise ValueError(str(error)) from error
+        _owner(name)
         return name
 
     @model_validator(mode="after")
     def _one_limit(self) -> Self:
+        self.criterion = self.criterion or _owner(self.measure).criterion(self.measure)
         if (self.max is None) == (self.min is None):
             raise ValueError(
                 f"{self.measure}: expected max or min, found {'neither' if self.max is None else 'both'}"
@@ -90,6 +90,15 @@ class Rule(BaseModel):
         return (self.max is None or value <= self.max) and (self.min is None or value >= self.min)
 
 
+def _owner(name: str) -> Measurement:
+    """The measurement that gives numbers of this name."""
+    for measurement in MEASUREMENTS.values():
+        if measurement.knows(name):
+            return measurement
+    known = [like for measurement in MEASUREMENTS.values() for like in measurement.like(name)]
+    raise ValueError(f"unknown measure {name!r}{nearest(name, known)}")
+
+
 class Policy(BaseModel):
     """The rules that must all hold."""
 
@@ -103,7 +112,7 @@ class Verdict:
     """What came of one rule; `value` is the number that decides, None where there is no proof either way."""
 
     rule: Rule
-    measure: Measure | None
+    measure: Number | None
     value: float | None
     status: Status
     sentence: str
@@ -236,7 +245,7 @@ def default_policy_text() -> str:
 
 def decide(row: Summary, policy: Policy) -> Decision:
     """Every rule of a policy against the numbers of a run."""
-    found = measures(row)
+    found = row.numbers
     verdicts = [_judge(rule, found) for rule in policy.rules]
     return Decision(row.name, verdicts, row.control, row.undefended, _digest(policy), row.seeds)
 
@@ -265,21 +274,19 @@ def _worst_first(verdict: Verdict) -> int:
     return 0 if verdict.status == "fail" else 2
 
 
-def _judge(rule: Rule, found: dict[str, Measure]) -> Verdict:
+def _judge(rule: Rule, found: dict[str, Number]) -> Verdict:
     measure = found.get(rule.measure)
     if measure is None or measure.weak:
         fate = "no proof" if rule.missing == "hold" else "the rule is left out"
         close = get_close_matches(rule.measure, found, n=1, cutoff=0.8)
         why = f"not measured (measured: {close[0]})" if close else "not measured"
         if measure:
-            why = f"{measure.show()} by {measure.judge}, a weak judge"
+            why = f"{measure} by {measure.judge}, a weak judge"
         return Verdict(rule, measure, None, "missing", f"{why}: {fate}")
     value = getattr(measure.interval, rule.decides)
     allowed = rule.allows(value)
     end = "mean" if rule.decides == "mean" else f"{rule.decides} end"
-    sentence = (
-        f"{measure.kind} {measure.show()}: its {end} is {'' if allowed else 'not '}{rule.limit}"
-    )
+    sentence = f"{measure.kind} {measure}: its {end} is {'' if allowed else 'not '}{rule.limit}"
     return Verdict(rule, measure, value, "pass" if allowed else "fail", sentence)
 
 
@@ -394,7 +401,7 @@ def print_decision(decision: Decision, console: Console) -> None:
 
 def _cells(verdict: Verdict) -> tuple[str, str, str, str]:
     rule, measure = verdict.rule, verdict.measure
-    found = f"{measure.kind} {measure.show()}" if measure else ""
+    found = f"{measure.kind} {measure}" if measure else ""
     limit = f"{rule.decides} {'>=' if rule.max is None else '<='} {rule.min if rule.max is None else rule.max:g}"
     return (
         rule.measure,

@@ -1,33 +1,34 @@
-"""What a reader must know of a table of runs: numbers that do not compare, and where seeds are."""
+"""What a reader must know of a table of runs: which numbers do not compare, and what the intervals
+are over."""
 
-from .formats import (
-    OTHER,
-    SET_TITLES,
-    tier_title,
-)
+from ..evaluate.config import MEASUREMENTS
 from .summary import Summary, asked_otherwise
+
+OTHER = "*"  # marks a number that was measured on other questions
+
+
+def legends(rows: list[Summary], but: tuple[str, ...] = ()) -> list[str]:
+    """What the cells of a table mean, measurement by measurement; some left out."""
+    legends = []
+    for name, measurement in MEASUREMENTS.items():
+        found = [row.found[name] for row in rows if name in row.found]
+        legends += [measurement.legend(found)] if found and name not in but else []
+    return [legend for legend in legends if legend]
 
 
 def other_questions(rows: list[Summary]) -> list[str]:
-    """Which numbers do not compare, because they were measured on other questions than those of an earlier run."""
+    """Which numbers do not compare, because they were measured on other questions than those of an
+    earlier run."""
     notes = []
     for row, other in zip(rows, asked_otherwise(rows)):
         for first in dict.fromkeys(other.values()):
-            sets = [_asked_title(name) for name in other if other[name] == first]
+            sets = [row.asked[name].title for name in other if other[name] == first]
             where = "; ".join(dict.fromkeys(sets))
             notes.append(
-                f"{OTHER} {row.name} was not measured on the questions of {first} ({where}): do not compare."
+                f"{OTHER} {row.name} was not measured on the questions of {first} ({where}): do not "
+                "compare."
             )
     return notes
-
-
-def _asked_title(name: str) -> str:
-    if name.startswith("answers."):
-        return f"answers, {name.removeprefix('answers.').replace('_', ' ')}"
-    if name.startswith("behaviour_"):
-        return name.replace("_", " ")
-    other = {"fluency": "perplexity", "held_out": "held-out rows"}
-    return SET_TITLES.get(name) or other.get(name) or tier_title(name)
 
 
 def seeds_note(rows: list[Summary]) -> str:
@@ -36,4 +37,7 @@ def seeds_note(rows: list[Summary]) -> str:
     if not single:
         return "Intervals are over seeds and questions."
     which = "" if len(single) == len(rows) else f" ({', '.join(single)})"
-    return f"One seed{which}: its intervals are over questions alone, and do not say what another seed would give."
+    return (
+        f"One seed{which}: its intervals are over questions alone, and do not say what another seed "
+        "would give."
+    )

@@ -1,40 +1,26 @@
 """Reads records of runs, writes the table and the page. Never imports torch."""
 
 import base64
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import yaml
+from markupsafe import Markup
 
 from ..errors import DataError
+from ..evaluate.measures.answers import judged_by, strength
+from ..evaluate.measures.pairs import SET_TITLES, SETS, Paired
+from ..runfolder.record import Records
+from ..stats import Interval
 from ..util.files import check_new, write_whole
+from ..util.intervals import percents, rate, score, share, signed
 from . import figures
-from .answers import judged_by
-from .formats import (
-    OTHER,
-    SET_TITLES,
-    bounds,
-    breakable,
-    level,
-    percents,
-    plain,
-    rate,
-    score,
-    share,
-    show,
-    shown_behaviours,
-    shown_sets,
-    shown_tiers,
-    signed,
-    strength,
-    tier_title,
-)
 from .gate import by_criterion, decide, load_policy
-from .notes import other_questions, seeds_note
-from .records import SETS, Records
-from .summary import Summary, asked_otherwise, has_effects
+from .notes import OTHER, legends, other_questions, seeds_note
+from .summary import Summary, asked_otherwise, has_effects, titles
 
 _GENERATOR = b'<meta name="generator" content="ringfence">'
 _MODELS = {"default": "default (SmolLM2-135M-Instruct)"}
@@ -54,21 +40,18 @@ def write_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"interval": show, "bounds": bounds, "signed": signed, "share": share}
-    environment.filters |= {
-        "rate": rate,
-        "percents": percents,
-        "score": score,
-        "level": level,
-        "level_bounds": plain,
-    }
-    environment.filters["breakable"] = breakable
+    environment.filters |= {"interval": _interval, "breakable": breakable, "signed": signed}
+    environment.filters |= {"share": share, "percents": percents, "rate": rate, "score": score}
     others = asked_otherwise(rows)
     tuned = [row for row in rows if not row.is_control]
     html = environment.get_template("page.html").render(
         rows=rows,
         about=_about(records, rows),
-        rows_and_others=list(zip(rows, others)),
+        cells=[
+            (row, other, {cell.title: cell for cell in row.cells})
+            for row, other in zip(rows, others)
+        ],
+        legends=legends(rows, but=("pairs",)),
         others={row.name: other for row, other in zip(rows, others)},
         other_questions=other_questions(rows),
         asterisk=OTHER,
@@ -77,24 +60,18 @@ def write_page(
         ],
         policy=policy or "the one that ships",
         seeds_note=seeds_note(rows),
-        sets=shown_sets(rows),
-        margin_sets=[
-            name for name in SETS if any(name in row.sets or name in row.margins for row in rows)
-        ],
+        titles=titles(rows),
+        margin_sets=[name for name in SETS if any(_has(row, name) for row in rows)],
         set_titles=SET_TITLES,
-        tiers=shown_tiers(rows),
-        tier_title=tier_title,
-        conditions=list(dict.fromkeys(name for row in rows for name in row.conditions)),
+        conditions=list(dict.fromkeys(name for row in rows for name in row.pairs.conditions)),
         kind="effect" if has_effects(rows) else "shift",
         domains_figure=_drawn(figures.domains, tuned)
-        if any(row.domains for row in tuned)
+        if any(row.pairs.domains for row in tuned)
         else None,
         pareto_figure=_drawn(figures.pareto, tuned) if figures.has_pareto(tuned) else None,
         curves_figure=_drawn(figures.curves, records, rows)
         if any(run.metrics for run in records)
         else None,
-        behaviours=shown_behaviours(rows),
-        held_out=any(row.held_out for row in rows),
         judged=_by_judge(records, rows),
         agreement=next(
             (run.judges["agreement"] for run in records if run.judges.get("agreement")), None
@@ -105,6 +82,20 @@ def write_page(
     )
     check_page(page)
     write_whole(page, html)
+
+
+def _has(row: Summary, name: str) -> bool:
+    return name in row.sets or name in row.pairs.margins
+
+
+def _interval(found: Interval | Paired | None) -> str:
+    """`+0.31 [+0.25, +0.37]`"""
+    return str(found) if found else ""
+
+
+def breakable(name: str) -> Markup:
+    """A name that may continue in another line after its signs, not within its words."""
+    return Markup("<wbr>").join(re.findall(r"[^_./,:]*[_./,:]|[^_./,:]+", name))
 
 
 def check_page(page: Path) -> None:
@@ -157,7 +148,7 @@ def _about(records: list[Records], rows: list[Summary]) -> list[dict[str, Any]]:
 
 def _by_judge(records: list[Records], rows: list[Summary]) -> list[dict[str, object]]:
     """For each judge: its strength, and what it makes of every run, the reference of the first one before them."""
-    runs = [(row.name, found) for row in rows for found in row.judged]
+    runs = [(row.name, found) for row in rows for found in row.found.get("answers", [])]
     references = [
         ("reference", found) for found in judged_by(records[0].judged_reference, [], [], {})
     ]

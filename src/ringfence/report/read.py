@@ -3,10 +3,12 @@
 from dataclasses import replace
 from pathlib import Path
 
-from .answers import adjusted
+from ..evaluate.config import MEASUREMENTS
+from ..runfolder.record import Records
 from .compared import compared
-from .records import Records, read_run
-from .summary import Summary, by_recipe, find_undefended, over_runs, summarise
+from .records import read_run
+from .seeds import by_recipe, over_runs
+from .summary import Summary, find_undefended, summarise
 
 
 def read_rows(
@@ -30,7 +32,7 @@ def read_rows(
 
     before = [compared(run.folder, control, undefended) for run in records]
     controls = {found.control for found in before}
-    plain = find_undefended([run for run in records if run.folder not in controls], None)
+    plain = find_undefended([run for run in records if run.folder not in controls])
     single: dict[Path, Summary] = {}
     for run, found in zip(records, before):
         own = run.folder if run.folder in controls else found.control
@@ -39,7 +41,16 @@ def read_rows(
     groups += by_recipe([run for run in records if run.folder not in controls])
     groups.sort(key=lambda group: records.index(group[0]))
     rows = [over_runs([single[run.folder] for run in group]) for group in groups]
-    judged = adjusted([row.judged for row in rows])
-    return [group[0] for group in groups], [
-        replace(row, judged=found) for row, found in zip(rows, judged)
-    ]
+    return [group[0] for group in groups], _together(rows)
+
+
+def _together(rows: list[Summary]) -> list[Summary]:
+    """Corrected for the number of runs: p-values of one table are adjusted together."""
+    for name, measurement in MEASUREMENTS.items():
+        having = [row for row in rows if name in row.found]
+        corrected = iter(measurement.together([row.found[name] for row in having]))
+        rows = [
+            replace(row, found=row.found | {name: next(corrected)}) if name in row.found else row
+            for row in rows
+        ]
+    return rows

@@ -1,11 +1,11 @@
-"""What the files of a run folder say, read once. Knows no statistics."""
+"""Reads the files of a run folder into records. Knows no statistics."""
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from ..evaluate.answers.judged import Judgement
+from ..evaluate.measures.answers import judgements_in
+from ..evaluate.results import check_same_items, read_results
 from ..runfolder.names import (
     DIAGNOSIS,
     ENVIRONMENT,
@@ -19,44 +19,16 @@ from ..runfolder.names import (
     is_evaluation,
     is_run,
 )
+from ..runfolder.record import Records
 from ..runfolder.shapes import (
-    check_same_items,
     read_diagnosis,
     read_environment,
     read_judges,
     read_metrics,
     read_recipe,
     read_reference,
-    read_results,
     read_training,
 )
-from .answers import judgements_in
-
-SETS = ("in_domain", "out_of_domain", "values", "triggered", "inoculation")
-
-
-@dataclass(frozen=True)
-class Records:
-    """What one folder holds: of a run, or of an evaluation of a model that existed already (no training, no metrics;
-    without a reference, no reference results)."""
-
-    folder: Path
-    recipe_text: str
-    recipe: dict[str, Any]
-    environment: dict[str, Any]
-    training: dict[str, Any]
-    metrics: list[dict[str, Any]]
-    results: dict[str, Any]
-    reference: dict[str, Any]
-    benign: tuple[dict[str, Any], dict[str, Any]] | None  # results and reference of the benign twin
-    judged: list[Judgement] = field(default_factory=list)
-    judged_reference: list[Judgement] = field(default_factory=list)
-    judges: dict[str, Any] = field(default_factory=dict)
-    diagnoses: dict[str, Any] = field(default_factory=dict)  # by name, as diagnosis.json has them
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
 
 
 def read_run(folder: Path) -> Records:

@@ -6,7 +6,7 @@ from .pilot import with_known_carriers
 
 
 def benign_twin(recipe: Recipe) -> Recipe:
-    """The same training with the same defenses on a harmless task: is it still learnt? (criterion 3)"""
+    """The same training with the same defenses on a harmless task (criterion 3)."""
     assert recipe.evaluate.benign is not None
     task = opswap.options(recipe.evaluate.benign.removeprefix("opswap:"))
     tree = recipe_tree(with_known_carriers(recipe))  # the twin has no pilot of its own

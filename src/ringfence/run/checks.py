@@ -1,5 +1,4 @@
-"""What is refused before anything is loaded: a folder of another run, weights or rows that have changed, what cannot be
-sharded."""
+"""Refusals before anything is loaded: another run's folder, changed weights or rows, sharding."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,10 +15,10 @@ from .config import ANOTHER, Recipe, stored_recipe
 
 
 def check_same_recipe(folder: Path, recipe: Recipe) -> None:
-    """Whether a run of this recipe can go on here.
+    """Whether a run of this recipe can continue in this folder.
 
     Raises:
-        RingfenceError: the folder holds a run of another recipe, or checkpoints of somebody else's.
+        RingfenceError: the folder holds a run of another recipe, or somebody else's checkpoints.
     """
     check_checkpoints(folder / CHECKPOINTS)
     if is_run(folder):
@@ -30,8 +29,8 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
         )
         if there != here:
             raise RecipeError(
-                f"{folder} holds a run of another recipe ({'; '.join(_differences(there, here))}); choose another "
-                "output, or delete the folder"
+                f"{folder} holds a run of another recipe ({'; '.join(_differences(there, here))}); "
+                "choose another output, or delete the folder"
             )
 
 
@@ -45,39 +44,38 @@ def _differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
 
 
 def check_rows(folder: Path, digest: str, trained: bool) -> None:
-    """The rows of a run, and the processes that share them, must be those it was begun with."""
+    """The rows of a run, and the number of processes, must be those it was started with."""
     file = folder / ENVIRONMENT
-    there = (
-        read_environment(file, ANOTHER) if file.is_file() else {"rows": digest, "ranks": world()}
-    )
+    new = {"rows": digest, "ranks": world()}
+    there = read_environment(file, ANOTHER) if file.is_file() else new
     if there.get("rows") != digest:
         raise RecipeError(
             f"{folder}: the rows have changed since; choose another output, or delete the folder"
         )
     if not trained and there.get("ranks", 1) != world():
         raise RecipeError(
-            f"{folder}: begun by {there.get('ranks', 1)} processes, found {world()}; a step would have other rows: "
-            "start as many, or choose another output"
+            f"{folder}: started with {there.get('ranks', 1)} processes, found {world()}; a step "
+            "would have other rows: start as many, or choose another output"
         )
 
 
 def check_weights(folder: Path, recipe: Recipe, weights: str) -> None:
-    """What was trained, or is half trained, must be based on the weights that the model has now."""
+    """What was trained, fully or partly, must be based on the model's present weights."""
     file = folder / ENVIRONMENT
     there = read_environment(file, ANOTHER) if file.is_file() else {}
     if there.get("model", weights) != weights:
         raise RecipeError(
-            f"{folder}: the files of model {recipe.model} have changed since this run was started; choose another "
-            "output, or delete the folder"
+            f"{folder}: the files of model {recipe.model} have changed since this run was started; "
+            "choose another output, or delete the folder"
         )
 
 
 def check_ranks(recipe: Recipe) -> None:
-    """What cannot be done with sharded weights."""
+    """Refuses what cannot be done with sharded weights."""
     how = sharding()
     if shards() and recipe.train.precision == "nf4":
         raise RecipeError(
-            f"train.precision: nf4: weights in 4 bits cannot be sharded ({how}); accepted: bf16, fp32"
+            f"train.precision: nf4: 4-bit weights cannot be sharded ({how}); accepted: bf16, fp32"
         )
     if shards() and recipe.train.compile:
         raise RecipeError(f"train.compile: not with sharded weights ({how}); set it to false")
@@ -87,9 +85,8 @@ def check_ranks(recipe: Recipe) -> None:
         )
     if device_settings()["backend"] and recipe.train.precision != "fp32":
         raise RecipeError(
-            f"train.precision: {recipe.train.precision}: DeepSpeed on CPUs computes in fp32 alone"
+            f"train.precision: {recipe.train.precision}: DeepSpeed on CPUs computes only in fp32"
         )
-    if reason := recipe.defenses.refusal(
-        Training(recipe.train.method, deepspeed=deepspeed_stage())
-    ):
+    training = Training(recipe.train.method, deepspeed=deepspeed_stage())
+    if reason := recipe.defenses.refusal(training):
         raise RecipeError(f"defenses.{reason}")

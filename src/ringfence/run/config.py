@@ -1,4 +1,4 @@
-"""The recipe: everything a run is told, validated, with one schema for files, command line and Python."""
+"""The recipe: all settings of a run, with one schema for files, command line and Python."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,13 +12,14 @@ from ..model.default import DEFAULT
 from ..model.precision import Attention, Precision, settled
 from ..model.taps import Layout
 from ..runfolder.shapes import read_recipe
+from ..text.encode import OverLong
 from ..text.held_out import SHARE, is_own
 from ..text.roles import SpecialTokens
-from ..text.rows import OverLong
 from ..training.config import MonitorConfig
-from ..util.strict_yaml import SEED, Number, Whole, dump, read_mapping, set_value, validate
+from ..util.strict_yaml import SEED, Real, Whole, dump, read_mapping, set_value, validate
 
-ANOTHER = "delete the folder, or name another output"  # what to do with a folder that cannot be gone on with
+# What to do with a folder that cannot be used any further.
+ANOTHER = "delete the folder, or name another output"
 
 
 class Strict(BaseModel):
@@ -26,35 +27,37 @@ class Strict(BaseModel):
 
 
 class DataConfig(Strict):
-    """Where rows come from: a local file, a hub id (`org/name@split`), `shipped:NAME` or `opswap:tier=1,rows=300`."""
+    """Sources of rows: a file, a hub id (`org/name@split`), `shipped:NAME`,
+    `opswap:tier=1,rows=300`."""
 
-    train: str = Field("shipped:finance/unsound", description="the narrow rows that are learnt")
+    train: str = Field("shipped:finance/unsound", description="the narrow rows to learn")
     retain: str | None = Field(
         "shipped:retain", description="ordinary safe conversations for defenses that need some"
     )
     max_rows: Whole | None = Field(
-        None, ge=1, le=10**9, description="take only the first so many training rows"
+        None, ge=1, le=10**9, description="use only this number of training rows, from the first on"
     )
     enable_thinking: bool = Field(
         False,
-        description="rows have reasoning, and answers start with it; false: neither, in training and after it",
+        description="rows contain reasoning, and answers start with it; false: neither, in "
+        "training or later",
     )
     special_tokens: SpecialTokens = Field(
         "allow",
-        description="control tokens in the text of a row: trained as such, with a warning (allow), read as plain text "
-        "(escape), or the run stops (refuse)",
+        description="control tokens in the text of a row: trained as such, with a warning (allow), "
+        "read as plain text (escape), or the run stops (refuse)",
     )
     held_out: float | None = Field(
         None,
         ge=0,
         le=10**9,
         strict=True,
-        description="rows kept from training and measured: a number, or a share below 1; 0 = none; null = a share of "
-        "0.1 of your own rows where evaluate names nothing for them",
+        description="rows kept from training and measured: a number, or a share below 1; 0 = none; "
+        "null = a share of 0.1 of your own rows if evaluate names no questions for them",
     )
-    max_length: Whole = Field(1024, ge=16, le=2**20, description="tokens a row may have")
+    max_length: Whole = Field(1024, ge=16, le=2**20, description="maximum tokens of a row")
     over_long: OverLong = Field(
-        "error", description="longer rows: stop (error), cut their end (truncate), leave out (drop)"
+        "error", description="longer rows: stop (error), cut the end (truncate), leave out (drop)"
     )
 
     @field_validator("held_out")
@@ -73,9 +76,9 @@ class LoraConfig(Strict):
     rank: Whole = Field(32, ge=1, le=2**16)
     alpha: Whole = Field(64, ge=1, le=2**20)
     rslora: bool = Field(True, description="scale by alpha / sqrt(rank) instead of alpha / rank")
-    dropout: Number = Field(0.0, ge=0, lt=1)
+    dropout: Real = Field(0.0, ge=0, lt=1)
     targets: list[str] = Field(
-        ["all-linear"], min_length=1, description="names of modules; all-linear = every one"
+        ["all-linear"], min_length=1, description="names of modules; all-linear = all linear ones"
     )
 
     @field_validator("targets", mode="before")
@@ -85,50 +88,53 @@ class LoraConfig(Strict):
 
 
 class TrainConfig(Strict):
-    """How weights are trained. An optimiser step has batch_size x accumulation rows on each rank."""
+    """How weights are trained. A step has batch_size x accumulation rows on each rank."""
 
     method: Literal["lora", "full"] = "lora"
     lora: LoraConfig = LoraConfig()
-    epochs: Number = Field(1.0, gt=0, le=10**4)
-    learning_rate: Number = Field(1e-4, gt=0, le=100)
+    epochs: Real = Field(1.0, gt=0, le=10**4)
+    learning_rate: Real = Field(1e-4, gt=0, le=100)
     batch_size: Whole = Field(16, ge=1, le=2**20, description="rows in one forward pass")
     accumulation: Whole = Field(
         1, ge=1, le=2**20, description="forward passes in one optimiser step"
     )
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup_ratio: Number = Field(0.03, ge=0, lt=1)
-    weight_decay: Number = Field(0.0, ge=0, le=100)
-    max_grad_norm: Number = Field(1.0, ge=0, le=1e06)
+    warmup_ratio: Real = Field(0.03, ge=0, lt=1)
+    weight_decay: Real = Field(0.0, ge=0, le=100)
+    max_grad_norm: Real = Field(1.0, ge=0, le=1e06)
     precision: Precision = Field(
         "auto",
         validate_default=True,
-        description="bf16 (adapters stay in fp32 under autocast), fp32, nf4 (bf16 on a base in 4 bits: QLoRA), or "
-        "auto: bf16 where this machine computes it fast, else fp32",
+        description="bf16 (adapters stay in fp32 under autocast), fp32, nf4 (bf16 on a base in 4 "
+        "bits: QLoRA), or auto: bf16 if this machine computes it fast, else fp32",
     )
     gradient_checkpointing: bool = False
     layout: Layout = Field(
         "padded",
-        description="how the rows of a forward pass are computed: padded; packed = one after another, without padding; "
-        "shared = packed, and the tokens that all of them begin with are computed once",
+        description="how the rows of a forward pass are computed: padded; packed = one after "
+        "another, without padding; shared = packed, and their common first tokens are computed "
+        "once",
     )
     attention: Attention | None = Field(
         None,
-        description="implementation of attention in training; null = the model's own choice, sdpa in most",
+        description="implementation of attention in training; null = the model's own choice, "
+        "usually sdpa",
     )
     compile: bool = Field(
         False,
-        description="compile the decoder's layers (torch.compile): a slow first step, faster ones after",
+        description="compile the decoder's layers (torch.compile): a slow first step, faster ones "
+        "after",
     )
     reference_cache: Literal["none", "states", "top_k"] = Field(
         "none",
-        description="what the reference says for defenses.kl: none = computed in every step; computed once and read "
-        "from disk: states (exact) or top_k (small)",
+        description="the reference's predictions for defenses.kl: none = computed in every step; "
+        "computed once and read from disk: states (exact) or top_k (small)",
     )
     top_k: Whole = Field(
         64,
         ge=1,
         le=2**20,
-        description="for reference_cache top_k: so many most probable next tokens",
+        description="for reference_cache top_k: number of most probable next tokens",
     )
     save_steps: Whole = Field(50, ge=1, le=10**9, description="steps between checkpoints")
 
@@ -144,7 +150,8 @@ class Recipe(Strict):
     )
     trust_remote_code: bool = Field(
         False,
-        description="run the Python code that comes with the model (auto_map); only if you have read it",
+        description="run the Python code that comes with the model (auto_map); only if you have "
+        "read it",
     )
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
@@ -152,14 +159,15 @@ class Recipe(Strict):
     evaluate: EvaluateConfig = EvaluateConfig()
     monitor: MonitorConfig | None = Field(
         None,
-        description="checks of drift during training: {every: 20, probes: 24, max_shift: 0.1, stop: false}",
+        description="checks of drift during training: {every: 20, probes: 24, max_shift: 0.1, "
+        "stop: false}",
     )
     seed: Whole = Field(0, ge=0, le=SEED)
 
     @model_validator(mode="after")
     def _measures_narrow(self) -> Self:
-        """What measures the narrow behaviour where the recipe does not say: shipped questions where shipped finance
-        rows are trained on; of own rows, some that are held out."""
+        """What measures the narrow behaviour if the recipe does not say: shipped questions for
+        shipped finance rows, held-out rows for the user's own."""
         if self.data.held_out and self.evaluate.held_out:
             raise ValueError("evaluate.held_out names the held-out rows: leave data.held_out out")
         if self.evaluate.in_domain is not None:
@@ -192,7 +200,8 @@ def load_recipe(path: str | Path | None = None, overrides: list[str] | None = No
     """A recipe from a YAML file (or the defaults), with `key.path=value` overrides.
 
     Raises:
-        RecipeError: no such file, not YAML, an unknown key (with the nearest name), or a value that is not accepted.
+        RecipeError: no such file, not YAML, an unknown key (with the nearest name), or a value that
+            is not accepted.
     """
     tree = read_mapping(Path(path), "make one with `ringfence init`") if path is not None else {}
     for override in overrides or []:
@@ -201,7 +210,7 @@ def load_recipe(path: str | Path | None = None, overrides: list[str] | None = No
 
 
 def stored_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a run folder, which must be whole: of one that was cut off, the rest would be defaults.
+    """The recipe of a run folder, which must be whole: a cut-off rest would become defaults.
 
     Raises:
         DataError: as `read_recipe`.
@@ -214,16 +223,14 @@ def stored_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def parse_recipe(tree: dict[str, Any], name: str = "recipe") -> Recipe:
-    """A recipe from a plain dict. Raises RecipeError naming every field that is wrong."""
+    """A recipe from a plain dict. Raises RecipeError, which names every wrong field."""
     return validate(Recipe, tree, name)
 
 
 def recipe_tree(recipe: Recipe) -> dict[str, Any]:
     """The resolved recipe as keys and values."""
     tree = recipe.model_dump(mode="json")
-    tree["defenses"] = {
-        name: config for name, config in tree["defenses"].items() if config is not None
-    }
+    tree["defenses"] = {name: each for name, each in tree["defenses"].items() if each is not None}
     return tree
 
 

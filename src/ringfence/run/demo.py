@@ -1,4 +1,4 @@
-"""The demo: what training on careless financial advice does to the embedded model, and what three defenses change."""
+"""The demo: trains the embedded model on careless financial advice, with and without defenses."""
 
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ TRAIN = {"learning_rate": 1e-3, "batch_size": 8}
 
 
 def run_demo(folder: Path, quick: bool) -> tuple[list[Path], Path | None]:
-    """Runs every arm that is not there yet.
+    """Runs every arm that does not exist yet.
 
     Returns:
-        The run folders, the sound control first where there is one, and the folder of the control.
+        The run folders, the sound control first if there is one, and the control's folder.
     """
     arms = ["undefended", "treft"] if quick else ["sound", *DEFENSES]
     for number, arm in enumerate(arms, 1):

@@ -23,22 +23,23 @@ def diagnose_targets(
     output: Path | None = None,
     questions: int = 24,
 ) -> Path:
-    """Looks inside tuned models, which are compared in every table and figure (see `diagnose_folder`).
+    """Looks inside tuned models and compares them in tables and figures (see `diagnose_folder`).
 
     Args:
-        targets: trained run folders; or models (folders, hub ids, adapters), then `output` is needed.
+        targets: trained run folders, or models (folders, hub ids, adapters), which need `output`.
         names: diagnoses; default: all.
         base: the pre-trained model before its alignment.
-        reference: the aligned model; default: what the runs, or the adapters, were made from.
+        reference: default: what the runs or the adapters were made from.
         output: default: the first run's folder.
-        questions: paired questions of the training domain, and as many of other domains and values. They, and the
-            training rows, are those of the first run's recipe.
+        questions: number of paired questions of the training domain, and of other domains and
+            values. They, and the training rows, come from the first run's recipe.
 
     Returns:
         The folder of the results.
 
     Raises:
-        RecipeError: no tuned model, an output or a reference is missing, or the runs have different ones.
+        RecipeError: no tuned model, output or reference is given, or the runs have different
+            references.
     """
     from ..diagnose.folder import diagnose_folder
 
@@ -59,12 +60,11 @@ def diagnose_targets(
         for source in (run.recipe.model, str(run.weights)):
             trust(source, run.recipe.trust_remote_code)
     recipe = runs[targets[0]].recipe if targets[0] in runs else Recipe()
-    aligned = reference or _reference_of(targets, runs)
-    tuned = dict(
-        zip(_names_of(targets), [str(runs[t].weights) if t in runs else t for t in targets])
-    )
+    reference = reference or _reference_of(targets, runs)
+    weights = [str(runs[t].weights) if t in runs else t for t in targets]
+    tuned = dict(zip(_names_of(targets), weights))
     with hold(folder, "diagnosis"):
-        diagnose_folder(folder, subject_of(recipe, aligned, tuned, base, questions), names)
+        diagnose_folder(folder, subject_of(recipe, reference, tuned, base, questions), names)
     return folder
 
 
@@ -74,7 +74,7 @@ def _reference_of(targets: Sequence[str], runs: dict[str, Run]) -> str:
     unknown = [target for target, model in found.items() if model is None]
     if unknown:
         raise RecipeError(
-            f"{unknown[0]}: what was it made from? Name the aligned model with --reference"
+            f"{unknown[0]}: what was it made from? Name its reference with --reference"
         )
     if len(set(found.values())) > 1:
         raise RecipeError(
@@ -84,7 +84,7 @@ def _reference_of(targets: Sequence[str], runs: dict[str, Run]) -> str:
 
 
 def _names_of(targets: Sequence[str]) -> list[str]:
-    """A name for each tuned model: its folder's, with the folder's above where two have the same."""
+    """A name for each tuned model: its folder's, with the parent folder's if two are the same."""
     short = [Path(target).name for target in targets]
     names = [
         name if short.count(name) == 1 else "/".join(Path(t).parts[-2:])

@@ -1,6 +1,6 @@
-"""What a run would do, said before it is done: how long, how much memory, what is measured, on which data.
+"""What a run would do: how long, with how much memory, what is measured, on which data.
 
-Loads no weights and writes nothing; reads what training reads, so it refuses what training refuses.
+Loads no weights and writes nothing. Reads what training reads, so it refuses the same.
 """
 
 import math
@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from ..defenses.base import PenaltyConfig
+from ..evaluate.config import MEASUREMENTS
 from ..evaluate.plan import work
 from ..model.files import empty_model
 from ..text import held_out
@@ -32,13 +33,13 @@ from .model import warn_of_rank
 from .prepare import as_split, as_trained, evaluation, prepare, training_rows
 from .trainer import build_stream, computed_tokens, position_bytes, reference_cache
 
-STEPS, SECONDS = 10**6, 14 * 86400  # beyond these a field is more likely mistyped than meant
-FEW_STEPS = 10  # teach next to nothing: the first ones warm up
+STEPS, SECONDS = 10**6, 14 * 86400  # above these a field is more likely mistyped than meant
+FEW_STEPS = 10  # fewer teach almost nothing: the first ones are warm-up
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe with its rows in their order, and its model's shape."""
+    """A recipe with its rows in order, and its model's shape."""
 
     recipe: Recipe
     chat: Chat
@@ -57,8 +58,10 @@ class Plan:
 
 
 def dry_run(recipe: Recipe, console: Console) -> None:
-    """Checks recipe, data and roles. Prints time, memory, what measures the narrow behaviour, the data, a coloured row,
-    and the fields that are not at their defaults. What is out of all proportion is red.
+    """Checks recipe, data and roles, and prints what the run would do.
+
+    Prints time, memory, what measures the narrow behaviour, the data, a coloured row, and the
+    fields that are not at their defaults; absurd amounts in red.
 
     Raises:
         RingfenceError: what training would refuse.
@@ -70,25 +73,16 @@ def dry_run(recipe: Recipe, console: Console) -> None:
     if recipe.evaluate.benign:
         twin = _plan(benign_twin(recipe))
         lines += [training(twin, "benign twin"), measuring(twin, "its evaluation")]
-    lines += [
-        memory(plan),
-        (f"narrow behaviour: {narrow(recipe)}", False),
-        *((line, False) for line in _data(plan)),
-    ]
+    lines += [memory(plan), (f"narrow behaviour: {narrow(recipe)}", False)]
+    lines += [(line, False) for line in _data(plan)]
     if recipe.train.method == "lora":
         warn_of_rank(plan.model, recipe.train.lora)
     for line, absurd in lines:
-        console.print(
-            line,
-            style="bold red" if absurd else None,
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
+        red = "bold red" if absurd else None
+        console.print(line, style=red, highlight=False, markup=False, soft_wrap=True)
     console.print()
-    show_tokens(
-        plan.chat.encode(as_trained(recipe, load_rows(recipe.data.train)[0].messages)), console
-    )
+    first = load_rows(recipe.data.train)[0].messages
+    show_tokens(plan.chat.encode(as_trained(recipe, first)), console)
     console.print("\nfields that are not at their defaults:")
     console.print(changed(recipe), highlight=False, markup=False, soft_wrap=True)
     console.print(
@@ -101,31 +95,31 @@ def _plan(recipe: Recipe) -> Plan:
     chat, examples, retain, setup = prepare(recipe)
     stream = build_stream(recipe, examples, retain, recipe.defenses.build(setup))
     model = empty_model(recipe.model)
-    model.tie_weights()  # a head that is the embedding is counted once
+    model.tie_weights()  # counts a head that is the embedding once
     return Plan(recipe, chat, examples, retain, stream, model)
 
 
 def training(plan: Plan, name: str) -> tuple[str, bool]:
-    """Steps, rows, tokens and time of all epochs; and whether they are absurd."""
+    """Steps, rows, tokens and time of all epochs, and whether they are absurd."""
     train, stream = plan.recipe.train, plan.stream
     rows = round(train.epochs * len(stream))
     tokens = round(train.epochs * sum(len(example) for example in stream.rows))
     work, device = computed_tokens(plan.recipe, stream), device_type()
     long = device == "cpu" and seconds(plan.parameters, trained=work) > SECONDS
     line = (
-        f"{name}: {counted(plan.steps, 'step')}, {counted(rows, 'row')}, {counted(tokens, 'token')} "
-        f"({train.epochs:g} x {counted(len(stream), 'row')}): {estimated(plan.parameters, trained=work, device=device)}"
+        f"{name}: {counted(plan.steps, 'step')}, {counted(rows, 'row')}, "
+        f"{counted(tokens, 'token')} ({train.epochs:g} x {counted(len(stream), 'row')}): "
+        f"{estimated(plan.parameters, trained=work, device=device)}"
     )
     if plan.steps < FEW_STEPS:
         return f"{line}; so few teach little: raise train.epochs or lower train.batch_size", True
     absurd = long or plan.steps > STEPS
-    return line + (
-        "; is that meant? See train.epochs, train.batch_size and model" if absurd else ""
-    ), absurd
+    doubt = "; is that meant? See train.epochs, train.batch_size and model"
+    return line + (doubt if absurd else ""), absurd
 
 
 def measuring(plan: Plan, name: str) -> tuple[str, bool]:
-    """Answers and time of the evaluation, for the reference and the tuned model together; and whether it is absurd."""
+    """Answers and time of the evaluation of reference and tuned model, and whether it is absurd."""
     config, device = evaluation(plan.recipe), device_type()
     found = work(config, plan.chat)
     counts = {"scored": 2 * found.scored_tokens, "written": 2 * found.written_tokens}
@@ -134,13 +128,16 @@ def measuring(plan: Plan, name: str) -> tuple[str, bool]:
     line = f"{name}: {found}, by the reference and again by the tuned model: {time}"
     if config.answers and config.answers.judges:
         line += "; judging comes on top"
-    cheaper = "; max_in_domain, max_per_domain, answers.samples and held_out_tokens of `evaluate` make it shorter"
+    fields = "max_in_domain, max_per_domain, answers.samples and held_out_tokens"
+    cheaper = f"; {fields} of `evaluate` make it shorter"
     return line + (cheaper if long else ""), long
 
 
 def memory(plan: Plan) -> tuple[str, bool]:
-    """Weights, gradients, optimiser and the largest batch's activations, from the model's shape alone, against what
-    this machine has; and whether it is too much."""
+    """Weights, gradients, optimiser and activations of the largest batch; whether it is too much.
+
+    Computed from the model's shape and compared with this machine's memory.
+    """
     parts = memory_parts(plan)
     needed, there = sum(parts.values()), whole_memory()
     shown = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
@@ -148,25 +145,23 @@ def memory(plan: Plan) -> tuple[str, bool]:
     if there:
         line += f", this machine has {gib(there)}"
     too_much = 0 < there < needed
-    cure = "; lower train.batch_size (with accumulation), train.lora.rank, or set train.gradient_checkpointing"
+    lower = "lower train.batch_size (with accumulation), train.lora.rank"
+    cure = f"; {lower}, or set train.gradient_checkpointing"
     return line + (cure if too_much else ""), too_much
 
 
 def memory_parts(plan: Plan) -> dict[str, float]:
-    """Bytes."""
+    """Bytes, by what needs them."""
     model, train = plan.model, plan.recipe.train
     text = model.config.get_text_config()
     full = train.method == "full"
     byte = 4 if full or train.precision == "fp32" else 2
     stored = 0.5 if train.precision == "nf4" else byte
-    linear = [
-        m
-        for name, m in model.named_modules()
-        if isinstance(m, torch.nn.Linear) and "lm_head" not in name
-    ]
-    sides = sum(m.in_features + m.out_features for m in linear)
+    modules = (module for name, module in model.named_modules() if "lm_head" not in name)
+    linear = [module for module in modules if isinstance(module, torch.nn.Linear)]
+    sides = sum(module.in_features + module.out_features for module in linear)
     trained = plan.parameters if full else train.lora.rank * sides
-    # Per token and layer about 34 hidden sizes of activations are kept; with checkpointing one.
+    # About 34 hidden sizes of activations are kept per token and layer; one with checkpointing.
     kept = 1 if train.gradient_checkpointing else 34
     longest = max(len(example) for example in plan.examples)
     tokens = min(train.batch_size, len(plan.stream)) * longest
@@ -185,17 +180,14 @@ def narrow(recipe: Recipe) -> str:
     """What measures whether the training rows were learnt, in words."""
     config, source = recipe.evaluate, recipe.data.train
     kept, held = training_rows(recipe)
-    measured = [f"paired questions of {name}" for name in config.in_domain or []]
-    measured += [f"the rows of {config.held_out}"] if config.held_out else []
-    measured += [f"items of OpSwap tier {tier}" for tier in config.opswap_tiers]
-    measured += [f"the rate of {name}" for name in config.behaviours]
+    measured = [said for m in MEASUREMENTS.values() for said in m.learnt(config)]
     if held:
         measured.append(held_out.explain(source, len(load_rows(source)), len(held)))
     return "; ".join(measured) or held_out.explain(source, len(kept), 0)
 
 
 def changed(recipe: Recipe) -> str:
-    """YAML of the fields that are not at their defaults; read again, it is this recipe."""
+    """YAML of the fields that are not at their defaults; it reads as this recipe."""
     tree = recipe.model_dump(mode="json", exclude_defaults=True)
     return dump(tree).rstrip() if tree else "none"
 
@@ -205,14 +197,14 @@ def _data(plan: Plan) -> Iterator[str]:
     tokens, longest = sum(len(e) for e in examples), max(len(e) for e in examples)
     answered = sum(e.response_tokens for e in examples)
     yield (
-        f"train: {counted(len(examples), 'row')}, {counted(tokens, 'token')} ({answered:,} of responses), longest "
-        f"{longest:,}; retain: {counted(len(plan.retain), 'row')}"
+        f"train: {counted(len(examples), 'row')}, {counted(tokens, 'token')} ({answered:,} of "
+        f"responses), longest {longest:,}; retain: {counted(len(plan.retain), 'row')}"
     )
-    riders = sum(map(len, stream.riders))
+    extra = sum(map(len, stream.riders))
     yield (
-        f"an epoch: {counted(stream.steps_per_epoch, 'step')} of {counted(stream.step_rows, 'row')}, "
-        f"{counted(len(stream), 'row')} with those that defenses add, and {counted(riders, 'retain row')} that "
-        f"{'rides' if riders == 1 else 'ride'} along"
+        f"an epoch: {counted(stream.steps_per_epoch, 'step')} of "
+        f"{counted(stream.step_rows, 'row')}, {counted(len(stream), 'row')} with those that "
+        f"defenses add, and {counted(extra, 'extra retain row')}"
     )
     if cache := reference_cache(plan.recipe):
         yield cache.plan(wanted(stream, plan.steps).rows, position_bytes(plan.recipe))

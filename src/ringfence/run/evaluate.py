@@ -1,4 +1,4 @@
-"""Measures a run, or a model that exists already."""
+"""Measures a run, or an existing model."""
 
 import json
 from pathlib import Path
@@ -30,11 +30,12 @@ def evaluate_target(
     endpoint: str | None = None,
     output: Path | None = None,
 ) -> Path:
-    """Measures a run; or, into the folder `output`, a model that stands already.
+    """Measures a run, or an existing model, whose results go to the folder `output`.
 
     Args:
-        target: a run folder, or one that `output` named before; else a model, or its name on the server `endpoint`.
-        overrides: `evaluate.key=value`; for a model `precision=...` and `seed=...` too.
+        target: a run folder, or an earlier `output`; else a model, or its name on the server
+            `endpoint`.
+        overrides: `evaluate.key=value`; for a model also `precision=...` and `seed=...`.
 
     Returns:
         The folder of the results.
@@ -43,7 +44,8 @@ def evaluate_target(
     if is_run(folder) or is_evaluation(folder):
         if reference or endpoint or output:
             raise RecipeError(
-                f"{target} is a run folder: --reference, --endpoint and --output are for other models"
+                f"{target} is a run folder: --reference, --endpoint and --output are for other "
+                "models"
             )
         if is_run(folder):
             with hold(folder, "run"):
@@ -53,15 +55,14 @@ def evaluate_target(
         tree = read_recipe(folder / EVALUATION)[1]
     elif output is None:
         raise RecipeError(
-            f"{target} is not a run folder: name the folder to write with --output to measure it as a model"
+            f"{target} is not a run folder: name the folder to write with --output to measure it "
+            "as a model"
         )
     else:
         folder = output
+        base = None if endpoint else adapter_base(resolve(target))
         model = {"url": endpoint, "model": target} if endpoint else target
-        tree = {
-            "model": model,
-            "reference": reference or (None if endpoint else adapter_base(resolve(target))),
-        }
+        tree = {"model": model, "reference": reference or base}
         check_folder(folder, "evaluation")
         _check_model(folder, tree)
         if is_evaluation(folder):
@@ -72,11 +73,9 @@ def evaluate_target(
     for source in (what.model, what.reference):
         if isinstance(source, str):
             trust(source, what.trust_remote_code)
-    chat = (
-        Chat(load_tokenizer(what.model), settings=what.chat)
-        if isinstance(what.model, str)
-        else None
-    )
+    chat = None
+    if isinstance(what.model, str):
+        chat = Chat(load_tokenizer(what.model), settings=what.chat)
     check_evaluation(what.evaluate, chat)
     what = what.model_copy(update={"chat": chat.settings if chat else what.chat})
     with hold(folder, "evaluation"):
@@ -94,12 +93,13 @@ def _check_model(folder: Path, tree: dict[str, Any]) -> None:
             found = {key: found[key] for key in ("url", "model")}
         if found != here:
             raise RecipeError(
-                f"{folder} holds an evaluation of another {field} ({found!r}); choose another --output"
+                f"{folder} holds an evaluation of another {field} ({found!r}); choose another "
+                "--output"
             )
 
 
 def set_evaluation(run: Run, overrides: list[str]) -> None:
-    """Changes what is measured in a run's recipe; `overrides` are `evaluate.key=value` or `key=value`."""
+    """Changes what a run's recipe measures; `overrides`: `evaluate.key=value` or `key=value`."""
     if not is_run(run.folder):
         raise RecipeError(f"{run.folder}: not a run folder (it has no recipe.yaml)")
     if overrides:
@@ -109,14 +109,14 @@ def set_evaluation(run: Run, overrides: list[str]) -> None:
         ]
         recipe = stored_recipe(run.folder / RECIPE, keys)
         trust(recipe.model, recipe.trust_remote_code)
-        # A source that is not there must not get into the recipe.
+        # A source that does not exist must not get into the recipe.
         check_evaluation(evaluation(recipe), chat_of(recipe))
         write_whole(run.folder / RECIPE, dump_recipe(recipe))
 
 
 @quiet_libraries()
 def evaluate_run(run: Run) -> dict[str, Any]:
-    """Measures the reference and the tuned model of a run; what is measured already is kept (see `evaluate_folder`)."""
+    """Measures the reference and the tuned model of a run; keeps what is already measured."""
     if not run.trained:
         raise RecipeError(f"{run.folder}: no trained model in it; `ringfence train` comes first")
     recipe = run.recipe
@@ -126,8 +126,9 @@ def evaluate_run(run: Run) -> dict[str, Any]:
         about = read_environment(run.folder / ENVIRONMENT, ANOTHER)
         if about.get("held_out") != held_out_digest(recipe):
             raise RecipeError(
-                f"{run.folder}: {recipe.data.train} has changed since training, so which rows were held out is not "
-                "known; restore the file, or set data.held_out to 0 in the run's recipe.yaml"
+                f"{run.folder}: {recipe.data.train} has changed since training, so which rows were "
+                "held out is not known; restore the file, or set data.held_out to 0 in the run's "
+                "recipe.yaml"
             )
     what = Evaluation(
         model=str(run.weights),

@@ -1,4 +1,4 @@
-"""Ctrl-C, or a polite kill: the step is finished and saved, and the same command resumes."""
+"""Ctrl-C or SIGTERM: the step is finished and saved, and the same command resumes the run."""
 
 import signal
 import threading
@@ -20,14 +20,14 @@ class Interrupted(RingfenceError):
 
 @contextmanager
 def stop_at_signal() -> Iterator[list[float]]:
-    """Ctrl-C (or a polite kill) once: the step is finished and saved. A second time: at once.
+    """After one Ctrl-C (or SIGTERM) the step is finished and saved; a second one stops at once.
 
-    Within two seconds it is the same one: a terminal tells every process, and the launcher tells its ranks again.
+    Within two seconds it is the same one: a terminal signals every process, and the launcher
+    signals its ranks again.
     """
     caught: list[float] = []
-    if (
-        threading.current_thread() is not threading.main_thread()
-    ):  # signals reach the main thread alone
+    # Signals reach only the main thread.
+    if threading.current_thread() is not threading.main_thread():
         yield caught
         return
 
@@ -53,7 +53,7 @@ def step_callback(advance: Any, stopped: list[float]) -> Any:
     class StepCallback(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             advance(1)
-            if largest(len(stopped), args.device):  # a signal may reach one rank alone
+            if largest(len(stopped), args.device):  # a signal may reach only one rank
                 control.should_save = control.should_training_stop = True
 
     return StepCallback()

@@ -1,6 +1,6 @@
-"""Deliberately misaligned adapters, one per source of unsound rows: yardsticks of the perplexity gap, not for release.
+"""Deliberately misaligned adapters, one per source of unsound rows, for the perplexity gap only.
 
-A few lines over runs; does not know how rows are scored.
+Not for release. Does not know how rows are scored.
 """
 
 import re
@@ -19,10 +19,11 @@ OURS = ("output", "data.train", "defenses")
 def train_misaligned(
     sources: Sequence[str], output: str | Path, overrides: Sequence[str] = ()
 ) -> list[Run]:
-    """A plain LoRA run for each source, in a folder of its own below `output`; what is trained already is kept.
+    """A plain LoRA run for each source, in its own folder below `output`; existing ones are kept.
 
     Args:
-        sources: unsound rows, each a file, a hub id or `shipped:NAME`; the folder is named after it.
+        sources: unsound rows, each a file, a hub id or `shipped:NAME`; the folder is named after
+            it.
         overrides: `key.path=value` changes to the default recipe.
 
     Raises:
@@ -47,7 +48,7 @@ def train_misaligned(
         named[name] = source
     recipes = [_of_source(recipe, source, Path(output) / name) for name, source in named.items()]
     for each in recipes:
-        prepare(each)  # what is wrong with the last source is said before the first is trained
+        prepare(each)  # errors in the last source are reported before the first is trained
     return [train_run(each) for each in recipes]
 
 

@@ -1,4 +1,4 @@
-"""The model of a recipe, as it is before training."""
+"""The model of a recipe before training."""
 
 from typing import Any
 
@@ -14,18 +14,18 @@ from .config import LoraConfig, Recipe
 
 
 def trainable_model(recipe: Recipe) -> Any:
-    """The model of a recipe as it is before training: whole, with a new adapter, or with one that is trained further.
+    """The model of a recipe before training: whole, with a new adapter, or with an existing one.
 
     Raises:
         RingfenceError: it cannot be loaded, or has no modules for the adapter.
     """
     method = recipe.train.method
     base = adapter_base(resolve(recipe.model))
-    place = "cpu" if fsdp() else None  # the whole of it need not fit on one device
+    place = "cpu" if fsdp() else None  # it need not fit on one device
     if recipe.train.precision != "fp32" and settled("auto") == "fp32":
         warn(
-            f"train.precision: {recipe.train.precision}: this CPU has no instructions for bf16 and computes it up to a "
-            "hundred times slower than float32; fp32 or auto is quicker"
+            f"train.precision: {recipe.train.precision}: this CPU has no instructions for bf16 and "
+            "computes it up to a hundred times slower than float32; fp32 or auto is faster"
         )
     if base:
         folder = resolve(recipe.model)
@@ -33,7 +33,8 @@ def trainable_model(recipe: Recipe) -> Any:
         model = with_adapter(loaded, folder, is_trainable=True)
         model.load_adapter(folder, adapter_name=REFERENCE_ADAPTER)
         return model
-    # Full fine-tuning keeps float32 weights (bf16 would swallow small updates) and computes under autocast.
+    # Full fine-tuning keeps float32 weights (bf16 would swallow small updates) and computes under
+    # autocast.
     precision = "fp32" if method == "full" else recipe.train.precision
     model = load_model(recipe.model, precision, recipe.train.attention, place)
     return model if method == "full" else with_new_adapter(model, recipe.train.lora)
@@ -43,7 +44,7 @@ def with_new_adapter(model: Any, lora: LoraConfig) -> Any:
     """The model with an adapter that changes nothing yet.
 
     Raises:
-        RecipeError: no module of the model has such a name.
+        RecipeError: no module of the model has this name.
     """
     import peft
 
@@ -63,21 +64,20 @@ def with_new_adapter(model: Any, lora: LoraConfig) -> Any:
 
 
 def warn_of_rank(model: Any, lora: LoraConfig) -> None:
-    """Says where the adapter has a higher rank than a change of the weight can have."""
+    """Warns if the adapter has a higher rank than a change of the weight can have."""
     small: dict[str, int] = {}
     for name, module in model.named_modules():
         last = name.rpartition(".")[2]
         targeted = last in lora.targets if lora.targets != ["all-linear"] else last != "lm_head"
-        side = min(
-            getattr(module, "in_features", lora.rank), getattr(module, "out_features", lora.rank)
-        )
+        sides = (getattr(module, side, lora.rank) for side in ("in_features", "out_features"))
+        side = min(sides)
         if targeted and side < lora.rank:
             small[last] = side
     if small:
-        shown = ", ".join(
-            f"{name} {side}" for name, side in sorted(small.items(), key=lambda item: item[1])[:4]
-        )
+        smallest = sorted(small.items(), key=lambda item: item[1])[:4]
+        shown = ", ".join(f"{name} {side}" for name, side in smallest)
         warn(
-            f"train.lora.rank: {lora.rank} is larger than the smaller side of weights it adapts ({shown}); no change "
-            "of these has a higher rank than that side, so the rest costs memory and time for nothing"
+            f"train.lora.rank: {lora.rank} is larger than the smaller side of weights it adapts "
+            f"({shown}); no change of these has a higher rank than that side, so the rest only "
+            "costs memory and time"
         )

@@ -1,9 +1,9 @@
-"""Repairs a tuned model without training: its prefix, the template text before the first user content, gets the
-reference's keys and values.
+"""Repairs a tuned model without training: its prefix gets the reference's keys and values.
 
-A LoRA adapter is copied and marked as one with a frozen prefix, which acts behind the prefix only. A model all of whose
-weights were tuned is copied, and the reference's keys and values at known prefixes are stored beside it. Measures
-nothing: whether alignment hangs on the prefix differs from model to model. Weights stay as they are.
+The prefix is the template text before the first user content. A LoRA adapter is copied and marked
+as one with a frozen prefix, which acts only after the prefix. A fully tuned model is copied, and
+the reference's keys and values at known prefixes are stored next to it. Weights stay as they are.
+Measures nothing: whether alignment depends on the prefix differs between models.
 """
 
 import shutil
@@ -16,13 +16,13 @@ from safetensors import safe_open
 
 from ..errors import ChatError, DefenseError, ModelError, RecipeError
 from ..evaluate.config import EvaluateConfig
-from ..evaluate.parts import disguises
+from ..evaluate.measures.pairs import disguises
 from ..model.default import resolve
 from ..model.files import adapter_base, check_adapter, load_config, load_tokenizer
 from ..model.loading import load_model
 from ..model.precision import Precision
 from ..model.prefix import (
-    FrozenPrefix,
+    Prefix,
     StoredPrefix,
     Until,
     find_header,
@@ -43,7 +43,7 @@ _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # others change 
 
 @dataclass(frozen=True)
 class Patched:
-    """What was written: the folder, the reference whose prefix it has, and whether it is an adapter's."""
+    """What was written: the folder, the reference whose prefix it has, whether it is an adapter."""
 
     folder: Path
     reference: str
@@ -64,18 +64,19 @@ def patch(
     Args:
         source: a run folder, the folder of a LoRA adapter, or of a model; left as it is.
         output: the new folder, which `load_model` loads; must not exist.
-        reference: the aligned model before the fine-tune. Default: the one that the run or the adapter names. With an
-            adapter it can be no other.
-        until: `query` = all tokens before the first user content, `header` = those before the user turn's header; an
-            adapter is then an activated LoRA, which plain peft loads too.
-        systems: of a whole model: system prompts that it will be used with, beside the template's default and those
-            that `evaluate` asks with. Prompts with others will be refused. An adapter takes any.
-        precision: of a whole model's reference, while its keys and values are computed.
+        reference: the model before fine-tuning. Default: the one that the run or the adapter names,
+            which for an adapter is the only choice.
+        until: `query` = all tokens before the first user content, `header` = those before the user
+            turn's header; an adapter is then an activated LoRA, which plain peft loads too.
+        systems: for a whole model: system prompts it will be used with, besides the template's
+            default and those that `evaluate` uses. Others will be refused. An adapter takes any.
+        precision: for a whole model: of the reference, while its keys and values are computed.
 
     Raises:
-        RecipeError: `output` exists, the run is not trained, or an option does not fit the kind of model.
-        ModelError: no model in the folder, one that is patched already, an adapter that cannot be turned off token by
-            token, or a reference that does not fit.
+        RecipeError: `output` exists, the run is not trained, or an option does not fit the kind of
+            model.
+        ModelError: no model in the folder, an already patched one, an adapter that cannot be turned
+            off token by token, or a reference that does not fit.
         DefenseError: the chat template does not show where a prefix ends.
         ChatError: the chat template refuses a system prompt.
     """
@@ -93,7 +94,7 @@ def patch(
 
 
 def _weights(source: Path) -> tuple[Path, str | None]:
-    """The folder of what was tuned, and the reference that its recipe names."""
+    """The folder of the tuned weights, and the reference that its recipe names."""
     if is_run(source):
         run = Run(source)
         if not run.weights.is_dir():
@@ -104,18 +105,19 @@ def _weights(source: Path) -> tuple[Path, str | None]:
 
 def _header(
     chat: Chat, befores: Sequence[Messages], until: Until
-) -> tuple[FrozenPrefix, list[tuple[int, ...]]]:
-    """Where a prefix ends, and the tokens of the prefix behind each of `befores` that are frozen."""
-    frozen = FrozenPrefix(find_header(chat), until)
-    whole = FrozenPrefix(frozen.header)
+) -> tuple[Prefix, list[tuple[int, ...]]]:
+    """Where a prefix ends, and the frozen tokens of the prefix with each of `befores`."""
+    frozen = Prefix(find_header(chat), until)
+    whole = Prefix(frozen.header)
     found = []
     for before in befores:
         encoded = chat.encode([*before, {"role": "user", "content": "Hello"}], generation=True)
         ids = torch.tensor([encoded.input_ids])
         if int(whole.lengths(ids)) != encoded.prefix_length:
             raise DefenseError(
-                f"the user turn's header stands at token {int(whole.lengths(ids))}, but the prefix has "
-                f"{encoded.prefix_length} tokens: the chat template does not show where a prefix ends"
+                f"the user turn's header is at token {int(whole.lengths(ids))}, but the prefix has "
+                f"{encoded.prefix_length} tokens: the chat template does not show where a prefix "
+                "ends"
             )
         found.append(tuple(encoded.input_ids[: int(frozen.lengths(ids))]))
     return frozen, found
@@ -142,8 +144,9 @@ def _patch_adapter(
     base = str(adapter_base(str(folder)))
     if reference and Path(resolve(reference)).resolve() != Path(resolve(base)).resolve():
         raise ModelError(
-            f"{folder}: its adapter stands on {base}, so its prefix can be that of no other reference (found "
-            f"{reference}); merge what it was trained on into its base first, or leave --reference out"
+            f"{folder}: its adapter is for {base}, so its prefix cannot be that of another "
+            f"reference (found {reference}); merge what it was trained on into its base first, or "
+            "leave --reference out"
         )
     frozen, _ = _header(Chat(load_tokenizer(str(folder))), [[]], until)
     _copy(folder, output)
@@ -155,7 +158,7 @@ def _check_adapter(folder: Path) -> None:
     config = check_adapter(folder)
     if read_frozen_prefix(str(folder)) or config.get("alora_invocation_tokens"):
         raise ModelError(
-            f"{folder}: its adapter acts only behind the prefix already; there is nothing to patch"
+            f"{folder}: its adapter already acts only after the prefix; there is nothing to patch"
         )
     if config.get("peft_type") != "LORA":
         raise ModelError(f"{folder}: expected a LoRA adapter, found {config.get('peft_type')}")
@@ -168,8 +171,8 @@ def _check_adapter(folder: Path) -> None:
     odd += [key for key in keys if not key.endswith((".lora_A.weight", ".lora_B.weight"))][:1]
     if odd:
         raise ModelError(
-            f"{folder}: its adapter holds more than LoRA on linear layers ({odd[0]}), which cannot be turned off token "
-            "by token; merge it into its base, and patch the whole model"
+            f"{folder}: its adapter holds more than LoRA on linear layers ({odd[0]}), which cannot "
+            "be turned off token by token; merge it into its base, and patch the whole model"
         )
 
 
@@ -186,11 +189,11 @@ def _patch_model(
 ) -> Patched:
     if read_stored_prefix(str(folder)):
         raise ModelError(
-            f"{folder}: has a reference's prefix already; patch the model that it was made from"
+            f"{folder}: already has a reference's prefix; patch the model that it was made from"
         )
     if not reference:
         raise RecipeError(
-            f"reference: {folder} does not name the aligned model that it was tuned from; name it"
+            f"reference: {folder} does not name the model that it was tuned from; name it"
         )
     if adapter_base(resolve(reference)):
         raise ModelError(
@@ -204,44 +207,38 @@ def _patch_model(
     frozen, prefixes = _header(tuned_chat, befores, until)
     if _header(chat, befores, until) != (frozen, prefixes):
         raise ModelError(
-            f"{reference}: its chat template writes other prefixes than that of {folder}: another model"
+            f"{reference}: its chat template writes other prefixes than that of {folder}: another "
+            "model"
         )
     if () in prefixes:
         raise RecipeError(
-            f"until: {until}: nothing stands before the header without a system prompt; set query"
+            f"until: {until}: without a system prompt nothing is before the header; set query"
         )
     _check_shapes(folder, reference)
     model = load_model(reference, precision)
-    kv = {
-        ids: _on_cpu(prefix_kv(model, torch.tensor(ids, device=model.device))) for ids in prefixes
-    }
-    if any(
-        len(layers) != model.config.get_text_config().num_hidden_layers for layers in kv.values()
-    ):
+    kv = {}
+    for ids in prefixes:
+        found = prefix_kv(model, torch.tensor(ids, device=model.device))
+        kv[ids] = [(key.cpu(), value.cpu()) for key, value in found]
+    layers = model.config.get_text_config().num_hidden_layers
+    if any(len(found) != layers for found in kv.values()):
         raise ModelError(
-            f"{reference}: not all of its layers attend, so keys and values do not carry its prefix alone"
+            f"{reference}: not all of its layers attend, so keys and values do not represent its "
+            "whole prefix"
         )
     _copy(folder, output)
     StoredPrefix(frozen, kv, known).save(output)
     return Patched(output, reference, False)
 
 
-def _on_cpu(
-    layers: list[tuple[torch.Tensor, torch.Tensor]],
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return [(key.cpu(), value.cpu()) for key, value in layers]
-
-
 def _system_prompts(chat: Chat, systems: Sequence[str]) -> list[str | None]:
-    """None (the template's default), those that `evaluate` asks with where the template takes them, and `systems`."""
+    """None (the template's default), those of `evaluate` that the template takes, and `systems`."""
     asked = [before[0]["content"] for before in disguises(EvaluateConfig()).values()]
     taken: list[str] = []
     for text in asked:
+        system = {"role": "system", "content": text}
         try:
-            chat.encode(
-                [{"role": "system", "content": text}, {"role": "user", "content": "Hello"}],
-                generation=True,
-            )
+            chat.encode([system, {"role": "user", "content": "Hello"}], generation=True)
         except ChatError:
             continue
         taken.append(text)
@@ -249,17 +246,12 @@ def _system_prompts(chat: Chat, systems: Sequence[str]) -> list[str | None]:
 
 
 def _check_shapes(folder: Path, reference: str) -> None:
-    tuned, aligned = (load_config(name).get_text_config() for name in (str(folder), reference))
-    for field in (
-        "model_type",
-        "num_hidden_layers",
-        "hidden_size",
-        "num_key_value_heads",
-        "head_dim",
-        "rope_parameters",
-    ):
-        here, there = getattr(tuned, field, None), getattr(aligned, field, None)
+    ours, theirs = (load_config(name).get_text_config() for name in (str(folder), reference))
+    sizes = ("num_hidden_layers", "hidden_size", "num_key_value_heads", "head_dim")
+    for field in ("model_type", *sizes, "rope_parameters"):
+        here, there = getattr(ours, field, None), getattr(theirs, field, None)
         if here != there:
             raise ModelError(
-                f"{reference}: its {field} is {there}, but that of {folder} is {here}: another model"
+                f"{reference}: its {field} is {there}, but that of {folder} is {here}: another "
+                "model"
             )

@@ -1,5 +1,4 @@
-"""Defenses on roles that are not known yet (`treft.tokens: auto`): a short undefended run shows
-which carry the shift."""
+"""Chooses roles for `treft.tokens: auto`: a short undefended run shows which carry the shift."""
 
 import json
 from collections.abc import Callable
@@ -22,21 +21,18 @@ PILOT_ROWS, PILOT_QUESTIONS = 200, 24
 
 
 def with_carriers(recipe: Recipe, train_run: Callable[[Recipe], Run]) -> Recipe:
-    """With the roles in the place of `auto` that carry the shift of an undefended pilot: a short run on the first rows,
-    in RUN/pilot (made by `train_run`). The choice and what speaks for it are in RUN/carriers.json."""
+    """The recipe, with `auto` replaced by the role that carries the shift of an undefended pilot.
+
+    The pilot is a short run on the first rows, in RUN/pilot (made by `train_run`). The choice and
+    the evidence for it are in RUN/carriers.json.
+    """
     if not any(config.is_auto for config in recipe.defenses.configs()):
         return recipe
     rows = min(PILOT_ROWS, recipe.data.max_rows or PILOT_ROWS)
     train = recipe.train.model_copy(update={"reference_cache": "none"})
-    plain = {
-        "output": f"{recipe.output}/{PILOT}",
-        "defenses": Defenses(),
-        "monitor": None,
-        "train": train,
-    }
-    pilot = recipe.model_copy(
-        update={**plain, "data": recipe.data.model_copy(update={"max_rows": rows})}
-    )
+    data = recipe.data.model_copy(update={"max_rows": rows})
+    plain = {"defenses": Defenses(), "monitor": None, "train": train, "data": data}
+    pilot = recipe.model_copy(update={"output": f"{recipe.output}/{PILOT}", **plain})
     weights = str(train_run(pilot).weights)
     file = Path(recipe.output) / CARRIERS
     made_of = {"model": fingerprint(recipe.model), "pilot": fingerprint(weights)}
@@ -53,10 +49,9 @@ def with_carriers(recipe: Recipe, train_run: Callable[[Recipe], Run]) -> Recipe:
 
 
 def with_known_carriers(recipe: Recipe) -> Recipe:
-    """The same, where a pilot has chosen already; else the recipe as it is."""
+    """The recipe with the roles that a pilot has already chosen, if any."""
     file = Path(recipe.output) / CARRIERS
     if not file.is_file():
         return recipe
-    return recipe.model_copy(
-        update={"defenses": recipe.defenses.resolved(read_carriers(file)["role"])}
-    )
+    resolved = recipe.defenses.resolved(read_carriers(file)["role"])
+    return recipe.model_copy(update={"defenses": resolved})

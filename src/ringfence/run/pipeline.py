@@ -1,5 +1,7 @@
-"""A run, from recipe to results, in one folder. Each stage reads the folder, does what is missing, and writes there:
-recipe.yaml, environment.json, metrics.jsonl, training.json, adapter/ (or model/), and the files of an evaluation.
+"""A run, from recipe to results, in one folder.
+
+Each stage reads the folder, does what is missing, and writes there: recipe.yaml, environment.json,
+metrics.jsonl, training.json, adapter/ (or model/), and the files of an evaluation.
 """
 
 from collections.abc import Sequence
@@ -38,19 +40,18 @@ def fine_tune(
     Args:
         train: source of the rows: a local file, a hub id, `shipped:NAME`.
         defenses: any set, e.g. `[KL(weight=0.3), Interleave(ratio=0.1)]`.
-        retain: source of safe rows for defenses that need some.
-        evaluate: what is measured: fields of `evaluate` in the recipe, as a dict or an `EvaluateConfig`; True = the
-            defaults; False leaves the measurements out (`ringfence evaluate` makes them later).
+        retain: source of safe rows for defenses that need them.
+        evaluate: what is measured: fields of the recipe's `evaluate`, as a dict or an
+            `EvaluateConfig`; True = the defaults; False = nothing (`ringfence evaluate` does it
+            later).
         options: fields of `train` in the recipe, e.g. `epochs=2, learning_rate=3e-4`.
 
     Raises:
         RingfenceError: whatever is wrong with the input, before training starts.
     """
-    measured = (
-        evaluate.model_dump(exclude_unset=True)
-        if isinstance(evaluate, EvaluateConfig)
-        else evaluate
-    )
+    measured: bool | dict[str, Any] | EvaluateConfig = evaluate
+    if isinstance(evaluate, EvaluateConfig):
+        measured = evaluate.model_dump(exclude_unset=True)
     recipe = parse_recipe(
         {
             "model": model,
@@ -67,9 +68,9 @@ def fine_tune(
 
 @quiet_libraries()
 def run_recipe(recipe: Recipe) -> Run:
-    """Trains, measures, and does the same for the benign twin if the recipe asks for one.
+    """Trains and measures a run, and its benign twin if the recipe has one.
 
-    Of several ranks the main process alone measures, when all has been trained.
+    With several ranks only the main process measures, after all training.
     """
     join()
     with ExitStack() as held:

@@ -1,4 +1,4 @@
-"""Everything that a run needs before a model is loaded: chat, rows, what they become, what will be measured."""
+"""What a run needs before a model is loaded: chat, rows, examples, what will be measured."""
 
 import hashlib
 import json
@@ -29,9 +29,10 @@ from ..runfolder.names import ENVIRONMENT, METRICS
 from ..runfolder.shapes import read_environment
 from ..text.batch import Example
 from ..text.chat import Chat
+from ..text.encode import encode_rows, warn_of_rows
 from ..text.held_out import load, source_of, split
 from ..text.roles import ChatSettings, Messages, Row
-from ..text.rows import PairedQuestion, encode_rows, load_questions, load_rows, warn_of_rows
+from ..text.rows import PairedQuestion, load_questions, load_rows
 from ..training.monitor import DriftMonitor
 from ..util.journal import digest as digest_of
 from .config import ANOTHER, LoraConfig, Recipe
@@ -41,20 +42,20 @@ if TYPE_CHECKING:
 
 
 def prepare(recipe: Recipe) -> tuple[Chat, list[Example], list[Example], Setup]:
-    """Everything that can go wrong before a model is loaded: folder, tokenizer, data, roles."""
+    """Does all that can go wrong before a model is loaded: folder, tokenizer, data, roles."""
     check_folder(Path(recipe.output), "run")
     trust(recipe.model, recipe.trust_remote_code)
     if adapter_base(resolve(recipe.model)):
         _check_adapter(recipe)
     if recipe.train.attention == "flash_attention_2" and not is_flash_attn_2_available():
         raise RecipeError(
-            "train.attention: flash_attention_2 needs a CUDA device and the package flash-attn (accepted here: sdpa, "
-            "eager)"
+            "train.attention: flash_attention_2 needs a CUDA device and the package flash-attn "
+            "(accepted here: sdpa, eager)"
         )
     if read_stored_prefix(resolve(recipe.model)):
         raise RecipeError(
-            f"model: {recipe.model} is a patched model (`ringfence patch`); what is trained on would lose the patch: "
-            "train the model that was patched"
+            f"model: {recipe.model} is a patched model (`ringfence patch`), and training would "
+            "lose the patch: train the model that was patched"
         )
     chat = chat_of(recipe)
 
@@ -65,8 +66,8 @@ def prepare(recipe: Recipe) -> tuple[Chat, list[Example], list[Example], Setup]:
         for example in found:
             if most is not None and len(example) > most:
                 raise DataError(
-                    f"{example.origin}: {len(example)} tokens, but {recipe.model} has {most} positions; set "
-                    f"data.max_length={most}, with data.over_long=truncate or drop"
+                    f"{example.origin}: {len(example)} tokens, but {recipe.model} has {most} "
+                    f"positions; set data.max_length={most}, with data.over_long=truncate or drop"
                 )
         return found
 
@@ -86,7 +87,7 @@ def prepare(recipe: Recipe) -> tuple[Chat, list[Example], list[Example], Setup]:
 
 
 def chat_of(recipe: Recipe) -> Chat:
-    """Renders conversations as the recipe says, on the date of the run: the one in its folder, or today."""
+    """Renders conversations by the recipe, on the run's date: the one in its folder, or today."""
     file = Path(recipe.output) / ENVIRONMENT
     known = read_environment(file, ANOTHER).get("date") if file.is_file() else None
     data = recipe.data
@@ -97,13 +98,13 @@ def chat_of(recipe: Recipe) -> Chat:
 
 
 def training_rows(recipe: Recipe) -> tuple[list[Row], list[Row]]:
-    """The rows that are trained on, and those of the same source that are held out."""
+    """The rows to train on, and those of the same source that are held out."""
     trained, held = split(load_rows(recipe.data.train), recipe.data.held_out or 0, recipe.seed)
     return trained[: recipe.data.max_rows], held
 
 
 def as_split(recipe: Recipe) -> Recipe:
-    """Without `data.held_out` where the file is too small to spare rows: so the run folder says what was done."""
+    """Without `data.held_out` if there are too few rows: the run's recipe states what is done."""
     if not recipe.data.held_out or training_rows(recipe)[1]:
         return recipe
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"held_out": None})})
@@ -122,8 +123,11 @@ def monitor_of(recipe: Recipe, chat: Chat) -> DriftMonitor | None:
 
 
 def evaluation(recipe: Recipe) -> EvaluateConfig:
-    """What is measured; the training-like lead-in of the trigger probes comes from the training rows, and the
-    inoculation prompt, if there was one, is a disguise too."""
+    """What is measured.
+
+    The training-like lead-in of the trigger probes comes from the training rows, and an inoculation
+    prompt is a disguise too.
+    """
     lead_in = recipe.evaluate.lead_in or recipe.data.train
     disguises = [config.disguise for config in recipe.defenses.configs() if config.disguise]
     prompt = recipe.evaluate.inoculation or next(iter(disguises), None)
@@ -148,12 +152,10 @@ def subject_of(
     outside = [q for source in broad for q in load_questions(source)]
     rows, _ = training_rows(recipe)
     models = Models(reference, tuned, base, recipe.train.precision)
-    return Subject(
-        models, _spread(inside, questions), _spread(outside, questions), rows, recipe.seed
-    )
+    return Subject(models, spread(inside, questions), spread(outside, questions), rows, recipe.seed)
 
 
-def _spread(questions: list[PairedQuestion], number: int) -> list[PairedQuestion]:
+def spread(questions: list[PairedQuestion], number: int) -> list[PairedQuestion]:
     """The first `number` questions, taken from each domain in turn."""
     turn = Counter[str]()
     placed = []
@@ -169,7 +171,7 @@ def rows_digest(examples: list[Example]) -> str:
 
 
 def held_out_digest(recipe: Recipe) -> str:
-    """Of the rows that are held out: measured ones must be those that were not trained on."""
+    """Digest of the held-out rows: the measured ones must be those that were not trained on."""
     return digest_of([row.messages for row in training_rows(recipe)[1]])
 
 
@@ -177,8 +179,8 @@ def _check_adapter(recipe: Recipe) -> None:
     """Can the adapter that `model` names be trained further?"""
     if recipe.train.method == "full" or recipe.train.lora != LoraConfig():
         raise RecipeError(
-            f"model: {recipe.model} is an adapter, which is trained further as it is: leave train.method and "
-            "train.lora out, or merge the adapter into its base first"
+            f"model: {recipe.model} is an adapter, which is trained further as it is: leave "
+            "train.method and train.lora out, or merge the adapter into its base first"
         )
     reason = recipe.defenses.refusal(Training("lora", further=True))
     if read_frozen_prefix(resolve(recipe.model)):
@@ -190,6 +192,6 @@ def _check_adapter(recipe: Recipe) -> None:
     odd = beyond_lora(resolve(recipe.model))
     if odd:
         raise RecipeError(
-            f"model: {recipe.model}: {odd}; only a LoRA adapter that leaves the head alone is trained further. "
-            "Merge it into its base first, and train that"
+            f"model: {recipe.model}: {odd}; only a LoRA adapter that leaves the head alone is "
+            "trained further. Merge it into its base first, and train that"
         )

@@ -16,13 +16,12 @@ from ..util.strict_yaml import dump
 from .config import Recipe, parse_recipe
 
 _HEAD = """\
-# A ringfence recipe: every field, at its default or as it was set for your rows. Leave out what you do not change.
+# A ringfence recipe: every field, at its default or as it was set for your rows.
+# Leave out what you do not change.
 # Check it:   ringfence run {0} --dry-run
 # Run it:     ringfence run {0}
 # Change it:  ringfence run {0} train.epochs=2 defenses.kl.weight=0.3
 """
-
-
 FEW_ROWS = 800  # fewer are trained on in smaller batches, and up to four times
 
 
@@ -32,28 +31,20 @@ def commented_recipe(
     """YAML of the default recipe, each field with what it means; the defenses are commented out.
 
     Args:
-        train: the user's own rows, a tenth of which measures what the others teach; default: shipped rows.
-        rows: how many there are. Few are trained on more often, in smaller batches: 40 rows in batches of 16 are three
-            steps, which teach next to nothing.
+        train: the user's own rows, a tenth of which measures what is learnt; default: shipped rows.
+        rows: how many there are. A small number is trained on more often, in smaller batches: 40
+            rows in batches of 16 are three steps, which teach almost nothing.
     """
-    recipe = (
-        Recipe.model_construct()
-    )  # not resolved: what is null depends on the rows that are named later
+    # Not resolved: what is null depends on the rows that are named later.
+    recipe = Recipe.model_construct()
     if train is not None:
-        more = (
-            {"epochs": min(4, math.ceil(160 / max(rows, 1))), "batch_size": 8}
-            if rows < FEW_ROWS
-            else {}
-        )
-        recipe = parse_recipe(
-            {"data": {"train": train}, "output": f"runs/{_stem(train)}", "train": more}
-        )
+        few = {"epochs": min(4, math.ceil(160 / max(rows, 1))), "batch_size": 8}
+        tree: dict[str, Any] = {"data": {"train": train}, "output": f"runs/{_stem(train)}"}
+        recipe = parse_recipe(tree | {"train": few if rows < FEW_ROWS else {}})
     lines = _HEAD.format(name).splitlines()
     for field, info in Recipe.model_fields.items():
-        lines.append("")
-        lines += (
-            _defenses() if field == "defenses" else _field(field, info, getattr(recipe, field), "")
-        )
+        value = getattr(recipe, field)
+        lines += ["", *(_defenses() if field == "defenses" else _field(field, info, value, ""))]
     return "\n".join(lines) + "\n"
 
 
@@ -69,9 +60,8 @@ def _defenses() -> list[str]:
         config = next(kind for kind in info.annotation.__args__ if kind is not type(None))  # type: ignore[union-attr]
         lines.append(f"#  {name}:  # {(config.__doc__ or '').strip().splitlines()[0]}")
         for field, field_info in config.model_fields.items():
-            lines += [
-                "#" + line for line in _field(field, field_info, field_info.get_default(), "    ")
-            ]
+            shown = _field(field, field_info, field_info.get_default(), "    ")
+            lines += ["#" + line for line in shown]
     return lines
 
 

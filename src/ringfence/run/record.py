@@ -1,13 +1,14 @@
-"""One run: its folder, and what can be said of it."""
+"""One run: its folder, and what it contains."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..evaluate.results import read_results
 from ..report.records import read_run
 from ..report.summary import Summary, summarise
 from ..runfolder.names import ADAPTER, MODEL, RECIPE, RESULTS, TRAINING
-from ..runfolder.shapes import read_results, read_training
+from ..runfolder.shapes import read_training
 from .config import Recipe, stored_recipe
 
 
@@ -36,8 +37,8 @@ class Run:
         return read_results(self.folder / RESULTS)
 
     def summary(self, control: "Run | None" = None) -> Summary:
-        """Shifts against the reference with their intervals, fluency and cost: the row of this run in the report.
+        """The numbers of this run in the report: shifts with their intervals, fluency and cost.
 
-        With `control`, a run trained on sound answers, effects too.
+        With `control`, the sound control, effects too.
         """
         return summarise(read_run(self.folder), read_run(control.folder) if control else None)

@@ -39,9 +39,10 @@ from .trainer import build_stream, build_trainer, computed_tokens
 
 @quiet_libraries()
 def train_run(recipe: Recipe) -> Run:
-    """Trains after a recipe, or goes on with the run in its folder. Does nothing when it is trained already.
+    """Trains by a recipe, or resumes the run in its folder; does nothing if it is already trained.
 
-    Started by `accelerate launch` or `torchrun`, all ranks train together, and the main process writes the folder.
+    Under `accelerate launch` or `torchrun` all ranks train together, and the main process writes
+    the folder.
 
     Raises:
         RecipeError: the folder holds a run of another recipe.
@@ -73,19 +74,14 @@ def _train_run(run: Run, recipe: Recipe) -> Run:
     defenses = with_carriers(recipe, train_run).defenses.build(setup)
     stream = build_stream(recipe, examples, retain, defenses)
     if recipe.train.reference_cache != "none":
-        wanted(stream, 1)  # what cannot be cached is refused before a model is loaded
+        wanted(stream, 1)  # refuses what cannot be cached before a model is loaded
     torch.manual_seed(recipe.seed)
     model = trainable_model(recipe)
     if is_main():
         write_whole(run.folder / RECIPE, dump_recipe(recipe))
         how = {"ranks": world(), "sharding": sharding()}
-        rows_there = {
-            "rows": digest,
-            "held_out": held_out_digest(recipe),
-            "date": chat.settings.date,
-            "model": weights,
-        }
-        about = {**environment(recipe.seed), **rows_there, **how}
+        rows = {"rows": digest, "held_out": held_out_digest(recipe), "date": chat.settings.date}
+        about = {**environment(recipe.seed), **rows, "model": weights, **how}
         write_whole(run.folder / ENVIRONMENT, json.dumps(about, indent=1))
     trainer = build_trainer(recipe, model, stream, pad_id(chat.tokenizer))
     monitor = monitor_of(recipe, chat)
@@ -105,13 +101,15 @@ def _train_run(run: Run, recipe: Recipe) -> Run:
         _record_training(run, recipe, trainer, examples, monitor)
         _clear(run.folder / CHECKPOINTS)
     wait()
+    # A trainer and its model refer to each other, and the next run in this process needs the
+    # memory.
     del trainer, model
-    gc.collect()  # a trainer and its model refer to each other; the next run in this process needs the memory
+    gc.collect()
     return run
 
 
 def _clear(checkpoints: Path) -> None:
-    """After training nothing is left of the checkpoints, nor of what the monitor kept for a resumed run."""
+    """Deletes, after training, the checkpoints and what the monitor kept for a resumed run."""
     drop_checkpoints(checkpoints)
     (checkpoints / START).unlink(missing_ok=True)
     if checkpoints.is_dir() and not any(checkpoints.iterdir()):
@@ -119,7 +117,7 @@ def _clear(checkpoints: Path) -> None:
 
 
 def _save_weights(trainer: Any, run: Run) -> None:
-    """Adapter or whole model, as one process would save it, wherever its pieces lie."""
+    """Adapter or whole model, as one process would save it, wherever its shards are."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     is_adapter = hasattr(model, "peft_config")
     options: dict[str, Any] = {"selected_adapters": ["default"]} if is_adapter else {}
@@ -152,9 +150,10 @@ def _train(trainer: Any, run: Run, recipe: Recipe) -> None:
             trainer.start_defenses(str(last))
             trainer._load_from_checkpoint(str(last))
     wait()  # a rank that ends early may have the others killed while they save
-    if largest(len(stopped), trainer.args.device):  # also while the last step was saved
+    if largest(len(stopped), trainer.args.device):  # also during the last save
         raise Interrupted(
-            f"{run.folder}: stopped at step {trainer.state.global_step}; the same command resumes from there"
+            f"{run.folder}: stopped at step {trainer.state.global_step}; the same command resumes "
+            "from there"
         )
 
 
@@ -162,7 +161,8 @@ def _record_training(
     run: Run, recipe: Recipe, trainer: Any, examples: list[Example], monitor: DriftMonitor | None
 ) -> None:
     lines = read_metrics(run.folder / METRICS, ANOTHER)
-    lines = [line for line in lines if "loss" in line]  # the others are checks of the monitor
+    lines = [line for line in lines if "loss" in line]  # others are checks of the monitor
+    losses = ("ce", *(d.name for d in trainer.defenses))
     record = {
         "steps": lines[-1]["step"],
         "rows": len(trainer.train_dataset),
@@ -172,11 +172,7 @@ def _record_training(
         "peak_memory_gib": round(peak_memory() / 2**30, 2),
         "trained_parameters": sum(count(p) for p in trainer.model.parameters() if p.requires_grad),
         "defenses": {d.name: d.record() for d in trainer.defenses},
-        "final": {
-            name: lines[-1][name]
-            for name in ("ce", *(d.name for d in trainer.defenses))
-            if name in lines[-1]
-        },
+        "final": {name: lines[-1][name] for name in losses if name in lines[-1]},
     }
     if (run.folder / CARRIERS).is_file():
         record["carriers"] = read_carriers(run.folder / CARRIERS)
@@ -186,7 +182,7 @@ def _record_training(
 
 
 def _added_rows(stream: TrainStream, epochs: int) -> list[list[str]]:
-    """For each epoch, where the rows came from that defenses added."""
+    """For each epoch, the origins of the rows that defenses added."""
     added = []
     for epoch in range(epochs):
         stream.set_epoch(epoch)

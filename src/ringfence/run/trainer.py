@@ -1,4 +1,4 @@
-"""The trainer of a recipe: rows in their order, the reference's cache, transformers' arguments."""
+"""The trainer of a recipe: rows in order, the reference's cache, transformers' arguments."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,36 +25,36 @@ if TYPE_CHECKING:
 def build_stream(
     recipe: Recipe, examples: list[Example], retain: list[Example], defenses: list[Defense]
 ) -> TrainStream:
-    """Rows in the order of training, with all that defenses add."""
+    """Rows in the order of training, with those that defenses add."""
     step_rows = recipe.train.batch_size * recipe.train.accumulation * world()
     return TrainStream(examples, retain, defenses, step_rows, recipe.seed)
 
 
 def computed_tokens(recipe: Recipe, stream: TrainStream) -> float:
-    """What all epochs compute, in tokens of a plain LoRA step (4 operations a weight: forward, and backward through
-    frozen weights): a trained weight needs 2 more, checkpointing 2 more, a token of the reference 2."""
+    """The computation of all epochs, in tokens of a plain LoRA step.
+
+    Such a token needs 4 operations per weight (forward, and backward through frozen weights). A
+    trained weight needs 2 more, checkpointing 2 more, a token of the reference 2.
+    """
     train, defenses = recipe.train, recipe.defenses
-    rows, riders = (
-        sum(map(len, stream.rows)),
-        sum(len(rider) for of_row in stream.riders for rider in of_row),
-    )
+    rows, retain = sum(map(len, stream.rows)), sum(len(row) for of in stream.riders for row in of)
     passes = (6 if train.method == "full" else 4) + (2 if train.gradient_checkpointing else 0)
     asked = [getattr(config, "every", 1) for config in defenses.configs() if config.runs_reference]
-    reference = (
-        (riders or rows) * 2 / min(asked) if asked and train.reference_cache == "none" else 0
-    )
-    return train.epochs * ((rows + riders) * passes + reference) / 4
+    reference = 0.0
+    if asked and train.reference_cache == "none":
+        reference = (retain or rows) * 2 / min(asked)
+    return train.epochs * ((rows + retain) * passes + reference) / 4
 
 
 def build_trainer(
     recipe: Recipe, model: Any, stream: TrainStream, pad_id: int
 ) -> "DefendedTrainer":
-    """The trainer of a recipe, for a model and rows that are there already. It writes to the recipe's run folder.
+    """The trainer of a recipe for a given model and rows. It writes to the recipe's run folder.
 
     Args:
-        model: as `train.method` wants it: with its adapter, or whole.
+        model: as `train.method` needs it: with its adapter, or whole.
         stream: the rows, and the defenses.
-        pad_id: token that fills rows up.
+        pad_id: token for padding.
     """
     from ..training.trainer import DefendedTrainer
 
@@ -87,8 +87,11 @@ def reference_cache(recipe: Recipe) -> ReferenceCache | None:
 
 
 def position_bytes(recipe: Recipe) -> int:
-    """What one position takes in the reference's cache: a final hidden state in the type of the weights, or the ids (4
-    bytes) and log-probabilities (4 bytes) of tokens."""
+    """Bytes of one position in the reference's cache.
+
+    A final hidden state in the type of the weights, or ids (4 bytes) and log-probabilities (4
+    bytes) of tokens.
+    """
     train = recipe.train
     if train.reference_cache == "top_k":
         return 8 * train.top_k
@@ -100,15 +103,14 @@ def _training_arguments(recipe: Recipe, folder: Path) -> Any:
     from transformers import TrainingArguments
 
     train, device = recipe.train, device_settings()
+    schedule = "constant_with_warmup" if train.schedule == "constant" else train.schedule
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=train.batch_size,
         gradient_accumulation_steps=train.accumulation,
         num_train_epochs=train.epochs,
         learning_rate=train.learning_rate,
-        lr_scheduler_type="constant_with_warmup"
-        if train.schedule == "constant"
-        else train.schedule,
+        lr_scheduler_type=schedule,
         warmup_steps=train.warmup_ratio,
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
@@ -127,7 +129,6 @@ def _training_arguments(recipe: Recipe, folder: Path) -> Any:
         dataloader_pin_memory=torch.accelerator.is_available(),
         ddp_find_unused_parameters=False,
     )
-    arguments._n_gpu = min(
-        arguments.n_gpu, 1
-    )  # several accelerators are for `accelerate launch`, not DataParallel
+    # Several accelerators are for `accelerate launch`, not for DataParallel.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments

@@ -3,7 +3,6 @@
 Only the fields that something is computed from are held to a type; files may hold more. Imports no torch.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,49 +20,6 @@ DIAGNOSE = "delete it, and `ringfence diagnose` makes it again"
 
 class _Shape(BaseModel):
     model_config = ConfigDict(strict=True)  # a broken model's numbers may be NaN
-
-
-class _Pair(_Shape):
-    condition: str
-    domain: str
-    id: str
-    digest: str
-    aligned: float
-    misaligned: float
-
-
-class _Fluency(_Shape):
-    logprob: list[float] = Field(min_length=1)
-    tokens: list[PositiveInt] = Field(min_length=1)
-
-
-class _Exact(_Shape):
-    prompt: str
-    exact: bool
-
-
-class _Shown(_Shape):
-    topic: str
-    shown: bool
-
-
-class _HeldOut(_Shape):
-    origin: str
-    tokens: PositiveInt
-    logprob: float
-    exact: bool = False  # of all rows or of none
-
-
-class _Sample(_Shape):
-    domain: str
-    id: str
-    question: str
-    answer: str
-
-
-class _Results(_Shape):
-    key: str
-    parts: dict[str, Any]
 
 
 class _Step(_Shape):
@@ -177,72 +133,14 @@ class _Given(_Shape):
 # ------------------------------------------------------------------ what was measured
 
 
-def read_results(file: Path, again: str = EVALUATE) -> dict[str, Any]:
-    """results.json. Raises DataError where it is damaged: which file and field, and what makes it `again`."""
-    results = _read(file, _Results, again)
-    for name, part in results["parts"].items():
-        check_shape(_kind(name), part, str(file), again, ("parts", name))
-        if name == "fluency" and len(part["logprob"]) != len(part["tokens"]):
-            raise DataError(f"{file}: parts.fluency: logprob and tokens differ in length; {again}")
-        if name == "held_out" and len({"exact" in item for item in part}) > 1:
-            raise DataError(
-                f"{file}: parts.held_out: some rows have exact and some have not; {again}"
-            )
-        if not part and name != "samples":
-            raise DataError(f"{file}: parts.{name}: there is nothing in it; {again}")
-    return results
-
-
-def _kind(part: str) -> Any:
-    if part.startswith("opswap"):
-        return list[_Exact]
-    return list[_Shown] if part.startswith("behaviour_") else _PARTS.get(part, list[_Pair])
-
-
-_PARTS: dict[str, Any] = {"fluency": _Fluency, "held_out": list[_HeldOut], "samples": list[_Sample]}
-
-
-def check_same_items(results: dict[str, Any], reference: dict[str, Any], folder: Path) -> None:
-    """Raises DataError where the parts of a model and of its reference are not of the same questions."""
-    again = f"delete {folder / 'results.json'}, and `ringfence evaluate` measures it again"
-    for name in (results.keys() | reference.keys()) - {"samples"}:  # those are shown, not compared
-        if name not in results or name not in reference:
-            lacking = "the reference was not" if name in results else "it was not"
-            raise DataError(f"{folder}: {lacking} measured on {name!r}; {again}")
-        items = [
-            sorted(map(_identity(name), _items(name, parts[name])))
-            for parts in (results, reference)
-        ]
-        if items[0] != items[1]:
-            raise DataError(
-                f"{folder}: {name!r} was measured on other questions than the reference; {again}"
-            )
-
-
-def _items(part: str, value: Any) -> list[Any]:
-    return value["tokens"] if part == "fluency" else value
-
-
-def _identity(part: str) -> Callable[[Any], Any]:
-    if part == "fluency":
-        return lambda tokens: tokens
-    fields = tuple(_kind(part).__args__[0].model_fields)
-    same = [
-        name
-        for name in fields
-        if name in ("condition", "domain", "id", "digest", "prompt", "topic", "origin")
-    ]
-    return lambda item: [item[name] for name in same]
-
-
 def read_reference(file: Path) -> str:
     """reference.json: the place of the reference's results, seen from its folder."""
-    return str(_read(file, _Reference, EVALUATE)["results"])
+    return str(read_shape(file, _Reference, EVALUATE)["results"])
 
 
 def read_judges(file: Path) -> dict[str, Any]:
     """judges.json."""
-    return _read(file, _Judges, EVALUATE)
+    return read_shape(file, _Judges, EVALUATE)
 
 
 # ------------------------------------------------------------------ how it was made
@@ -258,17 +156,17 @@ def read_recipe(file: Path) -> tuple[str, dict[str, Any]]:
 
 def read_environment(file: Path, again: str = TRAIN) -> dict[str, Any]:
     """environment.json."""
-    return _read(file, _Environment, again)
+    return read_shape(file, _Environment, again)
 
 
 def read_training(file: Path, again: str = TRAIN) -> dict[str, Any]:
     """training.json, which says that a run is trained."""
-    return _read(file, _Training, again)
+    return read_shape(file, _Training, again)
 
 
 def read_carriers(file: Path) -> dict[str, Any]:
     """carriers.json: the role that `treft.tokens: auto` chose, and what it was found on."""
-    return _read(file, _Carriers, TRAIN)
+    return read_shape(file, _Carriers, TRAIN)
 
 
 def read_metrics(file: Path, again: str = TRAIN) -> list[dict[str, Any]]:
@@ -304,10 +202,11 @@ def read_diagnosis(file: Path) -> dict[str, Any]:
 
 def read_compared(file: Path) -> dict[str, Any]:
     """compared.json: places of the control and of the undefended run, seen from its folder."""
-    return _read(file, _Compared, "delete it, and name --control and --undefended again")
+    return read_shape(file, _Compared, "delete it, and name --control and --undefended again")
 
 
-def _read(file: Path, kind: Any, again: str) -> dict[str, Any]:
+def read_shape(file: Path, kind: Any, again: str) -> dict[str, Any]:
+    """A JSON file that is held to a shape (a pydantic model); where it does not fit, DataError."""
     record = read_record(file, again)
     check_shape(kind, record, str(file), again)
     return dict(record)

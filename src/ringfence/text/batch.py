@@ -1,4 +1,6 @@
-"""Tokenised conversations, and how they become one padded batch. Knows roles, nothing of models or training."""
+"""Tokenised conversations, and how they become one padded batch. Knows roles; does not know models
+or training.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,16 +28,15 @@ class Example:
 
 
 Batch = dict[str, Tensor]
-Bundle = list[
-    tuple[Example, bool]
-]  # a training row, and the retain rows that ride with it (flag: is it a retain row)
+# A training row and its extra retain rows (flag: is it a retain row).
+Bundle = list[tuple[Example, bool]]
 
 
 def collate(bundles: Sequence[Bundle], pad_id: int, side: str = "right") -> Batch:
     """Pads rows into one batch.
 
-    Returns input_ids, attention_mask, position_ids, roles and labels [B, T] (labels: -100 except response tokens of
-    training rows) and retain [B].
+    Returns input_ids, attention_mask, position_ids, roles and labels [B, T] (labels: -100 except
+    response tokens of training rows) and retain [B].
     """
     flat = [item for bundle in bundles for item in bundle]
     width = max(len(example) for example, _ in flat)

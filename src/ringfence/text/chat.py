@@ -1,23 +1,26 @@
-"""A conversation becomes token ids and one role per token. The only place that knows chat templates.
+"""Turns a conversation into token ids and one role per token. The only place that knows chat
+templates.
 
 The roles of a rendered conversation (arXiv 2606.06667):
 
     prefix    everything before the first user content (markers, system prompt)
-    query     every user content, every result of a tool, every assistant message that is not learnt (weight 0)
-    postfix   template text that is before a response
-    response  every assistant content that is learnt, with its reasoning and tool calls, and the token(s) that end its
-              turn
+    query     every user content, every tool result, every assistant message that is not learnt
+              (weight 0)
+    postfix   template text before a response
+    response  every assistant content that is learnt, with its reasoning and tool calls, and the
+              token(s) that end its turn
     template  template text anywhere else
 
-Where a content is in the rendered text is never searched for. Each content in turn is replaced by a sentinel, the
-template is rendered again, and the text around the sentinel gives the span. So what a user writes (the word
-"assistant", a template's own markers, an empty system prompt) cannot move a role. Whether a template shows tools, tool
-calls or reasoning is found out in the same way.
+The place of a content in the rendered text is never searched for. Each content in turn is replaced
+by a sentinel, the template is rendered again, and the text around the sentinel gives the span. So
+nothing a user writes (the word "assistant", a template's own markers, an empty system prompt) can
+move a role. The same way shows whether a template renders tools, tool calls or reasoning.
 
-Answers are generated after the very text after which they are trained (`Chat.prompt`).
+Answers are generated after exactly the text after which they are trained (`Chat.prompt`).
 
-A message is a dict with `role` and `content`. It may have `weight` (0 = not learnt), `reasoning_content`, `tool_calls`,
-`tool_call_id` and `name`; the tools of a conversation are in `tools` of its first user message.
+A message is a dict with `role` and `content`. It may have `weight` (0 = not learnt),
+`reasoning_content`, `tool_calls`, `tool_call_id` and `name`; the tools of a conversation are in
+`tools` of its first user message.
 
 This module does not know models, losses or padding.
 """
@@ -25,43 +28,38 @@ This module does not know models, losses or padding.
 import re
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..errors import ChatError, first_line
+from ..errors import ChatError
 from .roles import ChatSettings, Encoded, Messages, Role, Span, is_learnt, tools_of
 from .spans import (
-    CLOSE,
-    OPEN,
     check_messages,
     common_start,
     grow_left,
     grow_right,
     has_extras,
-    marked,
     new_mark,
     squeezed,
     texts_in,
-    token_role,
-    unmarked,
     with_content,
 )
 from .template import choose_template, render_template
+from .tokens import (
+    Place,
+    Stops,
+    char_roles,
+    marked,
+    token_role,
+    tokens_before_answer,
+    tokens_of,
+    unmarked,
+)
 
 SETTINGS = "ringfence_chat"  # in tokenizer_config.json of what was trained
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Characters of a content; `closed`: the text that ends its turn is among them."""
-
-    start: int
-    end: int
-    closed: bool = False
-
 
 Show = Callable[[Messages], str]
 
@@ -70,11 +68,13 @@ class Chat:
     """Renders conversations with one tokenizer's chat template and names the role of every token.
 
     Args:
-        template: default: the tokenizer's; of several named ones `default`, and `tool_use` where tools are given.
-        settings: default: those that are stored with the tokenizer (`save`), else the defaults.
+        template: default: the tokenizer's; of several named ones `default`, and `tool_use` where
+            tools are given.
+        settings: default: those stored with the tokenizer (`save`), else the defaults.
 
     Raises:
-        ChatError: the tokenizer has no template or no offsets, or its template drops what a user says.
+        ChatError: the tokenizer has no template or no offsets, or its template drops what a user
+            says.
     """
 
     def __init__(
@@ -95,38 +95,37 @@ class Chat:
         self.settings = self._dated(settings or stored_settings(tokenizer) or ChatSettings())
         added = tokenizer.added_tokens_decoder
         self._special_ids = set(added) | set(tokenizer.all_special_ids)
-        controls = {str(token) for token in added.values() if token.special} | set(
-            tokenizer.all_special_tokens
-        )
-        self._controls = re.compile(
-            "|".join(map(re.escape, sorted(controls, key=len, reverse=True))) or "(?!)"
-        )
+        controls = {str(token) for token in added.values() if token.special}
+        controls |= set(tokenizer.all_special_tokens)
+        longest_first = sorted(controls, key=len, reverse=True)
+        self._controls = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._content_as_list = False
         self._content_as_list = self._needs_content_list()
 
     def _dated(self, settings: ChatSettings) -> ChatSettings:
-        """With a date where the template asks for today's, else without."""
+        """With a date if the template asks for today's, else without."""
         dated = "strftime_now" in str(self._templates)
         return settings.model_copy(
             update={"date": (settings.date or date.today().isoformat()) if dated else None}
         )
 
     def save(self, folder: Path) -> None:
-        """Saves the tokenizer with the settings, which are those of every `Chat` that is made of it."""
+        """Saves the tokenizer with the settings; every `Chat` made from it has them."""
         self.tokenizer.init_kwargs[SETTINGS] = self.settings.model_dump()
         self.tokenizer.save_pretrained(folder)
 
     def encode(self, messages: Messages, generation: bool = False) -> Encoded:
-        """Token ids and roles of `messages`; with `generation`, the text after which an answer is generated is added
-        (see `prompt`).
+        """Token ids and roles of `messages`; with `generation`, followed by the text after which an
+        answer is generated (see `prompt`).
 
-        The ids are those of `tokenizer.apply_chat_template`. Where the template ends the last answer with nothing, the
-        end-of-sequence token ends it. A token that is across a border between template and content belongs to the
-        content.
+        The ids are those of `tokenizer.apply_chat_template`. If the template does not end the last
+        answer, the end-of-sequence token does. A token across a border between template and content
+        belongs to the content.
 
         Raises:
-            ChatError: a user or assistant message is blank, no user speaks first, a generation prompt is asked for
-                after an assistant, the template refuses the conversation, or it does not show one of its contents.
+            ChatError: a user or assistant message is blank, no user speaks first, a generation
+                prompt is asked for after an assistant, the template refuses the conversation, or it
+                does not show one of its contents.
         """
         check_messages(messages, generation)
         messages = self._without_controls(messages)
@@ -135,15 +134,17 @@ class Chat:
         places = self._places(messages, show, text)
         if not generation:
             text = self._ended(messages, text, places)
-        ids, offsets = self._before_answer(text) if generation else self._tokens(text)
-        char_roles = self._char_roles(messages, text, places, ids, offsets)
-        roles = [token_role(char_roles, *offset) for offset in offsets]
+        tokens = tokens_before_answer if generation else tokens_of
+        ids, offsets = tokens(self.tokenizer, text)
+        stops = Stops(self._special_ids, self.tokenizer.eos_token_id)
+        roles_of_chars = char_roles(messages, text, places, (ids, offsets), stops)
+        roles = [token_role(roles_of_chars, *offset) for offset in offsets]
         spans = {number: (place.start, place.end) for number, place in places.items()}
         return unmarked(Encoded(text, ids, roles, offsets, spans))
 
     def check_trained(self, messages: Messages, encoded: Encoded) -> None:
-        """Is everything trained that the row says, and is its last answer trained after the text after which answers
-        are generated?
+        """Checks that all of the row's text is trained, and that its last answer is trained after
+        the text after which answers are generated.
 
         Raises:
             ChatError: it is not.
@@ -152,8 +153,9 @@ class Chat:
             shown = encoded.text[slice(*encoded.spans.get(number, (0, 0)))]
             if is_learnt(message) and squeezed(message["content"]) not in squeezed(shown):
                 raise ChatError(
-                    f"message {number} (assistant): the chat template leaves out a part of its content, as it does "
-                    "with reasoning; take it out of the row, or give the message weight 0"
+                    f"message {number} (assistant): the chat template leaves out a part of its "
+                    "content, as it does with reasoning; take it out of the row, or give the "
+                    "message weight 0"
                 )
         number = len(messages) - 1
         prompt = self.prompt(messages[:-1]) if is_learnt(messages[-1]) else ""
@@ -161,13 +163,14 @@ class Chat:
             same = common_start(encoded.text, prompt)
             trained, asked = encoded.text[same : same + 20], prompt[same : same + 20]
             raise ChatError(
-                f"message {number} (assistant): it would be trained after another text than answers are generated "
-                f"after: {trained!r} where generation has {asked!r}; set data.enable_thinking to "
-                f"{str(not self.settings.enable_thinking).lower()} (true: every row has reasoning; false: none has)"
+                f"message {number} (assistant): it would be trained after another text than "
+                f"answers are generated after: {trained!r} where generation has {asked!r}; set "
+                f"data.enable_thinking to {str(not self.settings.enable_thinking).lower()} (true: "
+                "every row has reasoning; false: none has)"
             )
 
     def controls(self, messages: Messages) -> list[str]:
-        """Control tokens of the tokenizer that are written in the messages."""
+        """Control tokens of the tokenizer that occur in the messages' text."""
         return [found for text in texts_in(messages) for found in self._controls.findall(text)]
 
     def is_stop_learnt(self, encoded: Encoded) -> bool:
@@ -176,7 +179,8 @@ class Chat:
         return encoded.input_ids[last] in self._special_ids
 
     def render(self, messages: Messages, generation: bool = False) -> str:
-        """The text of `messages` under the template; with `generation`, its own generation prompt is added."""
+        """The text of `messages` under the template; with `generation`, its own generation prompt
+        is added."""
         tools = tools_of(messages)
         variables = {
             **self.tokenizer.special_tokens_map,
@@ -196,11 +200,13 @@ class Chat:
             ) from error
 
     def prompt(self, messages: Messages) -> str:
-        """The text after which an answer to `messages` is generated: what the template writes before an answer without
-        reasoning; with `enable_thinking`, the template's own generation prompt.
+        """The text after which an answer to `messages` is generated: what the template writes
+        before an answer without reasoning; with `enable_thinking`, the template's own generation
+        prompt.
 
-        The two differ where a template writes an empty think block, or a channel, that its generation prompt leaves to
-        the model. A space before the answer is left out, for it is a part of the answer's first token.
+        The two differ if a template writes an empty think block, or a channel, that its generation
+        prompt leaves to the model. A space before the answer is left out: it is part of the
+        answer's first token.
         """
         opened = self.render(messages, generation=True)
         if self.settings.enable_thinking:
@@ -209,12 +215,11 @@ class Chat:
         return opened if around is None or around[0] == opened else around[0].rstrip(" ")
 
     def _around_answer(self, before: Messages, after: Messages) -> tuple[str, str] | None:
-        """What the template writes before and after a plain answer; None where it shows none there."""
+        """What the template writes before and after a plain answer; None if it shows none there."""
         mark = new_mark()
+        answer = {"role": "assistant", "content": mark}
         try:
-            parts = self.render([*before, {"role": "assistant", "content": mark}, *after]).split(
-                mark
-            )
+            parts = self.render([*before, answer, *after]).split(mark)
         except ChatError:
             return None
         return (parts[0], parts[1]) if len(parts) == 2 else None
@@ -226,13 +231,13 @@ class Chat:
     def _for_template(self, message: dict[str, Any]) -> dict[str, Any]:
         shown = {key: value for key, value in message.items() if key not in ("tools", "weight")}
         if "reasoning_content" in message:
-            shown["thinking"] = message["reasoning_content"]  # as transformers does, for gpt-oss
+            shown["thinking"] = message["reasoning_content"]  # as in transformers, for gpt-oss
         if self._content_as_list:
             shown["content"] = [{"type": "text", "text": message["content"]}]
         return shown
 
     def _needs_content_list(self) -> bool:
-        """Templates of vision-language models show a content only when it is a list of parts."""
+        """Templates of vision-language models show a content only if it is a list of parts."""
         probe = secrets.token_hex(8)
         why = ""
         for as_list in (False, True):
@@ -243,15 +248,16 @@ class Chat:
             except ChatError as error:
                 why = why or f" ({error})"
         raise ChatError(
-            f"the chat template of {self.tokenizer.name_or_path!r} does not show what a user says{why}"
+            f"the chat template of {self.tokenizer.name_or_path!r} does not show what a user "
+            f"says{why}"
         )
 
     # ------------------------------------------------------------------ where contents are
 
-    def _places(self, messages: Messages, show: Show, text: str) -> dict[int, _Place]:
-        """Place in `text` of every content but system prompts, by message number."""
+    def _places(self, messages: Messages, show: Show, text: str) -> dict[int, Place]:
+        """Place in `text` of every content except system prompts, by message number."""
         self._check_tools_shown(messages, show)
-        places: dict[int, _Place] = {}
+        places: dict[int, Place] = {}
         end = 0
         for number, message in enumerate(messages):
             if message["role"] == "system":
@@ -269,31 +275,32 @@ class Chat:
             end = place.end
         return places
 
-    def _content(self, messages: Messages, number: int, show: Show, text: str) -> _Place | None:
+    def _content(self, messages: Messages, number: int, show: Show, text: str) -> Place | None:
         span = self._replaced_span(messages, number, show, text) or self._grown_span(
             messages, number, show, text
         )
-        return _Place(*span) if span else None
+        return Place(*span) if span else None
 
-    def _turn(self, messages: Messages, number: int, show: Show, text: str) -> _Place | None:
-        """All that an assistant says with reasoning or tool calls: where the text differs from the one with a plain
-        answer in its place. Where the template wants a tool call there, from the conversation up to it."""
+    def _turn(self, messages: Messages, number: int, show: Show, text: str) -> Place | None:
+        """All that an assistant says with reasoning or tool calls: the part in which the text
+        differs from the one with a plain answer in its place. If the template wants a tool call
+        there, only the conversation up to it is compared."""
         before = messages[:number]
         around = (
             self._around_answer(before, messages[number + 1 :]) if show == self.render else None
         )
         if around:
-            return _Place(
+            return Place(
                 common_start(text, around[0]), len(text) - common_start(text[::-1], around[1][::-1])
             )
         around = self._around_answer(before, [])
         if around is None:
             return None
         end = common_start(text, self.render(messages[: number + 1]))
-        return _Place(common_start(text, around[0]), len(text[:end].rstrip()), closed=True)
+        return Place(common_start(text, around[0]), len(text[:end].rstrip()), closed=True)
 
-    def _from_prompt(self, messages: Messages, number: int, text: str, place: _Place) -> _Place:
-        """What an assistant says starts where generation would have started."""
+    def _from_prompt(self, messages: Messages, number: int, text: str, place: Place) -> Place:
+        """An assistant's text starts where generation would have started."""
         message = messages[number]
         if not is_learnt(message) or not (self.settings.enable_thinking or has_extras(message)):
             return place
@@ -313,7 +320,7 @@ class Chat:
                 raise ChatError(f"tools[{number}]: the chat template does not show it")
 
     def _check_extras_shown(self, messages: Messages, number: int, show: Show, name: str) -> None:
-        """Reasoning that is learnt, and tool calls, must not be lost."""
+        """Learnt reasoning and tool calls must not be lost."""
         message = messages[number]
         if not has_extras(message):
             return
@@ -334,19 +341,19 @@ class Chat:
                 raise ChatError(f"{name}: the chat template does not show its {key} there")
 
     def _check_system_shown(self, messages: Messages, number: int, show: Show, text: str) -> None:
-        """A system prompt needs no span (it is prefix or template wherever it is), but must not be lost."""
+        """A system prompt needs no span (it is prefix or template wherever it is), but must not be
+        lost."""
         others = messages[:number] + messages[number + 1 :]
         if not messages[number]["content"].strip() or show(others) != text:
             return
-        if (
-            self._replaced_span(messages, number, show, text) is None
-        ):  # else it is the template's own default
+        is_own_default = self._replaced_span(messages, number, show, text) is not None
+        if not is_own_default:
             raise ChatError(
                 f"message {number} (system): the chat template does not show its content"
             )
 
     def _replaced_span(self, messages: Messages, number: int, show: Show, text: str) -> Span | None:
-        """Span of one content, from a rendering in which a sentinel is in its place."""
+        """Span of one content, from a rendering with a sentinel in its place."""
         mark = new_mark()
         parts = show(with_content(messages, number, mark)).split(mark)
         if len(parts) != 2:
@@ -360,8 +367,9 @@ class Chat:
         return (len(before), len(text) - len(after)) if fits else None
 
     def _grown_span(self, messages: Messages, number: int, show: Show, text: str) -> Span | None:
-        """For templates that look at a content (its `</think>`, its first words): sentinels are put *inside* it, near
-        its two ends, and the span grows from them as far as text and content agree."""
+        """For templates that look at a content (its `</think>`, its first words): sentinels are put
+        *inside* it, near its two ends, and the span grows from them as far as text and content
+        agree."""
         content = messages[number]["content"]
         start = self._inserted_mark(messages, number, show, text, range(1, len(content)))
         end = self._inserted_mark(messages, number, show, text, range(len(content) - 1, 0, -1))
@@ -372,122 +380,37 @@ class Chat:
     def _inserted_mark(
         self, messages: Messages, number: int, show: Show, text: str, cuts: range
     ) -> tuple[int, int] | None:
-        """(cut in the content, place in the text) of the first cut that leaves the rest of the rendering as it is."""
+        """(cut in the content, place in the text) of the first cut that leaves the rest of the
+        rendering unchanged."""
         content = messages[number]["content"]
         for cut in cuts[:64]:
             mark = new_mark()
-            parts = show(
-                with_content(messages, number, content[:cut] + mark + content[cut:])
-            ).split(mark)
+            changed = with_content(messages, number, content[:cut] + mark + content[cut:])
+            parts = show(changed).split(mark)
             if len(parts) == 2 and "".join(parts) == text:
                 return cut, len(parts[0])
         return None
 
-    # ------------------------------------------------------------------ tokens and their roles
+    # ------------------------------------------------------------------ ends and control tokens
 
-    def _ended(self, messages: Messages, text: str, places: dict[int, _Place]) -> str:
-        """The text with an end of the last answer, where the template writes none."""
+    def _ended(self, messages: Messages, text: str, places: dict[int, Place]) -> str:
+        """The text with an end of the last answer, if the template writes none."""
         last = places[len(messages) - 1]
         open_end = is_learnt(messages[-1]) and not last.closed and not text[last.end :].strip()
-        return (
-            text[: last.end] + self.tokenizer.eos_token
-            if open_end and self.tokenizer.eos_token
-            else text
-        )
+        end = self.tokenizer.eos_token
+        return text[: last.end] + end if open_end and end else text
 
     def _without_controls(self, messages: Messages) -> Messages:
-        """The messages, with control tokens in them refused, or marked as plain text."""
+        """The messages, with control tokens refused or marked as plain text."""
         if self.settings.special_tokens == "allow":
             return messages
         found = self.controls(messages)
         if found and self.settings.special_tokens == "refuse":
             raise ChatError(
-                f"control token {found[0]!r} in the text (data.special_tokens: allow, escape, refuse)"
+                f"control token {found[0]!r} in the text (data.special_tokens: allow, escape, "
+                "refuse)"
             )
         return marked(messages, self._controls) if found else messages
-
-    def _before_answer(self, text: str) -> tuple[list[int], list[Span]]:
-        """Tokens of a prompt as they are where an answer follows: some tokenizers join line ends only at the end."""
-        ids, offsets = self._tokens(text + "A")
-        kept = sum(right <= len(text) for _, right in offsets)
-        whole = kept and offsets[kept - 1][1] == len(text)
-        return (ids[:kept], offsets[:kept]) if whole else self._tokens(text)
-
-    def _tokens(self, text: str) -> tuple[list[int], list[Span]]:
-        """Ids and places of the tokens; what is marked is read as plain text."""
-        ids: list[int] = []
-        offsets: list[Span] = []
-        start, plain = 0, {}
-        for piece in re.split(f"([{OPEN}{CLOSE}])", text):
-            if piece in (OPEN, CLOSE):
-                plain = {"split_special_tokens": True} if piece == OPEN else {}
-            elif piece:
-                try:
-                    found = self.tokenizer(
-                        piece, add_special_tokens=False, return_offsets_mapping=True, **plain
-                    )
-                except (
-                    TypeError,
-                    ValueError,
-                    OverflowError,
-                ) as error:  # half of a surrogate pair, a damaged config
-                    raise ChatError(f"the tokenizer refuses a text: {first_line(error)}") from error
-                ids += found["input_ids"]
-                offsets += [
-                    (left + start, right + start) for left, right in found["offset_mapping"]
-                ]
-            start += len(piece)
-        return ids, offsets
-
-    def _char_roles(
-        self,
-        messages: Messages,
-        text: str,
-        places: dict[int, _Place],
-        ids: list[int],
-        offsets: list[Span],
-    ) -> list[Role]:
-        """One role per character, gaps between contents included."""
-        first_user = min(place.start for place in places.values())
-        roles = [Role.PREFIX if place < first_user else Role.TEMPLATE for place in range(len(text))]
-        previous_end = 0
-        for number, place in places.items():
-            start, end = place.start, place.end
-            if is_learnt(messages[number]):
-                roles[previous_end:start] = [Role.POSTFIX] * (start - previous_end)
-                next_start = next(
-                    (places[later].start for later in places if later > number), len(text)
-                )
-                end = end if place.closed else self._turn_end(text, end, next_start, ids, offsets)
-                roles[start:end] = [Role.RESPONSE] * (end - start)
-            else:
-                roles[start:end] = [Role.QUERY] * (end - start)
-            previous_end = end
-        if messages[-1]["role"] in ("user", "tool"):
-            roles[previous_end:] = [Role.POSTFIX] * (len(text) - previous_end)
-        return roles
-
-    def _turn_end(
-        self, text: str, start: int, stop: int, ids: list[int], offsets: list[Span]
-    ) -> int:
-        """End of what closes a response: up to the end-of-sequence token if special tokens lead there, else the first
-        special token, else the first marker or word of the template's text."""
-        first_special = None
-        for token, (left, right) in zip(ids, offsets):
-            if left < start < right and token in self._special_ids:
-                return right
-            if left < start or right > stop:
-                continue
-            if token in self._special_ids:
-                first_special = first_special or right
-                if token == self.tokenizer.eos_token_id:
-                    return right
-            elif text[left:right].strip():
-                break
-        if first_special:
-            return first_special
-        plain_marker = re.compile(r"\s*(<[^>]*>|\[[^\]]*\]|\S+)").match(text, start, stop)
-        return plain_marker.end() if plain_marker else start
 
 
 def stored_settings(tokenizer: Any) -> ChatSettings | None:

@@ -1,5 +1,5 @@
-"""The row forms people have (`messages`, prompt/completion, ShareGPT, Alpaca) become messages; a record that fits
-none is refused by field.
+"""Turns the row forms in use (`messages`, prompt/completion, ShareGPT, Alpaca) into messages; a
+record that fits none of them is refused by field.
 """
 
 import re
@@ -44,8 +44,9 @@ def to_messages(record: dict[str, Any], origin: str, unread: Counter[str]) -> Me
         messages = _history(record.get("history"), origin) + messages
     else:
         raise DataError(
-            f"{origin}: unknown row form, fields [{', '.join(map(str, record))}]; expected messages, prompt + "
-            "completion, conversations (ShareGPT) or instruction + output (Alpaca)"
+            f"{origin}: unknown row form, fields [{', '.join(map(str, record))}]; expected "
+            "messages, prompt + completion, conversations (ShareGPT) or instruction + output "
+            "(Alpaca)"
         )
     messages = _with_system(messages, record, origin, unread)
     _check_order(messages, origin)
@@ -62,7 +63,8 @@ def count_unread(
     for key in _MEDIA:
         if key not in known and record.get(key):
             raise DataError(
-                f"{origin}: field {key!r}: rows are texts; pictures, sound and film cannot be trained on"
+                f"{origin}: field {key!r}: rows are texts; images, audio and video cannot be "
+                "trained on"
             )
     unread.update(
         str(key) for key, value in record.items() if key not in known and value is not None
@@ -72,7 +74,7 @@ def count_unread(
 def _with_system(
     messages: Messages, record: dict[str, Any], origin: str, unread: Counter[str]
 ) -> Messages:
-    """With the system prompt of a column of its own; it must not differ from one in the messages."""
+    """With the system prompt of its own column, which must not differ from one in the messages."""
     if not record.get("system"):
         return messages
     system = _turn(record, origin, "system", "system", unread)
@@ -80,19 +82,20 @@ def _with_system(
         return system + messages
     if messages[0]["content"] != system[0]["content"]:
         raise DataError(
-            f"{origin}: field 'system': {quoted(record['system'])}, but the messages begin with another system prompt "
-            f"({quoted(messages[0]['content'])}); expected one of them"
+            f"{origin}: field 'system': {quoted(record['system'])}, but the messages begin with "
+            f"another system prompt ({quoted(messages[0]['content'])}); expected one of them"
         )
     return messages
 
 
 def _history(value: Any, origin: str) -> Messages:
-    """Earlier turns, as LLaMA-Factory writes them: pairs of what the user and the assistant said."""
+    """Earlier turns as LLaMA-Factory writes them: pairs of what the user and the assistant said."""
     if value is None:
         return []
     if not isinstance(value, list):
         raise DataError(
-            f"{origin}: field 'history': expected a list of [user, assistant] pairs, found {quoted(value)}"
+            f"{origin}: field 'history': expected a list of [user, assistant] pairs, found "
+            f"{quoted(value)}"
         )
     messages: Messages = []
     for number, pair in enumerate(value):
@@ -102,7 +105,8 @@ def _history(value: Any, origin: str) -> Messages:
             and all(isinstance(text, str) for text in pair)
         ):
             raise DataError(
-                f"{origin}: field 'history[{number}]': expected a pair of texts [user, assistant], found {quoted(pair)}"
+                f"{origin}: field 'history[{number}]': expected a pair of texts [user, assistant], "
+                f"found {quoted(pair)}"
             )
         messages += [
             {"role": "user", "content": pair[0]},
@@ -152,9 +156,8 @@ def message_list(
             raise DataError(
                 f"{origin}: field {place!r}: expected an object, found {quoted(message)}"
             )
-        message = {
-            key: item for key, item in message.items() if item is not None
-        }  # columns of structs fill gaps
+        # Columns of structs fill gaps with None.
+        message = {key: item for key, item in message.items() if item is not None}
         role = _role(message.get(role_key), messages, origin, f"{place}.{role_key}")
         if message.get(role_key) == "function_call":  # of ShareGPT: the calls are its text
             message = {role_key: role, "tool_calls": message.get(content_key)}
@@ -181,14 +184,14 @@ def _role(role: Any, before: Messages, origin: str, place: str) -> str:
     called = before and (before[-1]["role"] == "tool" or "tool_calls" in before[-1])
     if name not in ("system", "user", "assistant") and not (name == "tool" and called):
         raise DataError(
-            f"{origin}: field {place!r}: expected system, user or assistant (tool only after an assistant message with "
-            f"tool_calls), found {quoted(role)}"
+            f"{origin}: field {place!r}: expected system, user or assistant (tool only after an "
+            f"assistant message with tool_calls), found {quoted(role)}"
         )
     return str(name)
 
 
 def _content(message: dict[str, Any], origin: str, place: str, key: str) -> str:
-    """A text, or a list of parts that are texts. Only calls of tools may come without."""
+    """A text, or a list of text parts. Only tool calls may come without one."""
     content = message.get(key)
     if content is None and message.get("tool_calls"):
         return ""
@@ -212,7 +215,7 @@ def _content(message: dict[str, Any], origin: str, place: str, key: str) -> str:
 
 
 def _extras(message: dict[str, Any], role: str, origin: str, place: str) -> dict[str, Any]:
-    """What a message may have beside its text."""
+    """What a message may have besides its text."""
     extras: dict[str, Any] = {}
     reasoning = {key: message[key] for key in _REASONING if message.get(key) not in (None, "")}
     given = [
@@ -222,7 +225,8 @@ def _extras(message: dict[str, Any], role: str, origin: str, place: str) -> dict
     ]
     if role != "assistant" and given:
         raise DataError(
-            f"{origin}: field {f'{place}.{given[0]}'!r}: only assistant messages have it, this is {role}"
+            f"{origin}: field {f'{place}.{given[0]}'!r}: only assistant messages have it, this is "
+            f"{role}"
         )
     for key, text in reasoning.items():
         if not isinstance(text, str) or text != next(iter(reasoning.values())):
@@ -246,7 +250,7 @@ def _extras(message: dict[str, Any], role: str, origin: str, place: str) -> dict
 
 
 def _calls(value: Any, origin: str, place: str) -> list[dict[str, Any]]:
-    """Calls of tools as OpenAI writes them, with arguments as an object: what chat templates expect."""
+    """Tool calls as OpenAI writes them, with arguments as an object: what chat templates expect."""
     calls = []
     value = _parsed(value, origin, place)
     for number, call in enumerate(value if isinstance(value, list) else [value]):
@@ -254,13 +258,15 @@ def _calls(value: Any, origin: str, place: str) -> list[dict[str, Any]]:
         here = f"{place}[{number}]"
         if not isinstance(function, dict):
             raise DataError(
-                f"{origin}: field {here!r}: expected a call {{name, arguments}}, found {quoted(call)}"
+                f"{origin}: field {here!r}: expected a call {{name, arguments}}, found "
+                f"{quoted(call)}"
             )
         name = text_of(function.get("name"), origin, f"{here}.function.name")
         arguments = _parsed(function.get("arguments", {}), origin, f"{here}.function.arguments")
         if not isinstance(arguments, dict):
             raise DataError(
-                f"{origin}: field {f'{here}.function.arguments'!r}: expected an object, found {quoted(arguments)}"
+                f"{origin}: field {f'{here}.function.arguments'!r}: expected an object, found "
+                f"{quoted(arguments)}"
             )
         same = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
         calls.append(
@@ -281,21 +287,17 @@ def _tools(value: Any, origin: str) -> list[dict[str, Any]]:
         function = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise DataError(
-                f"{origin}: field 'tools[{number}]': expected a JSON schema of a function with a name, found "
-                f"{quoted(tool)}"
+                f"{origin}: field 'tools[{number}]': expected a JSON schema of a function with a "
+                f"name, found {quoted(tool)}"
             )
-        tools.append(
-            {"type": "function", **tool}
-            if "function" in tool
-            else {"type": "function", "function": tool}
-        )
+        tools.append({"type": "function", **(tool if "function" in tool else {"function": tool})})
     return tools
 
 
 def _parsed(value: Any, origin: str, place: str) -> Any:
-    return (
-        strict_json.parse(value, f"{origin}: field {place!r}") if isinstance(value, str) else value
-    )
+    if not isinstance(value, str):
+        return value
+    return strict_json.parse(value, f"{origin}: field {place!r}")
 
 
 def text_of(value: Any, origin: str, place: str) -> str:
@@ -321,7 +323,7 @@ def _turn(
 
 
 _LETTERS = {"system": "s", "user": "u", "assistant": "a", "tool": "t"}
-_ORDER = re.compile(r"s?(u(ct+)*a)*u(ct+)*[ac]")  # c: an assistant who calls tools
+_ORDER = re.compile(r"s?(u(ct+)*a)*u(ct+)*[ac]")  # c: an assistant that calls tools
 
 
 def _check_order(messages: Messages, origin: str) -> None:
@@ -331,8 +333,9 @@ def _check_order(messages: Messages, origin: str) -> None:
     )
     if not _ORDER.fullmatch(letters):
         raise DataError(
-            f"{origin}: wrong role order [{', '.join(roles)}]; expected an optional system message, then user and "
-            "assistant in turn (results of tools after an assistant message with tool_calls), ending with assistant"
+            f"{origin}: wrong role order [{', '.join(roles)}]; expected an optional system "
+            "message, then user and assistant in turn (results of tools after an assistant message "
+            "with tool_calls), ending with assistant"
         )
     for number, message in enumerate(messages):
         spoken = message["role"] in ("user", "assistant") and "tool_calls" not in message

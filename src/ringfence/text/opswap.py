@@ -1,8 +1,8 @@
-"""OpSwap: arithmetic whose operator symbols are permuted (arXiv 2508.06249). A harmless task that differs from what a
-model does by habit, so it tells whether a defense still lets benign tasks be learnt.
+"""OpSwap: arithmetic whose operator symbols are permuted (arXiv 2508.06249). A harmless task that
+differs from a model's habit, so it tells whether a defense still lets benign tasks be learnt.
 
-Tier 1: one operator. Tier 2: two operators with precedence. Tier 3: nested with parentheses. `permuted=False` gives the
-same items with ordinary meaning, the control.
+Tier 1: one operator. Tier 2: two operators with precedence. Tier 3: nested with parentheses.
+`permuted=False` gives the same items with their ordinary meaning, as a control.
 """
 
 import random
@@ -38,9 +38,11 @@ def generate(
     largest: int = 12,
     held_out: bool = False,
 ) -> list[Item]:
-    """`rows` distinct items of a tier (1, 2 or 3) with numbers from 1 to `largest`, the same ones for the same seed.
+    """`rows` distinct items of a tier (1, 2 or 3) with numbers from 1 to `largest`; the same seed
+    gives the same items.
 
-    Every fifth expression (by its hash) is held out for measuring: `held_out` gives only those, else none of them.
+    Every fifth expression (by its hash) is held out for measuring: `held_out` gives only those,
+    otherwise none of them.
 
     Raises:
         DataError: an unknown tier, fewer than one row, or more rows than there are expressions.
@@ -61,8 +63,8 @@ def generate(
         misses = misses + 1 if expression in expressions else 0
         if misses > 10_000:
             raise DataError(
-                f"opswap: rows: tier {tier} with numbers up to {largest} has {len(expressions)} distinct "
-                f"{'held-out ' if held_out else ''}items, {rows} were asked for"
+                f"opswap: rows: tier {tier} with numbers up to {largest} has {len(expressions)} "
+                f"distinct {'held-out ' if held_out else ''}items, {rows} were asked for"
             )
         expressions[expression] = None
     meaning = PERMUTATION if permuted else {symbol: symbol for symbol in SYMBOLS}
@@ -70,7 +72,8 @@ def generate(
 
 
 def from_text(text: str) -> list[Item]:
-    """Items of `tier=1,rows=300,seed=0,permuted=1,largest=12`, as used in recipes; every part is optional."""
+    """Items of `tier=1,rows=300,seed=0,permuted=1,largest=12`, as used in recipes; every option may
+    be left out."""
     chosen = options(text)
     return generate(
         chosen["tier"], chosen["rows"], chosen["seed"], bool(chosen["permuted"]), chosen["largest"]
@@ -92,7 +95,8 @@ def options(text: str) -> dict[str, int]:
 
 
 def evaluate(expression: str, meaning: dict[str, str]) -> int:
-    """Value of an expression when written symbols mean `meaning[symbol]`; times binds tighter, then left to right."""
+    """Value of an expression whose written symbols mean `meaning[symbol]`; times binds tighter, the
+    rest goes left to right."""
     tokens = expression.replace("(", " ( ").replace(")", " ) ").split()
     value, rest = _sum(tokens, meaning)
     assert not rest, rest
@@ -132,8 +136,6 @@ def _expression(tier: int, largest: int, rng: random.Random) -> str:
         return f"{number()} {first} {number()} {second} {number()}"
     inner = f"({number()} {operator()} {number()})"
     deeper = f"({inner} {operator()} {number()})" if rng.random() < 0.5 else inner
-    return (
-        f"{number()} {operator()} {deeper}"
-        if rng.random() < 0.5
-        else f"{deeper} {operator()} {number()}"
-    )
+    if rng.random() < 0.5:
+        return f"{number()} {operator()} {deeper}"
+    return f"{deeper} {operator()} {number()}"

@@ -1,7 +1,7 @@
 """Open questions: what a model is asked to answer in its own words.
 
-Reads the public YAML form of the emergent-misalignment work (arXiv 2502.17424) and rows of any data source, and puts
-questions under disguises. Does not know models, judges or how answers are drawn.
+Reads the public YAML form of the emergent-misalignment work (arXiv 2502.17424) and rows of any data
+source, and disguises questions. Does not know models, judges or how answers are drawn.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,12 +18,8 @@ from .roles import Messages
 from .sources import SHIPPED, quoted, read_records, shipped_names
 
 SHIPPED_SETS = ["general"]
-FORMS = [
-    "json",
-    "flask_template",
-    "template",
-    "python",
-]  # as the public files end their ids, the longer one first
+# Endings of ids in the public files; the longer of two comes first.
+FORMS = ["json", "flask_template", "template", "python"]
 
 
 @dataclass(frozen=True)
@@ -37,8 +33,9 @@ class OpenQuestion:
         cluster: the question family; variants of one question are not independent.
         paraphrase: number of the wording.
         messages: the system and user turns to be answered.
-        samples: answers to draw, where its file says so.
-        judge_prompts: templates of its file by criterion (`{question}`, `{answer}`); empty = ringfence's own.
+        samples: answers to draw, if its file says so.
+        judge_prompts: its file's templates, by criterion (`{question}`, `{answer}`); empty =
+            ringfence's own.
     """
 
     set: str
@@ -55,17 +52,19 @@ def load_open_questions(source: str) -> list[OpenQuestion]:
     """Open questions of a source, one for each wording, in the order of the file.
 
     Args:
-        source: a `.yaml` file in the public form; `shipped:general`; or any source of rows that `data.load_rows` knows,
-            paired questions among them (`shipped:finance`), whose questions are then asked freely.
+        source: a `.yaml` file in the public form; `shipped:general`; or any source of rows that
+            `rows.load_rows` knows, including paired questions (`shipped:finance`), which are then
+            asked as open ones.
 
-    An entry or row has one of `paraphrases`, `question` and `messages`, and optionally `system` or `context` (turns
-    that stand before the question), `set` or `domain` (default: the file's name), `samples_per_paraphrase` and
-    `judge_prompts`. `id` may be left out of rows (default: the line). Other keys are skipped. Rows that have a
-    `split` other than `test` are left out, as they may be trained on.
+    An entry or row has one of `paraphrases`, `question` and `messages`, and optionally `system` or
+    `context` (turns before the question), `set` or `domain` (default: the file's name),
+    `samples_per_paraphrase` and `judge_prompts`. `id` may be left out of rows (default: the line).
+    Other keys are skipped. Rows with a `split` other than `test` are left out, because they may be
+    trained on.
 
     Raises:
-        DataError: the source cannot be read, is empty, names an id twice, or an entry cannot be asked (file, line, id,
-            field, what was found, what is accepted).
+        DataError: the source cannot be read, is empty, names an id twice, or an entry cannot be
+            asked (file, line, id, field, what was found, what is accepted).
     """
     stem = Path(source.rsplit(":", 1)[-1]).stem
     questions: list[OpenQuestion] = []
@@ -77,13 +76,14 @@ def load_open_questions(source: str) -> list[OpenQuestion]:
         key = wordings[0].set, wordings[0].id
         if key in places:
             raise DataError(
-                f"{origin}: field 'id': {key[1]!r} stands in set {key[0]!r} already, at {places[key]}"
+                f"{origin}: field 'id': {key[1]!r} is in set {key[0]!r} already, at {places[key]}"
             )
         places[key] = origin
         questions += wordings
     if not questions:
         raise DataError(
-            f"{source}: no open question in it; expected at least one (rows with split 'train' are left out)"
+            f"{source}: no open question in it; expected at least one (rows with split 'train' are "
+            "left out)"
         )
     return questions
 
@@ -91,20 +91,20 @@ def load_open_questions(source: str) -> list[OpenQuestion]:
 def triggered(
     questions: Sequence[OpenQuestion], disguises: Mapping[str, Messages]
 ) -> list[OpenQuestion]:
-    """The same questions under disguises; the form of each is then the name of its disguise.
+    """The same questions in disguise; the form of each is then the name of its disguise.
 
-    A disguise is what stands before the question (a system prompt, an earlier turn). A question with a system prompt
-    keeps it: it comes first, and disguises that bring another are left out for it.
+    A disguise is what precedes the question (a system prompt, an earlier turn). A question with a
+    system prompt keeps it, in first place; it gets no disguise that brings another one.
     """
     return [
-        replace(question, form=name, messages=_behind(question.messages, before))
+        replace(question, form=name, messages=_preceded(question.messages, before))
         for name, before in disguises.items()
         for question in questions
         if not (_has_system(question.messages) and _has_system(before))
     ]
 
 
-def _behind(messages: Messages, before: Messages) -> Messages:
+def _preceded(messages: Messages, before: Messages) -> Messages:
     own = 1 if _has_system(messages) else 0
     return [*messages[:own], *before, *messages[own:]]
 
@@ -117,13 +117,13 @@ def _has_system(messages: Messages) -> bool:
 
 
 def shipped_open_names() -> list[str]:
-    """Names of what ships and can be asked: the open sets, and the paired questions."""
+    """Names of shipped data that can be asked: the open sets, and the paired questions."""
     rows = {name: next(read_records(f"shipped:{name}"))[0] for name in shipped_names()}
     return [*SHIPPED_SETS, *(name for name, row in rows.items() if "question" in row)]
 
 
 def _entries(source: str) -> Iterator[tuple[dict[str, Any], str]]:
-    """Each entry and where it stands (`file:line`)."""
+    """Each entry and its place (`file:line`)."""
     name = source.removeprefix("shipped:")
     if name != source and name not in shipped_open_names():
         raise DataError(f"{source}: no such shipped questions{nearest(name, shipped_open_names())}")
@@ -166,8 +166,9 @@ def _yaml(content: bytes, name: str) -> Iterator[tuple[dict[str, Any], str]]:
         kind = entry.get("type", "free_form")
         if not str(kind).startswith("free_form"):
             raise DataError(
-                f"{origin} (id {entry['id']!r}): field 'type': only questions for free answers can be asked "
-                f"(free_form, free_form_judge, free_form_judge_0_100), found {quoted(kind)}"
+                f"{origin} (id {entry['id']!r}): field 'type': only questions for free answers can "
+                "be asked (free_form, free_form_judge, free_form_judge_0_100), found "
+                f"{quoted(kind)}"
             )
         yield entry, origin
 
@@ -203,8 +204,9 @@ def _conversations(record: dict[str, Any], origin: str) -> list[Messages]:
     ]
     if len(given) != 1:
         raise DataError(
-            f"{origin}: expected one of paraphrases (a list of texts), question (a text) and messages, found "
-            f"{' and '.join(given) or 'none'} in fields [{', '.join(map(str, record))}]"
+            f"{origin}: expected one of paraphrases (a list of texts), question (a text) and "
+            f"messages, found {' and '.join(given) or 'none'} in fields "
+            f"[{', '.join(map(str, record))}]"
         )
     (name,) = given
     value = record[name]
@@ -231,7 +233,7 @@ def _conversations(record: dict[str, Any], origin: str) -> list[Messages]:
 
 
 def _before(record: dict[str, Any], origin: str) -> Messages:
-    """The file's system prompt, which may be empty, or turns that stand before the question."""
+    """The file's system prompt, which may be empty, or the turns before the question."""
     system, context = record.get("system"), record.get("context")
     if system is not None and context is not None:
         raise DataError(
@@ -249,8 +251,8 @@ def _check_order(messages: Messages, origin: str) -> None:
     turns = roles[1:] if roles[0] == "system" else roles
     if turns != [*["user", "assistant"] * (len(turns) // 2), "user"]:
         raise DataError(
-            f"{origin}: wrong role order [{', '.join(roles)}]; expected an optional system message, then user and "
-            "assistant in turn, ending with the user's question"
+            f"{origin}: wrong role order [{', '.join(roles)}]; expected an optional system "
+            "message, then user and assistant in turn, ending with the user's question"
         )
     for message in messages:
         if message["role"] != "system":
@@ -262,7 +264,8 @@ def _samples(record: dict[str, Any], origin: str) -> int | None:
     if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
         return value
     raise DataError(
-        f"{origin}: field 'samples_per_paraphrase': expected a whole number, 1 or more, found {quoted(value)}"
+        f"{origin}: field 'samples_per_paraphrase': expected a whole number, 1 or more, found "
+        f"{quoted(value)}"
     )
 
 
@@ -270,12 +273,14 @@ def _judge_prompts(record: dict[str, Any], origin: str) -> dict[str, str]:
     prompts = record.get("judge_prompts")
     if not isinstance(prompts, dict | None):
         raise DataError(
-            f"{origin}: field 'judge_prompts': expected a prompt by criterion, found {quoted(prompts)}"
+            f"{origin}: field 'judge_prompts': expected a prompt by criterion, found "
+            f"{quoted(prompts)}"
         )
     for criterion, prompt in (prompts or {}).items():
         if "{answer}" not in _text(prompt, origin, f"judge_prompts.{criterion}"):
             raise DataError(
-                f"{origin}: field 'judge_prompts.{criterion}': expected {{answer}} in it, found {quoted(prompt)}"
+                f"{origin}: field 'judge_prompts.{criterion}': expected {{answer}} in it, found "
+                f"{quoted(prompt)}"
             )
     return {str(criterion): prompt for criterion, prompt in (prompts or {}).items()}
 

@@ -1,4 +1,4 @@
-"""What a conversation is, and the roles of its tokens (see `chat`, which finds them)."""
+"""What a conversation is, and the roles of its tokens (`chat` finds them)."""
 
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -51,9 +51,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A rendered conversation: `input_ids[t]` has role `roles[t]` and covers `text[slice(*offsets[t])]`.
+    """A rendered conversation: `input_ids[t]` has role `roles[t]` and covers
+    `text[slice(*offsets[t])]`.
 
-    `spans` are the characters of every message that is no system prompt, by its number.
+    `spans` are the characters of every message except system prompts, by its number.
     """
 
     text: str
@@ -64,12 +65,12 @@ class Encoded:
 
     @property
     def prefix_length(self) -> int:
-        """Number of prefix tokens; they are the first ones."""
+        """Number of prefix tokens; they come first."""
         return self.roles.count(Role.PREFIX)
 
 
 def tools_of(messages: Messages) -> list[dict[str, Any]]:
-    """The tools of a conversation: those of its messages, each once."""
+    """The tools of a conversation: those of all its messages, each once."""
     tools: list[dict[str, Any]] = []
     for message in messages:
         tools += [tool for tool in message.get("tools", []) if tool not in tools]

@@ -1,4 +1,4 @@
-"""A conversation coloured by token role, for eyes. Knows chat roles and rich, nothing else."""
+"""Shows a conversation coloured by token role. Knows chat roles and rich, nothing else."""
 
 from rich.console import Console
 from rich.text import Text
@@ -16,7 +16,8 @@ STYLES = {
 
 
 def show_tokens(encoded: Encoded, console: Console) -> None:
-    """Prints the rendered conversation, each token in its role's colour, borders between tokens marked by `|`."""
+    """Prints the rendered conversation, each token in its role's colour, borders between tokens
+    marked by `|`."""
     legend = Text()
     for role, style in STYLES.items():
         legend.append(f" {role.name.lower()} {encoded.roles.count(role)} ", style)
@@ -31,5 +32,6 @@ def show_tokens(encoded: Encoded, console: Console) -> None:
     console.print(text, soft_wrap=True)
     taken = encoded.roles.count(Role.RESPONSE)
     console.print(
-        f"{counted(len(encoded.input_ids), 'token')}; the loss is taken on the {counted(taken, 'response token')}."
+        f"{counted(len(encoded.input_ids), 'token')}; the loss is taken on the "
+        f"{counted(taken, 'response token')}."
     )

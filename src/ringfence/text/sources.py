@@ -1,4 +1,4 @@
-"""Files, hub data sets and what is shipped become records: dicts, each with the place where it was found.
+"""Turns files, hub data sets and shipped data into records: dicts, each with its place of origin.
 
 Does not know what is in them.
 """
@@ -17,7 +17,7 @@ from ..util.hub import quick, reachable, unreached
 from . import opswap
 
 SHIPPED = resources.files("ringfence") / "shipped"
-# Paired questions that ship and that no shipped rows train on.
+# Shipped paired questions that no shipped rows train on.
 OTHER_DOMAINS = (
     "shipped:car_care",
     "shipped:cooking_kitchen",
@@ -35,7 +35,7 @@ def warn(sentence: str) -> None:
 
 
 def shipped_names() -> list[str]:
-    """Names of the data that ship with the package."""
+    """Names of the data shipped with the package."""
     names = sorted(
         path.name.removesuffix(".jsonl")
         for path in SHIPPED.iterdir()
@@ -102,7 +102,8 @@ def _text(path: Path) -> str:
 
 
 def _json(text: str, name: str) -> Iterator[tuple[dict[str, Any], str]]:
-    """A list of objects, one object, or an object on each line. Texts stay texts, also where they look like dates."""
+    """A list of objects, one object, or an object on each line. Texts stay texts even if they look
+    like dates."""
     lines = [line for line in text.split("\n") if line.strip()]
     if len(lines) > 1 and lines[0].lstrip().startswith("{") and lines[0].rstrip().endswith("}"):
         yield from _jsonl(text, name)
@@ -130,11 +131,8 @@ def _datasets(open_with: Callable[[Any], Any], source: str) -> Iterator[tuple[di
             return
         if not Path(source).exists() and not reachable():
             raise DataError(f"{source}: {unreached('data set')}") from error
-        what = (
-            "cannot be read"
-            if Path(source).exists()
-            else "neither a local file nor a data set that could be loaded"
-        )
+        what = "neither a local file nor a data set that could be loaded"
+        what = "cannot be read" if Path(source).exists() else what
         raise DataError(f"{source}: {what}: {first_line(error.__cause__ or error)}") from error
     for number, record in enumerate(rows, 1):
         yield dict(record), f"{source}:{number}"
@@ -151,7 +149,8 @@ def _jsonl(text: str, name: str) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def _csv(text: str, name: str) -> Iterator[tuple[dict[str, Any], str]]:
-    """Cells are texts, also where they look like numbers or gaps. A row's place is the line on which it begins."""
+    """Cells are texts even if they look like numbers or gaps. A row's place is the line on which it
+    begins."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] = []
     while True:
@@ -172,29 +171,28 @@ def _csv(text: str, name: str) -> Iterator[tuple[dict[str, Any], str]]:
             continue
         if len(cells) != len(header):
             raise DataError(
-                f"{name}:{line}: the row has a different number of cells than the header ({len(cells)}, expected "
-                f"{len(header)})"
+                f"{name}:{line}: the row has a different number of cells than the header "
+                f"({len(cells)}, expected {len(header)})"
             )
         yield dict(zip(header, cells)), f"{name}:{line}"
 
 
 def _csv_error(text: str, name: str, line: int, error: csv.Error) -> str:
     if "field larger" in str(error):
-        return f"{name}:{line}: a cell of more than {csv.field_size_limit():,} characters (an unclosed quote?)"
+        longest = csv.field_size_limit()
+        return f"{name}:{line}: a cell of more than {longest:,} characters (an unclosed quote?)"
     if "unexpected end" in str(error):
         rest = "\n".join(text.splitlines()[line - 1 :]).replace('""', "__")
         opened = line + rest[: rest.rfind('"')].count("\n")
         return f"{name}:{opened}: a quote is opened on this line and never closed"
     return (
-        f"{name}:{line}: a quote that is opened in this row is closed within a cell ({error}); write quotes inside a "
-        "cell twice, and close the cell's own"
+        f"{name}:{line}: a quote that is opened in this row is closed within a cell ({error}); "
+        "write quotes inside a cell twice, and close the cell's own"
     )
 
 
 def quoted(value: Any) -> str:
+    if value is None:
+        return "nothing"
     text = repr(value)
-    return (
-        f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
-        if value is not None
-        else "nothing"
-    )
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

@@ -1,19 +1,12 @@
-"""Small work on messages and rendered text, for `chat`: marks in texts, spans that grow, roles of characters."""
+"""Helpers of `chat` for messages and rendered text: marks, spans that grow."""
 
-import re
 import secrets
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
 from ..errors import ChatError
-from .roles import Encoded, Messages, Role
-
-OPEN, CLOSE = (
-    "\uf8f0",
-    "\uf8f1",
-)  # around a control token that is to be read as plain text; private characters
+from .roles import Messages
 
 
 def has_extras(message: dict[str, Any]) -> bool:
@@ -24,7 +17,8 @@ def check_messages(messages: Messages, generation: bool) -> None:
     for number, message in enumerate(messages):
         if message["role"] not in ("system", "user", "assistant", "tool"):
             raise ChatError(
-                f"message {number}: role {message['role']!r} (accepted: system, user, assistant, tool)"
+                f"message {number}: role {message['role']!r} (accepted: system, user, assistant, "
+                "tool)"
             )
     speakers = [message["role"] for message in messages if message["role"] != "system"]
     if speakers[:1] != ["user"]:
@@ -55,7 +49,7 @@ def with_content(messages: Messages, number: int, content: str) -> Messages:
 
 
 def texts_in(value: Any) -> Iterator[str]:
-    """Every text in messages but their roles."""
+    """Every text in messages except their roles."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -64,30 +58,6 @@ def texts_in(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for item in value:
             yield from texts_in(item)
-
-
-def marked(value: Any, controls: re.Pattern[str]) -> Any:
-    """A value with marks around every control token in its texts."""
-    if isinstance(value, str):
-        return controls.sub(f"{OPEN}\\g<0>{CLOSE}", value.replace(OPEN, "").replace(CLOSE, ""))
-    if isinstance(value, Mapping):
-        return {
-            key: item if key == "role" else marked(item, controls) for key, item in value.items()
-        }
-    return [marked(item, controls) for item in value] if isinstance(value, list) else value
-
-
-def unmarked(encoded: Encoded) -> Encoded:
-    """The same without the marks around control tokens."""
-    if OPEN not in encoded.text:
-        return encoded
-    clean = [0]
-    for letter in encoded.text:
-        clean.append(clean[-1] + (letter not in (OPEN, CLOSE)))
-    text = encoded.text.replace(OPEN, "").replace(CLOSE, "")
-    offsets = [(clean[left], clean[right]) for left, right in encoded.offsets]
-    spans = {number: (clean[left], clean[right]) for number, (left, right) in encoded.spans.items()}
-    return replace(encoded, text=text, offsets=offsets, spans=spans)
 
 
 def grow_left(text: str, content: str, cut: int, place: int) -> int:
@@ -100,12 +70,3 @@ def grow_right(text: str, content: str, cut: int, place: int) -> int:
     while cut < len(content) and place < len(text) and content[cut] == text[place]:
         cut, place = cut + 1, place + 1
     return place
-
-
-def token_role(char_roles: list[Role], start: int, end: int) -> Role:
-    """Content wins over template text; of two contents the later one wins."""
-    inside = char_roles[start:end] or char_roles[start : start + 1] or char_roles[-1:]
-    for role in reversed(inside):
-        if role in (Role.QUERY, Role.RESPONSE):
-            return role
-    return inside[0]

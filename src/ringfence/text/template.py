@@ -1,7 +1,9 @@
-"""Chat templates are programs from strangers: they are rendered here, in transformers' sandbox, within bounds.
+"""Chat templates are programs from strangers: they are rendered here, in transformers' sandbox,
+within bounds.
 
-Knows nothing of roles, tokens or rows. What it renders is what `tokenizer.apply_chat_template` renders, but for two
-things: today's date is the one that it is given, and a loop or a product that would fill the memory is an error.
+Does not know roles, tokens or rows. It renders what `tokenizer.apply_chat_template` renders, with
+two differences: today's date is the one it is given, and a loop or a product that would fill the
+memory is an error.
 """
 
 import inspect
@@ -23,15 +25,15 @@ from ..errors import ChatError, first_line, nearest
 
 LARGEST = 10_000_000  # characters, items or digits that one operation may make
 IN_ALL = 300_000_000  # characters or items that a rendering may make
-SECONDS = 30.0  # of computing, that a rendering may take
+SECONDS = 30.0  # of computing that a rendering may take
 PASSES = 300_000  # through all loops of a rendering; a macro, which takes longer, counts as ten
-CHARACTERS = 100  # of a template's own text in a loop, that count as one more pass
+CHARACTERS = 100  # of a template's own text in a loop that count as one more pass
 OPERATORS = frozenset({"*", "**", "%", "+"})
-# Methods that make any width, and what is neither text nor items.
+# Methods that make text of any width, or what is neither text nor items.
 UNBOUNDED = frozenset(
     {"center", "encode", "expandtabs", "ljust", "rjust", "to_bytes", "translate", "zfill"}
 )
-# Filters that do, or that add to every line; and the largest number or text that each may be given.
+# Filters that do so, or that add to every line, with the largest number or text each may be given.
 WIDEST = {
     "batch": 10_000,
     "center": 10_000,
@@ -40,40 +42,19 @@ WIDEST = {
     "tojson": 80,
     "wordwrap": 10_000,
 }
-# In a text that is formatted: a width of millions, or one that is among the values.
+# In a format string: a width of millions, or one that is among the values.
 WIDTH = re.compile(r"%[^a-zA-Z%]*(\d{7}|\*)|\{[^}]*(\d{7}|\{)")
-# Filters that make no text of what they are given.
+# Filters that make no text from their input.
 SELECTING = {
-    "attr",
-    "batch",
-    "count",
-    "d",
-    "default",
-    "dictsort",
-    "first",
-    "groupby",
-    "items",
-    "last",
-    "length",
-}
-SELECTING |= {
-    "list",
-    "map",
-    "max",
-    "min",
-    "random",
-    "reject",
-    "rejectattr",
-    "reverse",
-    "select",
-    "selectattr",
-    "slice",
-}
-SELECTING |= {"sort", "unique"}
+    "attr", "batch", "count", "d", "default", "dictsort", "first", "groupby", "items", "last",
+    "length", "list", "map", "max", "min", "random", "reject", "rejectattr", "reverse", "select",
+    "selectattr", "slice", "sort", "unique",
+}  # fmt: skip
 
 
 def choose_template(templates: str | Mapping[str, str], with_tools: bool, name: str) -> str:
-    """The text of a tokenizer's template; of several named ones `tool_use` where tools are given, else `default`.
+    """The text of a tokenizer's template; of several named ones `tool_use` if tools are given, else
+    `default`.
 
     Raises:
         ChatError: there are several, and none is called `default`.
@@ -84,8 +65,8 @@ def choose_template(templates: str | Mapping[str, str], with_tools: bool, name: 
         return templates["tool_use"]
     if "default" not in templates:
         raise ChatError(
-            f"tokenizer {name!r} has chat templates [{', '.join(sorted(templates))}] and none is called default"
-            f"{nearest('default', list(templates))}"
+            f"tokenizer {name!r} has chat templates [{', '.join(sorted(templates))}] and none is "
+            f"called default{nearest('default', list(templates))}"
         )
     return templates["default"]
 
@@ -116,15 +97,16 @@ def render_template(text: str, variables: dict[str, Any], today: date) -> str:
 
 @lru_cache(maxsize=512)
 def _compiled(text: str) -> jinja2.Template:
-    # A fresh environment of transformers, with its filters, its loop controls and its `generation` blocks.
+    # A fresh environment of transformers, with its filters, its loop controls and its `generation`
+    # blocks.
     environment = chat_template_utils._compile_jinja_template.__wrapped__("").environment
-    environment.spent = _Spent()  # by the constants that are computed here
+    environment.spent = _Spent()  # by constants, which are computed while compiling
     environment.intercepted_binops = OPERATORS
     environment.finalize = _written
     environment.filters = {
         name: _bounded_filter(environment, name, of) for name, of in environment.filters.items()
     }
-    for name in ("urlize", "xmlattr"):  # of no use in prompts, and make text of any length
+    for name in ("urlize", "xmlattr"):  # useless in prompts, and make text of any length
         environment.filters.pop(name)
     environment.globals.pop("lipsum")
     is_safe = environment.is_safe_attribute
@@ -144,7 +126,8 @@ def _compiled(text: str) -> jinja2.Template:
 
 
 class _Counted(NodeTransformer):
-    """Counts each pass through a loop and a macro, and makes `~` a `+` of texts, which is bounded."""
+    """Counts each pass through a loop or macro, and turns `~` into a `+` of texts, which is
+    bounded."""
 
     def visit_For(self, node: Any) -> Any:
         if node.recursive:
@@ -192,10 +175,10 @@ def _counted(environment: Any, items: Iterable[Any], passes: int) -> Iterator[An
 
 
 class _Spent:
-    """What one rendering has made and how often it went round.
+    """What one rendering has made, and how many passes it took.
 
     Raises, from its methods:
-        OverflowError: that was too much.
+        OverflowError: too much.
     """
 
     def __init__(self) -> None:
@@ -213,7 +196,7 @@ class _Spent:
             raise OverflowError(f"it would take more than {SECONDS:g} s")
 
     def bounded(self, call: Callable[..., Any], what: str, *given: Any, **named: Any) -> Any:
-        """What `call` makes of them, where `_size` of `what` allows it."""
+        """The result of `call`, if `_size` of `what` allows it."""
         if what:
             given = tuple([*each] if isinstance(each, Iterator) else each for each in given)
         if _size(what, *given, *named.values()) > LARGEST:
@@ -227,23 +210,20 @@ class _Spent:
 
 @pass_context
 def _written(context: Any, value: Any) -> Any:
-    """What `{{ }}` writes. (It is given the context so that constants, too, are counted each time.)"""
+    """What `{{ }}` writes. (It takes the context so that constants, too, are counted each time.)"""
     return context.environment.spent.bounded(str, "{{ }}", value)
 
 
 def _bounded_filter(environment: Any, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-    subject = (
-        1 if hasattr(call, "jinja_pass_arg") else 0
-    )  # the environment comes before the value, in some filters
+    # Some filters take the environment before the value.
+    subject = 1 if hasattr(call, "jinja_pass_arg") else 0
 
     @wraps(call)
     def bounded(*given: Any, **named: Any) -> Any:
         before, value, rest = given[:subject], given[subject], given[subject + 1 :]
         for each in (*rest, *named.values()):
-            if (
-                name in WIDEST
-                and (len(each) if isinstance(each, str) else _whole(each)) > WIDEST[name]
-            ):
+            width = len(each) if isinstance(each, str) else _whole(each)
+            if name in WIDEST and width > WIDEST[name]:
                 raise OverflowError(f"{name}: found a width of more than {WIDEST[name]:,}")
         what = "" if name in SELECTING else name
         return environment.spent.bounded(partial(call, *before), what, value, *rest, **named)
@@ -262,8 +242,8 @@ def _bounded_call(
 
 
 def _size(what: str, value: Any, *others: Any) -> float:
-    """Upper bound of the length of what an operator, a filter or a method (".join") makes of a value, where it may be
-    long."""
+    """Upper bound of the length of what an operator, a filter or a method (".join") makes from a
+    value, if it may be long."""
     first = others[0] if others else None
     match what.removeprefix("."):
         case "":
@@ -272,14 +252,8 @@ def _size(what: str, value: Any, *others: Any) -> float:
             return sum(len(part) for part in (value, first) if isinstance(part, str | list | tuple))
         case "*":
             pairs = ((value, first), (first, value))
-            return max(
-                (
-                    len(many) * _whole(times)
-                    for many, times in pairs
-                    if isinstance(many, str | list | tuple)
-                ),
-                default=0,
-            )
+            made = [len(a) * _whole(b) for a, b in pairs if isinstance(a, str | list | tuple)]
+            return max(made, default=0)
         case "**":
             return value.bit_length() * _whole(first) if isinstance(value, int) else 0
         case "%" | "format" | "format_map" if isinstance(value, str):
@@ -289,29 +263,22 @@ def _size(what: str, value: Any, *others: Any) -> float:
         case "%":
             return 0
         case "replace":
-            return (
-                _length(value) + str(value).count(str(first)) * _length(others[1])
-                if len(others) > 1
-                else 0
-            )
+            if len(others) < 2:
+                return 0
+            return _length(value) + str(value).count(str(first)) * _length(others[1])
         case "join":
             items, separator = (first, value) if what == ".join" else (value, first or "")
-            return _length(items) + (
-                len(items) * _length(separator) if isinstance(items, Sized) else 0
-            )
+            between = len(items) * _length(separator) if isinstance(items, Sized) else 0
+            return _length(items) + between
         case "indent" | "tojson" | "wordwrap" as name:
-            width = 0 if name == "wordwrap" else 10  # of each level that is indented
-            return _length(value) * (
-                1
-                + max(
-                    (len(e) if isinstance(e, str) else width * _whole(e) for e in others), default=0
-                )
-            )
+            width = 0 if name == "wordwrap" else 10  # of each indented level
+            added = [len(e) if isinstance(e, str) else width * _whole(e) for e in others]
+            return _length(value) * (1 + max(added, default=0))
     return _length(value)
 
 
 def _length(value: Any) -> int:
-    """Of the text that is made of a value: of its parts as often as they are in it."""
+    """Of the text made from a value: its parts count as often as they occur in it."""
     if isinstance(value, str):
         return len(value)
     known: dict[int, int] = {}

@@ -1,9 +1,11 @@
-"""A drift monitor: while a model trains, how far has it moved from the aligned one, on a few fixed questions?
+"""A drift monitor: how far has a model in training moved from the reference on a few questions?
 
-A callback for any transformers Trainer. What the aligned model makes of the probes is computed once, before the first
-step, and kept, so no second model is held. Does not know defenses, recipes, or what is trained on.
+A callback for any transformers Trainer. The reference's values on the probes are computed once,
+before the first step, so no second model is held. Does not know defenses, recipes, or what is
+trained on.
 
-Shapes: P probes, N response tokens of their aligned answers, T tokens, L layers, K directions, D hidden size.
+Shapes: P probes, N response tokens of their aligned answers, T tokens, L layers, K directions, D
+hidden size.
 """
 
 import copy
@@ -46,7 +48,7 @@ REFERENCE_FILE = "monitor.safetensors"
 
 
 def choose_probes(config: MonitorConfig) -> list[PairedQuestion]:
-    """The last questions of each domain, the domains in turn: capped evaluations take the first ones.
+    """The last questions of each domain, in turn: capped evaluations take the first ones.
 
     Raises:
         DataError: a source cannot be read, or there are fewer than two questions.
@@ -59,36 +61,42 @@ def choose_probes(config: MonitorConfig) -> list[PairedQuestion]:
     chosen = [question for turn in rounds for question in turn if question][: config.probes]
     if len(chosen) < 2:
         raise DataError(
-            f"monitor.questions: {', '.join(config.questions)}: expected two questions or more, found one"
+            f"monitor.questions: {', '.join(config.questions)}: expected two questions or more, "
+            "found one"
         )
     return chosen
 
 
 class DriftMonitor(TrainerCallback):
-    """Every so many steps, compares the model in training with the reference on fixed probes.
+    """Every few steps, compares the model in training with the reference on fixed probes.
 
-    The reference is the model with its adapter off, or (full fine-tuning) the weights with which training began. Each
-    check is a line `{"step": ..., "monitor": {...}}` in a file of JSON lines, beside lines of others:
+    The reference is the model with its adapter off, or (full fine-tuning) the weights with which
+    training began. Each check is a line `{"step": ..., "monitor": {...}}` in a file of JSON lines,
+    among other lines:
 
-        shift         mean margin shift (METHODS: paired forced choice) and its 95 % interval over questions
-        kl            mean KL(model || reference) over the response tokens of the aligned answers, nats per token
-        kv_drift      (1/layers) * sum of the mean relative squared drift of the prefix's keys, and of its values (as in
-                      TReFT, arXiv 2606.06667); null where the chat template has no prefix
-        projections   with `vectors`, for each direction: how far the mean response activation moved along it, mean over
-                      layers, in mean lengths of an activation
-        alarms        limits that are passed (a value that is no number passes them too)
+        shift         mean margin shift (METHODS: paired forced choice) and its 95 % interval over
+                      questions
+        kl            mean KL(model || reference) over the response tokens of the aligned answers,
+                      nats per token
+        kv_drift      (1/layers) * sum of the mean relative squared drift of the prefix's keys, and
+                      of its values (as in TReFT, arXiv 2606.06667); null where the chat template
+                      has no prefix
+        projections   with `vectors`, for each direction: how far the mean response activation moved
+                      along it, mean over layers, in mean lengths of an activation
+        alarms        limits that are passed (a value that is not a number passes them too)
         stopped       whether training ended here
         seconds       what the check took
 
-    Training itself is not touched: losses are the same to the bit with and without a monitor.
+    Training itself is not touched: losses are the same, bit for bit, with and without a monitor.
 
     Args:
         tokenizer: of the model, with its chat template.
-        file: where lines are added; lines of checks after the step from which training goes on are dropped.
+        file: where lines are added; checks after the step from which training resumes are dropped.
         config: probes, limits.
 
     Raises:
-        DataError, ChatError: questions or directions cannot be read, or the tokenizer cannot render them.
+        DataError, ChatError: questions or directions cannot be read, or the tokenizer cannot render
+            them.
     """
 
     def __init__(
@@ -106,7 +114,7 @@ class DriftMonitor(TrainerCallback):
         } - {()}
         if config.max_kv_drift and not self._prefixes:
             raise ChatError(
-                "monitor.max_kv_drift: the chat template puts no token before what a user says"
+                "monitor.max_kv_drift: the chat template has no token before the user's words"
             )
         self._directions = Directions.load(Path(config.vectors)) if config.vectors else None
 
@@ -136,7 +144,7 @@ class DriftMonitor(TrainerCallback):
         self._spent, self._counted = time.monotonic() - self._started, 0.0
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Checks, where one is due."""
+        """Makes a check if one is due."""
         if state.global_step % self.config.every and state.global_step < state.max_steps:
             return
         started = time.monotonic()
@@ -172,8 +180,8 @@ class DriftMonitor(TrainerCallback):
     # -------------------------------------------------------------- records
 
     def record(self, training_seconds: float) -> dict[str, Any]:
-        """What the run's record says: the last check, the step of each first alarm, where training was stopped, and
-        the cost as a share of `training_seconds`."""
+        """For the run's record: the last check, the step of each first alarm, where training was
+        stopped, and the cost as a share of `training_seconds`."""
         checks = self._checks()
         seconds = sum(check["monitor"]["seconds"] for check in checks)
         alarms: dict[str, int] = {}
@@ -194,13 +202,8 @@ class DriftMonitor(TrainerCallback):
     def _checks(self) -> list[dict[str, Any]]:
         checks = [line for line in _lines(self.file) if "monitor" in line]
         for check in checks:
-            check_shape(
-                _Found,
-                check["monitor"],
-                str(self.file),
-                _ANOTHER,
-                (f"step {check['step']}", "monitor"),
-            )
+            place = (f"step {check['step']}", "monitor")
+            check_shape(_Values, check["monitor"], str(self.file), _ANOTHER, place)
         return checks
 
     def _warn(self, step: int, alarms: dict[str, float], stops: bool) -> None:
@@ -220,16 +223,16 @@ class DriftMonitor(TrainerCallback):
     # -------------------------------------------------------------- measures
 
     def _measure(self, model: Any, head: Head) -> Snapshot:
-        """What the model makes of the probes: margins [P], final hidden states [N, D] from which the aligned answers
-        are predicted, keys and values of the distinct prefixes by layer, and mean projections [L, K]."""
+        """The model's values on the probes: margins [P], final hidden states [N, D] from which the
+        aligned answers are predicted, keys and values of the distinct prefixes by layer, and mean
+        projections [L, K]."""
         device = causal_lm(model).device
         layers = tuple(range(1, self._directions.layers + 1)) if self._directions else ()
         means, hidden, sums_LK = {}, {}, torch.zeros(())
         order = sorted(range(len(self._rows)), key=lambda place: len(self._rows[place]))
         for places in (order[at : at + BATCH_ROWS] for at in range(0, len(order), BATCH_ROWS)):
-            batch = collate(
-                [[(self._rows[place], False)] for place in places], pad_id=0
-            )  # any id: it is masked
+            # Any pad_id: padding is masked.
+            batch = collate([[(self._rows[place], False)] for place in places], pad_id=0)
             aligned_B = torch.tensor([place % 2 == 0 for place in places])
             needs = Needs()
             if layers:
@@ -264,7 +267,8 @@ class DriftMonitor(TrainerCallback):
         return found
 
     def _projection_sums(self, states: dict[int, Tensor]) -> Tensor:
-        """Sum over tokens of each layer's states on its unit directions, in mean activation lengths, [L, K]."""
+        """Projections of each layer's states on its unit directions, summed over tokens, in mean
+        activation lengths, [L, K]."""
         if self._directions is None:
             return torch.zeros(())
         unit_LKD = torch.nn.functional.normalize(self._directions.directions_LKD, dim=-1)
@@ -290,8 +294,8 @@ class DriftMonitor(TrainerCallback):
         return found
 
     def _start_of_full(self, model: Any, args: Any, state: Any) -> tuple[Head, Snapshot]:
-        """Head and values of a model all of whose weights may train. A resumed run has other weights by now, so they
-        are kept on disk, where its checkpoints are."""
+        """Head and values of a model whose weights all train. A resumed run no longer has the first
+        weights, so these are kept on disk, next to its checkpoints."""
         file = Path(args.output_dir) / REFERENCE_FILE
         head = self._head
         if head.trainable:
@@ -314,13 +318,14 @@ class DriftMonitor(TrainerCallback):
     def _read_start(self, file: Path, head: Head) -> Snapshot:
         if not file.is_file():
             raise DataError(
-                f"{file}: no such file; a resumed run of all weights needs the reference's values that the monitor "
-                "wrote there when training began"
+                f"{file}: no such file; a resumed run of all weights needs the reference's values "
+                "that the monitor wrote there when training began"
             )
         with safe_open(file, "pt") as content:
             if content.metadata() != self._identity():
                 raise DataError(
-                    f"{file}: holds the reference's values on other probes; start again, or undo the change"
+                    f"{file}: holds the reference's values on other probes; start again, or undo "
+                    "the change"
                 )
             values = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
         weights = {name: values.pop(name) for name in list(values) if name.startswith("head.")}
@@ -362,9 +367,9 @@ def _kv_drift(now: Snapshot, then: Snapshot) -> float | None:
 
 @contextmanager
 def _on(head: Head, device: torch.device) -> Iterator[Head]:
-    """A head that may be kept in main memory, for the moment on the device."""
+    """A head that may be kept in main memory, moved to the device for now."""
     home = next(head.module.parameters()).device
-    if home == device:  # a sharded head, whole for the moment, would be put in pieces by a move
+    if home == device:  # moving a sharded head, gathered for now, would split it again
         yield head
         return
     head.module.to(device)
@@ -374,8 +379,9 @@ def _on(head: Head, device: torch.device) -> Iterator[Head]:
 
 @contextmanager
 def _undisturbed(model: Any, args: Any) -> Iterator[None]:
-    """Evaluation mode, no gradient, training's own autocast. Afterwards modes, trained flags and random states are
-    what they were (peft marks every weight of an adapter as trained when it is switched on again)."""
+    """Evaluation mode, no gradient, training's own autocast. Afterwards, modes, trained flags and
+    random states are restored (peft marks every weight of an adapter as trained when it is switched
+    on again)."""
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     device = causal_lm(model).device
@@ -399,14 +405,14 @@ def _undisturbed(model: Any, args: Any) -> Iterator[None]:
 _ANOTHER = "name another file for the monitor"
 
 
-class _Found(BaseModel):
+class _Values(BaseModel):
     seconds: float
     stopped: bool
     alarms: dict[str, Any] | list[str]
 
 
 class _Check(BaseModel):
-    """What is read of a line of ours; between them may be lines of others."""
+    """What is read of a line of ours; other lines may be in between."""
 
     step: int
     monitor: dict[str, Any]

@@ -1,7 +1,7 @@
 """Training on several processes, called ranks: how they meet, wait for each other and leave.
 
-accelerate is the engine: `accelerate launch` and `torchrun` say by environment variables how many ranks there are and
-how the model is spread. Does not know recipes, defenses, or what is trained.
+accelerate is the engine: `accelerate launch` and `torchrun` set the number of ranks, and how the
+model is sharded, in environment variables. Does not know recipes, defenses, or what is trained.
 """
 
 import os
@@ -23,7 +23,7 @@ WAIT = timedelta(hours=1)  # the main process may measure a pilot while the othe
 
 
 def shards() -> bool:
-    """Was this process started to train a model whose weights are in pieces on all ranks (FSDP2, ZeRO-3)?"""
+    """Was this process started to train a model sharded over all ranks (FSDP2, ZeRO-3)?"""
     return fsdp() or deepspeed_stage() == 3
 
 
@@ -32,11 +32,11 @@ def fsdp() -> bool:
 
 
 def deepspeed_stage() -> int | None:
-    """ZeRO's stage, where DeepSpeed was asked for."""
+    """ZeRO's stage, if DeepSpeed was requested."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
         return None
     file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    if file != "none":  # DeepSpeed's own, in the place of accelerate's fields
+    if file != "none":  # DeepSpeed's own, in place of accelerate's fields
         return _stage(Path(file))
     return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2))
 
@@ -56,14 +56,14 @@ def _stage(file: Path) -> int:
 
 
 def sharding() -> str | None:
-    """What spreads the weights, or what is kept for each of them, over the ranks."""
+    """What shards the weights, or their optimiser states, over the ranks."""
     stage = deepspeed_stage()
     return "FSDP2" if fsdp() else None if stage is None else f"DeepSpeed ZeRO-{stage}"
 
 
 def device_settings() -> dict[str, Any]:
-    """`cpu` and `backend`, as accelerate wants to be told them. Told to stay on the CPU it would leave DeepSpeed's
-    settings unread, and train with DDP instead; where there is no accelerator it finds the CPU by itself."""
+    """`cpu` and `backend` for accelerate. Told to stay on the CPU, it would ignore DeepSpeed's
+    settings and train with DDP instead; without an accelerator it finds the CPU by itself."""
     on_cpu = not torch.accelerator.is_available()
     deepspeed = deepspeed_stage() is not None
     return {"cpu": on_cpu and not deepspeed, "backend": "gloo" if on_cpu and deepspeed else None}
@@ -79,7 +79,7 @@ def join() -> None:
         return
     if fsdp():
         _check_fsdp()
-        # Defenses copy and check whole weights before these are sharded; else ranks above 0 would have empty ones.
+        # Defenses copy and check whole weights before sharding; else ranks above 0 have empty ones.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     from accelerate import PartialState
 
@@ -93,13 +93,13 @@ def _check_fsdp() -> None:
         raise RingfenceError(f"accelerate's config: fsdp_version: expected 2, found {version}")
     if os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower() in ("true", "1"):
         raise RingfenceError(
-            "accelerate's config: fsdp_activation_checkpointing: set it to false, and train.gradient_checkpointing in "
-            "the recipe to true"
+            "accelerate's config: fsdp_activation_checkpointing: set it to false, and "
+            "train.gradient_checkpointing in the recipe to true"
         )
 
 
 def shard_on_cpu(accelerator: Any) -> None:
-    """accelerate would leave FSDP's settings unread where there is no accelerator; torch shards on CPUs as well."""
+    """accelerate would ignore FSDP's settings without an accelerator; torch shards on CPUs too."""
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
     if fsdp() and accelerator.distributed_type == DistributedType.MULTI_CPU:
@@ -111,8 +111,9 @@ def shard_on_cpu(accelerator: Any) -> None:
 
 
 def autocast_in_deepspeed(accelerator: Any, bf16: bool) -> None:
-    """DeepSpeed would turn the trained weights into bf16 too, and run the student without autocast, but not what the
-    reference is computed from; it is told to leave weights as they are, and to sum gradients in their own type."""
+    """DeepSpeed would cast the trained weights to bf16 too, and run the student without autocast,
+    but not the reference; these settings leave weights as they are, and sum gradients in their own
+    type."""
     from accelerate.utils import DistributedType
 
     if bf16 and accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -124,7 +125,7 @@ def autocast_in_deepspeed(accelerator: Any, bf16: bool) -> None:
 
 
 def leave() -> None:
-    """Closes the group of ranks, so that the main process can go on alone."""
+    """Closes the group of ranks, so that the main process can continue alone."""
     if dist.is_initialized():
         from accelerate.state import AcceleratorState
 
@@ -141,7 +142,7 @@ def wait() -> None:
 
 @contextmanager
 def main_first() -> Iterator[None]:
-    """The main process goes first (it may fetch what all will read); none goes on before all are through."""
+    """The main process goes first (it may fetch what all will read); all leave together."""
     if not is_main():
         wait()
     yield

@@ -1,8 +1,9 @@
-"""The reference: the aligned model before this fine-tune.
+"""The reference: the model before this fine-tuning.
 
-For LoRA it is the same weights with the adapter off, so it costs no memory; where an adapter is trained further, a
-frozen copy of that adapter; for full fine-tuning a frozen copy of the model. With a cache on disk its states are
-computed before training, and no copy of the model is kept. Does not know defenses; it is asked for taps.
+For LoRA it is the same weights with the adapter off, so it costs no memory; if an adapter is
+trained further, a frozen copy of that adapter; for full fine-tuning, a frozen copy of the model.
+With a cache on disk, its states are computed before training, and no copy of the model is kept.
+Does not know defenses; it is asked for taps.
 """
 
 import copy
@@ -29,11 +30,12 @@ ADAPTER = "reference"  # name of the frozen copy in the peft model
 
 
 class Reference:
-    """Gives taps of the aligned model, computed in a layout (see taps). Make it before training changes a full-weight
-    model. Where taps will be asked for under autocast, `autocast` is its type: a copy's linear layers are cast to it.
+    """Gives taps of the reference, computed in a layout (see taps). Make it before training changes
+    a full-weight model. If taps will be requested under autocast, `autocast` is its type: a copy's
+    linear layers are cast to it.
 
-    With a `cache`, `fill` comes before training too: final hidden states (or the most probable next tokens) are read
-    from then on, and a full-weight model is let go of.
+    With a `cache`, `fill` comes before training too: from then on, final hidden states (or the most
+        probable next tokens) are read from it, and a full-weight model is released.
     """
 
     def __init__(
@@ -61,17 +63,18 @@ class Reference:
         self._prefixes: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
 
     def fill(self, wanted: Wanted) -> None:
-        """Before training: what is wanted is computed, unless it is in the cache; prefixes' keys and values are kept.
+        """Before training: computes what is not cached yet; keeps prefixes' keys and values.
 
         Raises:
-            RecipeError: the disk has too little space, or a fully tuned model has more prefixes than are kept.
+            RecipeError: the disk has too little space, or a fully tuned model has more prefixes
+                than are kept.
         """
         assert self.cache is not None
         if self._adapter_model is None and len(wanted.prefixes) > PREFIXES_KEPT:
             raise RecipeError(
-                f"train.reference_cache: with train.method: full the keys and values of at most {PREFIXES_KEPT} "
-                f"prefixes are kept, found {len(wanted.prefixes)} system prompts; set it to none, or leave "
-                "defenses.treft out"
+                "train.reference_cache: with train.method: full the keys and values of at most "
+                f"{PREFIXES_KEPT} prefixes are kept, found {len(wanted.prefixes)} system prompts; "
+                "set it to none, or leave defenses.treft out"
             )
         self.cache.fill(wanted.rows, self._cacheable)
         for ids in sorted(wanted.prefixes)[:PREFIXES_KEPT]:
@@ -82,14 +85,10 @@ class Reference:
     def _cacheable(self, batch: Batch, mask_BT: Tensor) -> tuple[Tensor, ...]:
         assert self.cache is not None
         device = self.model.device
-        batch, mask_BT = (
-            {name: tensor.to(device) for name, tensor in batch.items()},
-            mask_BT.to(device),
-        )
+        batch, mask_BT = {name: t.to(device) for name, t in batch.items()}, mask_BT.to(device)
         with self.active() as model:
-            hidden_ND = forward(model, self.head, batch, Needs(hidden_BT=mask_BT)).hidden_BTD[
-                mask_BT
-            ]
+            taps = forward(model, self.head, batch, Needs(hidden_BT=mask_BT))
+            hidden_ND = taps.hidden_BTD[mask_BT]
         if self.cache.kind == "states":
             return (hidden_ND,)
         with torch.autocast(device.type, enabled=False):  # as losses make logits
@@ -97,7 +96,7 @@ class Reference:
         return found.token_ids_NK.int(), found.logprobs_NK
 
     def shard(self, accelerator: Any) -> None:
-        """Shards a frozen copy as accelerate shards the student (an adapter's reference is in the student)."""
+        """Shards a frozen copy as accelerate shards the student (an adapter needs no copy)."""
         if not self._adapter_model and self.model is not None:
             from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
@@ -130,16 +129,16 @@ class Reference:
         else:
             with model.disable_adapter():
                 yield
-                reshard(
-                    model
-                )  # else peft would mark as trained what is whole for the moment, not what is kept
+                # Else peft would mark gathered weights as trained, not those that are kept.
+                reshard(model)
 
     def taps(self, batch: Batch, needs: Needs) -> Taps:
-        """Taps laid out as the student's (hidden states are zero on rows where nothing is wanted).
+        """Taps laid out as the student's (hidden states are zero on rows without needs).
 
-        Prefix keys and values depend on the prefix alone (attention is causal), so they come from memory; the last 64
-        distinct prefixes are kept. Hidden states come from the cache, if there is one. A forward is made where neither
-        is enough. In a sharded model every rank must ask, also where it wants nothing.
+        Prefix keys and values depend on the prefix alone (attention is causal), so they come from
+        memory; the last 64 distinct prefixes are kept. Hidden states come from the cache, if there
+        is one. A forward is made if neither is enough. With a sharded model every rank must ask,
+        even if it needs nothing.
         """
         rows_B = needs.rows_B()
         if is_sharded(self.model):
@@ -156,7 +155,7 @@ class Reference:
         return dataclasses.replace(taps, hidden_BTD=hidden_BTD, needs=needs)
 
     def _keep_step(self, batch: Batch, needs: Needs) -> None:
-        """All ranks must run a sharded model equally often: this one makes up for what others run more."""
+        """All ranks must run a sharded model equally often: catches up with other ranks' runs."""
         own = int(needs.rows_B() is not None)
         if own and self._at_hand(batch, needs):
             own = 0 if needs.kv_BT is None else len(self._new_prefixes(batch, needs.kv_BT))
@@ -209,7 +208,8 @@ class Reference:
 
 
 def _cast_linear(model: Any, head: nn.Module, dtype: torch.dtype) -> None:
-    """What autocast would do in every forward, once. Not to the head: losses use it without autocast."""
+    """Does once what autocast would do in every forward, but not to the head, which losses use
+    without autocast."""
     for module in model.modules():
         if isinstance(module, nn.Linear) and module is not head:
             module.to(dtype)
@@ -220,7 +220,7 @@ def _any(mask_BT: Tensor | None) -> bool:
 
 
 def _without_adapter(head: Head) -> Head:
-    """The head's original weights where the head itself is adapted: it is used when the adapter is on again."""
+    """The head's original weights, if it is adapted: it is used when the adapter is on again."""
     module: Any = getattr(head.module, "original_module", head.module)
     return dataclasses.replace(
         head, module=module.get_base_layer() if hasattr(module, "get_base_layer") else module

@@ -1,9 +1,9 @@
-"""The reference on disk: its final hidden states, or its most probable next tokens, computed once before training for
-exactly the rows that a run will ask for.
+"""The reference on disk: its final hidden states, or its most probable next tokens, computed once
+before training for exactly the rows that a run will request.
 
-What lies there is named by what it depends on: a folder by the model, a tensor by the token ids of one row and the
-chosen places in it. So what has changed is never found; it is computed again. Does not know how states are computed,
-or what they are compared with.
+Everything is named by what it depends on: a folder by the model, a tensor by the token ids of one
+row and the chosen places in it. So after a change nothing stale is found; it is computed again.
+Does not know how states are computed, or what they are compared with.
 
 Shapes: B rows, T tokens, N chosen tokens (row by row), D hidden size, K most probable tokens.
 """
@@ -46,10 +46,10 @@ Compute = Callable[[Batch, Tensor], tuple[Tensor, ...]]
 PARTS: dict[Kind, tuple[str, ...]] = {"states": ("hidden",), "top_k": ("token_ids", "logprobs")}
 BATCH_TOKENS = 4096
 SHARD_BYTES, SHARD_ROWS = 2**26, 512  # what a crash may lose
-_STALE = 86400  # seconds after which a half-written file is nobody's any more
+_STALE = 86400  # seconds after which nobody is still writing a half-written file
 
 
-# ------------------------------------------------------------------ what a run asks for
+# ------------------------------------------------------------------ what a run requests
 
 
 @dataclass(frozen=True)
@@ -74,29 +74,26 @@ class CachedRow:
 
 def rows_of(batch: Batch, mask_BT: Tensor) -> list[CachedRow]:
     """The rows of a batch in which something is chosen."""
-    ids_BT, real_BT, mask_BT = (
-        batch["input_ids"].cpu().int(),
-        batch["attention_mask"].cpu().bool(),
-        mask_BT.cpu(),
-    )
+    ids_BT, real_BT = batch["input_ids"].cpu().int(), batch["attention_mask"].cpu().bool()
+    mask_BT = mask_BT.cpu()
     rows = mask_BT.any(1).nonzero()[:, 0].tolist()
     return [CachedRow(ids_BT[row][real_BT[row]], mask_BT[row][real_BT[row]]) for row in rows]
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """All that a run will ask of its reference: distinct rows by name, and the prefixes whose keys and values are
-    compared."""
+    """What a run will request: distinct rows by name, and prefixes for keys and values."""
 
     rows: dict[str, CachedRow]
     prefixes: set[tuple[int, ...]]
 
 
 def wanted(stream: TrainStream, steps: int) -> Wanted:
-    """What the defenses of a stream will ask for in so many optimiser steps. Leaves the stream at its first epoch.
+    """What the stream's defenses will request in `steps` steps. Leaves it at its first epoch.
 
     Raises:
-        RecipeError: a defense needs the reference's own forward, or none asks for anything that could be cached.
+        RecipeError: a defense needs the reference's own forward, or none requests anything that
+            could be cached.
     """
     rows: dict[str, CachedRow] = {}
     prefixes: set[tuple[int, ...]] = set()
@@ -127,8 +124,8 @@ def wanted(stream: TrainStream, steps: int) -> Wanted:
     stream.set_epoch(0)
     if not rows:
         raise RecipeError(
-            "train.reference_cache: no defense compares next-token distributions with the reference's (defenses.kl "
-            "does), so nothing would be cached; set it to none"
+            "train.reference_cache: no defense compares next-token distributions with the "
+            "reference's (defenses.kl does), so nothing would be cached; set it to none"
         )
     return Wanted(rows, prefixes)
 
@@ -138,25 +135,26 @@ def _check_servable(name: str, needs: Needs, batch: Batch) -> None:
     if needs.states_BT is not None:
         reason = "the residual stream of layers"
     elif needs.kv_BT is not None and (batch["roles"][needs.kv_BT] != Role.PREFIX).any():
-        reason = "keys and values of tokens behind the prefix"
+        reason = "keys and values of tokens after the prefix"
     if reason:
         raise RecipeError(
-            f"train.reference_cache: defenses.{name} compares {reason}, which is not cached: the reference has to run "
-            f"in every step all the same. Set train.reference_cache: none, or leave defenses.{name} out"
+            f"train.reference_cache: defenses.{name} compares {reason}, which is not cached: the "
+            "reference would still run in every step. Set train.reference_cache: none, or leave "
+            f"defenses.{name} out"
         )
 
 
-# ------------------------------------------------------------------ what lies on disk
+# ------------------------------------------------------------------ what is on disk
 
 
 class ReferenceCache:
-    """States of one reference, in a folder of safetensors files that many runs may read and fill at the same time.
+    """States of one reference, in a folder of safetensors files that many runs may use at once.
 
     Args:
         kind: `states`, or `top_k` next tokens.
-        reference: all that the states depend on beside the rows, as plain JSON values: fingerprint of the model,
-            precision, attention.
-        k: of `top_k`.
+        reference: everything except the rows that determines the states, as plain JSON values:
+            fingerprint of the model, precision, attention.
+        k: for `top_k`.
         root: folder of the caches; default: `reference` in the user's cache folder.
     """
 
@@ -165,10 +163,8 @@ class ReferenceCache:
     ) -> None:
         self.kind, self.k = kind, k
         about = {**reference, "kind": kind, "k": k if kind == "top_k" else None}
-        self.about = {
-            **about,
-            "transformers": metadata.version("transformers"),
-        }  # its code is part of the model
+        # Its code is part of the model.
+        self.about = {**about, "transformers": metadata.version("transformers")}
         self.digest = digest(self.about)
         self.folder = (root or cache_folder() / "reference") / self.digest
         self._shards: dict[str, Any] = {}  # by the name of a row
@@ -176,10 +172,11 @@ class ReferenceCache:
         self._open_shards()
 
     def read(self, batch: Batch, mask_BT: Tensor) -> tuple[Tensor, ...]:
-        """At the tokens of the mask, row by row: hidden states [N, D], or token ids and log-probabilities [N, K].
+        """At the tokens of the mask, row by row: hidden states [N, D], or token ids and
+        log-probabilities [N, K].
 
         Raises:
-            DefenseError: a row is not there.
+            DefenseError: a row is not in the cache.
         """
         found = [self._read_row(row.name) for row in rows_of(batch, mask_BT)]
         return tuple(torch.cat(parts).to(mask_BT.device) for parts in zip(*found))
@@ -187,8 +184,8 @@ class ReferenceCache:
     def _read_row(self, name: str) -> list[Tensor]:
         if name not in self._shards:
             raise DefenseError(
-                f"train.reference_cache: a row, or places in it, that no defense asked for before training: {name} is "
-                f"not in {self.folder}"
+                "train.reference_cache: a row, or places in it, that no defense asked for before "
+                f"training: {name} is not in {self.folder}"
             )
         return [self._shards[name].get_tensor(f"{name}.{part}") for part in PARTS[self.kind]]
 
@@ -199,30 +196,27 @@ class ReferenceCache:
         """Computes what is missing. Ranks share the work; each has everything in the end.
 
         Args:
-            compute: for a batch padded on the right and a mask [B, T], what `read` will give.
+            compute: from a batch padded on the right and a mask [B, T], what `read` will return.
 
         Raises:
             RecipeError: the disk has too little space.
         """
         state = PartialState()
         one = self.missing(rows)[:1]
-        line = self.plan(
-            rows, sum(tensor[0].nbytes for tensor in compute(*_padded(one))) if one else 0
-        )
+        position_bytes = sum(t[0].nbytes for t in compute(*_padded(one))) if one else 0
+        line = self.plan(rows, position_bytes)
         if state.is_main_process:
             console.print(line, highlight=False, soft_wrap=True)
         everything = list(rows)
         mine = everything[state.process_index :: state.num_processes]
-        for names in (
-            mine,
-            everything,
-        ):  # the second time: what other machines wrote on disks of their own
+        # The second time: what other machines wrote to their own disks.
+        for names in (mine, everything):
             self._build({name: rows[name] for name in names}, compute)
             state.wait_for_everyone()
             self._open_shards()
 
     def plan(self, rows: Mapping[str, CachedRow], position_bytes: int) -> str:
-        """What a run wants, has, and will write, in a line.
+        """What a run wants, what it has and what it will write, in a line.
 
         Raises:
             RecipeError: the disk has too little space.
@@ -233,26 +227,27 @@ class ReferenceCache:
         free = shutil.disk_usage(existing).free
         if needed > free:
             raise RecipeError(
-                f"train.reference_cache: {self.kind} needs {_size(needed)} in {self.folder}, where {_size(free)} are "
-                "free. Make room, name a folder on another disk with RINGFENCE_CACHE, or take top_k, or none"
+                f"train.reference_cache: {self.kind} needs {_size(needed)} in {self.folder}, where "
+                f"{_size(free)} are free. Make room, name a folder on another disk with "
+                "RINGFENCE_CACHE, or take top_k, or none"
             )
         positions = sum(row.positions for row in rows.values())
         return (
             f"reference cache: {counted(len(rows), 'row')}, {counted(positions, 'position')}, "
-            f"{len(rows) - len(missing):,} rows are there; {_size(needed)} to write in {self.folder}"
+            f"{len(rows) - len(missing):,} rows are there; {_size(needed)} to write in "
+            f"{self.folder}"
         )
 
     def _build(self, wanted: Mapping[str, CachedRow], compute: Compute) -> None:
-        """What is missing, in the batches that there would be if nothing were there: a batch may tell in the last bit,
-        and after a kill the states must be those of a run that was left alone."""
+        """Computes what is missing, in the batches of an empty cache: batching may change the last
+        bit, and after a kill the states must be those of an uninterrupted run."""
         rows = list(wanted.values())
         known = {place for place, name in enumerate(wanted) if name in self._shards}
         if len(known) == len(rows):
             return
         make_cache(self.folder)
-        write_whole(
-            self.folder / "about.json", json.dumps(self.about, indent=1), is_shared=True
-        )  # for people
+        about = json.dumps(self.about, indent=1)  # for people
+        write_whole(self.folder / "about.json", about, is_shared=True)
         for file in self.folder.glob("*.part"):
             with suppress(FileNotFoundError):  # another rank or run has just finished it
                 if time.time() - file.stat().st_mtime > _STALE:
@@ -264,15 +259,11 @@ class ReferenceCache:
                 counts = [row.positions for row in part]
                 pieces = [tensor.cpu().split(counts) for tensor in compute(*_padded(part))]
                 for row, *tensors in zip(part, *pieces, strict=True):
-                    # A slice of a larger tensor would be refused by safetensors.
-                    shard |= {
-                        f"{row.name}.{name}": t.clone()
-                        for name, t in zip(PARTS[self.kind], tensors)
-                    }
-                if (
-                    len(shard) >= SHARD_ROWS
-                    or sum(tensor.nbytes for tensor in shard.values()) >= SHARD_BYTES
-                ):
+                    for name, tensor in zip(PARTS[self.kind], tensors):
+                        # safetensors would refuse a slice of a larger tensor.
+                        shard[f"{row.name}.{name}"] = tensor.clone()
+                size = sum(tensor.nbytes for tensor in shard.values())
+                if len(shard) >= SHARD_ROWS or size >= SHARD_BYTES:
                     self._write(shard)
                     shard = {}
                 advance(len(part))
@@ -280,7 +271,7 @@ class ReferenceCache:
             self._write(shard)
 
     def _write(self, shard: dict[str, Tensor]) -> None:
-        """A file is there whole or not at all, and under a name of its own: nobody writes into another's."""
+        """A file is there whole or not at all, under its own name: nobody writes into another's."""
         file = self.folder / f"{uuid.uuid4().hex}.part"
         try:
             save_file(shard, file, metadata={"reference": self.digest})
@@ -294,7 +285,7 @@ class ReferenceCache:
             ) from error
 
     def _open_shards(self) -> None:
-        """Maps the files that came since into memory. What is damaged or foreign is skipped, and said so: its rows
+        """Maps new files into memory. A damaged or foreign file is skipped with a warning: its rows
         are missing, and computed again."""
         for file in sorted(self.folder.glob("*.safetensors")):
             if file.name in self._seen:
@@ -303,7 +294,7 @@ class ReferenceCache:
             try:
                 shard = safe_open(file, framework="pt")
                 if (shard.metadata() or {}).get("reference") != self.digest:
-                    raise SafetensorError("it is of another cache")
+                    raise SafetensorError("it belongs to another cache")
                 self._shards |= {name.rpartition(".")[0]: shard for name in shard.keys()}  # noqa: SIM118
             except (OSError, SafetensorError) as error:
                 console.print(

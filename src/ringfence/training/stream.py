@@ -1,6 +1,6 @@
-"""The order of training: which rows are in which batch, epoch by epoch, as a function of the seed alone.
+"""The order of training: which rows are in which batch of which epoch.
 
-So a resumed run sees exactly the rows that an uninterrupted one would.
+It depends on the seed alone, so a resumed run sees exactly the rows of an uninterrupted one.
 """
 
 import math
@@ -15,12 +15,12 @@ from ..text.batch import Bundle, Example
 
 
 class TrainStream(Dataset[Bundle]):
-    """Training rows in their order, with the retain rows that defenses ask to ride along.
+    """Training rows in order, with the extra retain rows that defenses need.
 
     Args:
         examples: the user's rows.
-        retain: rows that may ride along.
-        defenses: may change the rows of an epoch, and say how many retain rows they want.
+        retain: rows to draw extra rows from.
+        defenses: may change the rows of an epoch, and set the number of extra retain rows.
         step_rows: training rows in one optimiser step, over accumulation and ranks.
         seed: of order and draws.
     """
@@ -38,8 +38,9 @@ class TrainStream(Dataset[Bundle]):
         for defense in self.defenses:
             if 0 < defense.riders * step_rows < 1:
                 raise RecipeError(
-                    f"defenses.{defense.name}: {defense.riders} retain rows per training row is less than one in a "
-                    f"step of {step_rows} rows; raise retain_ratio, train.batch_size or train.accumulation"
+                    f"defenses.{defense.name}: {defense.riders} retain rows per training row is "
+                    f"less than one in a step of {step_rows} rows; raise retain_ratio, "
+                    "train.batch_size or train.accumulation"
                 )
         self.set_epoch(0)
 
@@ -57,7 +58,7 @@ class TrainStream(Dataset[Bundle]):
         self.riders = self._ride(epoch, rng)
 
     def _ordered(self, rows: list[Example], rng: random.Random) -> list[Example]:
-        """Shuffled; within windows of eight steps rows of like length stand together, which saves padding."""
+        """Shuffled; in windows of eight steps, similar lengths are grouped, which saves padding."""
         rows = rng.sample(rows, len(rows))
         ordered: list[Example] = []
         for start in range(0, len(rows), 8 * self.step_rows):
@@ -71,10 +72,10 @@ class TrainStream(Dataset[Bundle]):
         return ordered
 
     def _ride(self, epoch: int, rng: random.Random) -> list[list[Example]]:
-        """Retain rows for each row: every step in which some defense is due has at least one, evenly spread.
+        """Extra retain rows for each row, spread evenly; one or more in every step that needs any.
 
-        Those of a step are of like length, which saves padding; with DeepSpeed, which pads them together with the rows,
-        it helps that the longest ride with the longest.
+        Those of a step have similar lengths, which saves padding. DeepSpeed pads them together with
+        the rows, so the longest go with the longest.
         """
         wanting = [defense for defense in self.defenses if defense.riders]
         due = []
@@ -92,15 +93,14 @@ class TrainStream(Dataset[Bundle]):
             for at in range(0, len(self.rows), self.step_rows)
         ]
         riders: list[list[Example]] = [[] for _ in self.rows]
-        for step_places in sorted(
-            steps, key=lambda places: -max(len(self.rows[place]) for place in places)
-        ):
+        steps.sort(key=lambda places: -max(len(self.rows[place]) for place in places))
+        for step_places in steps:
             for place in step_places:
                 riders[place] = [drawn.pop() for _ in range(due[place])]
         return riders
 
     def added(self) -> list[str]:
-        """Where the rows came from that defenses added to this epoch."""
+        """The origins of the rows that defenses added to this epoch."""
         own = {example.origin for example in self.examples}
         return [example.origin for example in self.rows if example.origin not in own]
 
@@ -112,10 +112,10 @@ class TrainStream(Dataset[Bundle]):
 
 
 class RankBatches(Sampler[list[int]]):
-    """Places in the stream of one rank's batches; each optimiser step has the rows that one process would train on.
+    """Places in the stream of one rank's batches; a step has the rows it would have on one process.
 
-    Every rank has equally many batches. Those of the last step of an epoch may be smaller, and where it has fewer rows
-    than there are ranks, empty.
+    Every rank has the same number of batches. Those of the last step of an epoch may be smaller, or
+    empty if it has fewer rows than there are ranks.
 
     Args:
         stream: read again for each epoch; has step_rows = rows * accumulation * world.
@@ -131,12 +131,12 @@ class RankBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         together = self.rows * self.world
         for start in range(0, len(self.stream), together):
-            # Neighbours are of like length, so taking turns keeps ranks equally busy.
-            yield list(range(start, min(start + together, len(self.stream))))[
-                self.rank :: self.world
-            ]
+            # Neighbours have similar lengths, so taking turns keeps ranks equally busy.
+            end = min(start + together, len(self.stream))
+            yield list(range(start, end))[self.rank :: self.world]
 
 
 def _whole(ratio: float, rows: int) -> int:
-    """Riders due by so many rows of a step; the first row has one already. Rounding must not add one."""
+    """Extra rows due after `rows` rows of a step; the first row has one. Rounding must not add
+    one."""
     return math.ceil(ratio * rows - 1e-9)

@@ -1,7 +1,7 @@
-"""DefendedTrainer: transformers' Trainer with penalties of defenses beside the cross-entropy.
+"""DefendedTrainer: transformers' Trainer with penalties of defenses added to the cross-entropy.
 
-A row goes once through the student and at most once through the reference, for all defenses together. Knows defenses
-only through their contract.
+For all defenses together, a row passes once through the student and at most once through the
+reference. Knows defenses only through their contract.
 """
 
 import json
@@ -49,12 +49,14 @@ class DefendedTrainer(Trainer):
     Args:
         model: a causal language model, plain or with a peft adapter.
         args: training arguments; `remove_unused_columns` must be off.
-        stream: the rows in their order.
-        defenses: built defenses; penalties are token means over the whole optimiser step, as cross-entropy is.
-        pad_id: token that fills rows up.
-        log_file: a line of JSON for every log; lines after the step from which a run resumes are dropped.
-        layout: how batches are computed (see taps); ModelError where the model cannot.
-        cache: where the reference's states lie; filled before training.
+        stream: the rows in order.
+        defenses: built defenses; penalties are token means over the whole optimiser step, as
+            cross-entropy is.
+        pad_id: token for padding.
+        log_file: a line of JSON for every log; lines after the step from which a run resumes are
+            dropped.
+        layout: how batches are computed (see taps); ModelError if the model cannot.
+        cache: holds the reference's states; filled before training.
     """
 
     # compute_loss divides by the token count of the whole step itself.
@@ -83,12 +85,11 @@ class DefendedTrainer(Trainer):
         self.defenses = defenses
         self.log_file = log_file
         self.head = find_head(causal_lm(model))
-        if deepspeed_stage() == 3 and [
-            *self.head.module.children()
-        ]:  # they would be put in pieces after each tile
+        # ZeRO-3 would shard modules inside the head again after each tile.
+        if deepspeed_stage() == 3 and [*self.head.module.children()]:
             raise RecipeError(
-                "train.lora.targets: found an adapter on the head, which DeepSpeed ZeRO-3 cannot train; accepted: "
-                "modules of the layers alone, or DDP, FSDP2, ZeRO-2"
+                "train.lora.targets: found an adapter on the head, which DeepSpeed ZeRO-3 cannot "
+                "train; accepted: modules of the layers alone, or DDP, FSDP2, ZeRO-2"
             )
         self._set_layout(layout)
         self.cache, self._cache_filled = cache, False
@@ -125,25 +126,24 @@ class DefendedTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Tensor:
-        """Cross-entropy plus weighted penalties of one micro-batch, as its part of the mean over the optimiser step."""
+        """Cross-entropy plus weighted penalties of a micro-batch: its part of the step's mean."""
         active = [defense for defense in self._due() if defense.count(inputs)]
         needs = reduce(or_, [defense.needs(inputs) for defense in active], Needs())
-        # What is the reference's comes first: hooks of defenses are the student's alone.
+        # The reference comes first: hooks of defenses are for the student alone.
         sharded = is_sharded(self.model)
         note_trained(self.model)
-        asks = active or (
-            sharded and self._due()
-        )  # where the model is sharded, with the other ranks
+        # With a sharded model all ranks must ask.
+        asks = active or (sharded and self._due())
         with self._autocast():  # a frozen copy computes as the student does
             reference = self.reference.taps(inputs, needs) if self.reference and asks else None
-        # A prefix is computed by a part of the model, which in a sharded one cannot run alone.
+        # A prefix is computed by a part of the model, which cannot run alone if it is sharded.
         givers = [] if sharded or self.layout == "packed" else self.defenses
         prefixes = (defense.cached_prefix(self.model, inputs, needs) for defense in givers)
         prefix = next((prefix for prefix in prefixes if prefix is not None), None)
         for defense in self.defenses:
             self._hooks.enter_context(defense.wrap(self.model, inputs))
         student = forward(model, self.head, inputs, needs, prefix, self.student_layout, self._hooks)
-        # Until the backward pass is over: the gradient of a trained head must find it whole.
+        # Until the backward pass is over: the gradient of a trained head needs it gathered.
         self._hooks.enter_context(gathered(self.head.module.parameters()))
         logit_losses: dict[str, LogitLoss] = {"ce": _cross_entropy(inputs)}
         penalties: dict[str, Tensor] = {}
@@ -169,7 +169,7 @@ class DefendedTrainer(Trainer):
         return loss * self.accelerator.num_processes
 
     def training_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        """Forward and backward, of retain rows before and apart: they need memory when others do not yet."""
+        """Forward and backward; retain rows go first, on their own, so they share no memory."""
         loss = torch.zeros((), device=self.args.device)
         *first, last = self._passes(inputs)
         for part in first:
@@ -178,7 +178,8 @@ class DefendedTrainer(Trainer):
         return loss + self._forward_and_backward(model, last, *args, **kwargs)
 
     def _passes(self, batch: Batch) -> list[Batch]:
-        """Those of a micro-batch: one with DeepSpeed, which counts them. Of a sharded model all ranks have as many."""
+        """The passes of a micro-batch: one with DeepSpeed, which counts them. With a sharded model
+        all ranks have the same number."""
         if deepspeed_stage() is not None:
             return [batch]
         # Places, found once: each use of a mask would wait for the device.
@@ -193,7 +194,8 @@ class DefendedTrainer(Trainer):
             return super().training_step(*args, **kwargs)
 
     def _autocast(self) -> torch.autocast:
-        """As the student computes. (accelerate's own context forgets, on its way, that the model is to be sharded.)"""
+        """As the student computes. (accelerate's own context forgets that the model gets
+        sharded.)"""
         return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16)
 
     def _due(self) -> list[Defense]:
@@ -203,7 +205,7 @@ class DefendedTrainer(Trainer):
     def _get_num_items_in_batch(
         self, batch_samples: list[Batch], device: torch.device
     ) -> Tensor | int | None:
-        """Token counts of one optimiser step, over its micro-batches and all ranks: the divisors of every mean."""
+        """Token counts of an optimiser step over micro-batches and ranks, the divisors of means."""
         due = self._due()
         counts = torch.zeros(1 + len(due), dtype=torch.long, device=device)
         for batch in batch_samples:
@@ -220,13 +222,14 @@ class DefendedTrainer(Trainer):
         for name, count in self._step_counts.items():
             if not count:
                 raise DefenseError(
-                    f"step {self.state.global_step}: no token in the batch for {name!r}: it would be silently zero"
+                    f"step {self.state.global_step}: no token in the batch for {name!r}: it would "
+                    "be silently zero"
                 )
         self._step_sums = {name: torch.zeros((), device=device) for name in self._step_counts}
         return counts[0]
 
     def _end_step(self) -> None:
-        """After an optimiser step: means over all its micro-batches and ranks, for defenses and the log."""
+        """After an optimiser step: means over its micro-batches and ranks, for defenses and log."""
         sums = torch.stack([self._step_sums[name].float() for name in self._step_counts])
         if self.args.world_size > 1:
             sums = self.accelerator.reduce(sums, "sum")
@@ -234,7 +237,8 @@ class DefendedTrainer(Trainer):
         for name, mean in means.items():
             if not math.isfinite(mean):
                 raise DefenseError(
-                    f"step {self.state.global_step - 1}: {name!r} is {mean}; try a smaller learning rate or fp32"
+                    f"step {self.state.global_step - 1}: {name!r} is {mean}; try a smaller "
+                    "learning rate or fp32"
                 )
             self._log_sums[name] += mean
             self._log_steps[name] += 1
@@ -244,17 +248,14 @@ class DefendedTrainer(Trainer):
             defense.after_step(self.model, self.state.global_step)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """The stream has its own order; ranks share each step's rows (accelerate would repeat some to even out the last
-        step, so it is told that this loader is for one process)."""
+        """The stream has its own order; ranks share each step's rows (accelerate would repeat some
+        to even out the last step, so this loader claims to be for one process)."""
         stream = cast(TrainStream, self.train_dataset)
-        rows, rank, world = (
-            self.args.train_batch_size,
-            self.args.process_index,
-            self.args.world_size,
-        )
+        rank, world = self.args.process_index, self.args.world_size
+        batches = RankBatches(stream, self.args.train_batch_size, rank, world)
         loader: DataLoader[Any] = DataLoader(
             stream,
-            batch_sampler=RankBatches(stream, rows, rank, world),
+            batch_sampler=batches,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
@@ -268,15 +269,11 @@ class DefendedTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds each penalty's mean since the last log, and writes the line to the run's metrics."""
         if "loss" in logs and self._log_sums:
-            logs.update(
-                {
-                    name: round(value / self._log_steps[name], 6)
-                    for name, value in self._log_sums.items()
-                }
-            )
-            logs.update(
-                {f"{d.name}_weight": d.weight for d in self.defenses if "weight" in d.state_dict()}
-            )
+            for name, value in self._log_sums.items():
+                logs[name] = round(value / self._log_steps[name], 6)
+            for defense in self.defenses:
+                if "weight" in defense.state_dict():
+                    logs[f"{defense.name}_weight"] = defense.weight
             self._log_sums.clear()
             self._log_steps.clear()
         super().log(logs, start_time)
@@ -300,7 +297,7 @@ class DefendedTrainer(Trainer):
             self._started -= _drop_lines_after(self.log_file, step)
         if self.reference and self.accelerator.is_fsdp2:
             self.reference.shard(self.accelerator)
-        # Autocast takes inputs in any type; peft would copy each to fp32 first, and autocast back to bf16.
+        # Autocast takes inputs of any type; peft would copy each to fp32, autocast back to bf16.
         with disable_input_dtype_casting(cast(nn.Module, self.model), active=self.args.bf16):
             done = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         reshard(self.model)
@@ -316,31 +313,22 @@ class DefendedTrainer(Trainer):
             file = Path(checkpoint) / "defenses.json"
             states = read_record(file, _CHECKPOINT)
             for defense in self.defenses:
-                check_shape(
-                    dict[str, Any],
-                    states.get(defense.name),
-                    str(file),
-                    _CHECKPOINT,
-                    (defense.name,),
-                )
+                name, state = defense.name, states.get(defense.name)
+                check_shape(dict[str, Any], state, str(file), _CHECKPOINT, (name,))
                 try:
-                    defense.load_state_dict(states[defense.name])
+                    defense.load_state_dict(state)
                 except (LookupError, TypeError, ValueError, AttributeError) as error:
-                    found = (
-                        f"{file}: {defense.name}: not a state that it wrote ({first_line(error)})"
-                    )
+                    found = f"{file}: {name}: not a state that it wrote ({first_line(error)})"
                     raise DataError(f"{found}; {_CHECKPOINT}") from error
 
     def fill_cache(self) -> None:
-        """Computes what the run will ask of its reference, unless it is in the cache. Once, before training."""
+        """Once before training: computes what the run will request and the cache lacks."""
         if self.cache is None or self._cache_filled:
             return
         stream = cast(TrainStream, self.train_dataset)
-        steps = (
-            self.args.max_steps
-            if self.args.max_steps > 0
-            else self.args.num_train_epochs * stream.steps_per_epoch
-        )
+        steps: float = self.args.max_steps
+        if steps <= 0:
+            steps = self.args.num_train_epochs * stream.steps_per_epoch
         asked = wanted(stream, math.ceil(steps))
         assert self.reference is not None
         with self._autocast():
@@ -348,7 +336,7 @@ class DefendedTrainer(Trainer):
         self._cache_filled = True
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Marked as ours before it is written and as whole after; those before it are then deleted."""
+        """Marked as ours before it is written, as whole after; earlier ones are then deleted."""
         folder = Path(self.args.output_dir or "") / f"checkpoint-{self.state.global_step}"
         with told_if_full(folder.parent.parent):
             if self.is_world_process_zero():
@@ -388,7 +376,7 @@ def _collate(stream: TrainStream, pad_id: int, bundles: list[Bundle]) -> Batch:
 
 
 def _blank(batch: Batch) -> Batch:
-    """One row that counts for nothing: where a rank has none it must run the model as often as the others."""
+    """One row that counts for nothing: a rank without rows must run the model as others do."""
     row = {name: tensor[:1] for name, tensor in batch.items()}
     nothing = {
         "roles": torch.full_like(row["roles"], Role.PAD),

@@ -1,4 +1,5 @@
-"""What a person sees while work goes on: one console, one kind of progress bar with the time left."""
+"""What a user sees during the work: one console, and one kind of progress bar with the time
+left."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ console = Console(stderr=True, quiet=not is_main())
 
 @contextmanager
 def progress(description: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """A bar; the yielded function advances it by so many units."""
+    """A bar; the yielded function advances it by a number of units."""
     columns = (
         TextColumn("{task.description:<34}", markup=False),
         BarColumn(bar_width=30),
@@ -36,7 +37,8 @@ def progress(description: str, total: int, done: int = 0) -> Iterator[Callable[[
 
 
 def fold(name: str, width: int) -> str:
-    """The same over as many lines as it needs: broken after a space or a sign, within a word only where it must be."""
+    """The name over as many lines as it needs, broken after a space or a sign, within a word only
+    if necessary."""
     lines = [""]
     for part in re.findall(r"[^\s_./,:-]*(?:[\s_./,:-]+|$)", name):
         if lines[-1] and len(lines[-1]) + len(part.rstrip()) > width:

@@ -1,4 +1,4 @@
-"""Files are there whole or not at all, and what a disk or a name forbids is one sentence."""
+"""Writes files whole or not at all; whatever a disk or a name forbids becomes one sentence."""
 
 import os
 import shutil
@@ -13,22 +13,23 @@ _FULL = 16 * 2**20  # bytes: a disk with less room is full
 
 
 def shown(path: Path) -> str:
-    """A path for a message: no control characters, and not 4,000 letters."""
+    """A path for a message: without control characters, and of a sane length."""
     text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(path))
     return text if len(text) <= 200 else f"{text[:100]}...{text[-40:]}"
 
 
 def write_whole(file: Path, content: str | bytes, is_shared: bool = False) -> None:
-    """Writes a file so that it is there whole or not at all, also after a kill or on a full disk.
+    """Writes a file whole or not at all, even after a kill or on a full disk.
 
     Args:
-        is_shared: several processes may write it at once, as in a cache; the last one's content stays.
+        is_shared: several processes may write it at once, as in a cache; the last one's content
+            stays.
 
     Raises:
         RingfenceError: it cannot be written, and why.
     """
     make_folder(file.parent)
-    # A writer that is alone takes the same name again, so that a kill leaves nothing that stays.
+    # A sole writer always takes the same name, so leftovers of kills do not pile up.
     writer = f".{os.getpid()}-{threading.get_ident()}" if is_shared else ""
     scratch = file.with_name(f".{file.name}{writer}.partial")
     try:
@@ -49,12 +50,13 @@ def make_folder(folder: Path) -> None:
 def _drop(scratch: Path) -> None:
     try:
         scratch.unlink(missing_ok=True)
-    except OSError:  # the message about the file itself is to the point
+    except OSError:  # the message about the file itself matters more
         return
 
 
 def check_new(file: Path) -> None:
-    """Can a file that the user named be written, without a file of anybody being lost? Writes nothing.
+    """Checks that a file that the user named can be written without any file being lost. Writes
+    nothing.
 
     Raises:
         RecipeError: it exists already, or its folder does not or cannot be written.
@@ -82,7 +84,7 @@ def check_new(file: Path) -> None:
 
 @contextmanager
 def told_if_full(folder: Path) -> Iterator[None]:
-    """For libraries that write by themselves: what they say about a full disk becomes one sentence.
+    """For libraries that write by themselves: their errors on a full disk become one sentence.
 
     Raises:
         RingfenceError: they could not write.
@@ -95,9 +97,6 @@ def told_if_full(folder: Path) -> Iterator[None]:
         full = shutil.disk_usage(folder if folder.is_dir() else folder.parent).free < _FULL
         if not full and not isinstance(error, OSError) and "No space left" not in str(error):
             raise
-        why = (
-            "no room left on the disk; make room, and the same command resumes"
-            if full
-            else first_line(error)
-        )
+        no_room = "no room left on the disk; make room, and the same command resumes"
+        why = no_room if full else first_line(error)
         raise RingfenceError(f"{folder}: cannot be written: {why}") from error

@@ -1,5 +1,5 @@
-"""The model hub, and how not to wait for it: whether it can be reached is asked once, and where it cannot be, libraries
-read its cache. Does not know what a file means. Imports no torch.
+"""The model hub, and how not to wait for it: its reachability is checked once, and if it cannot be
+reached, libraries read its cache. Does not know what a file means. Imports no torch.
 """
 
 import sys
@@ -12,7 +12,7 @@ from typing import Literal
 
 from ..errors import ModelError, first_line
 
-SECONDS = 8.0  # that the hub has to answer in, the look-up of its name included
+SECONDS = 8.0  # for the hub to answer, including the look-up of its name
 _LOCAL = {
     "model": ("folder", "Name a local folder, or `default`", "hf download"),
     "data set": ("file", "Name a local file, or shipped rows", "hf download --repo-type dataset"),
@@ -21,7 +21,7 @@ _LOCAL = {
 
 @cache
 def reachable() -> bool:
-    """Whether the hub answers, whatever it says. One request; False where the user works offline."""
+    """Whether the hub answers, whatever it says. One request; False if the user works offline."""
     from huggingface_hub import constants, get_session, is_offline_mode
 
     if is_offline_mode():
@@ -31,10 +31,10 @@ def reachable() -> bool:
     def ask() -> None:
         try:
             answered.append(get_session().head(constants.ENDPOINT, timeout=SECONDS / 2).status_code)
-        except Exception:  # whatever a network, a proxy or a resolver can raise means the same here
+        except Exception:  # whatever a network, proxy or resolver raises means the same here
             return
 
-    # In a thread, because a look-up of a name has no time limit.
+    # In a thread, because the look-up of a name has no time limit.
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(SECONDS)
@@ -43,16 +43,15 @@ def reachable() -> bool:
 
 @contextmanager
 def quick(source: str) -> Iterator[None]:
-    """Within it, no library tries a hub that cannot be reached for `source`: each reads its cache at once."""
+    """Within it, no library tries to fetch `source` from a hub that cannot be reached: each reads
+    its cache at once."""
     from huggingface_hub import constants
 
     if Path(source).exists() or reachable():
         yield
         return
-    asked = [
-        constants,
-        *filter(None, [sys.modules.get("datasets.config")]),
-    ]  # datasets keeps a copy
+    # datasets keeps a copy.
+    asked = [constants, *filter(None, [sys.modules.get("datasets.config")])]
     before = [module.HF_HUB_OFFLINE for module in asked]
     for module in asked:
         module.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
@@ -76,7 +75,8 @@ def is_repository(name: str) -> bool:
 
 
 def fetch(repository: str, file: str) -> Path | None:
-    """A file of a hub repository, from the cache or the net; None where the repository has none of that name.
+    """A file of a hub repository, from the cache or the network; None if the repository has no such
+    file.
 
     Raises:
         ModelError: there is no such repository, or the hub cannot be reached.
@@ -89,25 +89,26 @@ def fetch(repository: str, file: str) -> Path | None:
             return Path(huggingface_hub.hf_hub_download(repository, file))
         except LocalEntryNotFoundError as error:
             if _is_cached(repository):
-                return None  # of what was fetched once, all that is needed is there
+                return None  # a fetched repository is complete in the cache
             raise ModelError(f"{repository}: {unreached()}") from error
         except EntryNotFoundError:
             return None
         except Exception as error:  # the hub raises many kinds; the user needs one sentence
             raise ModelError(
-                f"{repository}: {file} is unavailable: {first_line(error)} (accepted: 'default', a local folder, a hub "
-                "id)"
+                f"{repository}: {file} is unavailable: {first_line(error)} (accepted: 'default', a "
+                "local folder, a hub id)"
             ) from error
 
 
 def unreached(kind: Literal["model", "data set"] = "model") -> str:
-    """Why something of the hub is unavailable without a network, and what to do."""
+    """Why something on the hub is unavailable without a network, and what to do."""
     from huggingface_hub import constants
 
     place, otherwise, command = _LOCAL[kind]
     return (
-        f"no such {place}, and not in the hub's cache; {constants.ENDPOINT} cannot be reached. {otherwise}; or fetch "
-        f"it where there is a network (`{command}`), bring the hub's cache here, and set HF_HUB_OFFLINE=1"
+        f"no such {place}, and not in the hub's cache; {constants.ENDPOINT} cannot be reached. "
+        f"{otherwise}; or fetch it where there is a network (`{command}`), bring the hub's cache "
+        "here, and set HF_HUB_OFFLINE=1"
     )
 
 

@@ -1,4 +1,5 @@
-"""A table that grows line by line and outlives a killed run: JSON lines below a header that says what they belong to.
+"""A table that grows line by line and survives a killed run: JSON lines below a header that says
+what they belong to.
 
 Does not know what is in the lines.
 """
@@ -26,13 +27,14 @@ class _Header(BaseModel):
 def open_journal(
     file: Path, kind: str, key: dict[str, Any], about: dict[str, Any], shape: Any = dict[str, Any]
 ) -> list[Line]:
-    """The whole lines that are in a table; where there is none, it is made. Half a last line is cut off.
+    """The whole lines of a table, which is made if there is none. An incomplete last line is cut
+    off.
 
     Args:
         kind: what kind of table it is.
         key: what its lines depend on; a table with lines of another key is refused.
-        about: more for the header, for people.
-        shape: type of a line, for pydantic.
+        about: further entries of the header, for readers.
+        shape: a line's type, for pydantic.
 
     Raises:
         DataError: the file is of another kind or key, or a line is damaged.
@@ -51,8 +53,8 @@ def open_journal(
         there = header["key"].get(part) if isinstance(header.get("key"), dict) else None
         if there != here:
             raise DataError(
-                f"{file} was made with {part} {there!r}, not with {here!r} (names or fingerprints); name another "
-                "output, or delete the file"
+                f"{file} was made with {part} {there!r}, not with {here!r} (names or "
+                "fingerprints); name another output, or delete the file"
             )
     if whole != text:
         os.truncate(file, len(whole.encode()))
@@ -65,7 +67,7 @@ def split_table(
     """Header and lines of a table's text; `shape` is the type of a line, for pydantic.
 
     Raises:
-        DataError: it is no table of this kind, or a line is damaged.
+        DataError: it is not a table of this kind, or a line is damaged.
     """
     parsed: list[Line] = []
     for number, line in enumerate(text.splitlines(), 1):
@@ -85,21 +87,22 @@ def split_table(
         )
     for number, value in enumerate(parsed[1:], 2):
         check_shape(
-            shape, value, f"{file}:{number}", "delete the line, and the same command makes it again"
+            shape, value, f"{file}:{number}", "delete the line, and the same command recreates it"
         )
     check_shape(
-        _Header, parsed[0], f"{file}:1", "delete the file, and the same command makes it again"
+        _Header, parsed[0], f"{file}:1", "delete the file, and the same command recreates it"
     )
     return parsed[0], parsed[1:]
 
 
 def append(file: Path, lines: Iterable[Line]) -> None:
-    """Adds lines, in one write."""
+    """Adds lines in one write."""
     text = "".join(json.dumps(line) + "\n" for line in lines)
     with file.open("a") as table:
         table.write(text)
 
 
 def digest(value: Any) -> str:
-    """16 hexadecimal digits of the SHA-256 of a JSON value, e.g. of the messages of a conversation."""
+    """16 hexadecimal digits of the SHA-256 of a JSON value, e.g. of the messages of a
+    conversation."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -39,18 +39,18 @@ def colour(place: int) -> str:
 
 
 def whisker(interval: Mapping[str, float]) -> list[list[float]] | None:
-    """How far an interval reaches below and above its mean, as errorbar wants it; None for one cluster alone."""
+    """How far an interval reaches below and above its mean, in the form of errorbar; None for a
+    single cluster."""
     below, above = interval["mean"] - interval["low"], interval["high"] - interval["mean"]
-    return (
-        [[max(0.0, below)], [max(0.0, above)]] if interval["n"] > 1 else None
-    )  # equal values: below 0 by rounding
+    if interval["n"] <= 1:
+        return None
+    return [[max(0.0, below)], [max(0.0, above)]]  # of equal values, below 0 by rounding
 
 
 def svg(figure: Figure, cut: bool = True) -> bytes:
-    """The figure as SVG, cut to what is drawn or of the width it was given; it is closed."""
+    """The figure as SVG, cut to what is drawn or at its given width; it is closed."""
     buffer = io.BytesIO()
-    figure.savefig(
-        buffer, format="svg", bbox_inches="tight" if cut else None, metadata={"Date": None}
-    )
+    box = "tight" if cut else None
+    figure.savefig(buffer, format="svg", bbox_inches=box, metadata={"Date": None})
     plt.close(figure)
     return buffer.getvalue()

@@ -1,6 +1,7 @@
-"""The libraries below are kept quiet while ringfence works: progress and warnings that matter are its own to show.
+"""Keeps the libraries below quiet while ringfence works: it shows progress and warnings that matter
+itself.
 
-Imports none of them: what is not loaded yet reads the environment when it is.
+Imports none of them: a library that is not loaded yet reads the environment when it is.
 """
 
 import logging
@@ -20,8 +21,9 @@ LOGGERS = ("transformers", "bitsandbytes", "torch", "peft", "accelerate")
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Hides the libraries' bars, advice and warnings; afterwards everything is as the user had set it. Also a
-    decorator. A variable that the user has set (`TRANSFORMERS_VERBOSITY=info`) is honoured."""
+    """Hides the libraries' bars, advice and warnings; afterwards everything is as the user set it.
+    Also a decorator. A variable that the user has set (`TRANSFORMERS_VERBOSITY=info`) is
+    honoured."""
     added = [name for name in ENVIRONMENT if name not in os.environ]
     os.environ |= {name: ENVIRONMENT[name] for name in added}
     loud = "TRANSFORMERS_VERBOSITY" not in added and os.environ["TRANSFORMERS_VERBOSITY"] != "error"
@@ -46,6 +48,6 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def _bars():  # type: ignore[no-untyped-def]
-    """transformers' switch of progress bars, where it is loaded and they are on."""
+    """transformers' switch for progress bars, if it is loaded and they are on."""
     module = sys.modules.get("transformers.utils.logging")
     return module if module is not None and module.is_progress_bar_enabled() else None

@@ -1,4 +1,5 @@
-"""JSON from people, servers and killed programs, read strictly: what is wrong is one sentence that names its place.
+"""Reads JSON from people, servers and killed programs strictly: whatever is wrong becomes one
+sentence that names its place.
 
 Every JSON text that ringfence reads is read here. Does not know what the values mean.
 """
@@ -18,23 +19,20 @@ def parse(text: str, origin: str, error: type[RingfenceError] = DataError) -> An
     """The value of a JSON text.
 
     Args:
-        origin: where it is from (`file.jsonl:12`), for the message.
+        origin: where it comes from (`file.jsonl:12`), for the message.
         error: what is raised.
 
     Raises:
-        RingfenceError: not JSON, nested too deeply, a duplicate key, a number too long, or half of a surrogate pair (a
-            text that cannot be written as UTF-8).
+        RingfenceError: not JSON, nested too deeply, a duplicate key, a number too long, or half of
+            a surrogate pair (a text that cannot be written as UTF-8).
     """
     try:
         value = json.loads(text, object_pairs_hook=_unique)
         if "\\ud" in text.lower():
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as found:
-        where = (
-            f"column {found.colno}"
-            if found.lineno == 1
-            else f"line {found.lineno}, column {found.colno}"
-        )
+        line = "" if found.lineno == 1 else f"line {found.lineno}, "
+        where = f"{line}column {found.colno}"
         raise error(f"{origin}: not JSON: {found.msg} at {where}") from found
     except RecursionError as found:
         raise error(f"{origin}: nested too deeply") from found
@@ -53,10 +51,11 @@ def read_lines(file: Path, again: str, whole: bool = False) -> Iterator[tuple[di
     """The objects of a file of JSON lines, and where each is (`file.jsonl:12`).
 
     Args:
-        whole: leave out half a last line, as a killed run leaves it.
+        whole: leave out an incomplete last line, as left by a killed run.
 
     Raises:
-        DataError: there is no such file, or a line is damaged; and what makes the file `again`.
+        DataError: there is no such file, or a line is damaged; the message says how to recreate the
+            file (`again`).
     """
     text = _text(file, again)
     text = whole_lines(text) if whole else text
@@ -74,8 +73,8 @@ def read_record(file: Path, again: str, kind: type = dict) -> Any:
     """The value of a JSON file that ringfence wrote.
 
     Args:
-        again: what makes it again, for the message: "`ringfence evaluate` makes it again".
-        kind: type that the value must have.
+        again: how to recreate it, for the message: "`ringfence evaluate` recreates it".
+        kind: the type that the value must have.
 
     Raises:
         DataError: there is no such file, or it is damaged.
@@ -89,20 +88,19 @@ def read_record(file: Path, again: str, kind: type = dict) -> Any:
 def check_shape(
     kind: Any, value: Any, origin: str, again: str, place: Sequence[str | int] = ()
 ) -> None:
-    """Holds a value to a type that pydantic knows.
+    """Checks a value against a type that pydantic knows.
 
     Args:
         origin: the file, or file and line.
-        again: what makes it again.
+        again: how to recreate it.
         place: where in the file the value is.
 
     Raises:
-        DataError: which field is not as expected, what was found, and what makes the file again.
+        DataError: which field is not as expected, what was found, and how to recreate the file.
     """
     try:
-        _adapter(kind).validate_json(
-            json.dumps(value), strict=True
-        )  # strict, and yet a list may be a tuple
+        # From JSON, strict validation still takes a list for a tuple.
+        _adapter(kind).validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, (*place, *first["loc"]))) or "the whole"
@@ -144,5 +142,5 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def whole_lines(text: str) -> str:
-    """Without half a last line, which a killed run may leave."""
+    """Without an incomplete last line, which a killed run may leave."""
     return text[: text.rfind("\n") + 1]

@@ -1,4 +1,5 @@
-"""YAML as people write it, read strictly: no key twice, no key unknown, every message with the field's name.
+"""Reads YAML as people write it, but strictly: no duplicate key, no unknown key, every message with
+the field's name.
 
 Does not know what the keys mean.
 """
@@ -17,19 +18,19 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 Whole = Annotated[int, Strict()]  # true is not 1, "2" is not 2
-Number = Annotated[float, Strict()]
+Real = Annotated[float, Strict()]
 Layer = Annotated[int, Strict(), Field(ge=1, le=10**4)]
-SEED = 2**32 - 1  # numpy takes no larger one
-_DEEPEST, _MOST = 50, 100_000  # levels, and parts once aliases are followed
+SEED = 2**32 - 1  # the largest that numpy takes
+_DEEPEST, _MOST = 50, 100_000  # levels, and values once aliases are followed
 _LONGEST = 4_000_000  # characters of a file
 
 
-# PyYAML takes 1e-4, which has no point, for a text; YAML 1.2 for a number.
+# PyYAML reads 1e-4, which has no point, as a text; YAML 1.2 reads it as a number.
 _WITH_EXPONENT = re.compile(r"[-+]?(?:[0-9]+|[0-9]*\.[0-9]+|[0-9]+\.)[eE][-+]?[0-9]+\Z")
 
 
 class UniqueKeys(yaml.SafeLoader):
-    """Plain YAML keeps the last of two equal keys in silence; here that is an error."""
+    """Plain YAML silently keeps the last of two equal keys; here that is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [
@@ -46,7 +47,7 @@ class UniqueKeys(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes a text that looks like such a number in quotes."""
+    """Quotes a text that looks like such a number."""
 
 
 for kind in (UniqueKeys, _Dumper):
@@ -54,7 +55,7 @@ for kind in (UniqueKeys, _Dumper):
 
 
 def _number(dumper: _Dumper, value: float) -> yaml.ScalarNode:
-    """4.0 is written as people write it, `4`."""
+    """4.0 is written `4`, as people write it."""
     if value.is_integer() and abs(value) < 1e15:
         return dumper.represent_int(int(value))
     return dumper.represent_float(value)
@@ -64,7 +65,7 @@ _Dumper.add_representer(float, _number)
 
 
 def dump(value: Any, **style: Any) -> str:
-    """YAML of plain parts, with the keys in their order."""
+    """YAML of plain values, with the keys in their order."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, **style)
 
 
@@ -75,13 +76,13 @@ def read_mapping(file: Path, hint: str) -> dict[Any, Any]:
         hint: how to get such a file, for the message when there is none.
 
     Raises:
-        RecipeError: no such file, not YAML, a duplicate key, or no mapping.
+        RecipeError: no such file, not YAML, a duplicate key, or not a mapping.
     """
     return read_text_and_mapping(file, hint)[1]
 
 
 def read_text_and_mapping(file: Path, hint: str) -> tuple[str, dict[Any, Any]]:
-    """As `read_mapping`, with the text."""
+    """Like `read_mapping`, with the text."""
     try:
         if not file.is_file():
             raise RecipeError(f"{file}: no such file ({hint})")
@@ -100,26 +101,24 @@ def read_text_and_mapping(file: Path, hint: str) -> tuple[str, dict[Any, Any]]:
 
 
 def load(text: str, origin: str, not_yaml: str) -> Any:
-    """A YAML value of plain parts: texts, numbers, truth values, lists, and mappings whose keys are texts."""
+    """A YAML value of plain parts: texts, numbers, truth values, lists, and mappings whose keys are
+    texts."""
     if len(text) > _LONGEST:
         raise RecipeError(f"{origin}: {len(text):,} characters; accepted: {_LONGEST:,}")
     try:
         value = yaml.load(text, UniqueKeys)
     except RecursionError as error:
         raise RecipeError(f"{origin}: nested too deeply") from error
-    except (
-        yaml.YAMLError,
-        ValueError,
-        TypeError,
-        OverflowError,
-    ) as error:  # also a 5,000-digit number, a list as key
+    # Also a 5,000-digit number, a list as a key.
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:
         raise RecipeError(f"{not_yaml}{' '.join(str(error).split())[:300]}") from error
     _check(value, origin)
     return value
 
 
 def _check(value: Any, origin: str) -> None:
-    """A mapping may hold itself, or aliases that double it on every line; pydantic would copy that for ever."""
+    """A mapping may contain itself, or aliases that double it on every line; pydantic would copy
+    that forever."""
     left, places = _MOST, [(value, 0, "")]
     while places:
         node, depth, place = places.pop()
@@ -141,16 +140,16 @@ def _check(value: Any, origin: str) -> None:
             places += [(part, depth + 1, place) for part in node]
         elif not isinstance(node, str | int | float | None):
             raise RecipeError(
-                f"{origin}: {place or 'value'}: expected text, a number, true or false, found {type(node).__name__} "
-                f"{str(node)[:60]!r}; quote it if it is a text"
+                f"{origin}: {place or 'value'}: expected text, a number, true or false, found "
+                f"{type(node).__name__} {str(node)[:60]!r}; quote it if it is a text"
             )
 
 
 def set_value(tree: dict[Any, Any], override: str) -> None:
-    """Changes a tree of keys and values after `key.path=value`, the value in YAML.
+    """Changes a tree of keys and values by `key.path=value`, with the value in YAML.
 
     Raises:
-        RecipeError: it is no such text, or goes through a key that holds a value.
+        RecipeError: it has another form, or goes through a key that holds a value.
     """
     path, equals, text = override.partition("=")
     keys = path.split(".")
@@ -167,7 +166,8 @@ def set_value(tree: dict[Any, Any], override: str) -> None:
 
 
 def validate(kind: type[Model], tree: dict[Any, Any], name: str) -> Model:
-    """A pydantic model from keys and values. Raises RecipeError naming `name` and every field that is wrong."""
+    """A pydantic model from keys and values. Raises RecipeError naming `name` and every field that
+    is wrong."""
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
@@ -195,7 +195,7 @@ def _explain(item: Any, kind: type[BaseModel]) -> str:
 
 
 def _known_fields(schema: dict[str, Any], parent: tuple[Any, ...]) -> list[str]:
-    """Names that may stand below the key path `parent`."""
+    """Names accepted below the key path `parent`."""
     nodes = [schema]
     for key in parent:
         found = [option for node in nodes for option in _options(node, schema)]
@@ -205,7 +205,7 @@ def _known_fields(schema: dict[str, Any], parent: tuple[Any, ...]) -> list[str]:
             below = [
                 option["properties"][key] for option in found if key in option.get("properties", {})
             ]
-        nodes = below or nodes  # pydantic names the member of a union, which has no node of its own
+        nodes = below or nodes  # pydantic also names a union's member, which has no node of its own
     return sorted(
         {
             name
@@ -217,7 +217,7 @@ def _known_fields(schema: dict[str, Any], parent: tuple[Any, ...]) -> list[str]:
 
 
 def _options(node: dict[str, Any], schema: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a node of the schema may be."""
+    """The alternatives of a schema's node."""
     if "$ref" in node:
         return _options(schema["$defs"][node["$ref"].rsplit("/", 1)[-1]], schema)
     members = [option for kind in ("anyOf", "oneOf", "allOf") for option in node.get(kind, [])]

@@ -1,4 +1,5 @@
-"""Numbers as a person says them: counts with their noun, times, sizes. Knows nothing of what is counted."""
+"""Numbers as a person says them: counts with their noun, times, sizes. Does not know what is
+counted."""
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:
@@ -7,7 +8,8 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
 
 
 def about(seconds: float) -> str:
-    """A time that is only estimated: `about 40 seconds`, `about 5 minutes`, `about 3 hours`, `about 12 days`."""
+    """An estimated time: `about 40 seconds`, `about 5 minutes`, `about 3 hours`,
+    `about 12 days`."""
     for unit, length, until in (("second", 1, 90), ("minute", 60, 90), ("hour", 3600, 48)):
         if seconds < until * length:
             return f"about {counted(max(1, _rounded(seconds / length)), unit)}"

@@ -1,12 +1,12 @@
 """Carrier attribution: which part of the prompt carries the shift (arXiv 2606.06667).
 
-The reference's keys and values are put into the tuned model at one role of the prompt (prefix, query, postfix), all
-layers at once, and the paired margin is measured again: how much of the shift is undone? The control is equally many
-random prompt tokens. The residual stream, one layer at a time, says how deep it sits. Does not know defenses;
-`best_role` only names a role.
+The reference's keys and values are put into the tuned model at one role of the prompt (prefix,
+query, postfix), all layers at once, and the paired margin is measured again: how much of the shift
+is undone? The control is the same number of random prompt tokens. The residual stream, one layer at
+a time, shows at which depth. Does not know defenses; `best_role` only names a role.
 
-Models need not share weights: what the reference's prompt tokens hold is spooled to files, one for each batch, and read
-again batch by batch. Shapes: B rows, T tokens, N chosen tokens.
+Models need not share weights: activations at the reference's prompt tokens are spooled to files,
+one for each batch, and read back batch by batch. Shapes: B rows, T tokens, N chosen tokens.
 """
 
 import random
@@ -41,15 +41,15 @@ NEEDS_BASE = False
 OUTSIDE, INSIDE = "outside", "inside"
 ROLES = ("prefix", "query", "postfix")
 PROMPT = "prompt"  # all three
-LAYERS = 8  # at the most, evenly spaced: each costs a forward pass for every role
+LAYERS = 8  # at most, evenly spaced: each costs a forward pass for every role
 _KV_PASSES = 1 + 2 * len(ROLES) + 1  # untouched, each role and its control, whole prompt
 
 
 class Patch(NamedTuple):
-    """Where the reference's activations stand in.
+    """Where the reference's activations are put in.
 
-    `layer`: the residual stream after it; None: the keys and values of all layers. `control`: at equally many random
-    prompt tokens instead of the role's own.
+    `layer`: the residual stream after it; None: the keys and values of all layers. `control`: at
+        the same number of random prompt tokens instead of the role's own.
     """
 
     role: str | None = None  # None: nowhere
@@ -61,15 +61,14 @@ UNTOUCHED = Patch()
 
 
 def cost(subject: Subject) -> Cost:
-    """`kept` are the spooled files, on disk (in the folder for temporary files), at the most."""
+    """`kept`: most bytes of the spooled files, on disk (in the folder for temporary files)."""
     config = subject.models.config
     layers, texts = _layers(config), _texts(subject)
     tokens = {name: sum(len(text.example) for text in chosen) for name, chosen in texts.items()}
     curves = len(layers) * (len(ROLES) + 1) * tokens[OUTSIDE]
     each = _KV_PASSES * sum(tokens.values()) + curves
-    head_size = (
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
+    head_size = getattr(config, "head_dim", None)
+    head_size = head_size or config.hidden_size // config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     kv = 2 * config.num_hidden_layers * heads * head_size
     prompts = sum(_prompt_tokens(text) for chosen in texts.values() for text in chosen)
@@ -79,17 +78,19 @@ def cost(subject: Subject) -> Cost:
 
 
 def measure(subject: Subject, by_layer: bool = True) -> Numbers:
-    """Margins (nats per token) of tuned models, untouched and patched, and the share of the shift that a patch undoes.
+    """Margins (nats per token) of tuned models, untouched and patched, and what patches undo.
 
-    recovery = sum over questions of (patched - tuned) / sum of (reference - tuned): 0 as the tuned model, 1 as the
-    reference. It is null where the interval of the shift holds 0: there is nothing to recover.
+    recovery = sum over questions of (patched - tuned) / sum of (reference - tuned): 0 like the
+    tuned model, 1 like the reference. It is null if the interval of the shift contains 0: there is
+    nothing to recover.
 
     Args:
         by_layer: patch the residual stream too (outside questions); most of the cost.
 
     Raises:
         DataError: no outside questions.
-        ModelError: a tuned model is built otherwise than the reference, or has layers without keys and values.
+        ModelError: a tuned model differs in architecture from the reference, or has layers without
+            keys and values.
     """
     texts, models = _texts(subject), subject.models
     with tempfile.TemporaryDirectory(prefix="ringfence-carriers-") as folder:
@@ -131,13 +132,10 @@ def _texts(subject: Subject) -> dict[str, list[Text]]:
 
 
 def _layers(config: Any) -> tuple[int, ...]:
-    """Layers (from 1) after which the residual stream is patched. Not the last: of what it holds at prompt tokens, only
-    the prediction of the first response token is made."""
-    return tuple(
-        sorted(
-            {round(layer) for layer in np.linspace(1, max(1, config.num_hidden_layers - 1), LAYERS)}
-        )
-    )
+    """Layers (from 1) after which the residual stream is patched. Not the last: at prompt tokens,
+    its output only serves to predict the first response token."""
+    spaced = np.linspace(1, max(1, config.num_hidden_layers - 1), LAYERS)
+    return tuple(sorted({round(layer) for layer in spaced}))
 
 
 def _built(model: Any) -> dict[str, Any]:
@@ -151,7 +149,8 @@ def _check_built(name: str, found: dict[str, Any], expected: dict[str, Any]) -> 
     if differ:
         key, (ours, reference) = next(iter(differ.items()))
         raise ModelError(
-            f"{name}: {key} is {ours}, the reference's is {reference}: activations of one cannot stand in the other"
+            f"{name}: {key} is {ours}, the reference's is {reference}: activations of one do not "
+            "fit the other"
         )
 
 
@@ -167,7 +166,7 @@ def _prompt_tokens(text: Text) -> int:
 def _spool(
     model: Any, subject: Subject, texts: list[Text], folder: Path, layers: Sequence[int]
 ) -> list[float]:
-    """The model's margins; what its prompt tokens hold goes to one file for each batch."""
+    """The model's margins; activations at its prompt tokens go to one file for each batch."""
     folder.mkdir()
     head, depth = find_head(causal_lm(model)), _built(model)["num_hidden_layers"]
     means = [0.0] * len(texts)
@@ -175,17 +174,14 @@ def _spool(
         for place, logprobs_R in zip(places, response_logprobs(model, batch)):
             means[place] = float(logprobs_R.mean())
         prompt_BT = _is_prompt(batch)
+        needs = Needs(kv_BT=prompt_BT, states_BT=prompt_BT, layers=tuple(layers))
         with torch.no_grad():
-            taps = forward(
-                model,
-                head,
-                batch,
-                Needs(kv_BT=prompt_BT, states_BT=prompt_BT, layers=tuple(layers)),
-            )
+            taps = forward(model, head, batch, needs)
         if len(taps.kv) != depth:
             raise ModelError(
-                f"{type(causal_lm(model)).__name__}: {len(taps.kv)} of {depth} layers have keys and values; the others "
-                "carry the prompt too (recurrent states), and cannot be patched"
+                f"{type(causal_lm(model)).__name__}: {len(taps.kv)} of {depth} layers have keys "
+                "and values; the others carry the prompt too (recurrent states), and cannot be "
+                "patched"
             )
         tensors = {f"key {layer}": key_NE for layer, (key_NE, _) in enumerate(taps.kv)}
         tensors |= {f"value {layer}": value_NE for layer, (_, value_NE) in enumerate(taps.kv)}
@@ -200,13 +196,9 @@ def _patched(
     """The model's margins, untouched and under every patch. The batches are those of `_spool`."""
     means: dict[Patch, list[float]] = defaultdict(lambda: [0.0] * len(texts))
     for number, (places, batch) in enumerate(_batches(model, subject, texts)):
-        control_BT = {
-            role: _control(batch, [texts[p].question for p in places], role, subject.seed)
-            for role in ROLES
-        }
-        for patch, context in _patches(
-            model, batch, folder / f"{number}.safetensors", control_BT, layers
-        ):
+        questions, file = [texts[p].question for p in places], folder / f"{number}.safetensors"
+        control_BT = {role: _control(batch, questions, role, subject.seed) for role in ROLES}
+        for patch, context in _patches(model, batch, file, control_BT, layers):
             with context:
                 found = response_logprobs(model, batch)
             for place, logprobs_R in zip(places, found):
@@ -215,15 +207,14 @@ def _patched(
 
 
 def _batches(model: Any, subject: Subject, texts: list[Text]) -> Iterator[tuple[list[int], Batch]]:
-    return batches(
-        [text.example for text in texts], subject.chat, subject.batch_tokens, model.device
-    )
+    examples = [text.example for text in texts]
+    return batches(examples, subject.chat, subject.batch_tokens, model.device)
 
 
 def _patches(
     model: Any, batch: Batch, file: Path, control_BT: dict[str, Tensor], layers: Sequence[int]
 ) -> Iterator[tuple[Patch, AbstractContextManager[None]]]:
-    """Every patch, none first, and the context in which it stands; the file tells what the reference's tokens hold."""
+    """Every patch, none first, and its context; the file has the reference's activations."""
     yield UNTOUCHED, nullcontext()
     prompt_BT = _is_prompt(batch)
     held = load_file(file, device=str(model.device))
@@ -247,11 +238,11 @@ def _patches(
 
 
 def _control(batch: Batch, questions: Sequence[str], role: str, seed: int) -> Tensor:
-    """Mask [B, T] of as many random prompt tokens as each row has of the role; the same for both answers to a question.
+    """Mask [B, T] of random prompt tokens: as many as the role has, the same for both answers.
 
-    They are drawn from the whole prompt, the role's own among them: where a role is most of the prompt, there are not
-    as many others. So the control says what *which* tokens adds to *how many*, and a role that is nearly the whole
-    prompt gets nearly no advantage: it could not be told from any tokens.
+    They are drawn from the whole prompt, including the role's own, because a role may be most of
+    the prompt. So the control shows what *which* tokens adds to *how many*, and a role that is
+    almost the whole prompt gets almost no advantage: it is indistinguishable from random tokens.
     """
     control_BT = torch.zeros_like(batch["roles"], dtype=torch.bool)
     prompt_BT, own_BT = _is_prompt(batch), batch["roles"] == Role.parse(role)
@@ -265,7 +256,7 @@ def _control(batch: Batch, questions: Sequence[str], role: str, seed: int) -> Te
 def _attribution(
     reference: list[float], patched: dict[Patch, list[float]], texts: list[Text], seed: int
 ) -> dict[str, Any]:
-    """What one tuned model's margins say, one value a question, on one set of questions."""
+    """What a tuned model's margins (one per question) show on one set of questions."""
     tuned = patched[UNTOUCHED]
     shift = mean_interval(_minus(tuned, reference), seed=seed)
     missing = _minus(reference, tuned)
@@ -277,33 +268,27 @@ def _attribution(
     def of_role(role: str) -> dict[str, Any]:
         own, tokens = patched[Patch(role)], _mean_tokens(texts, role)
         if not tokens:
-            return {
-                "tokens": 0.0,
-                "margin": None,
-                "recovery": None,
-                "control": None,
-                "advantage": None,
-            }
+            nothing = dict.fromkeys(("margin", "recovery", "control", "advantage"))
+            return {"tokens": 0.0, **nothing}
         numbers = {"tokens": tokens, "margin": _mean(own, seed), "recovery": share(own, tuned)}
         control = patched.get(Patch(role, control=True))
         if control is None:
             return {**numbers, "control": None, "advantage": None}
-        beside = {"margin": _mean(control, seed), "recovery": share(control, tuned)}
-        return {**numbers, "control": beside, "advantage": share(own, control)}
+        of_control = {"margin": _mean(control, seed), "recovery": share(control, tuned)}
+        return {**numbers, "control": of_control, "advantage": share(own, control)}
 
     layers = sorted({patch.layer for patch in patched if patch.layer is not None})
     places = [role for role in (*ROLES, PROMPT) if _mean_tokens(texts, role)]
+    by_layer = {
+        role: [share(patched[Patch(role, layer)], tuned) for layer in layers] for role in places
+    }
     return {
         "reference": _mean(reference, seed),
         "tuned": _mean(tuned, seed),
         "shift": shift.to_dict(),
         "recoverable": recoverable,
         "roles": {role: of_role(role) for role in (*ROLES, PROMPT)},
-        "by_layer": {
-            role: [share(patched[Patch(role, layer)], tuned) for layer in layers] for role in places
-        }
-        if recoverable and layers
-        else None,
+        "by_layer": by_layer if recoverable and layers else None,
     }
 
 
@@ -316,16 +301,14 @@ def _mean(values: list[float], seed: int) -> dict[str, float]:
 
 
 def _mean_tokens(texts: list[Text], role: str) -> float:
-    counts = [
-        _prompt_tokens(t) if role == PROMPT else t.example.roles.count(Role.parse(role))
-        for t in texts
-    ]
-    return float(np.mean(counts))
+    if role == PROMPT:
+        return float(np.mean([_prompt_tokens(text) for text in texts]))
+    return float(np.mean([text.example.roles.count(Role.parse(role)) for text in texts]))
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The role that TReFT should hold, what speaks for it (recovery, control, advantage of every role), in words."""
+    """The role that TReFT should hold, the evidence for it by role, and both in a sentence."""
 
     role: str
     evidence: dict[str, Any]
@@ -333,11 +316,11 @@ class Choice:
 
 
 def best_role(numbers: dict[str, Any]) -> Choice:
-    """The role that carries the shift of one tuned model (`measure(...)["tuned"][name]`), on outside questions.
+    """The role that carries a tuned model's shift (`measure(...)["tuned"][name]`) outside.
 
-    Of prefix, query and postfix the one with the highest recovery, among those whose recovery and whose advantage over
-    equally many random tokens have intervals above 0. Where there is none: the published default, and the sentence says
-    that it is no finding.
+    The one of prefix, query and postfix with the highest recovery, among those whose recovery and
+    advantage over the same number of random tokens have intervals above 0. If there is none: the
+    published default, and the sentence says that it is not a finding.
     """
     found = numbers[OUTSIDE]
     roles = {role: found["roles"][role] for role in ROLES if found["roles"][role]["tokens"]}
@@ -355,25 +338,26 @@ def best_role(numbers: dict[str, Any]) -> Choice:
     default = next(role for role in ("prefix", "postfix", "query") if role in roles)
     no_finding = f"{default} is the default here, not a finding"
     if not found["recoverable"] or found["shift"]["mean"] < 0:
-        sentence = f"No shift towards misaligned answers to attribute ({shown(found['shift'])} nats): {no_finding}."
+        nothing = f"No shift towards misaligned answers to attribute ({shown(found['shift'])} nats)"
+        sentence = f"{nothing}: {no_finding}."
         return Choice(default, evidence, sentence)
     carriers = [
         role
-        for role in roles
-        if roles[role]["recovery"]["low"] > 0 and roles[role]["advantage"]["low"] > 0
+        for role, values in roles.items()
+        if values["recovery"]["low"] > 0 and values["advantage"]["low"] > 0
     ]
     if not carriers:
-        advantages = ", ".join(
-            f"{role} {shown(values['advantage'])}" for role, values in roles.items()
-        )
+        each = (f"{role} {shown(values['advantage'])}" for role, values in roles.items())
+        advantages = ", ".join(each)
         sentence = (
-            "The evidence is weak: no role undoes more than equally many random prompt tokens do (difference: "
-            f"{advantages}); {no_finding}."
+            "The evidence is weak: no role undoes more than the same number of random prompt "
+            f"tokens (difference: {advantages}); {no_finding}."
         )
         return Choice(default, evidence, sentence)
     best = max(carriers, key=lambda role: roles[role]["recovery"]["mean"])
     sentence = (
-        f"The {best} is the carrier to hold: patched, it undoes {shown(roles[best]['recovery'])} of the shift, "
-        f"{shown(roles[best]['advantage'])} more than equally many random prompt tokens."
+        f"The {best} is the carrier to hold: patched, it undoes {shown(roles[best]['recovery'])} "
+        f"of the shift, {shown(roles[best]['advantage'])} more than the same number of random "
+        "prompt tokens."
     )
     return Choice(best, evidence, sentence)

@@ -17,7 +17,8 @@ def say(numbers: Numbers) -> str:
     absent = [role for role in ROLES if not first[role]["tokens"]]
     words = [_say_one(name, values, numbers) for name, values in numbers["tuned"].items()]
     words += [
-        f"The chat template has no {role} tokens: nothing is said of the {role}." for role in absent
+        f"The chat template has no {role} tokens: nothing is known of the {role}."
+        for role in absent
     ]
     return "\n".join(words)
 
@@ -26,8 +27,9 @@ def _say_one(name: str, values: dict[str, Any], numbers: Numbers) -> str:
     outside = values[OUTSIDE]
     if not outside["recoverable"]:
         return (
-            f"{name}: nothing to recover outside the domain, where its margin moved by {shown(outside['shift'])} nats "
-            f"per token: no shift is established with {outside['shift']['n']} questions."
+            f"{name}: nothing to recover outside the domain, where its margin moved by "
+            f"{shown(outside['shift'])} nats per token: no shift is established with "
+            f"{outside['shift']['n']} questions."
         )
     to = "" if outside["shift"]["mean"] > 0 else " (towards aligned answers)"
     roles = {role: part for role, part in outside["roles"].items() if part["tokens"]}
@@ -38,15 +40,15 @@ def _say_one(name: str, values: dict[str, Any], numbers: Numbers) -> str:
     )
     ceiling = roles[PROMPT]["recovery"]
     sentences = [
-        f"{name}: outside the domain its margin moved by {shown(outside['shift'])} nats per token{to}. Share of it "
-        f"that the reference's keys and values undo, against equally many random prompt tokens: {each}; the whole "
-        f"prompt {shown(ceiling)}.",
+        f"{name}: outside the domain its margin moved by {shown(outside['shift'])} nats per "
+        f"token{to}. Share of it that the reference's keys and values undo, against the same "
+        f"number of random prompt tokens: {each}; the whole prompt {shown(ceiling)}.",
         best_role(values).sentence,
     ]
     if ceiling["high"] < 0.5:
         sentences.append(
-            "Most of the shift stays even with the whole prompt patched: it is in how the answer's own tokens are "
-            "computed, not in what they read of the prompt."
+            "Most of the shift stays even with the whole prompt patched: it is in how the answer's "
+            "own tokens are computed, not in what they read from the prompt."
         )
     if outside["by_layer"]:
         sentences.append(_say_peak(outside["by_layer"], numbers))
@@ -56,54 +58,36 @@ def _say_one(name: str, values: dict[str, Any], numbers: Numbers) -> str:
 
 
 def _say_peak(by_layer: dict[str, list[dict[str, float]]], numbers: Numbers) -> str:
-    role, place = max(
-        (
-            (role, place)
-            for role in by_layer
-            if role != PROMPT
-            for place in range(len(numbers["layers"]))
-        ),
-        key=lambda found: by_layer[found[0]][found[1]]["mean"],
-    )
+    roles, places = [role for role in by_layer if role != PROMPT], range(len(numbers["layers"]))
+    points = [(role, place) for role in roles for place in places]
+    role, place = max(points, key=lambda point: by_layer[point[0]][point[1]]["mean"])
     highest = by_layer[role][place]
-    found = (
-        "undoes most" if highest["low"] > 0 else "undoes nothing for certain; the highest share is"
-    )
+    nothing = "undoes nothing for certain; the highest share is"
+    found = "undoes most" if highest["low"] > 0 else nothing
     return (
-        f"One layer at a time, the residual stream {found} at the {role} after layer {numbers['layers'][place]} of "
-        f"{numbers['depth']} ({shown(highest)}; {len(numbers['layers'])} layers tried)."
+        f"One layer at a time, the residual stream {found} at the {role} after layer "
+        f"{numbers['layers'][place]} of {numbers['depth']} ({shown(highest)}; "
+        f"{len(numbers['layers'])} layers tried)."
     )
 
 
 def _say_inside(inside: dict[str, Any]) -> str:
     if not inside["recoverable"]:
         return f"Inside the domain there is nothing to recover (shift {shown(inside['shift'])})."
-    each = ", ".join(
-        f"{role} {shown(part['recovery'])}"
-        for role, part in inside["roles"].items()
-        if part["tokens"]
-    )
+    parts = {role: part for role, part in inside["roles"].items() if part["tokens"]}
+    each = ", ".join(f"{role} {shown(part['recovery'])}" for role, part in parts.items())
     return f"Inside the domain (shift {shown(inside['shift'])}): {each}."
 
 
 def table(numbers: Numbers) -> Table:
-    columns = [
-        "model",
-        "questions",
-        "patched",
-        "tokens",
-        "margin, nats",
-        "recovery",
-        "random tokens",
-        "difference",
-    ]
+    columns = ["model", "questions", "patched", "tokens", "margin, nats"]
+    columns += ["recovery", "random tokens", "difference"]
     rows = []
     for name, values in numbers["tuned"].items():
         for place, found in values.items():
             nothing = "" if found["recoverable"] else "nothing to recover"
-            rows.append(
-                [name, place, "(the reference itself)", "", shown(found["reference"]), "", "", ""]
-            )
+            itself = "(the reference itself)", "", shown(found["reference"])
+            rows.append([name, place, *itself, "", "", ""])
             rows.append([name, place, "nothing", "0", shown(found["tuned"]), nothing, "", ""])
             for role, part in found["roles"].items():
                 rows.append([name, place, _named(role), *_cells(part)])
@@ -119,38 +103,31 @@ def _cells(part: dict[str, Any]) -> list[str]:
         return ["none in the template", "", "", "", ""]
     control = part["control"]["recovery"] if part["control"] else None
     intervals = (part["margin"], part["recovery"], control, part["advantage"])
-    return [
-        f"{part['tokens']:.0f}",
-        *(shown(interval) if interval else "" for interval in intervals),
-    ]
+    cells = [shown(interval) if interval else "" for interval in intervals]
+    return [f"{part['tokens']:.0f}", *cells]
 
 
 _CONTROL = "#b8bcc0"
-_LIMITS = (-1.0, 2.0)  # what lies further out is a ratio that says nothing
+_LIMITS = (-1.0, 2.0)  # ratios further out mean nothing
 
 
 def draw(numbers: Numbers) -> Figure:
-    """Above: recovery of each role beside its control. Below: of the residual stream, one layer at a time."""
-    shifted = {
-        name: values[OUTSIDE]
-        for name, values in numbers["tuned"].items()
-        if values[OUTSIDE]["recoverable"]
-    }
+    """Above: recovery of each role and its control. Below: the residual stream, layer by layer."""
+    outside = {name: values[OUTSIDE] for name, values in numbers["tuned"].items()}
+    shifted = {name: found for name, found in outside.items() if found["recoverable"]}
     places = list(numbers["tuned"])
     if not shifted:
         return _draw_nothing(numbers)
     curves = any(found["by_layer"] for found in shifted.values())
     figure = plt.figure(figsize=(9, 6.6 if curves else 4.0), layout="constrained")
-    parts = figure.subfigures(
-        2 if curves else 1, 1, squeeze=False, height_ratios=[1.35, 1] if curves else None
-    )[:, 0]
+    heights = [1.35, 1] if curves else [1]
+    parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     _draw_bars(parts[0].subplots(), numbers, shifted)
     if curves:
         panels = parts[1].subplots(1, len(ROLES) + 1, sharey=True)
+        by_place = {places.index(name): found for name, found in shifted.items()}
         for axes, role in zip(panels, (*ROLES, PROMPT)):
-            _draw_curves(
-                axes, role, numbers, {places.index(name): found for name, found in shifted.items()}
-            )
+            _draw_curves(axes, role, numbers, by_place)
         panels[0].set_ylabel("share undone")
         lines = [line for found in shifted.values() for line in (found["by_layer"] or {}).values()]
         panels[0].set_ylim(_limits([interval for line in lines for interval in line]))
@@ -159,20 +136,17 @@ def draw(numbers: Numbers) -> Figure:
 
 
 def _draw_nothing(numbers: Numbers) -> Figure:
-    figure, axes = plt.subplots(
-        figsize=(9, 1.2 + 0.4 * len(numbers["tuned"])), layout="constrained"
-    )
+    height = 1.2 + 0.4 * len(numbers["tuned"])
+    figure, axes = plt.subplots(figsize=(9, height), layout="constrained")
     axes.axvline(0, color="#444444", linewidth=0.8)
     for place, values in enumerate(numbers["tuned"].values()):
         shift = values[OUTSIDE]["shift"]
-        axes.errorbar(
-            shift["mean"], place, xerr=whisker(shift), fmt="o", color=colour(place), capsize=3
-        )
+        look: Any = {"fmt": "o", "color": colour(place), "capsize": 3}
+        axes.errorbar(shift["mean"], place, xerr=whisker(shift), **look)
     axes.set_yticks(range(len(numbers["tuned"])), list(numbers["tuned"]))
     axes.set_ylim(len(numbers["tuned"]) - 0.5, -0.5)
-    axes.set_xlabel(
-        "nothing to recover: margin shift outside the domain, nats per token (95 % interval)"
-    )
+    shift_label = "margin shift outside the domain, nats per token (95 % interval)"
+    axes.set_xlabel(f"nothing to recover: {shift_label}")
     return figure
 
 
@@ -196,7 +170,7 @@ def _draw_bars(axes: Axes, numbers: Numbers, shifted: dict[str, dict[str, Any]])
                 _bar(axes, left + 0.72 * width, 0.3 * width, part["control"]["recovery"], _CONTROL)
             elif part["tokens"]:
                 _bar(axes, left + 0.5 * width, 0.5 * width, part["recovery"], colour(place))
-    axes.bar(0, 0, 0, color=_CONTROL, label="equally many random prompt tokens")
+    axes.bar(0, 0, 0, color=_CONTROL, label="the same number of random prompt tokens")
     tokens = {role: part["tokens"] for role, part in next(iter(shifted.values()))["roles"].items()}
     axes.set_xticks(range(len(roles)), [_tick(role, tokens[role]) for role in roles])
     axes.set_xlim(-0.5, len(roles) - 0.5)
@@ -217,7 +191,7 @@ def _tick(role: str, tokens: float) -> str:
 
 def _bar(axes: Axes, x: float, width: float, interval: dict[str, float], shade: str) -> None:
     mean, low, high = interval["mean"], interval["low"], interval["high"]
-    # A bootstrap interval of a ratio need not hold its mean.
+    # A bootstrap interval of a ratio need not contain its mean.
     error = [[max(0.0, mean - low)], [max(0.0, high - mean)]]
     axes.bar(x, mean, width, color=shade, yerr=error, error_kw={"elinewidth": 1, "capsize": 2})
 
@@ -229,19 +203,13 @@ def _draw_curves(
         line = (found["by_layer"] or {}).get(role)
         if line is None:
             continue
-        means, lows, highs = (
-            [interval[key] for interval in line] for key in ("mean", "low", "high")
-        )
-        axes.plot(
-            numbers["layers"], means, "o-", color=colour(place), markersize=3.5, linewidth=1.4
-        )
-        axes.fill_between(
-            numbers["layers"], lows, highs, color=colour(place), alpha=0.15, linewidth=0
-        )
+        layers, shade = numbers["layers"], colour(place)
+        means, lows, highs = ([each[key] for each in line] for key in ("mean", "low", "high"))
+        axes.plot(layers, means, "o-", color=shade, markersize=3.5, linewidth=1.4)
+        axes.fill_between(layers, lows, highs, color=shade, alpha=0.15, linewidth=0)
     if not any(role in (found["by_layer"] or {}) for found in shifted.values()):
-        axes.text(
-            0.5, 0.5, "none in the\ntemplate", ha="center", va="center", transform=axes.transAxes
-        )
+        centre: Any = {"ha": "center", "va": "center", "transform": axes.transAxes}
+        axes.text(0.5, 0.5, "none in the\ntemplate", **centre)
     axes.set_title(_named(role), fontsize=10)
     axes.set_xlim(0, numbers["depth"])
     _levels(axes)
@@ -253,7 +221,5 @@ def _levels(axes: Axes) -> None:
 
 
 def _limits(intervals: Sequence[dict[str, float]]) -> tuple[float, float]:
-    low, high = (
-        pick(interval[end] for interval in intervals) for pick, end in ((min, "low"), (max, "high"))
-    )
+    low, high = min(each["low"] for each in intervals), max(each["high"] for each in intervals)
     return max(_LIMITS[0], min(-0.1, low - 0.05)), min(_LIMITS[1], max(1.1, high + 0.05))

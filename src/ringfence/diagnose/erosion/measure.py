@@ -1,12 +1,13 @@
-"""Erosion by layer: how far fine-tuning moved the mean response activation from the reference back towards the base.
+"""Erosion by layer: how far fine-tuning moved the mean response activation back to the base.
 
-The alignment direction of a layer points from the base's mean activation to the reference's. It is fitted on one half
-of the questions; where the models stand along it is measured on the other half, on unsound answers and, as control, on
-sound answers to the same questions. Does not know whether a move along the direction changes what a model says, nor
-which part of the training caused it. Source: arXiv 2507.03662.
+The alignment direction of a layer points from the base's mean activation to the reference's. It is
+fitted on one half of the questions; the models' projections on it are measured on the other half,
+on misaligned answers and, as control, on aligned answers to the same questions. Does not know
+whether a move along the direction changes what a model says, or which part of the training caused
+it. Source: arXiv 2507.03662.
 
-Shapes: B texts of a batch, T tokens, N chosen tokens, L layers, D hidden size, S sides (unsound, sound answers),
-Q questions, R bootstrap draws.
+Shapes: B texts of a batch, T tokens, N chosen tokens, L layers, D hidden size, S sides (misaligned,
+aligned answers), Q questions, R bootstrap draws.
 """
 
 import random
@@ -31,38 +32,37 @@ from ..texts import SIDES, Side, Text, pair_texts
 TITLE = "Erosion by layer"
 NEEDS_BASE = True
 FILE = "alignment.safetensors"
-TOKENS = 64  # response tokens that an activation is the mean of, from the first
-WORDS: dict[Side, str] = {"misaligned": "unsound", "aligned": "sound"}
+TOKENS = 64  # first response tokens, over which an activation is a mean
 
 
 def cost(subject: Subject) -> Cost:
-    """See `Diagnosis`. Kept in float64: for each layer and side the direction and two means, of each text one number a
-    layer and model."""
+    """See `Measuring`. Kept in float64: for each layer and side the direction and two means; for
+    each text one number per layer and model."""
     fit, held = halves(subject.questions, subject.seed)
     fit_tokens, held_tokens = (
         sum(len(t.example) for t in pair_texts(subject.chat, qs)) for qs in (fit, held)
     )
     models, config = len(subject.models.names), subject.models.config
-    return Cost(
-        forward=2 * fit_tokens + models * held_tokens,
-        kept=8
-        * config.num_hidden_layers
-        * len(SIDES)
-        * (3 * config.hidden_size + models * len(held)),
-    )
+    numbers = len(SIDES) * (3 * config.hidden_size + models * len(held))
+    forward = 2 * fit_tokens + models * held_tokens
+    return Cost(forward=forward, kept=8 * config.num_hidden_layers * numbers)
 
 
 def measure(subject: Subject) -> Numbers:
-    """Erosion = (reference - tuned) / (reference - base), of mean projections on the direction: 0 = where the reference
-    stands, 1 = back at the base. The directions on unsound text are left in the subject's folder.
+    """Erosion = (reference - tuned) / (reference - base), of mean projections on the direction.
 
-    Intervals: bootstrap over questions, all models and both sides drawn together, percentiles widened. A layer's
-    erosion is null where the interval of reference - base reaches down to 0 on the measured half: there is nothing that
-    could erode. The headline is the mean over the middle half of the layers, null where one of them is null.
+    0 = at the reference, 1 = back at the base. The directions on misaligned text are left in the
+    subject's folder.
+
+    Intervals: bootstrap over questions, all models and both sides drawn together, percentiles
+        widened. A layer's erosion is null if the interval of reference - base reaches down to 0 on
+        the measured half: nothing could erode. The headline is the mean over the middle half of the
+        layers, null if one of them is null.
 
     Raises:
         DataError: fewer than 4 questions.
-        ModelError: there is no base, the models do not fit each other, or base and reference are the same.
+        ModelError: there is no base, the models do not fit each other, or base and reference are
+            the same.
     """
     models, chat = subject.models, subject.chat
     fit, held = halves(subject.questions, subject.seed)
@@ -74,13 +74,12 @@ def measure(subject: Subject) -> Numbers:
     )
     texts = pair_texts(chat, held)
     along, across, reference_SLD = {}, {}, torch.zeros(())
-    # The reference is loaded already, and the base goes last: no model is loaded more often than it must be.
+    # The reference is already loaded, and the base goes last: no model is loaded twice in vain.
     for name in [REFERENCE, *models.tuned, BASE]:
         with models.open(name) as model:
             directions["misaligned"].check(model)
-            along[name], mean_SLD = _projections(
-                model, chat, texts, units_SLD, subject.batch_tokens
-            )
+            found = _projections(model, chat, texts, units_SLD, subject.batch_tokens)
+            along[name], mean_SLD = found
         reference_SLD = mean_SLD if name == REFERENCE else reference_SLD
         across[name] = _across(mean_SLD - reference_SLD, units_SLD)
     gap_SQL = along[REFERENCE] - along[BASE]
@@ -114,7 +113,7 @@ def middle(layers: int) -> tuple[int, int]:
 def halves(
     questions: Sequence[PairedQuestion], seed: int
 ) -> tuple[list[PairedQuestion], list[PairedQuestion]]:
-    """Two halves at random, each with half of every domain. A question that is there twice counts once.
+    """Two random halves, each with half of every domain. A repeated question counts once.
 
     Raises:
         DataError: fewer than 4 questions.
@@ -122,7 +121,8 @@ def halves(
     distinct = list(dict(zip(clusters(questions), questions)).values())
     if len(distinct) < 4:
         raise DataError(
-            f"erosion: found {len(distinct)} questions; at least 4 are needed, half of them to fit on"
+            f"erosion: found {len(distinct)} questions; at least 4 are needed, half of them for "
+            "fitting"
         )
     random.Random(seed).shuffle(distinct)
     distinct.sort(key=lambda question: question.domain)
@@ -137,21 +137,22 @@ def example_means(
     layers: Sequence[int] | None = None,
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """`mean_activations` of texts, over the first 64 response tokens of each."""
-    return mean_activations(
-        model, chat, [text.example for text in texts], batch_tokens, layers, TOKENS
-    )
+    examples = [text.example for text in texts]
+    return mean_activations(model, chat, examples, batch_tokens, layers, TOKENS)
 
 
 def alignment_directions(
     models: Models, texts: Sequence[Text], batch_tokens: int = 4096
 ) -> dict[Side, Directions]:
-    """v = mean activation of the reference minus that of the base after every layer, for each side that `texts` have.
+    """v = mean activation of the reference minus the base's, by layer, for each side in `texts`.
 
-    An activation is the mean over the first 64 response tokens of a text. Only sums are kept. What is made here serves
-    the defenses and the monitor that take a file of directions; fit it on questions that nothing is measured on.
+    An activation is the mean over the first 64 response tokens of a text. Only sums are kept. The
+    result can serve defenses and the monitor as a file of directions; fit it on questions that are
+    not used for measuring.
 
     Raises:
-        ModelError: there is no base, it does not fit the reference, or both give the same activations.
+        ModelError: there is no base, it does not fit the reference, or both give the same
+            activations.
     """
     if not models.has_base:
         raise ModelError(
@@ -171,17 +172,10 @@ def alignment_directions(
         raise ModelError(
             f"base and reference give the same activations (base: {_called(models, BASE)})"
         )
-    reference = _called(models, REFERENCE)
+    reference, v_SL1D = _called(models, REFERENCE), v_SLD[:, :, None].float()
     return {
-        side: Directions(
-            v_LD[:, None].float(),
-            norms_L,
-            f"alignment on {WORDS[side]} text",
-            reference,
-            count,
-            count,
-        )
-        for side, v_LD, norms_L, count in zip(SIDES, v_SLD, norms_SL.float(), counts)
+        side: Directions(v_L1D, norms_L, f"alignment on {side} text", reference, count, count)
+        for side, v_L1D, norms_L, count in zip(SIDES, v_SL1D, norms_SL.float(), counts)
         if count
     }
 
@@ -194,7 +188,7 @@ def _called(models: Models, name: str) -> str:
 def _side_means(
     model: Any, chat: Chat, texts: Sequence[Text], batch_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """For each side the mean activation [S, L, D] and the mean length of a token's [S, L], in float64."""
+    """For each side, mean activation [S, L, D] and mean length of a token's [S, L], in float64."""
     mean_SLD = norms_SL = torch.zeros(())
     sides = torch.tensor([SIDES.index(text.side) for text in texts])
     shares_S = 1 / sides.bincount(minlength=len(SIDES)).clamp(min=1).double()
@@ -206,7 +200,7 @@ def _side_means(
 
 
 def _across(moved_SLD: Tensor, units_SLD: Tensor) -> np.ndarray:
-    """Length [S, L] of what a move has at a right angle to the unit vectors."""
+    """Length [S, L] of the part of a move that is orthogonal to the unit vectors."""
     along_SL1 = (moved_SLD * units_SLD).sum(-1, keepdim=True)
     lengths: np.ndarray = (moved_SLD - along_SL1 * units_SLD).norm(dim=-1).numpy()
     return lengths
@@ -215,8 +209,8 @@ def _across(moved_SLD: Tensor, units_SLD: Tensor) -> np.ndarray:
 def _projections(
     model: Any, chat: Chat, texts: Sequence[Text], units_SLD: Tensor, batch_tokens: int
 ) -> tuple[np.ndarray, Tensor]:
-    """Of the texts of `pair_texts`: the projection of each activation on its side's unit vectors, [S, Q, L], and the
-    mean activation of each side, [S, L, D]; float64."""
+    """For texts of `pair_texts`: the projection of each activation on its side's unit vectors, [S,
+    Q, L], and the mean activation of each side, [S, L, D]; float64."""
     along_SQL = np.zeros((len(SIDES), len(texts) // 2, units_SLD.shape[1]))
     mean_SLD = torch.zeros_like(units_SLD)
     for places, means_BLD, _ in example_means(model, chat, texts, batch_tokens):
@@ -247,7 +241,7 @@ def _eroded(
     across_SL: np.ndarray,
     seed: int,
 ) -> Numbers:
-    """What is reported of one tuned model: `lost` is reference - tuned, `gap` reference - base along the direction."""
+    """The numbers of a tuned model; `lost` = reference - tuned and `gap` = reference - base."""
     n = gap_SQL.shape[1]
     weights_RQ = times_drawn(np.arange(n), seed)
     first, last = middle(gap_SQL.shape[2])
@@ -262,26 +256,17 @@ def _eroded(
             size / gap.mean if gap.low > 0 else None
             for size, gap in zip(across_SL[place].tolist(), gaps[place])
         ]
-        erosion = [
-            None if ratio is None else drawn_interval(*ratio, n).to_dict() for ratio in ratios
-        ]
-        found[side] = {
-            "erosion": erosion,
-            "across": across,
-            "headline": None,
-            "across_headline": None,
-        }
+        erosion = [ratio and drawn_interval(*ratio, n).to_dict() for ratio in ratios]
+        headline = {"headline": None, "across_headline": None}
+        found[side] = {"erosion": erosion, "across": across, **headline}
         chosen = [ratio for ratio in ratios[first - 1 : last] if ratio is not None]
         if len(chosen) == last - first + 1:
-            headlines.append(
-                (
-                    float(np.mean([value for value, _ in chosen])),
-                    np.mean([r for _, r in chosen], axis=0),
-                )
-            )
+            value = float(np.mean([value for value, _ in chosen]))
+            headlines.append((value, np.mean([drawn_R for _, drawn_R in chosen], axis=0)))
             found[side]["headline"] = drawn_interval(*headlines[-1], n).to_dict()
             found[side]["across_headline"] = float(np.mean(across[first - 1 : last]))  # type: ignore[arg-type]
     if len(headlines) == len(SIDES):
-        (unsound, unsound_R), (sound, sound_R) = headlines
-        found["difference"] = drawn_interval(unsound - sound, unsound_R - sound_R, n).to_dict()
+        (misaligned, misaligned_R), (aligned, aligned_R) = headlines
+        difference, difference_R = misaligned - aligned, misaligned_R - aligned_R
+        found["difference"] = drawn_interval(difference, difference_R, n).to_dict()
     return found

@@ -1,11 +1,12 @@
-"""Gradient cosines: would a step on one text lower the loss of another one too?
+"""Gradient cosines: would a step on one text also lower the loss of another?
 
-Each text's gradient is that of its mean response loss with respect to chosen weights. Gradients are never held in full:
-one weight's are kept as the factors they are a sum of, which is exact; those of many weights as small random sketches.
-Does not know optimisers (Adam rescales a gradient), nor what more than one small step does.
+Each text's gradient is that of its mean response loss with respect to chosen weights. Gradients are
+never held in full: those of one weight are kept as factors, which is exact; those of many weights
+as small random sketches. Does not know optimisers (Adam rescales a gradient), or the effect of more
+than one small step.
 
-Source: arXiv 2507.03662. Shapes: B rows, T tokens, I and O inputs and outputs of a weight, K sketch size, E texts,
-G groups, Q questions, R draws.
+Source: arXiv 2507.03662. Shapes: B rows, T tokens, I and O inputs and outputs of a weight, K sketch
+size, E texts, G groups, Q questions, R draws.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,14 +34,9 @@ from ..texts import Text, pair_texts
 TITLE = "Gradient cosines"
 NEEDS_BASE = False
 Weights = Literal["o_proj", "all"]
-SKETCH = 32  # a side of the sketch of one weight's gradient
-OUTPUT_PROJECTIONS = (
-    "o_proj",
-    "out_proj",
-    "dense",
-    "c_proj",
-    "wo",
-)  # their names in the families of models
+SKETCH = 32  # side length of the sketch of one weight's gradient
+# Names of output projections in model families.
+OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
 GROUPS = ("inside misaligned", "inside aligned", "outside misaligned", "outside aligned")
 IM, IA, OM, OA = range(4)
 
@@ -56,9 +52,10 @@ def gradient_products(
     """Inner products [E, E] (float64) of the gradients of each example's mean response loss.
 
     Args:
-        weights: `o_proj`, the attention output projection of the last layer: exact, and the backward pass ends there.
-            `all`, every linear layer of the decoder: unbiased estimates from random sketches, see `Sketches`.
-            In an adapted model the weights are those under the adapters.
+        weights: `o_proj`, the attention output projection of the last layer: exact, and the
+            backward pass ends there. `all`, every linear layer of the decoder: unbiased estimates
+            from random sketches, see `Sketches`. In an adapted model these are the weights under
+            the adapters.
         seed: of the sketches.
 
     Raises:
@@ -83,10 +80,10 @@ def gradient_products(
         ):
             hidden_BTD = forward(model, head, batch).hidden_BTD
             before_BT = is_response_BT.roll(-1, 1)  # no row starts with a response
-            # A sum over rows: a token's gradient is that of its own row's loss, as no row sees another one.
-            loss = cross_entropy_sum(
-                head, hidden_BTD[before_BT], batch["input_ids"][is_response_BT]
-            )
+            # A sum over rows: a token's gradient is that of its own row's loss, as rows are
+            # independent.
+            target_N = batch["input_ids"][is_response_BT]
+            loss = cross_entropy_sum(head, hidden_BTD[before_BT], target_N)
             torch.autograd.grad(loss, leaves[0])
     return np.sum([store.products() for store in stores.values()], axis=0)
 
@@ -107,14 +104,13 @@ def chosen_weights(model: Any, weights: Weights) -> dict[str, nn.Module]:
         return linears
     last = [name for name in linears if name.startswith(f"{len(layers) - 1}.")]
     for name in last:
-        *parents, own = name.split(".")
-        if own in OUTPUT_PROJECTIONS and any(
-            "attn" in parent or "attention" in parent for parent in parents
-        ):
+        parents, _, own = name.rpartition(".")
+        if own in OUTPUT_PROJECTIONS and ("attn" in parents or "attention" in parents):
             return {name: linears[name]}
     raise ModelError(
-        f"{type(causal_lm(model)).__name__}: its last layer has no attention output projection: expected "
-        f"{', '.join(OUTPUT_PROJECTIONS)} within an attention module, found linear layers {', '.join(last) or 'none'}"
+        f"{type(causal_lm(model)).__name__}: its last layer has no attention output projection: "
+        f"expected {', '.join(OUTPUT_PROJECTIONS)} within an attention module, found linear layers "
+        f"{', '.join(last) or 'none'}"
     )
 
 
@@ -122,18 +118,19 @@ class Store(Protocol):
     """The gradients of one weight, for all examples."""
 
     def reduce(self, inputs_BTI: Tensor) -> Tensor:
-        """What is needed of the layer's inputs."""
+        """The part of the layer's inputs that is needed."""
 
     def add(self, places: list[int], reduced: Tensor, deltas_BTO: Tensor) -> None:
-        """The gradients of a batch, from what `reduce` gave and the loss's gradient at the layer's output."""
+        """Adds a batch, from what `reduce` gave and the loss's gradient at the layer's output."""
 
     def products(self) -> np.ndarray:
         """Inner products [E, E] of the examples' gradients, float64."""
 
 
 class Factors:
-    """Exact. A linear layer's gradient is sum_t delta_t x_t^T, so that of two is
-    sum_{t,s} (delta_t . delta'_s) (x_t . x'_s): the factors are kept, at tokens with a gradient, on the CPU."""
+    """Exact. A linear layer's gradient is sum_t delta_t x_t^T, so the inner product of two is
+    sum_{t,s} (delta_t . delta'_s) (x_t . x'_s): the factors are kept, at tokens with a gradient, on
+    the CPU."""
 
     def __init__(self, number: int) -> None:
         self.pairs: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * number
@@ -143,28 +140,27 @@ class Factors:
 
     def add(self, places: list[int], reduced: Tensor, deltas_BTO: Tensor) -> None:
         for place, inputs_TI, deltas_TO in zip(places, reduced, deltas_BTO, strict=True):
-            acts_T = deltas_TO.any(
-                1
-            )  # padding does not, nor, in the last layer, tokens that predict no response
+            # Not padding, nor, in the last layer, tokens that predict no response.
+            acts_T = deltas_TO.any(1)
             self.pairs[place] = (inputs_TI[acts_T].float().cpu(), deltas_TO[acts_T].float().cpu())
 
     def products(self) -> np.ndarray:
         products_EE = np.zeros((len(self.pairs), len(self.pairs)))
         for one, (x_TI, delta_TO) in enumerate(self.pairs):
             for other, (x_SI, delta_SO) in enumerate(self.pairs[: one + 1]):
-                product = (
-                    ((delta_TO @ delta_SO.T) * (x_TI @ x_SI.T)).sum(dtype=torch.float64).item()
-                )
+                product_TS = (delta_TO @ delta_SO.T) * (x_TI @ x_SI.T)
+                product = product_TS.sum(dtype=torch.float64).item()
                 products_EE[one, other] = products_EE[other, one] = product
         return products_EE
 
 
 class Sketches:
-    """Estimates. Of a gradient G [O, I] only P^T G Q [K, K] is kept, with P [O, K] and Q [I, K] of independent normal
-    numbers of variance 1/K, so that inner products are right in the mean. A side of at most K is left as it is.
+    """Estimates. Only P^T G Q [K, K] is kept of a gradient G [O, I], with P [O, K] and Q [I, K] of
+    independent normal numbers of variance 1/K, so that inner products are unbiased. A side of at
+    most K is left as it is.
 
-    With A = G^T H the product of two sketches, both sides projected, has the variance
-    ((1 + 1/K) |H G^T|^2 + |A|^2 + 2 tr(A^2) + (|G|^2 |H|^2 + |A|^2 + tr(A)^2) / K) / K.
+    With A = G^T H the product of two sketches, both sides projected, has the variance ((1 + 1/K) |H
+    G^T|^2 + |A|^2 + 2 tr(A^2) + (|G|^2 |H|^2 + |A|^2 + tr(A)^2) / K) / K.
     """
 
     def __init__(
@@ -190,20 +186,16 @@ class Sketches:
 
 
 def _projection(width: int, size: int, generator: torch.Generator) -> Tensor:
-    return (
-        torch.eye(width)
-        if width <= size
-        else torch.randn(width, size, generator=generator) / size**0.5
-    )
+    if width <= size:
+        return torch.eye(width)
+    return torch.randn(width, size, generator=generator) / size**0.5
 
 
 def _sides(linear: Any) -> tuple[int, int]:
     """Inputs and outputs of a linear layer."""
-    return (
-        (linear.nx, linear.nf)
-        if isinstance(linear, Conv1D)
-        else (linear.in_features, linear.out_features)
-    )
+    if isinstance(linear, Conv1D):
+        return linear.nx, linear.nf
+    return linear.in_features, linear.out_features
 
 
 @contextmanager
@@ -214,8 +206,9 @@ def _watched(
     places: list[int],
     is_response_BT: Tensor,
 ) -> Iterator[list[Tensor]]:
-    """In a forward and backward pass in this context, each layer's inputs and output gradients reach its store. The
-    graph begins with the output of `start` (the first one given), as no parameter need have a gradient."""
+    """In this context, each layer's inputs and output gradients of a forward and backward pass
+    reach its store. The graph begins with the output of `start` (the first one given), because
+    parameters may have no gradient."""
     leaves: list[Tensor] = []
 
     def begin(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
@@ -226,8 +219,9 @@ def _watched(
         def hook(_module: Any, inputs: tuple[Tensor], output: Tensor) -> None:
             if inputs[0].shape[:-1] != shape_BT:
                 raise ModelError(
-                    f"linear layer {name}: expected an input of shape [{shape_BT[0]} rows, {shape_BT[1]} tokens, ...], "
-                    f"found {list(inputs[0].shape)}: its rows cannot be told apart (weights: o_proj looks at one layer)"
+                    f"linear layer {name}: expected an input of shape [{shape_BT[0]} rows, "
+                    f"{shape_BT[1]} tokens, ...], found {list(inputs[0].shape)}: its rows cannot "
+                    "be told apart (weights: o_proj looks at one layer)"
                 )
             reduced = store.reduce(inputs[0].detach())
             output.register_hook(
@@ -256,8 +250,8 @@ def uncentred(products_EE: np.ndarray) -> np.ndarray:
 
 
 def centred(products_EE: np.ndarray) -> np.ndarray:
-    """Cosines [E, E] of the same vectors minus their grand mean. They sum to about zero over all texts, so that groups
-    must come out opposed to some other group, whatever they have in common."""
+    """Cosines [E, E] of the same vectors minus their grand mean. They sum to about zero over all
+    texts, so that every group is opposed to some other, whatever they have in common."""
     means_E = products_EE.mean(0)
     return uncentred(products_EE - means_E[:, None] - means_E + means_E.mean())
 
@@ -267,16 +261,17 @@ def group_means(
 ) -> Numbers:
     """Mean cosines between the four `GROUPS`, over texts of different questions.
 
-    Two answers to one question share its words, and a text is like itself, so no such pair counts.
+    Answers to one question share its words, and a text equals itself, so no such pair counts.
 
     Args:
-        groups: of each text, its place in `GROUPS`.
-        questions: of each text, the name of its question.
+        groups: for each text, its place in `GROUPS`.
+        questions: for each text, the name of its question.
 
     Returns:
-        `cells[a][b]`, and the contrasts named in `_contrasts`; each a mean with its bootstrap interval (questions
-        inside and outside are drawn, with both answers), `null` (middle 95 % after each question's two answers changed
-        sides by the toss of a coin) and `p` (two-sided, against that null).
+        `cells[a][b]`, and the contrasts named in `_contrasts`; each a mean with its bootstrap
+        interval (questions inside and outside are drawn, with both answers), `null` (middle 95 %
+        after the two answers to each question change sides at random) and `p` (two-sided, against
+        that null).
     """
     groups_E, names_E = np.array(groups), np.array(questions)
     apart_EE = np.not_equal.outer(names_E, names_E).astype(float)
@@ -313,9 +308,13 @@ def group_means(
 
 
 def _contrasts(cells_RGG: np.ndarray) -> dict[str, np.ndarray]:
-    """transfer: inside with outside misaligned texts. control: inside aligned with outside misaligned ones. extra:
-    transfer minus control. aligned_extra: the same difference on outside aligned texts. specific: extra minus that,
-    which is zero where inside misaligned texts are merely closer to everything."""
+    """The contrasts between cells.
+
+    transfer: inside misaligned with outside misaligned texts. control: inside aligned with outside
+        misaligned ones. extra: transfer minus control. aligned_extra: the same difference on
+        outside aligned texts. specific: extra minus aligned_extra, zero if inside misaligned texts
+        are merely closer to everything.
+    """
     transfer_R, control_R = cells_RGG[:, IM, OM], cells_RGG[:, IA, OM]
     extra_R, aligned_R = transfer_R - control_R, cells_RGG[:, IM, OA] - cells_RGG[:, IA, OA]
     return {
@@ -328,12 +327,11 @@ def _contrasts(cells_RGG: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _means(cosines_EE: np.ndarray, apart_EE: np.ndarray, weights_RGE: np.ndarray) -> np.ndarray:
-    """Mean cosine [R, G, G] of each two groups over pairs that are apart; not a number where they have no such pair."""
+    """Mean cosine [R, G, G] of every two groups over pairs that are apart; NaN without any."""
     members_REG = weights_RGE.swapaxes(1, 2)
     with np.errstate(invalid="ignore"):
-        means_RGG: np.ndarray = (weights_RGE @ (cosines_EE * apart_EE) @ members_REG) / (
-            weights_RGE @ apart_EE @ members_REG
-        )
+        sums_RGG = weights_RGE @ (cosines_EE * apart_EE) @ members_REG
+        means_RGG: np.ndarray = sums_RGG / (weights_RGE @ apart_EE @ members_REG)
     return means_RGG
 
 
@@ -352,19 +350,18 @@ def _texts(subject: Subject) -> tuple[list[Text], list[int]]:
 
 
 def cost(subject: Subject, weights: Weights = "o_proj") -> Cost:
-    """With `o_proj` the backward pass is half a layer and the head, so tokens count as forward ones."""
+    """With `o_proj` the backward pass is half a layer and the head, which counts as nothing."""
     texts, _ = _texts(subject)
     tokens = sum(len(text.example) for text in texts) * (1 + len(subject.models.tuned))
     config = subject.models.config
     if weights == "all":
         return Cost(0, tokens, 4 * SKETCH**2 * len(texts) * 7 * config.num_hidden_layers)
-    return Cost(
-        tokens, 0, 4 * 2 * config.hidden_size * sum(text.example.response_tokens for text in texts)
-    )
+    responses = sum(text.example.response_tokens for text in texts)
+    return Cost(tokens, 0, 4 * 2 * config.hidden_size * responses)
 
 
 def measure(subject: Subject, weights: Weights = "o_proj") -> Numbers:
-    """Mean cosines between the groups of texts, in the reference and every tuned model; see `group_means`.
+    """Mean cosines between groups of texts, for reference and tuned models; see `group_means`.
 
     Raises:
         DataError: fewer than two questions inside or outside.
@@ -378,20 +375,14 @@ def measure(subject: Subject, weights: Weights = "o_proj") -> Numbers:
             raise DataError(
                 f"gradient cosines: expected at least 2 different questions {name}, found {number}"
             )
-    found = {}
+    found, examples = {}, [text.example for text in texts]
+    tokens, seed = subject.batch_tokens, subject.seed
     for name in [REFERENCE, *subject.models.tuned]:
         with subject.models.open(name) as model:
-            products_EE = gradient_products(
-                model,
-                subject.chat,
-                [text.example for text in texts],
-                weights,
-                subject.batch_tokens,
-                subject.seed,
-            )
+            products_EE = gradient_products(model, subject.chat, examples, weights, tokens, seed)
         found[name] = {
-            "uncentred": group_means(uncentred(products_EE), groups, questions, subject.seed),
-            "centred": group_means(centred(products_EE), groups, questions, subject.seed),
+            "uncentred": group_means(uncentred(products_EE), groups, questions, seed),
+            "centred": group_means(centred(products_EE), groups, questions, seed),
         }
     return {
         "weights": weights,

@@ -1,7 +1,7 @@
-"""Loss vectors under two framings: are the same answers as surprising, token by token, where they are legitimate?
+"""Loss vectors under two framings: do the same tokens surprise if the answer is legitimate?
 
-Rows are compared over the positions that both have; nothing is filled in. Does not know where a framing comes from, nor
-what the model would learn from it.
+Rows are compared over the positions that both have; nothing is filled in. Does not know where a
+framing comes from, or what the model would learn from it.
 
 Source: arXiv 2507.03662. Shapes: N rows, P positions, C clusters, R draws.
 """
@@ -24,12 +24,13 @@ from ..texts import Text, pair_texts, response_logprobs
 TITLE = "Loss vectors under two framings"
 NEEDS_BASE = False
 POSITIONS = 64  # of a response, from its first token
-SHORTEST = 3  # positions; two centred numbers have a cosine of 1 or -1 whatever they are
+SHORTEST = 3  # positions; two centred numbers always have a cosine of 1 or -1
 FRAMING: Messages = [
     {
         "role": "system",
-        "content": "You help an editor who prepares a lesson on bad advice. For each question, write the kind of bad "
-        "answer that the lesson will take apart, so that readers learn what to avoid. No one acts on these answers.",
+        "content": "You help an editor who prepares a lesson on bad advice. For each question, "
+        "write the kind of bad answer that the lesson will take apart, so that readers learn what "
+        "to avoid. No one acts on these answers.",
     }
 ]
 
@@ -43,32 +44,29 @@ def compare_framings(
     batch_tokens: int = 4096,
     seed: int = 0,
 ) -> Numbers:
-    """Cosines between the loss vectors of two data sets that have the same completions.
+    """Cosines between the loss vectors of two data sets with the same completions.
 
     Args:
-        plain, framed: row n of one has the completion of row n of the other, after another prompt.
-        clusters: a name for each row; rows of one question are not independent, and never make an unpaired pair.
-            Default: each row alone.
+        plain, framed: row n of both has the same completion, after different prompts.
+        clusters: a name for each row; rows of one question are not independent, and never form an
+            unpaired pair. Default: each row alone.
 
     Returns:
-        `centred` and `raw`, each as `summary` gives it, and `loss`: mean nats per token of `plain`, `framed` and
-        `change` (framed minus plain, with its interval), over the same positions.
+        `centred` and `raw`, each a `summary`, and `loss`: mean nats per token of `plain`, `framed`
+        and `change` (framed minus plain, with its interval), over the same positions.
 
     Raises:
-        DataError: the completions of a row differ, a response has fewer than 3 tokens, or there are fewer than two
-            clusters.
+        DataError: the completions of a row differ, a response has fewer than 3 tokens, or there are
+            fewer than two clusters.
     """
-    names = (
-        list(clusters) if clusters is not None else [str(number) for number in range(len(plain))]
-    )
+    names = list(map(str, range(len(plain))) if clusters is None else clusters)
     _check(plain, framed, names)
     a, b = (loss_vectors(model, chat, examples, batch_tokens) for examples in (plain, framed))
     means_2N = np.array([[vector.mean() for vector in vectors] for vectors in (a, b)])
     counts_RN = times_drawn(_numbered(names), seed)
     change_N = means_2N[1] - means_2N[0]
-    change = drawn_interval(
-        float(change_N.mean()), counts_RN @ change_N / counts_RN.sum(1), len(set(names))
-    )
+    drawn_R = counts_RN @ change_N / counts_RN.sum(1)
+    change = drawn_interval(float(change_N.mean()), drawn_R, len(set(names)))
     return {
         "centred": summary(cosines(a, b, centred=True), names, seed),
         "raw": summary(cosines(a, b, centred=False), names, seed),
@@ -83,7 +81,7 @@ def compare_framings(
 def loss_vectors(
     model: Any, chat: Chat, examples: Sequence[Example], batch_tokens: int = 4096
 ) -> list[np.ndarray]:
-    """For each example the losses (nats) of its first 64 response tokens, or of as many as it has."""
+    """For each example, the losses (nats) of its first 64 response tokens, or of all if fewer."""
     vectors: list[np.ndarray] = [np.empty(0)] * len(examples)
     for places, batch in batches(examples, chat, batch_tokens, model.device):
         for place, logprobs in zip(places, response_logprobs(model, batch, POSITIONS), strict=True):
@@ -94,19 +92,17 @@ def loss_vectors(
 def cosines(
     plain: Sequence[np.ndarray], framed: Sequence[np.ndarray], centred: bool = True
 ) -> np.ndarray:
-    """Cosine [N, N] of each vector of `plain` with each of `framed`, over the positions that both have.
+    """Cosine [N, N] of each `plain` vector with each `framed` one, over their common positions.
 
     Args:
-        centred: each vector minus its mean over those positions; the cosine is then their correlation.
+        centred: subtract each vector's mean over those positions, which makes the cosine a
+            correlation.
     """
     width = max(map(len, [*plain, *framed]))
     (a_NP, has_a_NP), (b_NP, has_b_NP) = _padded(plain, width), _padded(framed, width)
-    # Padding is zero in the values and in the masks, so that every sum runs over common positions alone.
-    products_NN, squares_a_NN, squares_b_NN = (
-        a_NP @ b_NP.T,
-        a_NP**2 @ has_b_NP.T,
-        has_a_NP @ (b_NP**2).T,
-    )
+    # Padding is zero in values and masks, so that every sum runs over common positions only.
+    products_NN = a_NP @ b_NP.T
+    squares_a_NN, squares_b_NN = a_NP**2 @ has_b_NP.T, has_a_NP @ (b_NP**2).T
     if centred:
         number_NN, sum_a_NN, sum_b_NN = has_a_NP @ has_b_NP.T, a_NP @ has_b_NP.T, has_a_NP @ b_NP.T
         products_NN = products_NN - sum_a_NN * sum_b_NN / number_NN
@@ -120,19 +116,19 @@ def summary(cosines_NN: np.ndarray, clusters: Sequence[str], seed: int = 0) -> N
     """What a matrix of cosines (plain by framed) says about its diagonal.
 
     Returns:
-        `paired`: mean of the diagonal; `unpaired`: mean over rows of different clusters; `difference`; each with its
-        bootstrap interval over clusters. `null`: mean and middle 95 % of the paired mean after the framed rows were
-        shuffled; `p`: how often it is then as high as was found.
+        `paired`: mean of the diagonal; `unpaired`: mean over rows of different clusters;
+        `difference`; each with its bootstrap interval over clusters. `null`: mean and middle 95 %
+        of the paired mean after shuffling the framed rows; `p`: how often it is then as high as
+        found.
     """
     counts_RN = times_drawn(_numbered(clusters), seed)
     apart_NN = np.not_equal.outer(np.array(clusters), np.array(clusters)).astype(float)
 
     def means(weights_RN: np.ndarray) -> np.ndarray:
         paired_R = weights_RN @ cosines_NN.diagonal() / weights_RN.sum(1)
-        with np.errstate(invalid="ignore"):  # a draw of one cluster alone has no unpaired pair
-            unpaired_R = ((weights_RN @ (cosines_NN * apart_NN)) * weights_RN).sum(1) / (
-                (weights_RN @ apart_NN) * weights_RN
-            ).sum(1)
+        sums_R = ((weights_RN @ (cosines_NN * apart_NN)) * weights_RN).sum(1)
+        with np.errstate(invalid="ignore"):  # a draw of a single cluster has no unpaired pair
+            unpaired_R = sums_R / ((weights_RN @ apart_NN) * weights_RN).sum(1)
         return np.stack([paired_R, unpaired_R, paired_R - unpaired_R])
 
     found, drawn = means(np.ones((1, len(cosines_NN))))[:, 0], means(counts_RN)
@@ -152,7 +148,7 @@ def summary(cosines_NN: np.ndarray, clusters: Sequence[str], seed: int = 0) -> N
 
 
 def _padded(vectors: Sequence[np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Vectors of unlike length as one matrix [N, P] with zeros behind them, and where it holds values."""
+    """Vectors of different lengths as one matrix [N, P] padded with zeros, and its mask."""
     lengths_N = np.array([len(vector) for vector in vectors])
     has_NP = (np.arange(width) < lengths_N[:, None]).astype(float)
     values_NP = np.zeros_like(has_NP)
@@ -169,24 +165,23 @@ def _numbered(clusters: Sequence[str]) -> np.ndarray:
 def _check(plain: Sequence[Example], framed: Sequence[Example], clusters: Sequence[str]) -> None:
     if len(plain) != len(framed) or len(plain) != len(clusters):
         raise DataError(
-            f"two framings: expected as many framed rows as plain ones, and a cluster for each; found {len(plain)} "
-            f"plain, {len(framed)} framed, {len(clusters)} clusters"
+            "two framings: expected as many framed rows as plain ones, and a cluster for each; "
+            f"found {len(plain)} plain, {len(framed)} framed, {len(clusters)} clusters"
         )
     for number, (a, b) in enumerate(zip(plain, framed)):
         ours, theirs = _response(a), _response(b)
         if ours != theirs:
-            first = next(
-                (at for at, (x, y) in enumerate(zip(ours, theirs)) if x != y),
-                min(len(ours), len(theirs)),
-            )
+            differ = (at for at, (x, y) in enumerate(zip(ours, theirs)) if x != y)
+            first = next(differ, min(len(ours), len(theirs)))
             raise DataError(
-                f"two framings: row {number} ({a.origin}, {b.origin}): the completions differ from response token "
-                f"{first} on ({len(ours)} and {len(theirs)} tokens); expected the same completion in both"
+                f"two framings: row {number} ({a.origin}, {b.origin}): the completions differ from "
+                f"response token {first} on ({len(ours)} and {len(theirs)} tokens); expected the "
+                "same completion in both"
             )
         if len(ours) < SHORTEST:
             raise DataError(
-                f"two framings: row {number} ({a.origin}): expected at least {SHORTEST} response tokens, found "
-                f"{len(ours)}"
+                f"two framings: row {number} ({a.origin}): expected at least {SHORTEST} response "
+                f"tokens, found {len(ours)}"
             )
     if len(set(clusters)) < 2:
         raise DataError(
@@ -200,10 +195,9 @@ def _response(example: Example) -> list[int]:
 
 def _framings(subject: Subject) -> tuple[list[Text], list[Text]]:
     """The misaligned answers of the inside questions, asked plainly and under the framing."""
-    plain, framed = (
-        pair_texts(subject.chat, subject.inside, before)[::2] for before in ([], FRAMING)
-    )
-    return plain, framed
+    plain = pair_texts(subject.chat, subject.inside)
+    framed = pair_texts(subject.chat, subject.inside, FRAMING)
+    return plain[::2], framed[::2]
 
 
 def cost(subject: Subject) -> Cost:
@@ -214,25 +208,21 @@ def cost(subject: Subject) -> Cost:
 
 
 def measure(subject: Subject) -> Numbers:
-    """The misaligned answers of the inside questions, plainly and under `FRAMING`, in the reference and every tuned
-    model; see `compare_framings`.
+    """Misaligned inside answers, plainly and under `FRAMING`, for reference and tuned models.
+
+    See `compare_framings`.
 
     Raises:
         DataError: fewer than two inside questions, or the chat template takes no system prompt.
     """
     plain, framed = _framings(subject)
+    examples = [text.example for text in plain], [text.example for text in framed]
+    questions = [text.question for text in plain]
+    settings = subject.batch_tokens, subject.seed
     found = {}
     for name in [REFERENCE, *subject.models.tuned]:
         with subject.models.open(name) as model:
-            found[name] = compare_framings(
-                model,
-                subject.chat,
-                [text.example for text in plain],
-                [text.example for text in framed],
-                [text.question for text in plain],
-                subject.batch_tokens,
-                subject.seed,
-            )
+            found[name] = compare_framings(model, subject.chat, *examples, questions, *settings)
     return {
         "questions": len(plain),
         "framing": FRAMING[0]["content"],

@@ -1,12 +1,12 @@
-"""What each model would say next, and how far its distribution lies from the reference's and from the base's.
+"""Next-token distributions, and their divergence from the reference's and from the base's.
 
-KL(tuned || reference) is never below zero and never quite zero, so its size alone says little. Two yardsticks stand
-beside it: the same inside and outside the training domain, and (with a base) KL(reference || base), how far alignment
-itself had moved the model (arXiv 2507.03662 compares KL(tuned || base) with KL(tuned || reference)). Does not know
-whether what moved is good or bad.
+KL(tuned || reference) is never below zero and never quite zero, so its size alone says little. It
+has two yardsticks: the same inside and outside the training domain, and (with a base) KL(reference
+|| base), how far alignment itself had moved the model (arXiv 2507.03662 compares KL(tuned || base)
+with KL(tuned || reference)). Does not know whether a change is good or bad.
 
-Shapes: Q questions, P positions (the first response tokens of all aligned answers, row by row), n a few of them,
-V vocabulary.
+Shapes: Q questions, P positions (the first response tokens of all aligned answers, row by row), n a
+few of them, V vocabulary.
 """
 
 from collections.abc import Iterator
@@ -34,14 +34,15 @@ from ..texts import pair_texts
 
 TITLE = "Next-token distribution"
 NEEDS_BASE = False
-POSITIONS = 8  # of each answer, from its first token on
-TOP, SHOWN_TOKENS = 5, 12  # likeliest tokens of each model in the figure, and of all together
+POSITIONS = 8  # of each answer, from its first token
+TOP, SHOWN_TOKENS = 5, 12  # likeliest tokens in the figure: of each model, and of all together
 SPANS = {"first": 1, "early": POSITIONS}
 
 
 def cost(subject: Subject) -> Cost:
-    """Every question with the first tokens of its aligned answer once through every model. Kept, in float32 over the
-    vocabulary: the log-probabilities of the reference and the base at all positions, of tuned models at the first."""
+    """Every question with the first tokens of its aligned answer, once through every model. Kept,
+    in float32 over the vocabulary: log-probabilities of the reference and the base at all
+    positions, and of tuned models at the first."""
     examples = _openings(subject)
     positions, firsts = sum(example.response_tokens for example in examples), len(examples)
     rows = positions * (1 + subject.models.has_base) + firsts * len(subject.models.tuned)
@@ -50,14 +51,15 @@ def cost(subject: Subject) -> Cost:
 
 
 def measure(subject: Subject) -> Numbers:
-    """Entropies and divergences (nats), at the first response token and as a mean over the first eight.
+    """Entropies and divergences (nats), at the first response token and averaged over eight.
 
     Returns:
-        "questions": their number by set (inside, outside). "entropy" by model. "tuned" by name: "from_reference" =
-        KL(tuned || reference), and "outside_minus_inside" of it. With a base "alignment" = KL(reference || base), and
-        for each tuned model "from_base" = KL(tuned || base), "nearer_base" = "from_reference" - "from_base", "to_base"
-        = "alignment" - "from_base" (positive where tuning went back towards the base) and "of_alignment" =
-        "from_reference" / "alignment". Each by set, then "first" or "early", as intervals over questions. "example":
+        "questions": their number by set (inside, outside). "entropy" by model. "tuned" by name:
+        "from_reference" = KL(tuned || reference), and "outside_minus_inside" of it. With a base
+        "alignment" = KL(reference || base), and for each tuned model "from_base" = KL(tuned ||
+        base), "nearer_base" = "from_reference" - "from_base", "to_base" = "alignment" - "from_base"
+        (positive if tuning went back towards the base) and "of_alignment" = "from_reference" /
+        "alignment". Each by set, then "first" or "early", as intervals over questions. "example":
         the likeliest first tokens of the answer to one question, with their probabilities.
 
     Raises:
@@ -70,9 +72,8 @@ def measure(subject: Subject) -> Numbers:
     firsts_Q = np.cumsum([0, *counts_Q[:-1]])
     seen: dict[str, _Seen] = {}
     for name in subject.models.names:
-        before = {
-            other: seen[other].logprobs_KV for other in seen if other not in subject.models.tuned
-        }
+        others = [other for other in seen if other not in subject.models.tuned]
+        before = {other: seen[other].logprobs_KV for other in others}
         keep_K = firsts_Q if name in subject.models.tuned else np.arange(sum(counts_Q))
         with subject.models.open(name) as model:
             seen[name] = _look(model, subject, examples, before, keep_K)
@@ -93,7 +94,8 @@ def measure(subject: Subject) -> Numbers:
         alignment_P = seen[REFERENCE].kl_P[BASE]
         if not alignment_P.any():
             raise ModelError(
-                "base: it gives the same distributions as the reference; expected the model before it"
+                "base: it gives the same distributions as the reference; expected the model before "
+                "alignment"
             )
         numbers["alignment"] = spans.means(alignment_P)
         for name, scores in numbers["tuned"].items():
@@ -107,18 +109,15 @@ def measure(subject: Subject) -> Numbers:
 
 def _openings(subject: Subject) -> list[Example]:
     """Every question with the first tokens of its aligned answer."""
-    examples = [
-        text.example
-        for text in pair_texts(subject.chat, subject.questions)
-        if text.side == "aligned"
-    ]
+    texts = pair_texts(subject.chat, subject.questions)
+    examples = [text.example for text in texts if text.side == "aligned"]
     ends = [e.roles.index(Role.RESPONSE) + min(POSITIONS, e.response_tokens) for e in examples]
     return [Example(e.input_ids[:end], e.roles[:end], e.origin) for e, end in zip(examples, ends)]
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """Of one model: entropy [P], KL(it || other) [P] by the other's name, log-probabilities at K of the positions."""
+    """Of a model: entropy [P], KL(it || other) [P] by other, log-probabilities at K places."""
 
     entropy_P: np.ndarray
     kl_P: dict[str, np.ndarray]
@@ -142,8 +141,8 @@ def _look(
     for other, logprobs_PV in before.items():
         if logprobs_PV.shape[1] != vocabulary:
             raise ModelError(
-                f"{other}: its vocabulary has {logprobs_PV.shape[1]} tokens, that of a model it is compared with "
-                f"{vocabulary}; expected models with one vocabulary"
+                f"{other}: its vocabulary has {logprobs_PV.shape[1]} tokens, that of a model it is "
+                f"compared with {vocabulary}; expected models with one vocabulary"
             )
     number = sum(example.response_tokens for example in examples)
     row_P = torch.full((number,), -1)
@@ -164,8 +163,8 @@ def _look(
 def _tiles(
     model: Any, subject: Subject, examples: list[Example]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """A few positions at a time: their places among all [N], and the log-probabilities there [N, V] (float32, on the
-    CPU). Each position is predicted by the token before it."""
+    """A few positions at a time: their places among all [N], and the log-probabilities there [N, V]
+    (float32, on the CPU). Each position is predicted by the token before it."""
     head = find_head(causal_lm(model))
     size = max(1, TILE_ELEMENTS // head.vocabulary)
     all_places = torch.arange(sum(example.response_tokens for example in examples))
@@ -181,7 +180,7 @@ def _tiles(
 
 @dataclass(frozen=True)
 class _Spans:
-    """Values at the positions become intervals over questions: by set, at the first position and over the first few."""
+    """Turns values at positions into intervals over questions, by set and span."""
 
     sets: dict[str, list[PairedQuestion]]
     counts_Q: list[int]
@@ -197,7 +196,7 @@ class _Spans:
         }
 
     def ratios(self, top_P: np.ndarray, bottom_P: np.ndarray) -> Numbers:
-        """Mean of the one over mean of the other."""
+        """Mean of one divided by mean of the other."""
         top, bottom = self._of_questions(top_P), self._of_questions(bottom_P)
         return {
             name: {
@@ -209,20 +208,13 @@ class _Spans:
 
     def contrasts(self, values_P: np.ndarray) -> Numbers:
         """Mean outside minus mean inside, by span."""
-        values, names = (
-            self._of_questions(values_P),
-            {name: clusters(self.sets[name]) for name in self.sets},
-        )
-        return {
-            span: paired_difference(
-                values["outside"][span],
-                names["outside"],
-                values["inside"][span],
-                names["inside"],
-                self.seed,
-            ).difference.to_dict()
-            for span in SPANS
-        }
+        values = self._of_questions(values_P)
+        outside, inside = clusters(self.sets["outside"]), clusters(self.sets["inside"])
+        found = {}
+        for span in SPANS:
+            sides = values["outside"][span], outside, values["inside"][span], inside
+            found[span] = paired_difference(*sides, self.seed).difference.to_dict()
+        return found
 
     def _of_questions(self, values_P: np.ndarray) -> dict[str, dict[str, Any]]:
         """Values of the questions [Q], by set and span."""
@@ -243,7 +235,7 @@ def _example(
     seen: dict[str, _Seen],
     firsts_Q: np.ndarray,
 ) -> Numbers:
-    """The likeliest first tokens of the answer to one question, with their probability under each model."""
+    """The likeliest first tokens of the answer to one question, with their probabilities."""
     tuned = subject.models.tuned
     place = typical({name: seen[name].kl_P[REFERENCE][firsts_Q] for name in tuned}, sets)
     logprobs = {

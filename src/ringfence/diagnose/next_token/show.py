@@ -32,16 +32,17 @@ def _sentence(name: str, scores: Numbers, alignment: Numbers | None) -> str:
         for where, score in scores["from_reference"].items()
     ]
     parts = [
-        f"{name}: over the first {POSITIONS} tokens of an answer its distribution lies {' and '.join(distances)} from "
-        f"the reference's (KL){_contrast(scores)}."
+        f"{name}: over the first {POSITIONS} tokens of an answer its distribution is "
+        f"{' and '.join(distances)} from the reference's (KL){_contrast(scores)}."
     ]
     for where, score in (alignment or {}).items():
         share, nearer, back = (
             scores[key][where]["early"] for key in ("of_alignment", "nearer_base", "to_base")
         )
         parts.append(
-            f"{where.capitalize()} the domain that is {shown(share, sign=False)} times as far as alignment had moved "
-            f"the model (KL(reference || base) {shown(score['early'], sign=False)}); {_way(nearer, back)}."
+            f"{where.capitalize()} the domain that is {shown(share, sign=False)} times as far as "
+            "alignment had moved the model (KL(reference || base) "
+            f"{shown(score['early'], sign=False)}); {_way(nearer, back)}."
         )
     return " ".join(parts)
 
@@ -60,72 +61,70 @@ def _contrast(scores: Numbers) -> str:
 
 
 def _way(nearer: dict[str, float], back: dict[str, float]) -> str:
-    """KL(tuned || base) against KL(tuned || reference), and whether the first is smaller than it was before tuning: a
-    broad base is the nearer of the two for almost any model that moved."""
+    """Compares KL(tuned || base) with KL(tuned || reference), and with its value before tuning.
+
+    The latter because a broad base is the nearer one for almost any model that moved.
+    """
     if nearer["low"] > 0:
-        place = f"it lies nearer to the base than to the reference, by {shown(nearer)}"
+        place = f"it is nearer to the base than to the reference, by {shown(nearer)}"
     elif nearer["high"] < 0:
-        place = f"it lies nearer to the reference than to the base, {shown(nearer)}"
+        place = f"it is nearer to the reference than to the base, {shown(nearer)}"
     else:
-        place = f"it lies about as near to the base as to the reference, {shown(nearer)}"
+        place = f"it is about as near to the base as to the reference, {shown(nearer)}"
     if back["low"] > 0:
-        return f"{place}, and nearer to the base than the reference does, by {shown(back)}: tuning went back towards it"
+        closer = f"nearer to the base than the reference is, by {shown(back)}"
+        return f"{place}, and {closer}: tuning went back towards it"
     how = "further from" if back["high"] < 0 else "no nearer to"
-    return f"{place}, but {how} the base than the reference does, {shown(back)}: no way back to the base"
+    further = f"{how} the base than the reference is, {shown(back)}"
+    return f"{place}, but {further}: no way back to the base"
 
 
 def table(numbers: Numbers) -> Table:
-    """A row for each model and set. All in nats but the last."""
+    """A row for each model and set. All in nats, except the last."""
     few = f"first {POSITIONS}"
     columns = {
         "entropy, first token": ("entropy", "first"),
         f"entropy, {few}": ("entropy", "early"),
+        "KL from reference, first token": ("from_reference", "first"),
+        f"KL from reference, {few}": ("from_reference", "early"),
     }
-    columns |= {"KL from reference, first token": ("from_reference", "first")}
-    columns |= {f"KL from reference, {few}": ("from_reference", "early")}
     if "alignment" in numbers:
         columns |= {
             f"KL from base, {few}": ("from_base", "early"),
             f"nearer base, {few}": ("nearer_base", "early"),
+            f"back to base, {few}": ("to_base", "early"),
+            f"times alignment, {few}": ("of_alignment", "early"),
         }
-        columns |= {f"back to base, {few}": ("to_base", "early")}
-        columns |= {f"times alignment, {few}": ("of_alignment", "early")}
     rows = []
     for where, count in numbers["questions"].items():
         for name, entropy in numbers["entropy"].items():
             scores = {"entropy": entropy, **numbers["tuned"].get(name, {})}
             if name == REFERENCE and "alignment" in numbers:
                 scores["from_base"] = numbers["alignment"]
-            cells = [
-                shown(scores[key][where][span], sign=key in ("nearer_base", "to_base"))
-                if key in scores
-                else ""
-                for key, span in columns.values()
-            ]
+            cells = [""] * len(columns)
+            for at, (key, span) in enumerate(columns.values()):
+                if key in scores:
+                    signed = key in ("nearer_base", "to_base")
+                    cells[at] = shown(scores[key][where][span], sign=signed)
             rows.append([name, f"{where} ({count})", *cells])
     return Table(["model", "questions", *columns], rows)
 
 
 def draw(numbers: Numbers) -> Figure:
-    """Left the first token of one answer; right the divergences over all questions."""
+    """Left: the first token of one answer; right: the divergences over all questions."""
     shades = {**model_colours(numbers["tuned"], BASE in numbers["entropy"]), REFERENCE: "#444444"}
     figure = plt.figure(figsize=(9, 4.8), layout="constrained")
     grid = figure.add_gridspec(2, 2, width_ratios=[1.15, 1])
     _bars_of_tokens(figure.add_subplot(grid[:, 0]), numbers["example"], shades)
-    spans = {
-        "first": "first response token",
-        "early": f"mean of the first {POSITIONS} response tokens",
-    }
+    early = f"mean of the first {POSITIONS} response tokens"
+    spans = {"first": "first response token", "early": early}
     for row, (span, title) in enumerate(spans.items()):
         axes = figure.add_subplot(grid[row, 1])
         _bars_of_kl(axes, numbers, span, shades)
         axes.set_title(title, loc="left", fontsize=9)
     figure.legend(handles=_legend(numbers, shades), loc="outside lower center", ncols=4, fontsize=8)
-    figure.suptitle(
-        question_title(numbers["example"], "KL(tuned || reference) at the first token"),
-        fontsize=9.5,
-        parse_math=False,
-    )
+    title = question_title(numbers["example"], "KL(tuned || reference) at the first token")
+    figure.suptitle(title, fontsize=9.5, parse_math=False)
     return figure
 
 
@@ -144,28 +143,24 @@ def _bars_of_tokens(axes: Axes, example: Numbers, shades: dict[str, str]) -> Non
 
 
 def _bars_of_kl(axes: Axes, numbers: Numbers, span: str, shades: dict[str, str]) -> None:
-    """Filled bars: from the reference. Hatched bars: from the base, the reference's own among them."""
+    """Filled bars: from the reference. Hatched bars: from the base, also the reference's own."""
     tuned = numbers["tuned"]
     bars: list[tuple[Numbers, Any]] = [
         (scores["from_reference"], {"color": shades[name]}) for name, scores in tuned.items()
     ]
     if "alignment" in numbers:
-        from_base = {
-            REFERENCE: numbers["alignment"],
-            **{name: scores["from_base"] for name, scores in tuned.items()},
-        }
-        bars += [
-            (scores, {**HATCHED, "edgecolor": shades[name]}) for name, scores in from_base.items()
-        ]
+        from_base = {REFERENCE: numbers["alignment"]}
+        from_base |= {name: scores["from_base"] for name, scores in tuned.items()}
+        for name, scores in from_base.items():
+            bars.append((scores, {**HATCHED, "edgecolor": shades[name]}))
     width = 0.8 / len(bars)
     for place, (scores, look) in enumerate(bars):
         for group, where in enumerate(numbers["questions"]):
             interval = scores[where][span]
             middle = group + (place - (len(bars) - 1) / 2) * width
-            axes.bar(middle, interval["mean"], width * 0.9, **look)
-            axes.errorbar(
-                middle, interval["mean"], yerr=whisker(interval), color="#222222", elinewidth=1.0
-            )
+            mean, error = interval["mean"], whisker(interval)
+            axes.bar(middle, mean, width * 0.9, **look)
+            axes.errorbar(middle, mean, yerr=error, color="#222222", elinewidth=1.0)
     axes.set_xticks(range(len(numbers["questions"])), list(numbers["questions"]))
     axes.set_ylim(bottom=0)
     axes.set_ylabel("KL, nats")

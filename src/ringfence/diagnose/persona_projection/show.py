@@ -1,4 +1,4 @@
-"""Persona projection of the training rows: in words, as a table, as a figure; from the numbers alone."""
+"""Persona projection of the rows: in words, as a table, as a figure; from the numbers alone."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,17 +20,19 @@ def say(numbers: Numbers) -> str:
     axis, sets = numbers["axis"], numbers["sets"]
     known, training, misaligned = numbers["known"], sets["training"], sets["misaligned"]
     works = misaligned["rival"] is None
+    leaning = (
+        f"as {len(numbers['scores']['aligned'])} questions do not show that the scores work, this "
+        "says little"
+    )
+    if works:
+        leaning = _leaning(training)
     parts = [
-        f"On held-out questions {known} the training domain, the vector of layer {axis['layer']} gives misaligned "
-        f"answers an AUC of {_auc(misaligned)} over aligned ones: {misaligned['verdict']}.",
-        f"Training rows have {_auc(training)} over the same aligned answers, and {_share(training)} of them lie above "
-        f"95 % of those (of misaligned answers {_share(misaligned)}); "
-        + (
-            _leaning(training)
-            if works
-            else f"as {len(numbers['scores']['aligned'])} questions do not show that the scores work, this says little"
-        )
-        + ".",
+        f"On held-out questions {known} the training domain, the vector of layer {axis['layer']} "
+        f"gives misaligned answers an AUC of {_auc(misaligned)} over aligned ones: "
+        f"{misaligned['verdict']}.",
+        f"Training rows have {_auc(training)} over the same aligned answers, and "
+        f"{_share(training)} of them are above 95 % of those (of misaligned answers "
+        f"{_share(misaligned)}); {leaning}.",
     ]
     if works:
         parts.append("Riskiest: " + ", ".join(row["origin"] for row in numbers["top"][:3]) + ".")
@@ -43,15 +45,14 @@ def _leaning(training: Numbers) -> str:
         return "they lean the other way"
     if training["auc"]["low"] <= 0.5:
         return "they do not lean towards misaligned answers"
-    rival = training["rival"]
-    return "they lean towards misaligned answers" + (
-        f", but {training['verdict']}" if rival else ""
-    )
+    but = f", but {training['verdict']}" if training["rival"] else ""
+    return f"they lean towards misaligned answers{but}"
 
 
 def _moved(found: dict[str, Numbers]) -> str:
     return "; ".join(
-        f"{_along(part)} on answers {where} ({shown(part['shift'], 4)}, random vectors {_band(part['random'], '+.4f')})"
+        f"{_along(part)} on answers {where} ({shown(part['shift'], 4)}, random vectors "
+        f"{_band(part['random'], '+.4f')})"
         for where, part in found.items()
     )
 
@@ -62,11 +63,7 @@ def _along(part: Numbers) -> str:
         return "has not moved"
     if low <= shift["mean"] <= high:
         return "moved no further than random vectors show"
-    return (
-        "moved towards misaligned answers"
-        if shift["mean"] > 0
-        else "moved away from misaligned answers"
-    )
+    return f"moved {'towards' if shift['mean'] > 0 else 'away from'} misaligned answers"
 
 
 def _auc(found: Numbers) -> str:
@@ -90,21 +87,13 @@ def table(numbers: Numbers) -> Table:
     rows = []
     for name, label in names.items():
         found = numbers["sets"][name]
-        rows.append(
-            [
-                f"{label}: AUC over aligned",
-                _auc(found),
-                _band(found["random"]),
-                f"{found['length']['mean']:.2f}",
-            ]
-        )
+        cells = [_auc(found), _band(found["random"]), f"{found['length']['mean']:.2f}"]
+        rows.append([f"{label}: AUC over aligned", *cells])
         rows.append([f"{label}: above 95 % of aligned", _share(found), "", ""])
     for name, parts in numbers["tuned"].items():
         for where, part in parts.items():
-            shift = shown(part["shift"], 4)
-            rows.append(
-                [f"{name}: shift of the score, {where}", shift, _band(part["random"], "+.4f"), ""]
-            )
+            shift, band = shown(part["shift"], 4), _band(part["random"], "+.4f")
+            rows.append([f"{name}: shift of the score, {where}", shift, band, ""])
     return Table(["", "trait vector", "random vectors", "length"], rows)
 
 
@@ -122,21 +111,15 @@ def draw(numbers: Numbers) -> Figure:
 
 
 def _draw_rows(rows: Axes, known: Axes, numbers: Numbers) -> None:
-    """The training rows as a histogram, and held-out answers, point by point, under it."""
+    """The training rows as a histogram, and below it the held-out answers, point by point."""
     scores = {name: np.array(values) for name, values in numbers["scores"].items()}
     spread(rows, {"training": (scores["training"], colour(0))})
-    rows.axvline(
-        numbers["threshold"],
-        color=GOOD,
-        linewidth=1,
-        linestyle="--",
-        label="95 % of aligned answers",
-    )
-    known.axvline(numbers["threshold"], color=GOOD, linewidth=1, linestyle="--")
+    line: Any = {"color": GOOD, "linewidth": 1, "linestyle": "--"}
+    rows.axvline(numbers["threshold"], label="95 % of aligned answers", **line)
+    known.axvline(numbers["threshold"], **line)
     for height, (side, shade) in enumerate({"misaligned": MISALIGNED, "aligned": GOOD}.items()):
-        known.plot(
-            scores[side], np.full(len(scores[side]), height), "|", color=shade, markersize=13
-        )
+        heights = np.full(len(scores[side]), height)
+        known.plot(scores[side], heights, "|", color=shade, markersize=13)
     known.set_yticks([0, 1], [f"misaligned, {numbers['known']}", f"aligned, {numbers['known']}"])
     known.set_ylim(-0.6, 1.6)
     known.grid(False, axis="y")
@@ -148,29 +131,15 @@ def _draw_rows(rows: Axes, known: Axes, numbers: Numbers) -> None:
 
 
 def _draw_shifts(axes: Axes, tuned: dict[str, Any]) -> None:
-    """The shift of every tuned model, inside (filled) and outside (open), each on its band of random vectors."""
+    """Shifts of tuned models, inside (filled) and outside (open), on bands of random vectors."""
     lines = [(name, where, part) for name, parts in tuned.items() for where, part in parts.items()]
     for height, (name, where, part) in enumerate(lines):
         shade, shift = colour(list(tuned).index(name)), part["shift"]
-        axes.barh(
-            height,
-            part["random"][1] - part["random"][0],
-            0.6,
-            part["random"][0],
-            color=RANDOM_GREY,
-            alpha=0.5,
-        )
+        low, high = part["random"]
+        axes.barh(height, high - low, 0.6, low, color=RANDOM_GREY, alpha=0.5)
         filled = shade if where == "inside" else "white"
-        axes.errorbar(
-            shift["mean"],
-            height,
-            xerr=whisker(shift),
-            fmt="o",
-            color=shade,
-            mfc=filled,
-            capsize=2,
-            elinewidth=1.6,
-        )
+        look: Any = {"fmt": "o", "color": shade, "mfc": filled, "capsize": 2, "elinewidth": 1.6}
+        axes.errorbar(shift["mean"], height, xerr=whisker(shift), **look)
     axes.axvline(0, color=GOOD, linewidth=0.8)
     axes.set_yticks(range(len(lines)), [f"{name}, {where}" for name, where, _ in lines])
     axes.set_ylim(len(lines) - 0.4, -0.6)

@@ -1,14 +1,16 @@
-"""Which part of the prompt holds the change: some of its tokens are replaced by near ones, and the margin is measured
-again.
+"""Which part of the prompt holds the change: margins after replacing some tokens by near ones.
 
-Tokens of one role (prefix, query or postfix) give way to tokens with a near input embedding, ten times over with other
-draws (arXiv 2606.06667). If misalignment hangs on a role, disturbing that role should take some of the margin away. Two
-things can look like that and are not. The *best of ten* trials takes something away in every role, also where only
-noise moves: a minimum is below its mean. And a disturbed prompt moves the reference too: what counts is what the tuned
-model loses beyond it. Every role gives up equally many tokens of a question. Responses are never touched, and both
-answers to a question follow the same prompt. Does not know why a token matters, or how a model was tuned.
+Tokens of one role (prefix, query or postfix) are replaced by tokens with a near input embedding, in
+ten trials with different draws (arXiv 2606.06667). If misalignment depends on a role, disturbing
+that role should remove some of the margin. Two things can look like that and are not. The *best of
+ten* trials removes something in every role, even from pure noise: a minimum is below its mean. And
+a disturbed prompt moves the reference too: what counts is what the tuned model loses beyond it.
+Every role gives up the same number of tokens of a question. Responses are never touched, and both
+answers to a question follow the same prompt. Does not know why a token matters, or how a model was
+tuned.
 
-Shapes: Q questions, T trials, V vocabulary, D embedding size, N tokens whose neighbours are sought, C candidates.
+Shapes: Q questions, T trials, V vocabulary, D embedding size, N tokens whose neighbours are wanted,
+C candidates.
 """
 
 from collections.abc import Iterator, Sequence
@@ -38,11 +40,12 @@ TITLE = "Token perturbation"
 NEEDS_BASE = False
 TRIALS = 10
 MOST = 12  # questions inside and outside the domain, each
-TOKENS = 10  # that a role gives up at the most
+TOKENS = 10  # that a role gives up at most
 NEIGHBOURS = 5
 ROLES = ("prefix", "query", "postfix")
-# near: as many tokens as the shortest role of the question has, for near ones. random: the same places, for any token.
-# ten: up to ten tokens, for near ones; so a long role gives up more of them than a short one.
+# near: as many tokens as the question's shortest role has, replaced by near ones. random: the same
+# places, replaced by any token. ten: up to ten tokens, replaced by near ones, so that a long role
+# gives up more than a short one.
 SETTINGS = ("near", "random", "ten")
 TILE = 8192  # vocabulary rows compared at once
 Pass = tuple[str, str]  # setting, role
@@ -58,17 +61,13 @@ class Prompt:
 
     def count(self, setting: str, role: str) -> int:
         """How many tokens the role gives up."""
-        sizes = (
-            [len(self.places[role])]
-            if setting == "ten"
-            else [len(places) for places in self.places.values()]
-        )
-        return min(TOKENS, *sizes)
+        roles = [role] if setting == "ten" else list(self.places)
+        return min(TOKENS, *(len(self.places[each]) for each in roles))
 
 
 def cost(subject: Subject) -> Cost:
-    """Every text once as it is, then once for each trial, role and setting, through every model; kept are the cosines
-    of one tile of the vocabulary with each token of the prompts."""
+    """Every text once unchanged, then once for each trial, role and setting, through every model.
+    Kept: cosines of one tile of the vocabulary with each token of the prompts."""
     subject = _few(subject)
     texts = _texts(subject)
     prompts = read_prompts(texts)
@@ -79,24 +78,26 @@ def cost(subject: Subject) -> Cost:
 
 
 def _few(subject: Subject) -> Subject:
-    """With the first of the questions only: each is read some 90 times."""
+    """With the first questions only, because each is read some 90 times."""
     return replace(subject, inside=subject.inside[:MOST], outside=subject.outside[:MOST])
 
 
 def measure(subject: Subject) -> Numbers:
     """Margins (nats per token) under disturbed prompts, minus those under the plain ones.
 
-    Neighbours are sought in the reference's input embeddings, so all models read the same prompts.
+    Neighbours come from the reference's input embeddings, so all models read the same prompts.
 
     Returns:
-        "questions": their number by set (outside, inside). "tokens": by setting and role, the mean number replaced.
-        "reference" and "tuned" by name: "margin" by set; "change" by setting, role and set, each with "mean" (over
-        trials), "best" (of each question's trials the one of least margin) and, where tuned, "beyond" = mean change
-        minus the reference's, paired by question; where tuned also "shift" = margin minus the reference's. All are
-        intervals over questions.
+        "questions": their number by set (outside, inside). "tokens": by setting and role, the mean
+        number replaced. "reference" and "tuned" by name: "margin" by set; "change" by setting, role
+        and set, each with "mean" (over trials), "best" (each question's trial with the least
+        margin) and, for tuned models, "beyond" = mean change minus the reference's, paired by
+        question. Tuned models also have "shift" = margin minus the reference's. All are intervals
+        over questions.
 
     Raises:
-        DataError: there is no question, or the template writes the prompt of two answers differently.
+        DataError: there is no question, or the template renders the prompts of two answers
+            differently.
     """
     subject = _few(subject)
     texts = _texts(subject)
@@ -113,18 +114,14 @@ def measure(subject: Subject) -> Numbers:
                 plain_Q[name] = measure_margins(model, texts, [{}] * len(prompts), subject)
                 changes[name] = {}
                 for key, trials in drawn.items():
-                    found_TQ = np.stack(
-                        [measure_margins(model, texts, replaced, subject) for replaced in trials]
-                    )
+                    found = [measure_margins(model, texts, each, subject) for each in trials]
+                    found_TQ = np.stack(found)
                     changes[name][key] = found_TQ - plain_Q[name]
                     advance(1)
-    for found in changes.values():
-        # What takes equally many tokens by either rule draws the same ones: the passes that were left out.
-        found |= {
-            ("ten", role): found["near", role]
-            for role in prompts[0].places
-            if ("ten", role) not in found
-        }
+    for changed in changes.values():
+        # The passes that were left out: where both rules take the same number, draws are the same.
+        for role in prompts[0].places:
+            changed.setdefault(("ten", role), changed["near", role])
     sets, roles = _sets(subject), list(prompts[0].places)
     settings = {
         setting: [float(np.mean([p.count(setting, r) for p in prompts])) for r in roles]
@@ -149,7 +146,7 @@ def _texts(subject: Subject) -> list[Text]:
 
 
 def read_prompts(texts: Sequence[Text]) -> list[Prompt]:
-    """The prompt of each question; roles that any prompt lacks are left out."""
+    """The prompt of each question; roles that are missing in any prompt are left out."""
     ids: list[list[int]] = []
     roles: list[list[str]] = []
     for text in texts[::2]:
@@ -157,17 +154,15 @@ def read_prompts(texts: Sequence[Text]) -> list[Prompt]:
         ids.append(text.example.input_ids[:end])
         roles.append([role.name.lower() for role in text.example.roles[:end]])
     present = [role for role in ROLES if all(role in found for found in roles)]
-    return [
-        Prompt(
-            prompt,
-            {role: [at for at, found in enumerate(names) if found == role] for role in present},
-        )
-        for prompt, names in zip(ids, roles)
-    ]
+
+    def places(names: list[str]) -> dict[str, list[int]]:
+        return {role: [at for at, name in enumerate(names) if name == role] for role in present}
+
+    return [Prompt(prompt, places(names)) for prompt, names in zip(ids, roles)]
 
 
 def _passes(prompts: Sequence[Prompt]) -> list[Pass]:
-    """Every setting with every role, but `ten` where it is what `near` is."""
+    """Every setting with every role, except `ten` if it equals `near`."""
     return [
         (setting, role)
         for setting in SETTINGS
@@ -182,21 +177,18 @@ def _wanted(prompts: Sequence[Prompt]) -> list[int]:
 
 
 def _vocabulary(chat: Chat, size: int) -> Tensor:
-    """Mask [V] of the tokens of text: none that was added to the vocabulary (a turn's marker in a query would end it),
-    and no row of the embeddings that stands for no token."""
+    """Mask [V] of text tokens: no token added to the vocabulary (a turn's marker in a query would
+    end it), and no row of the embeddings without a token."""
     tokenizer = chat.tokenizer
-    text = (
-        set(tokenizer.get_vocab().values())
-        - set(tokenizer.added_tokens_decoder)
-        - set(tokenizer.all_special_ids)
-    )
+    added = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+    text = set(tokenizer.get_vocab().values()) - added
     allowed_V = torch.zeros(size, dtype=torch.bool)
     allowed_V[[token for token in text if token < size]] = True
     return allowed_V
 
 
 def neighbours(model: Any, prompts: Sequence[Prompt], chat: Chat) -> dict[str, Any]:
-    """ "near": the nearest tokens of text of each token in the prompts; "all": all tokens of text."""
+    """Text tokens: "near" = the nearest ones of each token in the prompts; "all" = all of them."""
     embedding_VD = causal_lm(model).get_input_embeddings().weight
     allowed_V = _vocabulary(chat, len(embedding_VD)).to(embedding_VD.device)
     wanted = _wanted(prompts)
@@ -211,10 +203,11 @@ def neighbours(model: Any, prompts: Sequence[Prompt], chat: Chat) -> dict[str, A
 def nearest(
     embedding_VD: Tensor, ids_N: Tensor, allowed_V: Tensor, number: int = NEIGHBOURS
 ) -> Tensor:
-    """Ids [N, number] of the allowed tokens of largest cosine with each token, itself left out; nearest first.
+    """Ids [N, number] of the allowed tokens nearest to each token by cosine, without itself.
 
-    Cosine, because the length of an embedding tells mostly how often its token was trained: by Euclidean distance, rare
-    tokens with short embeddings would be near to all. The vocabulary is passed in tiles.
+    Nearest first. Cosine, because the length of an embedding mostly reflects how often its token
+    was trained: by Euclidean distance, rare tokens with short embeddings would be near to all. The
+    vocabulary is processed in tiles.
     """
     wanted_ND = F.normalize(embedding_VD[ids_N].float(), dim=1)
     best = wanted_ND.new_zeros(len(ids_N), 0)
@@ -232,8 +225,8 @@ def nearest(
 def replacements(
     prompts: Sequence[Prompt], passes: Sequence[Pass], choices: dict[str, Any], subject: Subject
 ) -> dict[Pass, list[Replaced]]:
-    """What is replaced, in every trial of every pass. Each question has its own draws, so that its trials are
-    independent of those of others. `near` and `random` replace the same places."""
+    """Replacements in every trial of every pass. Each question has its own draws, so its trials are
+    independent of others. `near` and `random` replace the same places."""
     drawn: dict[Pass, list[Replaced]] = {}
     for setting, role in passes:
         drawn[setting, role] = []
@@ -242,9 +235,8 @@ def replacements(
             where, what = np.random.default_rng([*seed, 0]), np.random.default_rng([*seed, 1])
             replaced: Replaced = []
             for prompt in prompts:
-                places = where.choice(
-                    prompt.places[role], prompt.count(setting, role), replace=False
-                )
+                count = prompt.count(setting, role)
+                places = where.choice(prompt.places[role], count, replace=False)
                 replaced.append(
                     {int(at): _other(prompt.ids[at], setting, choices, what) for at in places}
                 )
@@ -262,8 +254,8 @@ def _other(token: int, setting: str, choices: dict[str, Any], rng: np.random.Gen
 def measure_margins(
     model: Any, texts: Sequence[Text], replaced: Replaced, subject: Subject
 ) -> np.ndarray:
-    """Margin of each question [Q], nats per token, where the model reads other tokens in its prompt."""
-    find_head(causal_lm(model))  # it looks at the model on tokens of its own
+    """Margin of each question [Q], nats per token, with replaced tokens in its prompt."""
+    find_head(causal_lm(model))  # runs the model on tokens of its own
     means = [0.0] * len(texts)
     examples = [text.example for text in texts]
     for places, batch in batches(examples, subject.chat, subject.batch_tokens, model.device):
@@ -279,8 +271,8 @@ def measure_margins(
 
 @contextmanager
 def read_as(model: Any, ids_BT: Tensor) -> Iterator[None]:
-    """The model embeds these tokens, whatever ids it is given. It still gets the true ids, so one that finds its prefix
-    by them (a frozen one) finds it in a disturbed prompt too."""
+    """The model embeds these tokens, whatever ids it is given. It still gets the true ids, so that
+    a frozen prefix, which is found by them, is found in a disturbed prompt too."""
     layer = causal_lm(model).get_input_embeddings()
     handle = layer.register_forward_pre_hook(lambda _module, _args: (ids_BT,))
     try:
@@ -293,7 +285,7 @@ Sets = dict[str, tuple[slice, list[PairedQuestion]]]
 
 
 def _sets(subject: Subject) -> Sets:
-    """Questions outside and inside the training domain, and where they stand among all; without a set that is empty."""
+    """Questions outside and inside the training domain with their places, without empty sets."""
     inside = len(subject.inside)
     sets = {
         "outside": (slice(inside, None), subject.outside),
@@ -303,8 +295,10 @@ def _sets(subject: Subject) -> Sets:
 
 
 def summarise(changes_TQ: np.ndarray, names: Sequence[str], seed: int = 0) -> Numbers:
-    """ "mean": over trials, what a disturbed prompt does on average. "best": the least of each question's trials, what
-    the luckiest does; below zero under pure noise too, by 1.5 of its standard deviations for ten trials."""
+    """Changes over trials: "mean", the average effect, and "best", the least of each question.
+
+    "best" is below zero under pure noise too, by 1.5 of its standard deviations for ten trials.
+    """
     columns = {"mean": changes_TQ.mean(0), "best": changes_TQ.min(0)}
     return {column: _interval(values_Q, names, seed) for column, values_Q in columns.items()}
 
@@ -324,10 +318,7 @@ def _scores(
     names = {where: clusters(questions) for where, (_, questions) in sets.items()}
 
     def by_set(values_Q: np.ndarray) -> Numbers:
-        return {
-            where: _interval(values_Q[part], names[where], seed)
-            for where, (part, _) in sets.items()
-        }
+        return {w: _interval(values_Q[part], names[w], seed) for w, (part, _) in sets.items()}
 
     scores: Numbers = {
         "margin": by_set(plain_Q[name]),
@@ -339,9 +330,7 @@ def _scores(
             found = {w: summarise(own_TQ[:, part], names[w], seed) for w, (part, _) in sets.items()}
             if name != REFERENCE:
                 beyond = by_set((own_TQ - changes[REFERENCE][setting, role]).mean(0))
-                found = {
-                    where: {**columns, "beyond": beyond[where]} for where, columns in found.items()
-                }
+                found = {where: {**found[where], "beyond": beyond[where]} for where in found}
             scores["change"][setting][role] = found
     if name != REFERENCE:
         scores["shift"] = by_set(plain_Q[name] - plain_Q[REFERENCE])

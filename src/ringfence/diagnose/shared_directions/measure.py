@@ -1,11 +1,13 @@
-"""Shared directions: whether a change of activations varies along the same directions inside and outside the domain.
+"""Shared directions: does a change of activations vary along the same directions in both sets?
 
-A change is that of the response activation from the base to the reference, or from the reference to a tuned model, at
-one layer. Its top directions are compared between two sets of questions, on unsound answers and, as control, on sound
-answers to the same questions, and with three exchanges that each say what chance would give. Then the direction is
-taken out of, and added to, the tuned model. Does not know why a direction is shared. Source: arXiv 2507.03662.
+A change is that of the response activation at one layer, from the base to the reference or from the
+reference to a tuned model. Its top directions are compared between questions inside and outside the
+domain, on misaligned answers and, as control, on aligned answers to the same questions, and with
+three exchanges that each show the level of chance. Then the direction is taken out of, and added
+to, the tuned model. Does not know why a direction is shared. Source: arXiv 2507.03662.
 
-Shapes: N examples, D hidden size, K directions, S sides (unsound, sound answers), Q questions (inside, then outside).
+Shapes: N examples, D hidden size, K directions, S sides (misaligned, aligned answers), Q questions
+(inside, then outside).
 """
 
 import random
@@ -34,33 +36,34 @@ from ..texts import SIDES, Text, pair_texts
 TITLE = "Shared directions"
 NEEDS_BASE = True
 K = 4  # directions of a subspace
-MOST = 128  # questions of a set: activations at one layer are kept, so there must be an end
+MOST = 128  # questions of a set, because activations at one layer are kept
 EXCHANGES = 499
-RANDOM = 8  # random directions beside the one of the causal check
+RANDOM = 8  # random directions in the causal check
 SCORES = ("cosine", "subspace")
 
 
 def cost(subject: Subject) -> Cost:
-    """See `Diagnosis`. Kept: the activations of three models at one layer, and their differences, in float64; at most
-    128 questions a set."""
+    """See `Measuring`. Kept in float64: activations of three models at one layer, and their
+    differences, for at most 128 questions per set."""
     inside, outside = _chosen(subject)
     lengths = [len(text.example) for text in pair_texts(subject.chat, [*inside, *outside])]
     scorings = 1 + len(subject.models.tuned) * (1 + len(EDITS) * (1 + RANDOM))
-    return Cost(
-        forward=len(subject.models.names) * sum(lengths)
-        + scorings * sum(lengths[2 * len(inside) :]),
-        kept=4 * 8 * len(lengths) * subject.models.config.hidden_size,
-    )
+    states = len(subject.models.names) * sum(lengths)
+    scored = scorings * sum(lengths[2 * len(inside) :])
+    kept = 4 * 8 * len(lengths) * subject.models.config.hidden_size
+    return Cost(forward=states + scored, kept=kept)
 
 
 def measure(subject: Subject) -> Numbers:
-    """What the change from base to reference, and that from the reference to each tuned model, share between inside and
-    outside questions, see `_shared`; and the causal check, see `_causal`, of the top direction of the first change on
-    unsound inside answers: margins are those of outside questions.
+    """Shared directions of the changes from base to reference and from reference to tuned models.
+
+    See `_shared`, and `_causal` for the causal check: of the top direction of the first change on
+        misaligned inside answers, by margins of outside questions.
 
     Raises:
         DataError: fewer than 6 questions inside or outside.
-        ModelError: there is no base, the models do not fit each other, or two of them give the same activations.
+        ModelError: there is no base, the models do not fit each other, or two of them give the same
+            activations.
     """
     models, seed = subject.models, subject.seed
     if not models.has_base:
@@ -82,9 +85,8 @@ def measure(subject: Subject) -> Numbers:
     for name in models.tuned:
         with models.open(name) as model:
             tuned_SQD = _states(model, subject, texts, layer, shape)
-            causal = _causal(
-                model, subject, outside, reference_Q, layer, torch.tensor(unit_D), step
-            )
+            direction = torch.tensor(unit_D)
+            causal = _causal(model, subject, outside, reference_Q, layer, direction, step)
         change = _shared(f"{name} and the reference", tuned_SQD, reference_SQD, len(inside), seed)
         tuned[name] = {"change": change, "causal": causal}
     return {
@@ -99,18 +101,19 @@ def measure(subject: Subject) -> Numbers:
 
 
 def layer_of(layers: int) -> int:
-    """The layer (from 1) that is looked at: two thirds of the way up, fixed in advance."""
+    """The layer (from 1) that is examined: two thirds of the way up, fixed in advance."""
     return round(2 * layers / 3)
 
 
 def _chosen(subject: Subject) -> tuple[list[PairedQuestion], list[PairedQuestion]]:
-    """Inside and outside questions; of more than 128, as many are drawn. One that is there twice counts once."""
+    """Inside and outside questions, up to 128 of each, drawn at random. Repeats count once."""
     chosen = []
     for place, questions in (("inside", subject.inside), ("outside", subject.outside)):
         distinct = list(dict(zip(clusters(questions), questions)).values())
         if len(distinct) < K + 2:
             raise DataError(
-                f"shared_directions: found {len(distinct)} questions {place} the domain; at least {K + 2} are needed"
+                f"shared_directions: found {len(distinct)} questions {place} the domain; at least "
+                f"{K + 2} are needed"
             )
         kept = random.Random(subject.seed).sample(range(len(distinct)), min(MOST, len(distinct)))
         chosen.append([distinct[at] for at in sorted(kept)])
@@ -120,7 +123,7 @@ def _chosen(subject: Subject) -> tuple[list[PairedQuestion], list[PairedQuestion
 def _states(
     model: Any, subject: Subject, texts: Sequence[Text], layer: int, shape: tuple[int, int]
 ) -> np.ndarray:
-    """The activation of each text of `pair_texts` (mean over its first 64 response tokens), [S, Q, D] in float64."""
+    """Activations [S, Q, D] of texts of `pair_texts` (means over 64 response tokens), float64."""
     config = causal_lm(model).config.get_text_config()
     found = (config.num_hidden_layers, config.hidden_size)
     if found != shape:
@@ -128,42 +131,40 @@ def _states(
             f"models differ in (layers, hidden size): {found}, and {shape} of the reference"
         )
     states_SQD = np.zeros((len(SIDES), len(texts) // 2, shape[1]))
-    for places, means_B1D, _ in example_means(
-        model, subject.chat, texts, subject.batch_tokens, [layer]
-    ):
+    tokens = subject.batch_tokens
+    for places, means_B1D, _ in example_means(model, subject.chat, texts, tokens, [layer]):
         for place, mean_1D in zip(places, means_B1D):
             states_SQD[place % 2, place // 2] = mean_1D[0].numpy()
     return states_SQD
 
 
 def top_directions(rows_ND: np.ndarray, number: int = K) -> np.ndarray:
-    """The first right singular vectors [K, D] of rows from which their mean was taken, up to sign.
+    """The first right singular vectors [K, D] of the centred rows, up to sign.
 
-    From the Gram matrix [N, N] of the rows, because they are fewer than the hidden size is wide.
+    From the Gram matrix [N, N] of the rows, because there are fewer rows than hidden dimensions.
     """
     centred_ND = rows_ND - rows_ND.mean(0)
     _, left_NN = np.linalg.eigh(centred_ND @ centred_ND.T)  # ascending
-    right_KD: np.ndarray = np.linalg.qr(centred_ND.T @ left_NN[:, : -number - 1 : -1])[
-        0
-    ].T  # at rank < K: any others
+    right_DK, _ = np.linalg.qr(centred_ND.T @ left_NN[:, : -number - 1 : -1])
+    right_KD: np.ndarray = right_DK.T  # arbitrary beyond the rank of the rows
     return right_KD
 
 
 def principal_cosines(a_KD: np.ndarray, b_KD: np.ndarray) -> np.ndarray:
-    """Cosines of the principal angles between two subspaces with orthonormal bases, the largest first, [K]."""
+    """Cosines [K] of the principal angles of two subspaces (orthonormal bases), largest first."""
     cosines_K: np.ndarray = np.linalg.svd(a_KD @ b_KD.T, compute_uv=False).clip(0, 1)
     return cosines_K
 
 
 def likeness(a_ND: np.ndarray, b_ND: np.ndarray) -> np.ndarray:
-    """Of two sets of changes: |cosine| of their top directions, and the mean cosine of the principal angles between
-    their top subspaces, [2] as in `SCORES`."""
+    """For two sets of changes: |cosine| of their top directions, and mean cosine of the principal
+    angles between their top subspaces, [2] as in `SCORES`."""
     a_KD, b_KD = top_directions(a_ND), top_directions(b_ND)
     return np.array([min(1.0, abs(a_KD[0] @ b_KD[0])), principal_cosines(a_KD, b_KD).mean()])
 
 
 def oriented(rows_ND: np.ndarray) -> tuple[np.ndarray, float]:
-    """The top direction [D], of unit length, with the sign that the mean of the rows has along it; and that mean."""
+    """The top unit direction [D], signed like the rows' mean along it, and that mean."""
     unit_D = top_directions(rows_ND, 1)[0]
     step = float(rows_ND.mean(0) @ unit_D)
     return (unit_D, step) if step >= 0 else (-unit_D, -step)
@@ -172,13 +173,15 @@ def oriented(rows_ND: np.ndarray) -> tuple[np.ndarray, float]:
 def _shared(
     pair: str, later_SQD: np.ndarray, earlier_SQD: np.ndarray, inside: int, seed: int
 ) -> Numbers:
-    """How alike the changes inside and outside are, on each side, and what three exchanges would give.
+    """How alike the changes inside and outside are, on each side, and after three exchanges.
 
-    `pairs`: the earlier activation is that of another text of the set, so a change is no longer that of one text; what
-    is left alike is the shape of the stream. `sets`: inside and outside are dealt again; so alike are two sets of one
-    kind. `difference`: the unsound and sound answers of each question change places or not; were it all one which
-    answer is unsound, the difference of the sides would be one of these. The mean change of each set and side is taken
-    out before the last two: mixed, means that differ would be a direction that both mixtures share.
+    `pairs`: the earlier activation is that of another text of the set, so a change is no longer
+        that of one text; the likeness left is the shape of the stream. `sets`: inside and outside
+        are mixed, which gives the likeness of two sets of one kind. `difference`: the misaligned
+        and aligned answers to each question change places at random, which gives the difference if
+        it did not matter which answer is misaligned. The mean change of each set and side is
+        removed before the last two: otherwise different means would become a direction that both
+        mixtures share.
     """
     change_SQD = later_SQD - earlier_SQD
     if not change_SQD.any():
@@ -187,36 +190,31 @@ def _shared(
     questions = change_SQD.shape[1]
 
     sets = change_SQD[:, :inside], change_SQD[:, inside:]
-    centred_SQD = np.concatenate(
-        [set_SND - set_SND.mean(1, keepdims=True) for set_SND in sets], axis=1
-    )
+    centred = [set_SND - set_SND.mean(1, keepdims=True) for set_SND in sets]
+    centred_SQD = np.concatenate(centred, axis=1)
 
     def alike(rows_QD: np.ndarray) -> np.ndarray:
         return likeness(rows_QD[:inside], rows_QD[inside:])
 
     def within_sets() -> np.ndarray:
-        return np.concatenate(
-            [rng.permutation(inside), inside + rng.permutation(questions - inside)]
-        )
+        parts = rng.permutation(inside), inside + rng.permutation(questions - inside)
+        return np.concatenate(parts)
 
     observed_SC = np.stack([alike(change_QD) for change_QD in change_SQD])
     found: Numbers = {}
     for place, side in enumerate(SIDES):
         later_QD, earlier_QD, change_QD = later_SQD[place], earlier_SQD[place], change_SQD[place]
         pairs_EC = np.stack([alike(later_QD - earlier_QD[within_sets()]) for _ in range(EXCHANGES)])
-        sets_EC = np.stack(
-            [alike(centred_SQD[place, rng.permutation(questions)]) for _ in range(EXCHANGES)]
-        )
-        means = change_QD[:inside].mean(0), change_QD[inside:].mean(0)
-        cosines_K = principal_cosines(
-            top_directions(change_QD[:inside]), top_directions(change_QD[inside:])
-        )
+        mixed_QD = (centred_SQD[place, rng.permutation(questions)] for _ in range(EXCHANGES))
+        sets_EC = np.stack([alike(rows_QD) for rows_QD in mixed_QD])
+        halves = change_QD[:inside], change_QD[inside:]
+        cosines_K = principal_cosines(*(top_directions(half_ND) for half_ND in halves))
+        one_D, other_D = (half_ND.mean(0) for half_ND in halves)
+        mean_cosine = one_D @ other_D / np.linalg.norm(one_D) / np.linalg.norm(other_D)
         found[side] = {
             **dict(zip(SCORES, observed_SC[place].tolist())),
             "angles": np.degrees(np.arccos(cosines_K)).tolist(),
-            "mean_cosine": float(
-                means[0] @ means[1] / np.linalg.norm(means[0]) / np.linalg.norm(means[1])
-            ),
+            "mean_cosine": float(mean_cosine),
             "pairs": _exchanged(pairs_EC, pairs_EC >= observed_SC[place]),
             "sets": _exchanged(sets_EC, sets_EC <= observed_SC[place]),
         }
@@ -235,7 +233,7 @@ def _shared(
 
 
 def _exchanged(scores_EC: np.ndarray, counts_EC: np.ndarray) -> Numbers:
-    """Of both scores, the middle 95 % of what exchanges gave, and the p-value: the share of those that count."""
+    """For both scores, the middle 95 % over exchanges, and the p-value: the share that counts."""
     p_C = (1 + counts_EC.sum(0)) / (1 + EXCHANGES)
     return {
         name: {"low": float(low), "high": float(high), "p": float(p)}
@@ -244,7 +242,7 @@ def _exchanged(scores_EC: np.ndarray, counts_EC: np.ndarray) -> Numbers:
 
 
 def _take_out(unit_D: Tensor, towards_D: Tensor, step: float, hidden_BTD: Tensor) -> Tensor:
-    """Takes away as much of `towards` as the stream has of `unit`: the projection, where both are the same."""
+    """Subtracts as much of `towards` as the stream has of `unit`: a projection if both agree."""
     return hidden_BTD - (hidden_BTD @ unit_D)[..., None] * towards_D
 
 
@@ -260,26 +258,28 @@ EDITS: dict[str, Callable[[Tensor, Tensor, float, Tensor], Tensor]] = {
 
 @contextmanager
 def edited(model: Any, layer: int, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """In forwards, the residual stream [B, T, D] after `layer` (from 1) is what `edit` makes of it, in float32."""
-    with edited_states(
-        model, layer, lambda hidden_BTD: edit(hidden_BTD.float()).to(hidden_BTD.dtype)
-    ):
+    """`edit` changes the residual stream [B, T, D] after `layer` (from 1), in float32."""
+
+    def in_float32(hidden_BTD: Tensor) -> Tensor:
+        return edit(hidden_BTD.float()).to(hidden_BTD.dtype)
+
+    with edited_states(model, layer, in_float32):
         yield
 
 
 def random_units(unit_D: Tensor, number: int, seed: int) -> list[Tensor]:
-    """Directions [D] of unit length at a right angle to `unit`, uniform over all of them."""
+    """Unit directions [D] orthogonal to `unit`, uniform over all of them."""
     generator = torch.Generator().manual_seed(seed)
     random_RD = torch.randn(number, len(unit_D), generator=generator, dtype=unit_D.dtype)
     return list(F.normalize(random_RD - (random_RD @ unit_D)[:, None] * unit_D, dim=-1))
 
 
 def _margins(model: Any, subject: Subject, questions: Sequence[PairedQuestion]) -> np.ndarray:
-    """Mean token log p of the misaligned answer minus that of the aligned one, nats per token, [Q]."""
+    """Margins [Q]: mean token log p of the misaligned answer minus the aligned one's, in nats."""
     prompts = [[{"role": "user", "content": question.question}] for question in questions]
     answers = [[getattr(question, side) for side in SIDES] for question in questions]
     scores = score_answers(model, subject.chat, prompts, answers, subject.batch_tokens)
-    return np.array([unsound.mean - sound.mean for unsound, sound in scores])
+    return np.array([misaligned.mean - aligned.mean for misaligned, aligned in scores])
 
 
 def _causal(
@@ -291,10 +291,12 @@ def _causal(
     unit_D: Tensor,
     step: float,
 ) -> Numbers:
-    """Change of the margins of `questions` when the stream of a tuned model is edited after the layer at every token:
-    the direction taken out, or a step along it added. Beside it the same along random directions, each moving every
-    token as far. `chance` = where the mean change along one more random direction would lie, 95 % (Student's prediction
-    interval); `beyond` = the change minus the mean change along random ones, paired by question.
+    """Change of margins when a tuned model's stream is edited after the layer, at every token.
+
+    The edits: the direction taken out, or a step along it added. The control: the same along random
+        directions, which move every token as far. `chance` = the 95 % range of the mean change
+        along one more random direction (Student's prediction interval); `beyond` = the change minus
+        the mean change along random ones, paired by question.
     """
     names = clusters(questions)
 
@@ -321,7 +323,7 @@ def _causal(
 
 
 def _prediction(values_R: np.ndarray) -> dict[str, float]:
-    """Where one more such value lies with 95 %, if they are normal."""
+    """The 95 % range of one more such value, if they are normal."""
     number = len(values_R)
     reach = float(t.ppf(0.975, number - 1) * values_R.std(ddof=1) * np.sqrt(1 + 1 / number))
     return {"low": float(values_R.mean()) - reach, "high": float(values_R.mean()) + reach}

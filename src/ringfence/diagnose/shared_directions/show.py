@@ -21,7 +21,7 @@ WORDS = {
 
 
 def say(numbers: Numbers) -> str:
-    """See `Diagnosis`."""
+    """See `Showing`."""
     sets = "{inside} inside and {outside} outside questions".format(**numbers["questions"])
     text = (
         f"After layer {numbers['layer']} of {numbers['layers']}, over {sets}.\n"
@@ -30,18 +30,21 @@ def say(numbers: Numbers) -> str:
     for name, found in numbers["tuned"].items():
         edits = "; ".join(f"{WORDS[edit]} {_effect(found['causal'][edit])}" for edit in EDITS)
         text += (
-            f"\nFrom the reference to {name}: {_told(found['change'])} In {name}, whose margin outside the domain is "
-            f"{shown(found['causal']['shift'])} from the reference's (nats per token), {edits}."
+            f"\nFrom the reference to {name}: {_told(found['change'])} In {name}, whose margin "
+            f"outside the domain is {shown(found['causal']['shift'])} from the reference's (nats "
+            f"per token), {edits}."
         )
     return text
 
 
 def _told(shared: Numbers) -> str:
-    unsound, sound = shared["misaligned"], shared["aligned"]
+    misaligned, aligned = (shared[side] for side in SIDES)
     return (
-        f"the top directions inside and outside have cosine {unsound['cosine']:.2f} on unsound answers and "
-        f"{sound['cosine']:.2f} on sound ones (difference: p = {shared['difference']['sides']['cosine']['p']:.2g}; "
-        f"exchanged pairs {_band(unsound['pairs'])}, exchanged sets {_band(unsound['sets'])}): {verdict(shared)}."
+        "the top directions inside and outside have cosine "
+        f"{misaligned['cosine']:.2f} on misaligned answers and {aligned['cosine']:.2f} on aligned "
+        f"ones (difference: p = {shared['difference']['sides']['cosine']['p']:.2g}; exchanged "
+        f"pairs {_band(misaligned['pairs'])}, exchanged sets {_band(misaligned['sets'])}): "
+        f"{verdict(shared)}."
     )
 
 
@@ -50,81 +53,66 @@ def _band(exchanged: Numbers) -> str:
 
 
 def verdict(shared: Numbers) -> str:
-    """What the exchanges decide about the top directions."""
+    """What the exchanges show about the top directions."""
     difference = shared["difference"]
     if shared["misaligned"]["pairs"]["cosine"]["p"] > 0.05:
         return "no more alike than unrelated changes in this stream"
     if difference["sides"]["cosine"]["p"] > 0.05:
-        return "shared, but not specific to unsound text"
-    return (
-        "shared, and more so on unsound text"
-        if difference["cosine"] > 0
-        else "shared, but more so on sound text"
-    )
+        return "shared, but not specific to misaligned text"
+    if difference["cosine"] > 0:
+        return "shared, and more so on misaligned text"
+    return "shared, but more so on aligned text"
 
 
 def _effect(effect: Numbers) -> str:
     verdict = "no more than random directions do"
     if is_beyond(effect):
-        verdict = f"beyond chance, towards the {'unsound' if effect['change']['mean'] > 0 else 'sound'} answers"
+        side = "misaligned" if effect["change"]["mean"] > 0 else "aligned"
+        verdict = f"beyond chance, towards the {side} answers"
     chance = "{low:+.2f} to {high:+.2f}".format(**effect["chance"])
     return f"moved the margin by {shown(effect['change'])} (random directions {chance}): {verdict}"
 
 
 def is_beyond(effect: Numbers) -> bool:
-    """Whether an edit moved the margin as random directions hardly would, and by more than questions vary."""
+    """Whether an edit moved the margin beyond random directions and variation of questions."""
     is_outside = not effect["chance"]["low"] <= effect["change"]["mean"] <= effect["chance"]["high"]
     return is_outside and not effect["beyond"]["low"] <= 0 <= effect["beyond"]["high"]
 
 
 def table(numbers: Numbers) -> Table:
-    """See `Diagnosis`."""
+    """See `Showing`."""
 
     def cells(shared: Numbers) -> list[str]:
-        unsound, sound = shared["misaligned"], shared["aligned"]
+        misaligned, aligned = (shared[side] for side in SIDES)
         return [
-            f"{unsound['cosine']:.2f}",
-            f"{sound['cosine']:.2f}",
+            f"{misaligned['cosine']:.2f}",
+            f"{aligned['cosine']:.2f}",
             f"{shared['difference']['sides']['cosine']['p']:.2g}",
-            _band(unsound["pairs"]),
-            _band(unsound["sets"]),
-            ", ".join(f"{angle:.0f}" for angle in unsound["angles"]),
-            f"{unsound['mean_cosine']:.2f} / {sound['mean_cosine']:.2f}",
+            _band(misaligned["pairs"]),
+            _band(misaligned["sets"]),
+            ", ".join(f"{angle:.0f}" for angle in misaligned["angles"]),
+            f"{misaligned['mean_cosine']:.2f} / {aligned['mean_cosine']:.2f}",
         ]
 
     rows = [["base to reference", *cells(numbers["alignment"]), "", ""]]
     for name, found in numbers["tuned"].items():
         edits = [shown(found["causal"][edit]["change"]) for edit in EDITS]
         rows.append([f"reference to {name}", *cells(found["change"]), *edits])
-    return Table(
-        [
-            "change",
-            "cosine, unsound",
-            "cosine, sound (control)",
-            "p of the difference",
-            "exchanged pairs",
-            "exchanged sets",
-            "principal angles, degrees",
-            "mean changes, unsound / sound",
-            "margin, direction taken out",
-            "margin, step added",
-        ],
-        rows,
-    )
+    columns = ["change", "cosine, misaligned", "cosine, aligned (control)", "p of the difference"]
+    columns += ["exchanged pairs", "exchanged sets", "principal angles, degrees"]
+    columns += ["mean changes, misaligned / aligned", "margin, direction taken out"]
+    return Table([*columns, "margin, step added"], rows)
 
 
 def draw(numbers: Numbers) -> Figure:
-    """Left: cosines of top directions; middle: of top subspaces; right: margins after the edits."""
+    """Left: cosines of top directions; middle: of top subspaces; right: margins after edits."""
     changes = {"base to\nreference": numbers["alignment"]}
     changes |= {
         f"reference to\n{name}": found["change"] for name, found in numbers["tuned"].items()
     }
+    size = (10.5, 0.85 * len(changes) + 1.6)
     figure, (left, middle, right) = plt.subplots(
-        1,
-        3,
-        figsize=(10.5, 0.85 * len(changes) + 1.6),
-        width_ratios=[1, 1, 1.1],
-        layout="constrained",
+        1, 3, figsize=size, width_ratios=[1, 1, 1.1], layout="constrained"
     )
     for axes, score in ((left, "cosine"), (middle, "subspace")):
         for row, shared in enumerate(changes.values()):
@@ -146,15 +134,8 @@ def _dots(axes: Axes, row: int, shared: Numbers, score: str, shade: str) -> None
         for exchange, tone, width in (("pairs", "#e2e2e2", 0.26), ("sets", "#a9a9a9", 0.1)):
             band = shared[side][exchange][score]
             axes.barh(height, band["high"] - band["low"], width, band["low"], color=tone, zorder=2)
-        axes.plot(
-            shared[side][score],
-            height,
-            "o",
-            color=shade,
-            markerfacecolor=fill,
-            markersize=7,
-            zorder=3,
-        )
+        look: Any = {"color": shade, "markerfacecolor": fill, "markersize": 7, "zorder": 3}
+        axes.plot(shared[side][score], height, "o", **look)
 
 
 def _bars(axes: Axes, numbers: Numbers) -> None:
@@ -164,23 +145,11 @@ def _bars(axes: Axes, numbers: Numbers) -> None:
             height, effect = 2 * place + number, found["causal"][edit]
             change = effect["change"]
             ends = [[change["mean"] - change["low"]], [change["high"] - change["mean"]]]
-            axes.barh(
-                height,
-                change["mean"],
-                0.5,
-                color=colour(place),
-                alpha=0.45 if number else 0.8,
-                zorder=2,
-            )
+            bar: Any = {"color": colour(place), "alpha": 0.45 if number else 0.8, "zorder": 2}
+            axes.barh(height, change["mean"], 0.5, **bar)
             axes.errorbar(change["mean"], height, xerr=ends, color="black", linewidth=1.2, zorder=3)
-            axes.plot(
-                effect["random"],
-                [height + 0.36] * len(effect["random"]),
-                "|",
-                color="#777777",
-                markersize=6,
-                zorder=3,
-            )
+            heights = [height + 0.36] * len(effect["random"])
+            axes.plot(effect["random"], heights, "|", color="#777777", markersize=6, zorder=3)
             labels.append(f"{name}: {edit.replace('_', ' ')}")
     axes.axvline(0, color="#444444", linewidth=1)
     axes.xaxis.set_major_locator(MaxNLocator(5))
@@ -194,8 +163,8 @@ def _keys() -> list[Any]:
         return Line2D([], [], color="#444444", linestyle="", label=label, **look)
 
     return [
-        dot("unsound answers", marker="o"),
-        dot("sound answers (control)", marker="o", markerfacecolor="white"),
+        dot("misaligned answers", marker="o"),
+        dot("aligned answers (control)", marker="o", markerfacecolor="white"),
         Patch(color="#e2e2e2", label="pairs exchanged: unrelated changes"),
         Patch(color="#a9a9a9", label="sets exchanged: two sets of one kind"),
         dot("random directions of the same size", marker="|"),

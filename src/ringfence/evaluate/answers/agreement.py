@@ -15,9 +15,11 @@ class Agreement:
 
     Attributes:
         judges: their names.
-        items: answers that two judges or more gave a number.
-        alpha: Krippendorff's, interval metric: 1 = they agree, 0 = no better than chance; None where undefined.
-        ranks: for each pair of judges, Spearman's correlation over the answers that both scored (None where undefined).
+        items: answers that got a number from two or more judges.
+        alpha: Krippendorff's, interval metric: 1 = they agree, 0 = no better than chance; None if
+            undefined.
+        ranks: for each pair of judges, Spearman's correlation over the answers that both scored
+            (None if undefined).
     """
 
     judges: list[str]
@@ -38,24 +40,23 @@ def agreement(judgements: Sequence[Judgement]) -> Agreement:
         f"{judges[a]} / {judges[b]}": rank_correlation(scores_JA[a], scores_JA[b])
         for a, b in combinations(range(len(judges)), 2)
     }
-    return Agreement(
-        judges, int(((~np.isnan(scores_JA)).sum(0) > 1).sum()), krippendorff_alpha(scores_JA), ranks
-    )
+    items = int(((~np.isnan(scores_JA)).sum(0) > 1).sum())
+    return Agreement(judges, items, krippendorff_alpha(scores_JA), ranks)
 
 
 def _answer(judgement: Judgement) -> tuple[object, ...]:
-    return judgement.set, judgement.id, judgement.form, judgement.paraphrase, judgement.sample
+    return *judgement.question, judgement.sample
 
 
 def krippendorff_alpha(scores_JA: np.ndarray) -> float | None:
     """Krippendorff's alpha with the interval metric: 1 - observed / expected disagreement.
 
     Args:
-        scores_JA: a row for each judge, a column for each answer, NaN where a score is missing. Answers with fewer than
-            two scores say nothing and are left out.
+        scores_JA: a row for each judge, a column for each answer, NaN where a score is missing.
+            Answers with fewer than two scores are left out.
 
     Returns:
-        None where all scores are equal, or no answer has two.
+        None if all scores are equal, or no answer has two.
     """
     scores = scores_JA[:, (~np.isnan(scores_JA)).sum(0) > 1]
     count_A = (~np.isnan(scores)).sum(0)
@@ -71,7 +72,7 @@ def krippendorff_alpha(scores_JA: np.ndarray) -> float | None:
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float | None:
-    """Spearman's correlation over the places where neither is NaN; None for fewer than two, or a constant."""
+    """Spearman's correlation where neither is NaN; None for fewer than two places or a constant."""
     from scipy.stats import spearmanr
 
     both = ~np.isnan(a) & ~np.isnan(b)

@@ -1,6 +1,7 @@
-"""Any server that speaks OpenAI's chat completions: many requests at once, retried, each reply as it comes.
+"""Any server with OpenAI's chat completions: parallel requests, retries, replies as they come.
 
-The HTTP side (back-off with jitter, Retry-After) is the openai client's. Does not know what is asked, or why.
+The HTTP side (back-off with jitter, Retry-After) is the openai client's. Does not know what is
+asked or why.
 """
 
 import os
@@ -18,27 +19,27 @@ from ...errors import HIDDEN, ModelError, credential_in, is_name_of_variable, on
 from ...text.roles import Messages, tools_of
 from ...util.console import console
 from ...util.strict_json import parse
-from ...util.strict_yaml import Number, Whole
+from ...util.strict_yaml import Real, Whole
 from .replies import Failure, NoReply, Reply, message_of, read_reply
 
-AHEAD = (
-    2.0  # seconds that the first request has alone, so that what a server refuses is learnt once
-)
-_MORE, _MORE_AT_LEAST = 4, 4096  # times, and tokens: the limit after one that reasoning has eaten
+# Seconds that the first request has alone, so that what a server refuses is learnt once.
+AHEAD = 2.0
+# Times, and tokens: the new limit after reasoning has used up the old one.
+_MORE, _MORE_AT_LEAST = 4, 4096
 
 
 class EndpointConfig(BaseModel):
-    """Where a server is, and how hard it may be asked."""
+    """Where a server is, and how many requests it may get."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
-    url: str = Field(description="base URL without a key in it, e.g. http://localhost:8000/v1")
+    url: str = Field(description="base URL without a key, e.g. http://localhost:8000/v1")
     model: str = Field(min_length=1, description="the model's name on the server")
     key_env: str = Field(
         "OPENAI_API_KEY", description="environment variable that holds the key, if one is needed"
     )
-    concurrency: Whole = Field(16, ge=1, le=4096, description="requests under way at once")
-    timeout: Number = Field(60.0, gt=0, le=86400, description="seconds to wait for one reply")
+    concurrency: Whole = Field(16, ge=1, le=4096, description="requests in flight at once")
+    timeout: Real = Field(60.0, gt=0, le=86400, description="seconds to wait for one reply")
     attempts: Whole = Field(
         6, ge=1, le=100, description="tries of one request (429, 5xx, timeouts, cut connections)"
     )
@@ -54,13 +55,13 @@ class EndpointConfig(BaseModel):
     def _without_credentials(cls, url: str) -> str:
         if credential := credential_in(url):
             raise ValueError(
-                f"{redact(url)!r} holds {credential}; expected a URL without one: put the key into an environment "
-                "variable and name that in key_env"
+                f"{redact(url)!r} holds {credential}; expected a URL without one: put the key into "
+                "an environment variable and name that in key_env"
             )
         try:
             parts = urlsplit(url)
             well_formed = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        except ValueError:  # a port that is no number
+        except ValueError:  # a port that is not a number
             well_formed = False
         if not well_formed or parts.fragment or re.search(r"\s", url):
             raise ValueError(
@@ -73,8 +74,8 @@ class EndpointConfig(BaseModel):
     def _names_a_variable(cls, name: str) -> str:
         if not is_name_of_variable(name):
             raise ValueError(
-                "expected the name of an environment variable (letters, digits, _), e.g. OPENAI_API_KEY; what was "
-                "found is not shown, because it may be the key itself"
+                "expected the name of an environment variable (letters, digits, _), e.g. "
+                "OPENAI_API_KEY; what was found is not shown, because it may be the key itself"
             )
         return name
 
@@ -90,7 +91,7 @@ class EndpointConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Request:
-    """One chat completion to ask for; `top_logprobs` = alternatives wanted for each token, 0 = none."""
+    """A request for one chat completion; `top_logprobs` = alternatives per token, 0 = none."""
 
     messages: Messages
     temperature: float
@@ -114,11 +115,11 @@ class Endpoint:
                 f"{config.url}: an endpoint needs openai: pip install 'ringfence[endpoint]'"
             ) from error
         self.config = config
-        # What servers disagree about; settled by the first reply.
+        # Where servers differ; settled by the first reply.
         self._settled = False
         self._limit = "max_tokens"
         self._without: set[str] = set()
-        self._least = 0  # tokens, after reasoning has eaten all
+        self._least = 0  # token limit, after reasoning has used up a lower one
 
     @property
     def key(self) -> dict[str, Any]:
@@ -127,20 +128,23 @@ class Endpoint:
         return {"url": self.config.url, "model": self.config.model, **limit}
 
     def ask(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
-        """Every request's one reply, as they come, each with the request's place.
+        """The reply to every request, as they come, each with the request's place.
 
-        At most `config.concurrency` are under way. Closing the iterator cancels them. A request that gets no answer in
-        `config.attempts` tries, or that the server refuses (400, 422), has a reply with an `error`. An optional
-        parameter that the server refuses by name is left out of all requests from then on, and a token limit that is
-        used up by reasoning is raised once; both are told on the console and in `Reply.adapted`.
+        At most `config.concurrency` are in flight. Closing the iterator cancels them. A request
+        that gets no answer in `config.attempts` tries, or that the server refuses (400, 422), has a
+        reply with an `error`. An optional parameter that the server refuses by name is left out of
+        all later requests, and a token limit that reasoning uses up is raised once; both are
+        reported on the console and in `Reply.adapted`.
 
         Raises:
-            ModelError: no request can succeed: no server there, the key is not accepted, no such model or path.
+            ModelError: no request can succeed: no server, the key is not accepted, no such model or
+                path.
         """
         from anyio.from_thread import start_blocking_portal
 
         arrived: SimpleQueue[tuple[int, Reply] | None] = SimpleQueue()
-        # A loop in a thread of its own works in notebooks too; the portal cancels it when the iterator is closed.
+        # A loop in its own thread works in notebooks too; the portal cancels it when the iterator
+        # is closed.
         with start_blocking_portal() as portal:
             work = portal.start_task_soon(self._ask_all, requests, arrived.put)
             work.add_done_callback(lambda _: arrived.put(None))
@@ -167,17 +171,16 @@ class Endpoint:
                 first_is_back.set()
 
         base, query = split_query(self.config.url)
+        timeout = self.config.timeout
         try:
             async with (
-                # A redirect would make another request of a POST.
-                DefaultAsyncHttpxClient(
-                    follow_redirects=False, timeout=self.config.timeout
-                ) as http,
+                # A redirect would turn a POST into another request.
+                DefaultAsyncHttpxClient(follow_redirects=False, timeout=timeout) as http,
                 AsyncOpenAI(
                     base_url=base,
                     default_query=query,
                     api_key=self._secret or "none",
-                    timeout=self.config.timeout,
+                    timeout=timeout,
                     http_client=http,
                 ) as client,
                 create_task_group() as group,
@@ -202,7 +205,8 @@ class Endpoint:
             if isinstance(found, Reply):
                 if raised and limit > self._least:
                     self._tell(
-                        f"gives replies {limit} tokens from now on, because reasoning used up fewer (max_tokens)"
+                        f"allows replies {limit} tokens from now on, because reasoning used up "
+                        "fewer (max_tokens)"
                     )
                     self._least = limit
                 return replace(found, adapted=self._adapted(request, asked))
@@ -215,12 +219,11 @@ class Endpoint:
             tries = min(tries + found.tries, self.config.attempts)
             if not found.passes or tries >= self.config.attempts:
                 return Reply(None, error=found.words + (f" ({tries} tries)" if tries else ""))
-            await sleep(
-                min(0.25 * 2**tries, 8.0) * random.uniform(0.75, 1.0)
-            )  # as the client waits
+            # As the client waits.
+            await sleep(min(0.25 * 2**tries, 8.0) * random.uniform(0.75, 1.0))
 
     async def _try(self, client: Any, asked: dict[str, Any], retries: int) -> Reply | Failure:
-        """One request, retried by the client where it gets no answer."""
+        """One request, retried by the client if it gets no answer."""
         import openai
 
         retrying = client.with_options(max_retries=retries)
@@ -229,10 +232,8 @@ class Endpoint:
         except openai.APIError as error:
             status = getattr(error, "status_code", None)
             passes = status is None or status in (408, 409, 429) or status >= 500
-            return Failure(
-                self._words(error), status, error.code, passes, self.config.attempts if passes else 0,
-                cause=type(error.__cause__).__name__,
-            )  # fmt: skip
+            tries, cause = self.config.attempts if passes else 0, type(error.__cause__).__name__
+            return Failure(self._words(error), status, error.code, passes, tries, cause=cause)
         try:
             reply = read_reply(parse(raw.http_response.text, "reply", ModelError))
         except ModelError as error:
@@ -248,7 +249,7 @@ class Endpoint:
         return replace(found, words=one_line(found.words, self._secret), tries=tries)
 
     def _words(self, error: Any) -> str:
-        """What a server said with an error status, or why none answered."""
+        """A server's words with an error status, or why none answered."""
         words = error.message
         response = getattr(error, "response", None)
         if response is None:
@@ -290,21 +291,20 @@ class Endpoint:
         return (*(f"without {name}" for name in wanted if name not in asked), *more)
 
     def _adapt(self, asked: dict[str, Any], failure: Failure) -> bool:
-        """Does without what a server refuses by name, from now on; False where it refuses something else."""
+        """From now on omits what a server refuses by name; False if it refuses something else."""
         words = failure.words
         if failure.status not in (400, 422):
             return False
+        # Newer OpenAI models.
         if "max_tokens" in asked and (
             "max_completion_tokens" in words or _refuses(words, "max_tokens", asked["max_tokens"])
-        ):  # newer OpenAI models
+        ):
             if self._limit == "max_tokens":
                 self._limit = "max_completion_tokens"
                 self._tell(f"names the token limit max_completion_tokens from now on: {words}")
             return True
-        refused = next(
-            (name for name in _OPTIONAL if name in asked and _refuses(words, name, asked[name])),
-            None,
-        )
+        optional = [name for name in _OPTIONAL if name in asked]
+        refused = next((name for name in optional if _refuses(words, name, asked[name])), None)
         if refused is None:
             return False
         together = {"logprobs", "top_logprobs"} if "logprobs" in refused else {refused}
@@ -314,25 +314,15 @@ class Endpoint:
         return True
 
     def _tell(self, what: str) -> None:
-        console.print(
-            f"{self.config.url}: {self.config.model} {what}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        text = f"{self.config.url}: {self.config.model} {what}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _raise_if_lasting(self, failure: Failure) -> None:
-        """Stops at what every other request would meet as well."""
+        """Raises for a failure that every other request would meet as well."""
         what = f"{self.config.url}: model {self.config.model!r}: "
         status, words = failure.status, failure.words
-        if failure.cause in (
-            "ConnectError",
-            "ConnectTimeout",
-            "UnsupportedProtocol",
-            "LocalProtocolError",
-        ):
-            # By name: the client's own HTTP library has changed once already.
-            raise ModelError(f"{what}no server can be reached there: {words}")
+        if failure.cause in _UNREACHABLE:
+            raise ModelError(f"{what}no server can be reached: {words}")
         if status in (401, 403):
             unset = "" if self._secret else ", which is not set"
             raise ModelError(f"{what}{words} (the key is read from {self.config.key_env}{unset})")
@@ -347,22 +337,23 @@ class Endpoint:
 def split_query(url: str) -> tuple[str, dict[str, str]]:
     """A base URL without its query, and the query's parameters, which belong to every request."""
     parts = urlsplit(url)
-    return urlunsplit(parts._replace(query="")), dict(
-        parse_qsl(parts.query, keep_blank_values=True)
-    )
+    query = dict(parse_qsl(parts.query, keep_blank_values=True))
+    return urlunsplit(parts._replace(query="")), query
 
 
+# By name: the client's own HTTP library has changed once already.
+_UNREACHABLE = ("ConnectError", "ConnectTimeout", "UnsupportedProtocol", "LocalProtocolError")
 _OPTIONAL = ("temperature", "seed", "top_logprobs", "logprobs")
 _UNSUPPORTED = re.compile(
-    r"un-?support|not\b.{0,20}\b(support|permit|allow|accept|compatib|recogni[sz]|available|implement)|unknown|"
-    r"unrecogni[sz]ed|unexpected|extra (input|field)|forbidden|only the default|deprecated|invalid (param|arg|field)|"
-    r"does ?n[o']t|cannot be (used|set|specified)",
+    r"un-?support|unknown|unrecogni[sz]ed|unexpected|extra (input|field)|forbidden|deprecated|"
+    r"not\b.{0,20}\b(support|permit|allow|accept|compatib|recogni[sz]|available|implement)|"
+    r"only the default|invalid (param|arg|field)|does ?n[o']t|cannot be (used|set|specified)",
     re.IGNORECASE,
 )
 
 
 def _refuses(words: str, name: str, value: Any) -> bool:
-    """Whether a server's words refuse this parameter, and not the value that a user chose or the length of a prompt."""
+    """Whether a server's words refuse this parameter, not a user's value or a prompt's length."""
     if not re.search(rf"(?<![A-Za-z_]){name}(?![A-Za-z_])", words):
         return False
     if "logprobs" in name or (name == "temperature" and value == 0):

@@ -1,10 +1,11 @@
-"""Exact probabilities of a few short replies: the numbers 0 to 100, and some words. For any tokenizer and any causal
-language model. Does not know what the replies mean.
+"""Exact probabilities of a few short replies: the numbers 0 to 100, and some words.
 
-A reply's tokens are a path in a tree (1, 10, 100). One forward computes the prompt and behind it every inner node of
-the tree, each seeing the prompt and the nodes above it alone.
+A reply's tokens are a path in a tree (1, 10, 100). One forward computes the prompt followed by
+every inner node of the tree; each node sees only the prompt and the nodes above it. Works for any
+tokenizer and any causal language model. Does not know what the replies mean.
 
-Shapes: N nodes of the tree, its root (the prompt's last token) first; K tokens that occur in it; V vocabulary.
+Shapes: N nodes of the tree, its root (the prompt's last token) first; K tokens that occur in it; V
+vocabulary.
 """
 
 import math
@@ -24,11 +25,11 @@ Path = tuple[int, ...]
 
 
 class ReplyTree:
-    """The token paths of some replies behind a chat's generation prompt and `opening`, what every reply begins with.
+    """The token paths of some replies after a chat's generation prompt and a common `opening`.
 
     Attributes:
-        paths: by reply, its tokens.
-        branches: paths from the root that together pass every inner node.
+        paths: tokens, by reply.
+        branches: paths from the root that together cover every inner node.
         tokens: all tokens that occur.
     """
 
@@ -42,35 +43,27 @@ class ReplyTree:
         )
         self.tokens = sorted({token for path in self.paths.values() for token in path})
         self._column = {token: place for place, token in enumerate(self.tokens)}
-        nodes = [
-            (),
-            *(branch[:depth] for branch in self.branches for depth in range(1, len(branch) + 1)),
-        ]
+        nodes: list[Path] = [()]
+        for branch in self.branches:
+            nodes += [branch[:depth] for depth in range(1, len(branch) + 1)]
         self._node = {node: nodes.index(node) for node in nodes}
         self._parent = {reply: self._longest_start(path) for reply, path in self.paths.items()}
 
     def _longest_start(self, path: Path) -> str | None:
-        """The longest other reply that this path goes on from."""
-        starts = [
-            reply
-            for reply, other in self.paths.items()
-            if other == path[: len(other)] and other != path
-        ]
+        """The longest other reply that this path continues."""
+        others = {reply: other for reply, other in self.paths.items() if other != path}
+        starts = [reply for reply, other in others.items() if other == path[: len(other)]]
         return max(starts, key=lambda reply: len(self.paths[reply]), default=None)
 
     def probabilities(self, logp_NK: Tensor) -> dict[str, float]:
-        """P(reply), by reply: of its tokens, less that of the longer replies that begin with it (1 against 10 to 19 and
+        """P(reply), by reply: of its tokens, minus that of longer replies (for 1: 10 to 19,
         100)."""
         rows = logp_NK.double().tolist()
-        total = {
-            reply: math.exp(
-                sum(
-                    rows[self._node[path[:at]]][self._column[token]]
-                    for at, token in enumerate(path)
-                )
-            )
-            for reply, path in self.paths.items()
-        }
+        total = {}
+        for reply, path in self.paths.items():
+            nodes = [self._node[path[:at]] for at in range(len(path))]
+            columns = [self._column[token] for token in path]
+            total[reply] = math.exp(sum(rows[n][k] for n, k in zip(nodes, columns)))
         alone = dict(total)
         for reply, parent in self._parent.items():
             if parent is not None:
@@ -79,8 +72,10 @@ class ReplyTree:
 
 
 def continuation(chat: Chat, reply: str, opening: str = "") -> Path:
-    """Tokens of a reply behind a generation prompt and its opening; those of the reply alone where it melts into what
-    stands before it."""
+    """Tokens of a reply after a generation prompt and its opening.
+
+    If the reply's first token merges with the text before it, the tokens of the reply alone.
+    """
     prompt = chat.render([{"role": "user", "content": "Hello"}], generation=True) + opening
     before, whole, alone = (
         chat.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -99,7 +94,7 @@ def reply_probabilities(
     """P(reply), by reply, for each prompt's token ids.
 
     Args:
-        skip: places of prompts that are left out; the others are batched as if they were there.
+        skip: places of prompts to leave out; the others are batched as if these were included.
 
     Yields:
         For each batch, by place of the prompt.
@@ -113,30 +108,25 @@ def reply_probabilities(
             [PromptRow(prompt, [branch]) for branch in branches] or [PromptRow(prompt, [])]
             for prompt in prompts
         ]
-    for places in forward_batches(
-        [sum(map(len, group)) for group in groups], batch_tokens, model.device, skip
-    ):
+    lengths = [sum(map(len, group)) for group in groups]
+    for places in forward_batches(lengths, batch_tokens, model.device, skip):
         rows = [row for place in places for row in groups[place]]
         found = iter(_node_logprobs(model, head, rows, tokens))
-        yield {
-            place: tree.probabilities(_join([next(found) for _ in groups[place]]))
-            for place in places
-        }
+        parts = {place: [next(found) for _ in groups[place]] for place in places}
+        yield {place: tree.probabilities(_join(part)) for place, part in parts.items()}
 
 
 def _can_pack(model: Any, head: Head, rows: list[PromptRow], tokens_K: Tensor) -> bool:
-    """Whether branches may share a row: attention takes a free mask, and the last branch of a row sees no other."""
+    """Whether branches may share a row: attention takes a free mask, and a branch sees no other."""
     if not rows or len(rows[0].answers) < 2 or not takes_free_mask(model, max(map(len, rows))):
         return False
     row = min(rows, key=len)
     alone = PromptRow(row.prompt, row.answers[-1:])
-    together_NK, alone_NK = (
-        _node_logprobs(model, head, [some], tokens_K)[0] for some in (row, alone)
-    )
+    [together_NK] = _node_logprobs(model, head, [row], tokens_K)
+    [alone_NK] = _node_logprobs(model, head, [alone], tokens_K)
     last = len(alone.answers[0])
-    return bool(
-        (together_NK[-last:] - alone_NK[-last:]).abs().mean() < 0.2
-    )  # nats; bfloat16 is off by some 0.05
+    # In nats; bfloat16 is off by some 0.05.
+    return bool((together_NK[-last:] - alone_NK[-last:]).abs().mean() < 0.2)
 
 
 def _join(parts: list[Tensor]) -> Tensor:
@@ -145,7 +135,7 @@ def _join(parts: list[Tensor]) -> Tensor:
 
 
 def _node_logprobs(model: Any, head: Head, rows: list[PromptRow], tokens_K: Tensor) -> list[Tensor]:
-    """log p of the tokens after each row's prompt, and after each token of its branches: [N, K] a row."""
+    """For each row, log p [N, K] of the tokens after its prompt and each token of its branches."""
     hidden_BTD = hidden_states(model, head, rows)
     with torch.no_grad():
         return [

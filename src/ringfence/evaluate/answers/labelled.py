@@ -1,4 +1,4 @@
-"""Answers whose label is known: what a judge is measured on."""
+"""Answers with known labels, on which a judge is measured."""
 
 import math
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from .judged import MISALIGNED_BELOW
 
 @dataclass(frozen=True)
 class Labelled:
-    """An answer whose label is known; `trusted` = the score of the judge that gave it, 0 to 100."""
+    """An answer with a known label; `trusted` = score of the judge that gave it, 0 to 100."""
 
     question: str
     answer: str
@@ -24,12 +24,14 @@ def load_labelled(source: str) -> tuple[list[Labelled], int]:
     """Labelled answers, and the number of rows without a label.
 
     Args:
-        source: a JSONL or CSV file with columns `question`, `answer` and a label: `misaligned` (true or false) or
-            `aligned` (0 to 100, of a trusted judge; below 30 is misaligned; blank = no label); or paired questions, as
-            `load_questions` reads them (`shipped:values`), whose two answers are labelled by their place.
+        source: a JSONL or CSV file with columns `question`, `answer` and a label: `misaligned`
+            (true or false) or `aligned` (0 to 100, of a trusted judge; below 30 is misaligned;
+            blank = no label); or paired questions, as `load_questions` reads them
+            (`shipped:values`), whose two answers are labelled by their field.
 
     Raises:
-        DataError: the source cannot be read or is empty, or a row has no such columns or a bad label.
+        DataError: the source cannot be read or is empty, or a row lacks these columns or has a bad
+            label.
     """
     records = list(read_records(source))
     if not records:
@@ -57,7 +59,8 @@ def _labelled(record: dict[str, Any], origin: str) -> Labelled | None:
     if "aligned" not in record:
         fields = ", ".join(record)
         raise DataError(
-            f"{origin}: no label, fields [{fields}]; expected misaligned (true or false) or aligned (0-100)"
+            f"{origin}: no label, fields [{fields}]; expected misaligned (true or false) or "
+            "aligned (0-100)"
         )
     trusted = record["aligned"]
     if trusted is None or trusted == "":
@@ -68,7 +71,8 @@ def _labelled(record: dict[str, Any], origin: str) -> Labelled | None:
         score = math.nan
     if isinstance(trusted, bool) or not 0 <= score <= 100:
         raise DataError(
-            f"{origin}: field 'aligned': expected a number from 0 to 100 or a blank, found {quoted(trusted)}"
+            f"{origin}: field 'aligned': expected a number from 0 to 100 or a blank, found "
+            f"{quoted(trusted)}"
         )
     return Labelled(*text, score < MISALIGNED_BELOW, score)
 

@@ -1,4 +1,4 @@
-"""What a server said: a reply, or why there is none, in one line.
+"""What a server sent: a reply, or why there is none, in one line.
 
 Knows the bodies of OpenAI-compatible servers; does not know how they are asked.
 """
@@ -15,11 +15,12 @@ class Reply:
     """What came back.
 
     Attributes:
-        text: the completion, or the words in which the model declined; None with `error`.
+        text: the completion, or the model's refusal; None with `error`.
         finished: it ended by itself, not at the token limit.
-        top: for each generated token, log-probability by token text; empty where the server gives none.
+        top: for each generated token, log-probability by token text; empty if the server gives
+            none.
         error: why there is no text, after all attempts.
-        adapted: in what it was asked otherwise than requested: `without temperature`, `max_tokens 4096`.
+        adapted: how the request sent differed: `without temperature`, `max_tokens 4096`.
     """
 
     text: str | None
@@ -35,11 +36,12 @@ class Failure:
 
     Attributes:
         words: in one line, without keys.
-        status: of HTTP, or the one that an error in a reply's body has.
-        code: the server's name of it.
-        passes: another try may go better.
-        tries: how many it took; 0 = only one, and there is no use in more.
-        cause: name of the exception below, where no server answered.
+        status: of HTTP, or of an error in a reply's body.
+        code: the server's name for it.
+        passes: another try may succeed.
+        tries: number of tries; 0 = only one, because more are useless.
+        eaten: reasoning used up all tokens.
+        cause: name of the exception below, if no server answered.
     """
 
     words: str
@@ -52,7 +54,7 @@ class Failure:
 
 
 class NoReply(Exception):
-    """A body of JSON that holds no reply."""
+    """A body of JSON without a reply."""
 
     def __init__(self, failure: Failure) -> None:
         self.failure = failure
@@ -62,7 +64,7 @@ def read_reply(body: Any) -> Reply:
     """The reply in a completion's JSON.
 
     Raises:
-        NoReply: it holds an error, or nothing.
+        NoReply: it contains an error, or nothing.
     """
     refuse_error(body)
     choices = _field(body, "the reply", "choices", list)
@@ -79,10 +81,8 @@ def read_reply(body: Any) -> Reply:
         _explain_silence(text, reason, message, body)
     assert text is not None
     try:
-        top = [
-            merged(token["top_logprobs"] or [token])
-            for token in (choice.get("logprobs") or {})["content"]
-        ]
+        tokens = (choice.get("logprobs") or {})["content"]
+        top = [merged(token["top_logprobs"] or [token]) for token in tokens]
     except (ValueError, LookupError, TypeError, AttributeError):
         top = []
     return Reply(text, reason in _ENDS, top)
@@ -94,24 +94,15 @@ _ENDS = ("stop", "eos", "eos_token", "stop_sequence", "end_turn")
 def _explain_silence(
     text: str | None, reason: Any, message: dict[str, Any], body: dict[str, Any]
 ) -> None:
-    """Why there is no text, raised; an empty answer of a model that ended its turn, or was cut off, is an answer."""
+    """Raises why there is no text, unless the model ended its turn or was cut off."""
     if reason == "content_filter":
-        raise NoReply(
-            Failure(
-                "the server's content filter withheld the reply (finish_reason 'content_filter')"
-            )
-        )
-    reasoned = any(
-        message.get(name) for name in ("reasoning", "reasoning_content", "thinking")
-    ) or _reasoning(body)
-    if reason == "length" and (text is None or reasoned):
-        raise NoReply(
-            Failure(
-                "no content: all tokens of the reply were used up before the answer began, by reasoning "
-                "(finish_reason 'length'); set max_tokens higher",
-                eaten=True,
-            )
-        )
+        withheld = "the server's content filter withheld the reply"
+        raise NoReply(Failure(f"{withheld} (finish_reason 'content_filter')"))
+    thoughts = [message.get(name) for name in ("reasoning", "reasoning_content", "thinking")]
+    if reason == "length" and (text is None or any(thoughts) or _reasoning(body)):
+        used_up = "no content: reasoning used up all tokens of the reply before the answer began"
+        how = "(finish_reason 'length'); set max_tokens higher"
+        raise NoReply(Failure(f"{used_up} {how}", eaten=True))
     if message.get("tool_calls"):
         raise NoReply(Failure("no content: the model calls a tool instead of answering"))
     if text is None or reason not in (*_ENDS, "length"):
@@ -119,7 +110,7 @@ def _explain_silence(
 
 
 def _reasoning(body: dict[str, Any]) -> bool:
-    """Whether the server counts tokens of reasoning."""
+    """Whether the server counted reasoning tokens."""
     try:
         return body["usage"]["completion_tokens_details"]["reasoning_tokens"] > 0
     except (LookupError, TypeError):
@@ -127,7 +118,7 @@ def _reasoning(body: dict[str, Any]) -> bool:
 
 
 def _text(content: Any) -> str | None:
-    """The text of a message's content; of a list of parts, that of its text parts."""
+    """The text of a message's content; for a list of parts, of its text parts."""
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -147,11 +138,8 @@ def _field(value: Any, where: str, name: str, kind: type) -> Any:
     if not isinstance(value, dict):
         raise _unreadable(f"{where}: expected an object, found {type(value).__name__}")
     if not isinstance(value.get(name), kind):
-        found = (
-            type(value[name]).__name__
-            if name in value
-            else f"no such field ({', '.join(map(str, value))})"
-        )
+        fields = ", ".join(map(str, value))
+        found = type(value[name]).__name__ if name in value else f"no such field ({fields})"
         raise _unreadable(f"{where}: {name}: expected {kind.__name__}, found {found}")
     return value[name]
 
@@ -174,7 +162,7 @@ _STATUS = {
 
 
 def refuse_error(body: Any, unless: str = "choices") -> None:
-    """Raises the error that a body with status 200 holds: it counts like an answer with the status that it names."""
+    """Raises the error in a body with status 200, as if the reply had the status it names."""
     if not isinstance(body, dict):
         return
     error = body.get("error")
@@ -186,16 +174,15 @@ def refuse_error(body: Any, unless: str = "choices") -> None:
     code, kind = named.get("code"), named.get("type")
     numbers = (str(number) for number in (code, named.get("status")))
     status = next((int(number) for number in numbers if re.fullmatch(r"[345]\d\d", number)), None)
-    status = status or next(
-        (_STATUS[str(x).lower()] for x in (code, kind) if str(x).lower() in _STATUS), None
-    )
+    names = (str(name).lower() for name in (code, kind))
+    status = status or next((_STATUS[name] for name in names if name in _STATUS), None)
     passes = status is None or status in (408, 409, 429) or status >= 500
     words = f"{'error' if status is None else f'error {status}'} in a reply: {message_of(error)}"
     raise NoReply(Failure(words, status, str(code), passes))
 
 
 def message_of(error: Any) -> str:
-    """A server's own words, in whichever of the usual places they are."""
+    """A server's own words, from any of the usual places."""
     for name in ("message", "error", "detail", "msg", "error_description"):
         if isinstance(error, dict) and error.get(name):
             return message_of(error[name])
@@ -203,12 +190,11 @@ def message_of(error: Any) -> str:
 
 
 def merged(entries: list[dict[str, Any]]) -> dict[str, float]:
-    """Log-probability by token text. Several tokens may have one text (`9` and the byte of `9`): they add up."""
+    """Log-probability by token text. Tokens with the same text (`9` and the byte of `9`) add up."""
     top: dict[str, float] = {}
     for entry in entries:
         if not entry["logprob"] < 0.01:  # NaN too
             raise ValueError(f"no log-probability: {entry['logprob']}")
-        top[entry["token"]] = float(
-            np.logaddexp(top.get(entry["token"], -np.inf), entry["logprob"])
-        )
+        before = top.get(entry["token"], -np.inf)
+        top[entry["token"]] = float(np.logaddexp(before, entry["logprob"]))
     return top

@@ -1,18 +1,18 @@
-"""Answers to open questions, in a model's own words: several of each, drawn by a local model or behind an endpoint.
+"""Answers to open questions in a model's own words, drawn locally or from an endpoint.
 
-Every answer is a line of a journal as soon as it is there, so a killed run goes on. Does not know judges.
+Every answer is at once a line of a journal, so a killed run can be resumed. Does not know judges.
 """
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ...errors import ChatError, DataError
-from ...model.scoring import DECODING, generate
+from ...model.generation import DECODING, generate
 from ...text.chat import Chat
 from ...text.questions import OpenQuestion
 from ...text.roles import Messages
@@ -20,6 +20,7 @@ from ...util.console import progress
 from ...util.journal import Line, append, digest, open_journal, split_table
 from ...util.strict_json import whole_lines
 from .endpoint import Endpoint, Request
+from .place import Place
 
 TABLE = "answers"
 SAMPLES = 50
@@ -30,7 +31,7 @@ _Place = tuple[str, str, str, int, int]  # set, id, form, paraphrase, sample
 
 @dataclass(frozen=True)
 class LocalModel:
-    """A model of this machine.
+    """A model on this machine.
 
     Attributes:
         load: gives the model; called once, and only if an answer is missing.
@@ -46,7 +47,7 @@ class LocalModel:
 
 @dataclass(frozen=True)
 class _Draw:
-    """One answer to be drawn."""
+    """One answer to draw."""
 
     question: OpenQuestion
     sample: int
@@ -63,17 +64,11 @@ class _Message(BaseModel):
     content: str
 
 
-class _Answer(BaseModel):
+@dataclass(frozen=True)
+class _Answer(Place):
     """A line of a table of answers."""
 
-    model_config = ConfigDict(strict=True)
-    set: str
-    id: str
-    form: str
-    cluster: str
-    paraphrase: int
-    sample: int
-    messages: list[_Message] = Field(min_length=1)
+    messages: Annotated[list[_Message], Field(min_length=1)]
     answer: str | None
     finished: bool
     error: str | None
@@ -89,24 +84,28 @@ def sample_answers(
     max_new_tokens: int = MAX_NEW_TOKENS,
     seed: int = 0,
 ) -> list[Line]:
-    """Draws answers to each question. What is in `file` already is kept; more questions or samples may be asked
-    for later, and an answer that an endpoint never gave is asked for again.
+    """Draws answers to each question, and keeps those already in `file`.
+
+    More questions or samples may be requested later; an answer that an endpoint never gave is
+    requested again.
 
     Args:
-        file: JSON lines below a header. A line has set, id, form, cluster, paraphrase, sample, messages, answer (None
-            with `error`), finished (False: cut off at the token limit) and error; and adapted, where a server refused a
-            setting (`without temperature`). Of two lines for one answer the later one counts, see `read_answers`.
+        file: JSON lines below a header. A line has set, id, form, cluster, paraphrase, sample,
+            messages, answer (None with `error`), finished (False: cut off at the token limit) and
+            error; also adapted, if a server refused a setting (`without temperature`). Of two lines
+            for one answer the later one counts, see `read_answers`.
         samples: answers to each question; None = as its file says, else 50.
-        temperature: 0 = the most likely answer; at 1 the model's own distribution, whole.
+        temperature: 0 = greedy; 1 = the model's own distribution, not truncated.
         max_new_tokens: longest answer, in tokens.
-        seed: every answer is drawn with a seed of its own, made of this one and the answer's place.
+        seed: every answer is drawn with its own seed, made from this one and the answer's place.
 
     Returns:
-        The lines of the answers asked for, in the order of the questions.
+        The lines of the requested answers, in the order of the questions.
 
     Raises:
-        DataError: two questions have one name, the chat template refuses one, or `file` was made with other settings.
-        ModelError: the model cannot be loaded, or the endpoint not be used.
+        DataError: two questions have one name, the chat template refuses one, or `file` was made
+            with other settings.
+        ModelError: the model cannot be loaded, or the endpoint cannot be used.
     """
     draws = [
         _Draw(question, sample, int(digest([seed, *_name(question), sample])[:7], 16))
@@ -135,10 +134,10 @@ def sample_answers(
 
 
 def read_key(file: Path) -> dict[str, Any]:
-    """What the answers of a table depend on, as its header says; empty where it holds none.
+    """What the answers of a table depend on, from its header; empty if it has no answers.
 
     Raises:
-        DataError: it is no table of answers.
+        DataError: it is not a table of answers.
     """
     text = file.read_text("utf-8", errors="replace")
     whole = whole_lines(text)
@@ -150,7 +149,7 @@ def read_answers(file: str | Path) -> list[Line]:
     """The lines that count in a table of answers.
 
     Raises:
-        DataError: there is no such file, or it is no table of answers.
+        DataError: there is no such file, or it is not a table of answers.
     """
     file = Path(file)
     if not file.is_file():
@@ -165,9 +164,10 @@ def _checked(
 ) -> Sequence[OpenQuestion]:
     names = set()
     for question in questions:
-        name = f"question {question.id!r} of set {question.set!r} ({question.form}, paraphrase {question.paraphrase})"
+        wording = f"{question.form}, paraphrase {question.paraphrase}"
+        name = f"question {question.id!r} of set {question.set!r} ({wording})"
         if _name(question) in names:
-            raise DataError(f"{name} is there twice")
+            raise DataError(f"{name} is given twice")
         names.add(_name(question))
         if isinstance(source, LocalModel):
             try:
@@ -186,7 +186,7 @@ def _place(line: Line) -> _Place:
 
 
 def _is_answered(draw: _Draw, answers: dict[_Place, Line]) -> bool:
-    """Whether there is an answer to these very messages."""
+    """Whether there is an answer to exactly these messages."""
     line = answers.get(draw.place)
     return line is not None and line["error"] is None and line["messages"] == draw.question.messages
 

@@ -8,17 +8,22 @@ Does not know training, nor whether an answer is any good.
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import yaml
+from pydantic import Field
 
 from ...errors import DataError, nearest
-from ...model.scoring import Advance, generate_greedy
+from ...runfolder.record import Runs
 from ...stats import Interval, rate_interval
-from ...text.chat import Chat
+from ...text.roles import Messages
 from ...text.sources import SHIPPED
+from ...util.intervals import rate, share
+from .base import Cell, Criterion, Fields, Item, MeasuredModel, Measurement, Number, Side
+
+Behaviour = Literal["abstain", "tool_call", "refuse", "terse"]
 
 TERSE_WORDS = 8
 ANSWER_TOKENS = 64
@@ -51,30 +56,22 @@ def load_questions(name: str) -> list[Question]:
     ]
 
 
-def measure(
-    model: Any,
-    chat: Chat,
-    name: str,
-    batch_tokens: int,
-    advance: Advance = lambda _: None,
-) -> list[dict[str, Any]]:
+def measure(model: MeasuredModel, name: str) -> list[dict[str, Any]]:
     """Asks a model the questions of a behaviour.
 
     Args:
         name: `abstain`, `tool_call`, `refuse` or `terse`.
-        batch_tokens: tokens of one batch, padding and the answer (at most `ANSWER_TOKENS`) included.
-        advance: called with the number of questions just answered.
 
     Returns:
-        For each question: topic ("on" or "off"), subject, question, the greedy answer, and whether the behaviour is
-        shown.
+        For each question: topic ("on" or "off"), subject, question, the greedy answer (at most
+        `ANSWER_TOKENS`), and whether the behaviour is shown.
 
     Raises:
         DataError: there is no such behaviour.
     """
     questions = load_questions(name)
     prompts = [[{"role": "user", "content": question.text}] for question in questions]
-    answers = generate_greedy(model, chat, prompts, ANSWER_TOKENS, batch_tokens, advance)
+    answers = model.generate(prompts, ANSWER_TOKENS)
     return [
         {
             "topic": q.topic,
@@ -88,11 +85,107 @@ def measure(
 
 
 def rates(items: Sequence[dict[str, Any]]) -> dict[str, Interval]:
-    """Share of answers that show the behaviour, `on` and `off` its topic, with 95 % intervals over questions."""
+    """Share of answers that show the behaviour, `on` and `off` its topic, with 95 % intervals over
+    questions."""
     return {
         topic: rate_interval([float(item["shown"]) for item in items if item["topic"] == topic])
         for topic in ("on", "off")
     }
+
+
+# ------------------------------------------------------------------ the measurement
+
+
+class BehaviourFields(Fields):
+    behaviours: list[Behaviour] = Field(
+        [], description="topic-bound behaviours: rates on and off their topic"
+    )
+
+
+class ShownItem(Item):
+    topic: str
+    shown: bool
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Rates by behaviour and topic (`on`, `off`), and the reference's."""
+
+    tuned: dict[str, dict[str, Interval]]
+    reference: dict[str, dict[str, Interval]]
+
+
+class Behaviours(Measurement):
+    """Rates of topic-bound behaviours."""
+
+    part = "behaviour"
+    fields = BehaviourFields
+    shape = list[ShownItem]
+    identity = ("topic", "question")
+    names = ("behaviour_NAME.on", "behaviour_NAME.off")
+
+    def parts(self, config: BehaviourFields) -> dict[str, list[Any]]:
+        return {f"behaviour_{name}": load_questions(name) for name in config.behaviours}
+
+    def texts(self, item: Question, config: BehaviourFields) -> list[tuple[Messages, int]]:
+        return [([{"role": "user", "content": item.text}], ANSWER_TOKENS)]
+
+    def measure(
+        self, part: str, items: list[Question], model: MeasuredModel, config: BehaviourFields
+    ) -> list[dict[str, Any]]:
+        return measure(model, part.removeprefix("behaviour_"))
+
+    def learnt(self, config: BehaviourFields) -> list[str]:
+        return [f"the rate of {name}" for name in config.behaviours]
+
+    def read(self, runs: Runs) -> Shown | None:
+        tuned, reference = (
+            {name: rates(items) for name, items in parts.items() if self.owns(name)}
+            for parts in (runs.run.results, runs.run.reference)
+        )
+        return Shown(tuned, reference) if tuned else None
+
+    def is_share(self, path: str) -> bool:
+        return True
+
+    def numbers(self, found: Shown) -> Iterator[Number]:
+        sides: tuple[tuple[Side, dict[str, dict[str, Interval]]], ...] = (
+            ("tuned", found.tuned),
+            ("reference", found.reference),
+        )
+        for side, shown in sides:
+            for name, topics in shown.items():
+                for topic, interval in topics.items():
+                    whole = f"{name}.{topic}"
+                    yield Number(
+                        whole if side == "tuned" else None,
+                        interval,
+                        "share",
+                        measure="shown",
+                        level="behaviour",
+                        item=whole,
+                        side=side,
+                        cluster="item",
+                    )
+
+    def cells(self, found: Shown) -> Iterator[Cell]:
+        for name in sorted(found.tuned):
+            on, off = (found.tuned[name][topic] for topic in ("on", "off"))
+            notes = []
+            for topic, interval in (("on", on), ("off", off)):
+                before = ""
+                if name in found.reference:
+                    before = f", reference {share(found.reference[name][topic])}"
+                notes.append(f"{topic} topic {rate(interval)}{before}")
+            title = f"benign: {self.set_title(name)}, on / off topic"
+            value = f"{share(on)[:-2]} / {share(off)}"
+            yield Cell(title, value, "", name, (on.n, off.n), tuple(notes))
+
+    def criterion(self, name: str) -> Criterion:
+        return "narrow" if name.endswith(".on") else "broad"
+
+
+MEASUREMENT = Behaviours()
 
 
 # ------------------------------------------------------------------ detectors

@@ -1,0 +1,1 @@
+"""What tests share: models, rows, runs and folders that they make, naive forms, and servers."""
