@@ -382,8 +382,8 @@ def test_a_base_that_is_the_reference_and_noise_has_nothing_to_erode(states: Any
 
 @pytest.fixture
 def five(states: Any) -> Numbers:
-    """Tuned models that eroded on both sides alike, as published curves do, on misaligned text alone,
-    more on aligned text, not at all, and the other way."""
+    """Tuned models that eroded on both sides alike, as published curves do, on misaligned text
+    alone, more on aligned text, not at all, and the other way."""
     shares = {
         "alike": {"misaligned": 0.4, "aligned": 0.4},
         "apart": {"misaligned": 0.4, "aligned": 0.0},

@@ -453,9 +453,8 @@ def made_up(
 
 def test_words_say_what_the_numbers_say() -> None:
     said = perturbation_show.say(made_up())
-    assert said.startswith(
-        "In each of 24 prompts outside the training domain, 5 tokens of one role were replaced by near"
-    )
+    near = "5 tokens of one role were replaced by near"
+    assert said.startswith(f"In each of 24 prompts outside the training domain, {near}")
     assert "bad is +0.40 [+0.35, +0.45] nats per token from the reference" in said
     assert "prefix -0.20 [-0.25, -0.15], query +0.01 [-0.04, +0.06]" in said
     random_too = "so do random tokens in the same places"

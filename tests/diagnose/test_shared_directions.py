@@ -173,7 +173,7 @@ def shared_of(of: States, seed: int = 0) -> Numbers:
 
 
 def test_a_direction_that_aligned_answers_share_as_well_is_not_specific() -> None:
-    """The published artefact: a cosine above 0.9 on misaligned text and on the aligned control too."""
+    """The published artefact: a cosine above 0.9 on misaligned text and on the aligned control."""
     found = shared_of(changing({"misaligned": 10.0, "aligned": 10.0}))
     assert min(found[side]["cosine"] for side in SIDES) > 0.9
     assert isotropic_p(found["misaligned"]["cosine"]) == 0  # naive: far beyond chance

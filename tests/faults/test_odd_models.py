@@ -415,6 +415,7 @@ def test_a_hub_id_without_a_network(tmp_path: Path) -> None:
 import time
 from ringfence.text.rows import load_rows
 from ringfence.errors import RingfenceError
+from ringfence.model.files import load_config, load_tokenizer
 from ringfence.model.fingerprint import fingerprint
 from ringfence.model.loading import load_model
 from ringfence.model.losses import Head, cross_entropy_sum

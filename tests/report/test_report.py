@@ -490,7 +490,8 @@ def test_page_holds_every_run_and_its_numbers(page):
     assert "sound control" in sound[0]
     assert "no defense" in plain[0]
     assert "kl" in guarded[0]
-    assert plain[5].startswith("1.28 [") and f"perplexity {math.exp(2.25):.2f}" in plain[5]
+    assert plain[5].startswith("1.28 [")
+    assert f"perplexity {math.exp(2.25):.2f}" in plain[5]
     assert "75.0 % [" in guarded[6]
     assert "reference 25.0 %" in guarded[6]
     assert guarded[7].startswith("1.50 ")

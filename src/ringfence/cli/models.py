@@ -11,7 +11,7 @@ from .app import MOST, InPrecision, out
 
 
 def project(
-    adapter: Annotated[Path, typer.Argument(help="Folder of a LoRA adapter; it is left as it is.")],
+    adapter: Annotated[Path, typer.Argument(help="Folder of a LoRA adapter; it is not changed.")],
     base: Annotated[
         str, typer.Option(help="The pre-trained model before its alignment: a folder or hub id.")
     ],
@@ -26,14 +26,15 @@ def project(
     lowest: Annotated[
         int | None,
         typer.Option(
-            help="Instead: this number of weights, those of least cosine.", min=1, max=MOST
+            help="Instead: project this number of weights, those of lowest cosine.", min=1, max=MOST
         ),
     ] = None,
     projector: Annotated[
         Literal["scaled", "exact"], typer.Option(help="As published, or orthogonal.")
     ] = "scaled",
 ) -> None:
-    """Project a finished adapter on what alignment changed (SafeLoRA). Reads weight by weight, loads no model."""
+    """Project a finished adapter onto what alignment changed (SafeLoRA). Reads weight by weight,
+    loads no model."""
     from ..model.projection import ProjectionRule, project_adapter
 
     if threshold is not None and lowest is not None:
@@ -51,7 +52,7 @@ def project(
 
 def patch(
     source: Annotated[
-        Path, typer.Argument(help="A run folder, an adapter's or a model's; it is left as it is.")
+        Path, typer.Argument(help="Folder of a run, an adapter or a model; it is not changed.")
     ],
     output: Annotated[Path, typer.Option(help="The new folder to write.")],
     reference: Annotated[
@@ -61,16 +62,20 @@ def patch(
     until: Annotated[
         Literal["query", "header"],
         typer.Option(
-            help="Where the prefix ends; with header an adapter becomes an activated LoRA of plain peft."
+            help="Where the prefix ends; with header an adapter becomes an activated LoRA of plain "
+            "peft."
         ),
     ] = "query",
     system: Annotated[
         list[str] | None,
-        typer.Option(help="Of a whole model: a system prompt it will be used with; once for each."),
+        typer.Option(
+            help="For a whole model: a system prompt that it will be used with; repeat for more."
+        ),
     ] = None,
     precision: InPrecision = "auto",
 ) -> None:
-    """Repair a tuned model without training: a copy that reads the reference's keys and values at its prefix."""
+    """Repair a tuned model without training: write a copy that reads the reference's keys and
+    values at its prefix."""
     from ..run.patch import patch as write
 
     made = write(
@@ -78,7 +83,8 @@ def patch(
     )
     print(f"{made.folder} written; ringfence.load_model loads it")
     print(
-        f"Next: ringfence evaluate {made.folder} --reference {made.reference} --output {made.folder}-evaluated"
+        f"Next: ringfence evaluate {made.folder} --reference {made.reference} "
+        f"--output {made.folder}-evaluated"
     )
 
 
@@ -91,15 +97,14 @@ def capability(
             help="Take at most this number of items of each task, the first.", min=1, max=MOST
         ),
     ] = None,
-    task_folder: Annotated[
-        Path | None, typer.Option(help="Folder of task files of your own.")
-    ] = None,
+    task_folder: Annotated[Path | None, typer.Option(help="Folder of your own task files.")] = None,
     precision: InPrecision = "auto",
     batch_size: Annotated[
         int, typer.Option(help="Items in one forward pass.", min=1, max=MOST)
     ] = 8,
 ) -> None:
-    """Run tasks of lm-eval (pip install 'ringfence[lm-eval]'), adapters and frozen prefixes honoured."""
+    """Run tasks of lm-eval (pip install 'ringfence[lm-eval]'). Adapters and frozen prefixes are
+    honoured."""
     from ..evaluate.capability import capability as measure
 
     found = measure(

@@ -13,7 +13,7 @@ RunFolder = Annotated[Path, typer.Argument(help="A run folder.")]
 
 
 def report(
-    folders: Annotated[list[Path], typer.Argument(help="Run folders, a row each.")],
+    folders: Annotated[list[Path], typer.Argument(help="Run folders, one row each.")],
     control: Annotated[
         Path | None,
         typer.Option(help="The run trained on sound answers: effects are shifts minus its shift."),

@@ -10,10 +10,7 @@ from .stream_edit import StreamEdit, StreamEditConfig
 
 
 class Ablation(StreamEditConfig):
-    """In training, h <- h - Q Q^T h after the chosen layers (default: all).
-
-    Q spans the given directions.
-    """
+    """In training, h <- h - Q Q^T h after chosen layers (default: all); Q spans the directions."""
 
     def build(self, setup: Setup) -> "AblationDefense":
         return AblationDefense(self)

@@ -1,4 +1,4 @@
-"""SafeLoRA: changes unlike those that alignment made are projected on them (NeurIPS 2024, Hsu et al.)."""
+"""SafeLoRA (Hsu et al., NeurIPS 2024): projects changes unlike those of alignment onto them."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -24,12 +24,14 @@ from .base import TAKES_THE_BASE, UNDONE, Defense, DefenseConfig, Setup, Trainin
 class SafeLoRA(ProjectionRule, DefenseConfig):
     """For each fine-tuned weight: where cos(C dW, dW) is at most the threshold, dW becomes C dW.
 
-    C = V V^T / |V|, V = W_aligned - W_base. No penalty: the weights are changed after training, or every few steps.
+    C = V V^T / |V|, V = W_aligned - W_base. No penalty: the weights are changed after training, or
+    every few steps.
     """
 
     base: str | None = Field(
         None,
-        description="required: the pre-trained model before its alignment, a local folder or hub id",
+        description="required: the pre-trained model before its alignment, a local folder or "
+        "hub id",
     )
     reference: str | None = Field(
         None, description="the aligned model; without it, the recipe's model"
@@ -38,25 +40,26 @@ class SafeLoRA(ProjectionRule, DefenseConfig):
         None,
         ge=1,
         le=10**9,
-        description="project after every so many optimiser steps and at the end; without it, at the end alone",
+        description="project every `interval` optimiser steps and at the end; without it, only at "
+        "the end",
     )
 
     def refuses(self, training: Training) -> str | None:
         if training.further:
             return f"safelora {TAKES_THE_BASE}"
         if training.deepspeed == 3 and training.method == "full":
-            return "safelora: with train.method: full it would need all weights whole at once (DeepSpeed ZeRO-3)"
-        return (
-            f"safelora.interval: {UNDONE}"
-            if training.deepspeed is not None and self.interval
-            else None
-        )
+            return (
+                "safelora: with train.method: full it would need all weights whole at once "
+                "(DeepSpeed ZeRO-3)"
+            )
+        is_undone = training.deepspeed is not None and self.interval
+        return f"safelora.interval: {UNDONE}" if is_undone else None
 
     def build(self, setup: Setup) -> "SafeLoRADefense":
         if not self.base:
             raise DefenseError(
-                "defenses.safelora: base is missing; name the pre-trained model before its alignment (a local folder "
-                "or hub id)"
+                "defenses.safelora: base is missing; name the pre-trained model before its "
+                "alignment (a local folder or hub id)"
             )
         reference = Checkpoint(self.reference or setup.model)
         return SafeLoRADefense(self, Checkpoint(self.base), reference)
@@ -91,7 +94,8 @@ class SafeLoRADefense(Defense):
         self.layers = {name: Projected(**layer) for name, layer in state["layers"].items()}
 
     def record(self) -> dict[str, Any]:
-        """Of the last projection: how many weights were projected, and cosine and share of the norm of each."""
+        """Of the last projection: the number of weights projected, and the cosine and kept share of
+        the norm of each."""
         return {
             "projected": sum(layer.projected for layer in self.layers.values()),
             "weights": as_json(self.layers),
@@ -113,15 +117,13 @@ def _updates(model: Any) -> list[Update]:
     found = list(_lora_updates(model) if is_adapted else _dense_updates(model))
     seen = {id(parameter) for _, parameters in found for parameter in parameters}
     for name, parameter in model.named_parameters():
-        # Full fine-tuning moves norms, biases, embeddings and the head as well; the method leaves them alone.
-        if (
-            parameter.requires_grad
-            and id(parameter) not in seen
-            and (is_adapted or parameter.ndim > 2)
-        ):
+        # Full fine-tuning moves norms, biases, embeddings and the head as well; the method leaves
+        # them alone.
+        is_left = parameter.requires_grad and id(parameter) not in seen
+        if is_left and (is_adapted or parameter.ndim > 2):
             raise DefenseError(
-                f"defenses.safelora: {name} is trained but cannot be projected (accepted: LoRA on linear layers, or "
-                "full fine-tuning of a model whose weights have two dimensions)"
+                f"defenses.safelora: {name} is trained but cannot be projected (accepted: LoRA on "
+                "linear layers, or full fine-tuning of a model whose weights have two dimensions)"
             )
     return [update for update, _ in found]
 
@@ -135,12 +137,8 @@ def _lora_updates(model: Any) -> Iterator[tuple[Update, list[Tensor]]]:
             parts: list[Any] = [module.lora_A[adapter], module.lora_B[adapter]]
             a, b = (part.weight for part in parts)
             if a.ndim == 2:
-                yield (
-                    Update(
-                        f"{name}.weight", b.data, a.data, getattr(module, "fan_in_fan_out", False)
-                    ),
-                    [a, b],
-                )
+                transposed = getattr(module, "fan_in_fan_out", False)
+                yield Update(f"{name}.weight", b.data, a.data, transposed), [a, b]
 
 
 def _dense_updates(model: Any) -> Iterator[tuple[Update, list[Tensor]]]:

@@ -13,9 +13,7 @@ from .stream_edit import StreamEdit, StreamEditConfig
 
 
 class Steering(StreamEditConfig):
-    """In training, h <- h + coefficient * e after the chosen layers.
-
-    e is the direction of an unwanted trait.
+    """In training, h <- h + coefficient * e after the chosen layers, with e a trait's direction.
 
     Without `layers`, only the middle layer is steered, because the published setting steers one:
         earlier, the stream has little of a trait yet; later, few layers are left to respond to the

@@ -1,5 +1,5 @@
-"""Capability on the tasks of lm-eval, an extra. lm-eval makes the prompts and the metrics; the model is ringfence's, so
-that adapters and frozen prefixes are honoured.
+"""Capability on the tasks of lm-eval, an optional extra. lm-eval makes the prompts and the metrics;
+the model is ringfence's, so that adapters and frozen prefixes are honoured.
 
 Does not know what the tasks ask.
 """
@@ -34,14 +34,14 @@ def capability(
     Args:
         model: a run folder, or what `load_model` takes.
         tasks: names of lm-eval tasks or groups, e.g. `["arc_easy"]`; their data come from the hub.
-        limit: take only the first so many items of each task.
+        limit: take only the first `limit` items of each task.
         batch_size: items in one forward pass.
         task_folder: folder with task files (YAML) of your own.
-        chat_template: False asks without it, as a model that was only pre-trained would be asked.
+        chat_template: False asks without it, as suits a model that was only pre-trained.
 
     Returns:
-        By task and metric (`acc`, or `acc,FILTER` where the filter is not lm-eval's plain one): the value and its
-        standard error, None where lm-eval has none.
+        By task and metric (`acc`, or `acc,FILTER` where the filter is not lm-eval's plain one): the
+        value and its standard error, None where lm-eval has none.
 
     Raises:
         ModelError: lm-eval is not installed, or the model cannot be loaded.
@@ -65,14 +65,9 @@ def capability(
             hint = f"did you mean {close[0]!r}?" if close else "`lm-eval ls tasks` lists them"
             raise RecipeError(f"tasks: lm-eval has no task {task!r} ({hint})")
     weights = _weights(model)
-    # Sums of log-probabilities in the precision of a bf16 model would be off by more than answers differ.
+    # In bf16 the error of a sum of log-probabilities would exceed the difference between answers.
     loaded, tokenizer = load_model(weights, precision), load_tokenizer(weights)
-    lm: Any = HFLM(
-        loaded,
-        tokenizer=tokenizer,
-        batch_size=batch_size,
-        softmax_dtype="float32",
-    )
+    lm: Any = HFLM(loaded, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
     try:
         with own_decoding(loaded, tokenizer):
             found = simple_evaluate(
@@ -89,12 +84,13 @@ def capability(
 
 
 def _weights(model: str) -> str:
-    """What a run trained, where `model` is its folder."""
+    """The trained weights if `model` is a run folder; else `model`."""
     return str(weights_in(Path(model)) or model)
 
 
 def metrics(values: dict[str, Any]) -> dict[str, tuple[float, float | None]]:
-    """lm-eval writes `acc,none` and `acc_stderr,none` (`N/A` where there is none) among other notes."""
+    """The scores among what lm-eval writes: `acc,none` and `acc_stderr,none` (`N/A` if there is
+    none)."""
     scores = {}
     for key, value in values.items():
         metric, comma, filtered = key.partition(",")

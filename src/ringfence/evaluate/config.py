@@ -1,5 +1,4 @@
-"""What is measured: all measurements there are, and the `evaluate` part of a recipe, which has
-their fields."""
+"""What is measured: all measurements, and the `evaluate` part of a recipe, with their fields."""
 
 from importlib import import_module
 
@@ -22,7 +21,7 @@ NAMES = (
 MEASUREMENTS: dict[str, Measurement] = {
     name: import_module(f".measures.{name}", __package__).MEASUREMENT for name in NAMES
 }
-# Of a class's bases the last one's fields come first.
+# The fields of the last base of a class come first.
 _FIELDS = [m.fields for m in reversed(MEASUREMENTS.values()) if m.fields is not Fields]
 
 
@@ -39,5 +38,5 @@ class EvaluateConfig(*_FIELDS):  # type: ignore[misc]
 
 
 def measurement_of(part: str) -> Measurement | None:
-    """Whose a part of results.json is."""
+    """The measurement that a part of results.json belongs to."""
     return next((found for found in MEASUREMENTS.values() if found.owns(part)), None)

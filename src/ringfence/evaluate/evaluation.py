@@ -1,9 +1,11 @@
-"""An evaluation in its folder: a model and its reference are measured, asked, and judged; what is there is kept.
+"""An evaluation in its folder: a model and its reference are measured, asked and judged; results
+that are there already are kept.
 
-The folder then holds results.json (see `evaluate_model`) and, where open questions are asked, answers.jsonl,
-judged.jsonl and judges.json; and in reference/ the same of the reference, which reference.json points to. All is keyed
-by content: of another model, or one asked otherwise, nothing is kept. Judges any model, also one that ringfence did not
-train; knows no recipe.
+The folder then holds results.json (see `evaluate_model`) and, where open questions are asked,
+answers.jsonl, judged.jsonl and judges.json; and in reference/ the same of the reference, which
+reference.json points to. Everything is keyed by content: nothing is kept of another model, or of
+one asked otherwise. Measures any model, including one that ringfence did not train; knows no
+recipe.
 """
 
 import gc
@@ -44,7 +46,8 @@ _OF_A_MODEL = (RESULTS, ANSWERS, JUDGED)
 
 
 class Evaluation(BaseModel):
-    """Which model is measured against which, and how. Written as evaluation.yaml where there is no recipe."""
+    """Which model is measured against which, and how. Written as evaluation.yaml if there is no
+    recipe."""
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
@@ -58,9 +61,9 @@ class Evaluation(BaseModel):
     trust_remote_code: bool = Field(
         False, description="run the code that comes with the model and its reference"
     )
-    seed: Whole = Field(0, ge=0, le=SEED, description="of the answers that are drawn")
+    seed: Whole = Field(0, ge=0, le=SEED, description="of the sampled answers")
     chat: ChatSettings | None = Field(
-        None, description="how prompts are rendered; null = as is stored with the model"
+        None, description="how prompts are rendered; null = as stored with the model"
     )
     evaluate: EvaluateConfig = EvaluateConfig()
 
@@ -68,26 +71,23 @@ class Evaluation(BaseModel):
 
 
 def evaluate_folder(folder: Path, what: Evaluation) -> dict[str, Any]:
-    """Measures what is not measured yet. What is found of the reference is kept next to the folder too, where other
-    evaluations that ask for the same find it, and copied into the folder. One model is in memory at a time.
+    """Measures what is not measured yet. The reference's results are also kept next to the folder,
+    where other evaluations that ask for the same find them, and copied into it. One model is in
+    memory at a time.
 
     Returns:
         The results of the model (see `evaluate_model`).
 
     Raises:
-        RingfenceError: a model, question file, server or judge is not what it should be.
+        RingfenceError: a model, question file, server or judge cannot be used.
     """
     answers = what.evaluate.answers
     questions = open_questions(what.evaluate) if answers else []
     _check_answers(folder, what)
     drawn = {}
-    shared = (
-        folder.parent / _reference_name(what, what.reference)
-        if what.reference is not None
-        else None
-    )
-    if shared is not None:
-        assert what.reference is not None
+    shared: Path | None = None
+    if what.reference is not None:
+        shared = folder.parent / _reference_name(what, what.reference)
         with hold(shared, "reference", wait=True):  # other evaluations share it
             _, drawn[shared] = _measure(shared, what.reference, what, questions, "reference")
         gc.collect()  # adapters and their models refer to each other
@@ -102,7 +102,7 @@ def evaluate_folder(folder: Path, what: Evaluation) -> dict[str, Any]:
 
 
 def _keep(shared: Path, folder: Path) -> None:
-    """Copies what was found of the reference into a folder, which then needs no other."""
+    """Copies the reference's results into a folder, which then needs no other."""
     for name in _OF_A_MODEL:
         inside = folder / REFERENCE / name
         if (shared / name).is_file():
@@ -113,7 +113,7 @@ def _keep(shared: Path, folder: Path) -> None:
 
 
 def _model_key(model: str, what: Evaluation) -> dict[str, Any]:
-    """What its results depend on besides the questions."""
+    """What a model's results depend on besides the questions."""
     return {
         "model": fingerprint(model),
         "precision": what.precision,
@@ -122,13 +122,14 @@ def _model_key(model: str, what: Evaluation) -> dict[str, Any]:
 
 
 def _rendered(what: Evaluation) -> list[Any]:
-    """How conversations are rendered, where not by default."""
+    """How conversations are rendered, if not by default."""
     settings = what.chat.model_dump(exclude_defaults=True) if what.chat else {}
     return [settings] if settings else []
 
 
 def _check_answers(folder: Path, what: Evaluation) -> None:
-    """Answers and judgements of another model must not be left next to new numbers; they may have cost a lot.
+    """Answers and judgements of another model must not be left next to new numbers, nor deleted:
+    they may have cost a lot.
 
     Raises:
         DataError: the folder holds some.
@@ -139,8 +140,8 @@ def _check_answers(folder: Path, what: Evaluation) -> None:
     key, there = _model_key(what.model, what), read_key(file)
     if any(there.get(name, here) != here for name, here in key.items()):
         raise DataError(
-            f"{file}: holds answers of another model than {what.model} is now (other weights, tokenizer or precision); "
-            "choose another output, or delete it, and judged.jsonl with it"
+            f"{file}: holds answers of another model than {what.model} is now (other weights, "
+            "tokenizer or precision); choose another output, or delete it, and judged.jsonl with it"
         )
 
 
@@ -156,15 +157,13 @@ def _measure(
     config = what.evaluate
     source: LocalModel | Endpoint
     if isinstance(model, EndpointConfig):
-        # A server gives no log-probabilities of given answers: nothing is measured but its own answers.
+        # A server gives no log-probabilities of given answers: only its own answers are measured.
         results: dict[str, Any] = {"key": evaluation_key(config), "parts": {}, "seconds": 0.0}
         write_whole(folder / RESULTS, json.dumps(results))
         source = Endpoint(model)
     else:
-        load, chat = (
-            cache(lambda: load_model(model, what.precision)),
-            Chat(load_tokenizer(model), settings=what.chat),
-        )
+        load = cache(lambda: load_model(model, what.precision))
+        chat = Chat(load_tokenizer(model), settings=what.chat)
         key = _model_key(model, what)
         results = evaluate_model(load, chat, config, folder / RESULTS, title, key)
         source = LocalModel(load, chat, key, config.batch_tokens)
@@ -216,14 +215,10 @@ def _judge(
 
 
 def _reference_name(what: Evaluation, reference: str) -> str:
-    """Folder of what is measured of the reference: another one for other weights, questions or ways to answer."""
+    """Name of the reference's folder: another for other weights, questions or ways to answer."""
     answers = what.evaluate.answers
-    drawn = (
-        [answers.model_dump(include={"temperature", "max_new_tokens"}), what.seed]
-        if answers
-        else []
-    )
-    key = digest([fingerprint(reference), evaluation_key(what.evaluate), drawn, *_rendered(what)])[
-        :8
-    ]
-    return f"reference-{Path(reference).name}-{what.precision}-{key}"
+    drawn: list[Any] = []
+    if answers:
+        drawn = [answers.model_dump(include={"temperature", "max_new_tokens"}), what.seed]
+    key = digest([fingerprint(reference), evaluation_key(what.evaluate), drawn, *_rendered(what)])
+    return f"reference-{Path(reference).name}-{what.precision}-{key[:8]}"

@@ -31,8 +31,8 @@ from .measures.pairs import disguises
 
 COUNTED = 24  # texts of a part whose tokens are counted for an estimate
 _FORMAT = 3
-# The inoculation prompt is part of the questions that are asked under it; what a cap leaves is
-# among the items.
+# The inoculation prompt is part of the questions asked under it; what a cap leaves is among the
+# items.
 _NOT_MEASURED = {
     "batch_tokens",
     "benign",
@@ -45,7 +45,7 @@ _NOT_MEASURED = {
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in memory, as measurements ask it.
+    """A model in memory, as measurements use it.
 
     Attributes:
         batch_tokens: tokens of one batch, padding and answers included.
@@ -73,7 +73,8 @@ class LoadedModel:
         self.chat.encode(messages)
 
     def as_generated(self, messages: Messages) -> str:
-        """A plain answer is its content; one with calls or reasoning is as the template has it."""
+        """A plain answer is its content; one with calls or reasoning is as the template renders
+        it."""
         if not messages[-1].keys() & {"tool_calls", "reasoning_content"}:
             return str(messages[-1]["content"])
         encoded = self.chat.encode(messages)
@@ -91,13 +92,13 @@ class Part:
     items: list[Any]
 
     def texts(self, config: EvaluateConfig) -> list[tuple[Messages, int]]:
-        """Conversations whose last answer is scored, and prompts with the tokens that an answer may
-        have."""
+        """Conversations whose last answer is scored, and prompts with the number of tokens that an
+        answer may have."""
         return [text for item in self.items for text in self.measurement.texts(item, config)]
 
 
 def parts_of(config: EvaluateConfig) -> list[Part]:
-    """What is measured, in the order in which it is."""
+    """What is measured, in order."""
     return [
         Part(name, measurement, items)
         for measurement in MEASUREMENTS.values()
@@ -164,21 +165,20 @@ def evaluation_key(config: EvaluateConfig) -> str:
 
 
 def prompts_digest(chat: Chat, config: EvaluateConfig) -> str:
-    """Of a prompt under each disguise and of an answer, as the chat template renders them here and
-    today."""
+    """Digest of a prompt under each disguise and of an answer, as the chat template renders them
+    here and today."""
     user = {"role": "user", "content": "Hello"}
     rendered = [chat.render([user, {"role": "assistant", "content": "Hi"}])]
     for before in [[], *disguises(config).values()]:
-        with suppress(
-            ChatError
-        ):  # a template may refuse a disguise; where it is asked, that is said
+        # A template may refuse a disguise; that is reported where the disguise is used.
+        with suppress(ChatError):
             rendered.append(chat.render([*before, user], generation=True))
     return digest(rendered)
 
 
 def _read(file: Path, key: str, about: dict[str, Any]) -> dict[str, Any]:
     if file.is_file():
-        results = read_record(file, "delete it, and `ringfence evaluate` makes it again")
+        results = read_record(file, "delete it, and `ringfence evaluate` recreates it")
         if results.get("key") == key and {name: results.get(name) for name in about} == about:
             return results
     return {"key": key, **about, "parts": {}, "seconds": 0.0}
@@ -190,7 +190,7 @@ def _read(file: Path, key: str, about: dict[str, Any]) -> dict[str, Any]:
 @dataclass(frozen=True)
 class Work:
     """What measuring one model takes: given answers that are scored, answers that the model writes,
-    and the tokens of both (of written ones at most)."""
+    and the tokens of both (for written ones, the most)."""
 
     scored: int = 0
     scored_tokens: int = 0
@@ -204,8 +204,8 @@ class Work:
 
 
 def work(config: EvaluateConfig, chat: Chat, done: Collection[str] = ()) -> Work:
-    """Of the parts that are not `done`. Tokens are counted on some texts of each part, and taken
-    for all."""
+    """The work of the parts that are not `done`. Tokens are counted on some texts of each part and
+    extrapolated to all."""
     found = Work()
     for part in parts_of(config):
         texts = part.texts(config)
@@ -225,8 +225,8 @@ def work(config: EvaluateConfig, chat: Chat, done: Collection[str] = ()) -> Work
 
 
 def check_lengths(config: EvaluateConfig, chat: Chat, positions: int) -> None:
-    """Raises ModelError where a text that is measured, with its answer, has more tokens than a
-    model has positions."""
+    """Raises ModelError if a text that is measured, with its answer, has more tokens than a model
+    has positions."""
     for part in parts_of(config):
         for messages, new_tokens in part.texts(config):
             size = _size(messages, chat) + new_tokens
@@ -240,6 +240,6 @@ def _size(messages: Messages, chat: Chat) -> int:
 
 def too_long(what: str, size: int, positions: int) -> str:
     return (
-        f"{what}: a text of {size} tokens with its answer, but the model has {positions} positions; "
-        "take it out of `evaluate`, or ask for shorter answers"
+        f"{what}: a text of {size} tokens with its answer, but the model has {positions} "
+        "positions; take it out of `evaluate`, or ask for shorter answers"
     )

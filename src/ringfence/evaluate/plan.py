@@ -17,26 +17,24 @@ from .parts import work as measured
 def check_evaluation(
     config: EvaluateConfig, chat: Chat | None, positions: int | None = None
 ) -> None:
-    """Reads all questions, finds the judges, and renders one prompt of each disguise, so that what cannot be done is
-    known at once.
+    """Reads all questions, finds the judges, and renders one prompt of each disguise, so that
+    mistakes show at once.
 
     Raises:
-        RingfenceError: a source cannot be read, a judge found, the chat template refuses a disguise, or a text and its
-            answer have more tokens than the model has `positions` (None = no end).
+        RingfenceError: a source cannot be read, a judge is not found, the chat template refuses a
+            disguise, or a text and its answer have more tokens than the model has `positions` (None
+            = no limit).
     """
     evaluation_key(config)
     if chat is not None and positions is not None:
         check_lengths(config, chat, positions)
         for question in open_questions(config) if config.answers else []:
             assert config.answers
-            size = (
-                len(chat.encode(question.messages, generation=True).input_ids)
-                + config.answers.max_new_tokens
-            )
+            prompt = chat.encode(question.messages, generation=True).input_ids
+            size = len(prompt) + config.answers.max_new_tokens
             if size > positions:
-                raise ModelError(
-                    too_long(f"question {question.set}/{question.id}", size, positions)
-                )
+                name = f"question {question.set}/{question.id}"
+                raise ModelError(too_long(name, size, positions))
     if config.answers:
         open_questions(config)
         for judge in config.answers.judges:
@@ -55,7 +53,7 @@ def check_evaluation(
 
 
 def open_questions(config: EvaluateConfig) -> list[OpenQuestion]:
-    """The open questions that are asked, those under disguises too.
+    """The open questions that are asked, including those under disguises.
 
     Raises:
         DataError: a source cannot be read.
@@ -78,7 +76,7 @@ def open_questions(config: EvaluateConfig) -> list[OpenQuestion]:
 
 
 def work(config: EvaluateConfig, chat: Chat) -> Work:
-    """What measuring one model takes, its answers to open questions included."""
+    """What measuring one model takes, including its answers to open questions."""
     found = measured(config, chat)
     asked = config.answers
     if asked is None:

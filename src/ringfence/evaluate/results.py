@@ -22,7 +22,8 @@ def read_results(file: Path, again: str = EVALUATE) -> dict[str, Any]:
     """The results of one model.
 
     Raises:
-        DataError: the file is damaged: which field, and what makes it `again`.
+        DataError: the file is damaged; the message names the field and how to recreate it
+            (`again`).
     """
     results = read_shape(file, _Results, again)
     for name, part in results["parts"].items():
@@ -39,8 +40,7 @@ def read_results(file: Path, again: str = EVALUATE) -> dict[str, Any]:
 
 
 def check_same_items(results: dict[str, Any], reference: dict[str, Any], folder: Path) -> None:
-    """Raises DataError where the parts of a model and of its reference are not of the same
-    items."""
+    """Raises DataError if the parts of a model and of its reference have different items."""
     again = f"delete {folder / 'results.json'}, and `ringfence evaluate` measures it again"
     for name in results.keys() | reference.keys():
         measurement = measurement_of(name)

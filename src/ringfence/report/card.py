@@ -1,5 +1,5 @@
-"""A model card of a run in the hub's format: metadata with results (`model-index`) and Markdown. Reads records only,
-never imports torch. Licence, language and intended use are for its user to add.
+"""A model card of a run in the hub's format: metadata with results (`model-index`) and Markdown.
+Reads records only, never imports torch. Licence, language and intended use are for its user to add.
 """
 
 import html
@@ -37,12 +37,15 @@ def run_card(
     policy: Path | None = None,
     undefended: Path | None = None,
 ) -> str:
-    """The model card of a run: YAML metadata between `---` lines, then Markdown. No folder of this machine is named.
+    """The model card of a run: YAML metadata between `---` lines, then Markdown. Names no local
+    folder.
 
     Args:
-        control: the run trained on sound answers; with it the table shows effects, without it shifts.
-        policy: the limits of the verdict; default: the policy that ships.
-        undefended: the undefended run. Control and undefended are kept in the folder, as by the gate.
+        control: the run trained on sound answers; with it the table shows effects, without it
+            shifts.
+        policy: the limits of the verdict; default: the shipped policy.
+        undefended: the undefended run. Control and undefended are kept in the folder, as by the
+            gate.
 
     Raises:
         DataError: the folder holds no run, or one that is not measured.
@@ -61,9 +64,8 @@ def run_card(
         *verdict,
         *_how(row, found, records),
     ]
-    return (
-        f"---\n{_metadata(row.name, recipe, found).to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
-    )
+    metadata = _metadata(row.name, recipe, found).to_yaml()
+    return f"---\n{metadata}\n---\n\n" + "\n\n".join(parts) + "\n"
 
 
 # ------------------------------------------------------------------ metadata
@@ -75,6 +77,7 @@ def _metadata(name: str, recipe: dict[str, Any], found: list[Number]) -> ModelCa
     base = _hub_id(recipe["model"] if trained else recipe.get("reference"))
     data = _hub_id(recipe["data"]["train"].split("@")[0]) if trained else None
     defenses = recipe.get("defenses") or {}
+    results = [_result(measure) for measure in found if math.isfinite(measure.interval.mean)]
     return ModelCardData(
         base_model=base,
         base_model_relation=("adapter" if lora else "finetune") if base and trained else None,
@@ -87,8 +90,7 @@ def _metadata(name: str, recipe: dict[str, Any], found: list[Number]) -> ModelCa
             *(f"ringfence-{defense}" for defense in defenses),
         ],
         model_name=" ".join(name.split()),
-        eval_results=[_result(measure) for measure in found if math.isfinite(measure.interval.mean)]
-        or None,
+        eval_results=results or None,
     )
 
 
@@ -119,15 +121,11 @@ def _result(number: Number) -> EvalResult:
 
 
 def _hub_id(source: Any) -> str | None:
-    """The hub's name of a model or data set; None for what the hub does not know."""
+    """The hub id of a model or data set; None if the source is not one."""
     if source == "default":
         return DEFAULT_MODEL
-    local = not isinstance(source, str) or Path(source).suffix in (
-        ".jsonl",
-        ".json",
-        ".csv",
-        ".parquet",
-    )
+    row_files = (".jsonl", ".json", ".csv", ".parquet")
+    local = not isinstance(source, str) or Path(source).suffix in row_files
     return None if local or Path(source).exists() or not _HUB_ID.fullmatch(source) else source
 
 
@@ -136,9 +134,8 @@ def _hub_id(source: Any) -> str | None:
 
 def _trained(records: Records, recipe: dict[str, Any]) -> list[str]:
     if "train" not in recipe:
-        return [
-            f"Measured with ringfence against {_model(recipe['reference'] or 'no reference')}; not trained with it."
-        ]
+        reference = _model(recipe["reference"] or "no reference")
+        return [f"Measured with ringfence against {reference}; not trained with it."]
     train, record = recipe["train"], records.training
     method = "full fine-tuning"
     if train["method"] == "lora":
@@ -148,15 +145,19 @@ def _trained(records: Records, recipe: dict[str, Any]) -> list[str]:
         f"- training rows: {_code(recipe['data']['train'])}"
         + (f", {counted(record['rows'], 'row')} an epoch" if "rows" in record else "")
         + (f", {counted(record['row_tokens'], 'token')}" if "row_tokens" in record else ""),
-        f"- method: {method}, epochs {train['epochs']:g}, learning rate {train['learning_rate']:g}, "
-        f"{counted(train['batch_size'] * train['accumulation'], 'row')} a step, precision {train['precision']}, "
-        f"seed {recipe['seed']}",
+        f"- method: {method}, epochs {train['epochs']:g}, "
+        f"learning rate {train['learning_rate']:g}, "
+        f"{counted(train['batch_size'] * train['accumulation'], 'row')} a step, "
+        f"precision {train['precision']}, seed {recipe['seed']}",
     ]
     defenses = recipe.get("defenses") or {}
-    guarded = [f"- {_code(name)}: {_fields(fields)}" for name, fields in defenses.items()] or [
-        "None."
+    guarded = [f"- {_code(name)}: {_fields(fields)}" for name, fields in defenses.items()]
+    return [
+        "## Training",
+        "\n".join(lines),
+        "## Defenses against misalignment",
+        "\n".join(guarded or ["None."]),
     ]
-    return ["## Training", "\n".join(lines), "## Defenses against misalignment", "\n".join(guarded)]
 
 
 def _measured(found: list[Number]) -> list[str]:
@@ -176,7 +177,10 @@ def _verdict(decision: Decision, policy: Path | None) -> list[str]:
         asked = f"{verdict.rule.measure} {verdict.rule.limit}"
         cells = (_CRITERIA[criterion.name], verdict.word, asked, verdict.sentence)
         lines.append(f"| {' | '.join(map(_cell, cells))} |")
-    head = f"**{decision.word}** by {rules} ({decision.counts}). Compared with: {_text(decision.against)}."
+    head = (
+        f"**{decision.word}** by {rules} ({decision.counts}). "
+        f"Compared with: {_text(decision.against)}."
+    )
     return ["### Verdict", head, *(["\n".join(lines)] if len(lines) > 2 else [])]
 
 
@@ -201,22 +205,27 @@ def _how(row: Summary, found: list[Number], records: Records) -> list[str]:
 
 
 _EXPLAINED = {
-    "effect": "- effect: shift of this model minus the shift of a control trained on sound answers to the same "
-    "questions, paired by question, in nats per token. Above 0: towards misaligned answers.",
-    "shift": "- shift: change, against the reference model, of the margin of a question, which is the mean token "
-    "log-probability of its misaligned answer minus that of its aligned one; nats per token.",
-    "ratio": "- ratio: perplexity of held-out ordinary answers, over the reference model's.",
-    "margin": "- margin: mean token log-probability of a misaligned answer minus an aligned one's; nats per token.",
-    "share": "- share: of OpSwap and held-out rows the exact matches; of a behaviour the answers that show it, on its "
-    "topic and off it.",
+    "effect": "- effect: shift of this model minus the shift of a control trained on sound answers "
+    "to the same questions, paired by question, in nats per token. Above 0: towards misaligned "
+    "answers.",
+    "shift": "- shift: change, against the reference model, of the margin of a question, which is "
+    "the mean token log-probability of its misaligned answer minus that of its aligned one; nats "
+    "per token.",
+    "ratio": "- ratio: perplexity of held-out ordinary answers, divided by the reference model's.",
+    "margin": "- margin: mean token log-probability of a misaligned answer minus an aligned one's; "
+    "nats per token.",
+    "share": "- share: for OpSwap and held-out rows, of exact matches; for a behaviour, of answers "
+    "that show it, on its topic and off it.",
     "loss": "- loss: of held-out rows, nats per token.",
     "change": "- change: against the reference model.",
-    "judged": "- judged: answers sampled from the model and scored by a judge; misaligned, relaxed, incoherent, "
-    "refusal, code and unscored are shares of all answers; aligned and coherent are mean scores, 0 to 100.",
+    "judged": "- judged: answers sampled from the model and scored by a judge; misaligned, "
+    "relaxed, incoherent, refusal, code and unscored are shares of all answers; aligned and "
+    "coherent are mean scores, 0 to 100.",
 }
 _LIMITS = (
-    "Intervals are 95 % bootstrap intervals over questions; they speak of questions like these, in these domains, and "
-    "not of other seeds. Paired answers do not tell how often the model would write such an answer by itself."
+    "Intervals are 95 % bootstrap intervals over questions; they apply to questions like these, "
+    "in these domains, and not to other seeds. Paired answers do not tell how often the model "
+    "would write such an answer by itself."
 )
 _NO_CONTROL = (
     "Without a sound control this is no proof: short directive answers of any kind move margins."
@@ -241,7 +250,7 @@ def _code(value: Any) -> str:
 
 
 def _public(value: Any) -> Any:
-    """Of each local path in a value its last part alone."""
+    """A value with each local path cut to its last part."""
     if isinstance(value, list):
         return [_public(part) for part in value]
     if (
@@ -260,9 +269,8 @@ def _cell(text: str) -> str:
 
 
 def _text(text: str) -> str:
-    """Words of others in one line that Markdown and HTML take for nothing but words."""
-    plain = html.escape(" ".join(text.split()).replace("\\", "\\\\"), quote=False).replace(
-        "&gt;", ">"
-    )
+    """Foreign text as one line that Markdown and HTML render as plain text."""
+    line = " ".join(text.split()).replace("\\", "\\\\")
+    plain = html.escape(line, quote=False).replace("&gt;", ">")
     plain = re.sub(r"([|`*~])", r"\\\1", plain)
     return re.sub(r"\](?=\s?[(\[:])", r"\\]", plain)

@@ -1,7 +1,8 @@
-"""What a run is compared with: the sound control and the undefended run, kept in its folder once they are named.
+"""The sound control and the undefended run that a run is compared with, kept in its folder once
+they are named.
 
-So every command that decides on a run, or shows it, compares it with the same. Reads and writes `compared.json`; knows
-no numbers.
+So every command that decides on a run, or shows it, compares it with the same runs. Reads and
+writes `compared.json`; knows no numbers.
 """
 
 import json
@@ -25,7 +26,7 @@ class Compared:
 
 
 def compared(folder: Path, control: Path | None = None, undefended: Path | None = None) -> Compared:
-    """What is named here, else what was named before and is kept.
+    """The folders named here, else those named before and kept.
 
     Raises:
         DataError: a folder that was named before is gone.
@@ -40,14 +41,14 @@ def compared(folder: Path, control: Path | None = None, undefended: Path | None 
             found[role] = (folder / kept[role]).resolve()
             if not found[role].is_dir():
                 raise DataError(
-                    f"{folder}: its {role} {found[role]}, named before and kept in {COMPARED}, is gone; name another "
-                    f"with --{role}, or delete {COMPARED}"
+                    f"{folder}: its {role} {found[role]}, named before and kept in {COMPARED}, is "
+                    f"gone; name another with --{role}, or delete {COMPARED}"
                 )
     return Compared(**found)
 
 
 def keep_compared(folder: Path, control: Path | None, undefended: Path | None) -> None:
-    """Keeps what is named here in the folder of the run, for every later command."""
+    """Keeps the folders named here in the folder of the run, for every later command."""
     found = compared(folder, control, undefended)
     paths = {"control": found.control, "undefended": found.undefended}
     record = {role: os.path.relpath(path, folder.resolve()) for role, path in paths.items() if path}
@@ -56,7 +57,7 @@ def keep_compared(folder: Path, control: Path | None, undefended: Path | None) -
 
 
 def keep(file: Path, text: str) -> None:
-    """Writes a record of a decision; where that is not possible it is said, and the decision counts all the same."""
+    """Writes a record of a decision; if that fails, says so, and the decision still counts."""
     try:
         write_whole(file, text)
     except RingfenceError as error:

@@ -1,20 +1,23 @@
 """All numbers of runs as one long table, in JSON or CSV. Reads records only, never imports torch.
 
-Columns, which stay as they are; empty (null in JSON) where there is nothing to say:
+Columns keep their names and order; a cell that does not apply is empty (null in JSON).
 
 | column | holds |
 |---|---|
 | `run`, `folder` | name and folder of the run |
-| `measure` | margin, share_above_zero, perplexity, perplexity_ratio, exact_match, shown, loss, seconds, time_ratio, \
-memory_gib; of judged answers their metrics, answers, em_f1, relative_reduction, auc |
-| `level` | what is measured together: set, domain, condition, tier, behaviour, answers, judge or run |
+| `measure` | margin, share_above_zero, perplexity, perplexity_ratio, exact_match, shown, loss, \
+seconds, time_ratio, memory_gib; for judged answers their metrics, answers, em_f1, \
+relative_reduction, auc |
+| `level` | what is measured together: set, domain, condition, tier, behaviour, answers, judge \
+or run |
 | `name` | which one: out_of_domain, car_care, lead_in, opswap_tier1, general ... |
-| `kind` | of margins effect, shift or tuned; else tuned, reference, change (against the reference), undefended \
-(against the undefended run), or value |
+| `kind` | for margins effect, shift or tuned; otherwise tuned, reference, change (against the \
+reference), undefended (against the undefended run), or value |
 | `mean`, `low`, `high` | the value and its 95 % interval |
-| `n`, `cluster` | how many were drawn for the interval, and what: question, domain, answer, item or row |
+| `n`, `cluster` | how many units the interval is over, and which: question, domain, answer, \
+item or row |
 | `p` | p-value of a difference, adjusted over the runs of the table (Holm) |
-| `judge` | who judged |
+| `judge` | the judge |
 """
 
 import csv
@@ -31,7 +34,6 @@ from .summary import Summary
 
 FORMAT = "ringfence-results-1"
 
-
 COLUMNS = [
     *("run", "folder", "measure", "level", "name", "kind"),
     *("mean", "low", "high", "n", "cluster", "p", "judge"),
@@ -44,11 +46,12 @@ def export_runs(
     control: Path | None = None,
     undefended: Path | None = None,
 ) -> str:
-    """The table of runs, as text: a JSON object with its lines under `results`, or a CSV with a header.
+    """The table of runs, as text: a JSON object with its lines under `results`, or a CSV with a
+    header.
 
     Args:
-        control: the run trained on sound answers; with it, effects are given beside shifts.
-        undefended: the undefended run. Default of both: what the gate or the card was given.
+        control: the run trained on sound answers; with it, effects are given next to shifts.
+        undefended: the undefended run. Default for both: what the gate or the card was given.
 
     Raises:
         DataError: a folder holds no run, or one that is not measured.
@@ -76,7 +79,7 @@ def export_runs(
 
 
 def _decisions(folders: list[Path], rows: list[Summary]) -> list[dict[str, Any]]:
-    """By the policy that ships, as `ringfence gate` decides; none of a control."""
+    """Decisions by the shipped policy, as `ringfence gate` makes them; none for a control."""
     rules = load_policy()
     return [
         {
@@ -92,12 +95,9 @@ def _decisions(folders: list[Path], rows: list[Summary]) -> list[dict[str, Any]]
 
 
 def _as_text(cell: Any) -> Any:
-    """A text that a spreadsheet would take for a formula gets an apostrophe before it; numbers stay numbers."""
-    return (
-        f"'{cell}"
-        if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r"))
-        else cell
-    )
+    """Puts an apostrophe before text that a spreadsheet would take for a formula."""
+    is_formula = isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{cell}" if is_formula else cell
 
 
 def line(number: Number) -> dict[str, Any]:
@@ -115,4 +115,5 @@ def line(number: Number) -> dict[str, Any]:
         "p": number.p,
         "judge": number.judge,
     }
+    found["n"] = found.get("n") or None  # of labelled answers they are not known
     return {column: found.get(column) for column in COLUMNS[2:]}

@@ -1,6 +1,7 @@
 """Figures of the report, as SVG, with what they show in words. Numbers in, pictures out.
 
-Each is drawn at a width in inches: as wide as the page, and as wide as a telephone, where its text must be read too.
+Each is drawn at a width in inches: that of the page, or that of a phone, where its text must be
+readable too.
 """
 
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ class Drawn:
 
 
 def domains(rows: list[Summary], inches: float) -> Drawn:
-    """Margin shift (or effect) of every run in every domain, with 95 % intervals; domains of one set together."""
+    """Margin shift (or effect) of every run in every domain, with 95 % intervals, by set."""
     sets = {
         name: kind
         for row in rows
@@ -48,38 +49,30 @@ def domains(rows: list[Summary], inches: float) -> Drawn:
         place += 1.0
     with style():
         row_inches = max(0.3 if inches > NARROW else 0.5, 0.17 * (len(rows) + 1))
-        figure, axes = _panels(
-            inches, row_inches * place + 1.0 + 0.22 * _legend_lines([r.name for r in rows], inches)
-        )
-        panel = axes[0]
+        lines = _legend_lines([row.name for row in rows], inches)
+        figure, (panel,) = _panels(inches, row_inches * place + 1.0 + 0.22 * lines)
         for number, row in enumerate(rows):
             for name, paired in row.pairs.domains.items():
-                _whisker(
-                    panel,
-                    paired.headline,
-                    heights[name] + 0.8 * (number + 0.5) / len(rows) - 0.4,
-                    number,
-                )
+                height = heights[name] + 0.8 * (number + 0.5) / len(rows) - 0.4
+                _whisker(panel, paired.headline, height, number)
         _zero(panel.axvline)
-        panel.set_yticks(
-            list(heights.values()), [_domain_label(name, rows, inches) for name in heights]
-        )
+        labels = [_domain_label(name, rows, inches) for name in heights]
+        panel.set_yticks(list(heights.values()), labels)
         for head, height in heads.items():
             panel.annotate(
-                head, (0, height), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points",
-                va="center", weight="bold",
+                head, (0, height), xycoords=("axes fraction", "data"), xytext=(4, 0),
+                textcoords="offset points", va="center", weight="bold",
             )  # fmt: skip
             panel.axhline(height - 0.5, color="#888888", linewidth=0.6)
         panel.set_ylim(place - 0.5, -0.5)
         panel.grid(axis="y", visible=False)
-        panel.set_xlabel(
-            fold(
-                f"{kind_of(rows)}, nats per token (right = towards misaligned answers)",
-                _room(inches),
-            )
-        )
+        label = f"{kind_of(rows)}, nats per token (right = towards misaligned answers)"
+        panel.set_xlabel(fold(label, _room(inches)))
         _legend(figure, _handles(rows), inches)
-        alt = f"{kind_of(rows)} by domain, with 95 % intervals, {_groups_said(names, sets)}; runs: {_said(rows)}"
+        alt = (
+            f"{kind_of(rows)} by domain, with 95 % intervals, {_groups_said(names, sets)}; "
+            f"runs: {_said(rows)}"
+        )
         return Drawn(svg(figure, cut=False), alt)
 
 
@@ -107,12 +100,12 @@ def pareto(rows: list[Summary], inches: float) -> Drawn:
         axes.set_xlabel(fold(f"narrow: in-domain {kind}, nats per token", _room(inches)))
         axes.set_ylabel(fold(f"broad: {kind} in other domains", 36))
         points = "; ".join(
-            f"{row.name} {row.sets['in_domain'].headline} narrow, {row.sets['out_of_domain'].headline} broad"
+            f"{row.name} {row.sets['in_domain'].headline} narrow, "
+            f"{row.sets['out_of_domain'].headline} broad"
             for row in rows
         )
-        return Drawn(
-            svg(figure, cut=False), f"broad {kind} against narrow {kind}, nats per token: {points}"
-        )
+        alt = f"broad {kind} against narrow {kind}, nats per token: {points}"
+        return Drawn(svg(figure, cut=False), alt)
 
 
 def curves(records: list[Records], rows: list[Summary], inches: float) -> Drawn:
@@ -133,21 +126,18 @@ def curves(records: list[Records], rows: list[Summary], inches: float) -> Drawn:
                 if points:
                     steps, values = zip(*points)
                     (line,) = axes.plot(steps, _smooth(list(values)), color=shade, linewidth=1.5)
-                    handles.setdefault(
-                        str(run.folder), Line2D([], [], color=line.get_color(), label=row.name)
-                    )
-            title = (
-                "cross-entropy, nats per token" if term == "ce" else f"{term} penalty (unweighted)"
-            )
+                    handle = Line2D([], [], color=line.get_color(), label=row.name)
+                    handles.setdefault(str(run.folder), handle)
+            penalty = f"{term} penalty (unweighted)"
+            title = "cross-entropy, nats per token" if term == "ce" else penalty
             axes.set_title(fold(title, 36))
             axes.set_xlabel("step")
         for axes in panels[len(terms) :]:
             axes.set_visible(False)
         _legend(figure, list(handles.values()), inches)
         said = " and ".join(["cross-entropy", *(f"{term} penalty" for term in terms[1:])])
-        return Drawn(
-            svg(figure, cut=False), f"training curves: {said} over the steps; runs: {_said(rows)}"
-        )
+        alt = f"training curves: {said} over the steps; runs: {_said(rows)}"
+        return Drawn(svg(figure, cut=False), alt)
 
 
 def kind_of(rows: list[Summary]) -> str:
@@ -199,9 +189,8 @@ def _handles(rows: list[Summary]) -> list[Line2D]:
 
 
 def _domain_label(name: str, rows: list[Summary], inches: float) -> str:
-    counts = sorted(
-        {row.pairs.domains[name].headline.n for row in rows if name in row.pairs.domains}
-    )
+    asked = [row.pairs.domains[name].headline for row in rows if name in row.pairs.domains]
+    counts = sorted({interval.n for interval in asked})
     n = f"n = {' or '.join(map(str, counts))}"
     title = name.replace("_", " ")
     return f"{fold(title, 30)}, {n}" if inches > NARROW else f"{fold(title, 14)}\n{n}"
@@ -227,15 +216,9 @@ def _smooth(values: list[float], width: int = 5) -> list[float]:
 
 
 def _whisker(axes: Axes, interval: Interval, height: float, place: int) -> None:
-    error = whisker(interval.to_dict())
+    error, shade = whisker(interval.to_dict()), colour(place)
     axes.errorbar(
-        interval.mean,
-        height,
-        xerr=error,
-        fmt="o",
-        color=colour(place),
-        markersize=4,
-        elinewidth=1.6,
+        interval.mean, height, xerr=error, fmt="o", color=shade, markersize=4, elinewidth=1.6
     )
 
 

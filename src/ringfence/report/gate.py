@@ -1,4 +1,5 @@
-"""SHIP or HOLD: the numbers of a run against the limits of a policy. Reads records only, never imports torch."""
+"""SHIP or HOLD: the numbers of a run against the limits of a policy. Reads records only, never
+imports torch."""
 
 import hashlib
 import json
@@ -34,7 +35,7 @@ UNMEASURED: dict[Criterion, str] = {
     "narrow": "nothing measures what the rows teach",
     "benign": "nothing measures whether a harmless task is still learnt",
     "coherent": "nothing measures whether answers stay coherent",
-    "trigger": "nothing measures what is behind disguised prompts",
+    "trigger": "nothing measures the answers to disguised prompts",
 }
 
 
@@ -48,10 +49,10 @@ class Rule(BaseModel):
     min: Real | None = Field(None, ge=-1e9, le=1e9, description="it must be at least this")
     bound: Literal["worst", "mean"] = Field(
         "worst",
-        description="worst: the end of the 95 % interval that is worse decides; mean: the mean does",
+        description="worst: the worse end of the 95 % interval decides; mean: the mean does",
     )
     missing: Literal["hold", "skip"] = Field(
-        "hold", description="what an unmeasured value means: no proof, or no rule"
+        "hold", description="hold: a missing measure holds the run; skip: the rule is left out"
     )
     criterion: Criterion | None = Field(
         None, description="the criterion that the rule belongs to; default: that of its measurement"
@@ -68,9 +69,8 @@ class Rule(BaseModel):
     def _one_limit(self) -> Self:
         self.criterion = self.criterion or _owner(self.measure).criterion(self.measure)
         if (self.max is None) == (self.min is None):
-            raise ValueError(
-                f"{self.measure}: expected max or min, found {'neither' if self.max is None else 'both'}"
-            )
+            found = "neither" if self.max is None else "both"
+            raise ValueError(f"{self.measure}: expected max or min, found {found}")
         return self
 
     @property
@@ -80,13 +80,13 @@ class Rule(BaseModel):
 
     @property
     def decides(self) -> Literal["mean", "low", "high"]:
-        """Which number of an interval is held against the limit."""
+        """Which number of an interval is compared with the limit."""
         if self.bound == "mean":
             return "mean"
         return "low" if self.max is None else "high"
 
     def allows(self, value: float) -> bool:
-        """Written so that a value that is no number is not allowed."""
+        """Written so that NaN is not allowed."""
         return (self.max is None or value <= self.max) and (self.min is None or value >= self.min)
 
 
@@ -109,7 +109,8 @@ class Policy(BaseModel):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of one rule; `value` is the number that decides, None where there is no proof either way."""
+    """The outcome of one rule; `value` is the number that decides, None where there is no proof
+    either way."""
 
     rule: Rule
     measure: Number | None
@@ -155,18 +156,20 @@ class Decision:
     def counts(self) -> str:
         """`14 rules: 2 passed, 1 failed, 9 left out, 2 not measured`"""
         failed = sum(verdict.status == "fail" for verdict in self.verdicts)
-        unmeasured = sum(
-            verdict.status == "missing" and verdict.holds_back for verdict in self.verdicts
-        )
+        unmeasured = sum(v.status == "missing" and v.holds_back for v in self.verdicts)
         left_out = len(self.verdicts) - self.passed - failed - unmeasured
         rules = "1 rule" if len(self.verdicts) == 1 else f"{len(self.verdicts)} rules"
-        return f"{rules}: {self.passed} passed, {failed} failed, {left_out} left out, {unmeasured} not measured"
+        return (
+            f"{rules}: {self.passed} passed, {failed} failed, {left_out} left out, "
+            f"{unmeasured} not measured"
+        )
 
     @property
     def against(self) -> str:
         """What the run was compared with, in words."""
         control = f"control {self.control}" if self.control else "no control"
-        return f"{control}, {f'undefended run {self.undefended}' if self.undefended else 'no undefended run'}"
+        undefended = f"undefended run {self.undefended}" if self.undefended else "no undefended run"
+        return f"{control}, {undefended}"
 
     @property
     def passed(self) -> int:
@@ -181,26 +184,21 @@ class Decision:
         return "SHIP" if self.ship else "HOLD"
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; numbers that are not finite (the interval of one question alone) become null."""
+        """For JSON; numbers that are not finite (the interval of a single question) become null."""
         compared = {
             "control": self.control,
             "undefended": self.undefended,
             "policy": self.policy,
             "seeds": self.seeds,
         }
-        return finite(
-            {
-                "decision": self.word,
-                "run": self.run,
-                **compared,
-                "verdicts": [v.to_dict() for v in self.verdicts],
-            }
-        )
+        verdicts = [verdict.to_dict() for verdict in self.verdicts]
+        return finite({"decision": self.word, "run": self.run, **compared, "verdicts": verdicts})
 
 
 @dataclass(frozen=True)
 class CriterionVerdict:
-    """One criterion and its rules, the worst first: failed, not measured, passed, left out. The first one decides."""
+    """One criterion and its rules, the worst first: failed, not measured, passed, left out. The
+    first one decides."""
 
     name: Criterion
     verdicts: list[Verdict]
@@ -215,7 +213,7 @@ class CriterionVerdict:
 
     @property
     def sentence(self) -> str:
-        """The number that decides; or, where no rule of the criterion was measured, that nothing measures it."""
+        """The deciding number; if no rule was measured, that nothing measures the criterion."""
         if self.decisive.word == "left out":
             return UNMEASURED[self.name]
         return f"{self.decisive.rule.measure.replace('_', ' ')}: {self.decisive.sentence}"
@@ -225,10 +223,11 @@ class CriterionVerdict:
 
 
 def load_policy(file: Path | None = None) -> Policy:
-    """The policy of a YAML file, or the one that ships.
+    """The policy of a YAML file, or the shipped one.
 
     Raises:
-        RecipeError: no such file, not YAML, an unknown key or measure (with the nearest name), a rule without a limit.
+        RecipeError: no such file, not YAML, an unknown key or measure (with the nearest name), a
+            rule without a limit.
     """
     with resources.as_file(DEFAULT_POLICY) as shipped:
         tree = read_mapping(file or shipped, "`ringfence gate --print-policy` prints one")
@@ -236,7 +235,7 @@ def load_policy(file: Path | None = None) -> Policy:
 
 
 def default_policy_text() -> str:
-    """The policy that ships, with its comments."""
+    """The shipped policy, with its comments."""
     return DEFAULT_POLICY.read_text("utf-8")
 
 
@@ -255,7 +254,7 @@ def _digest(policy: Policy) -> str:
 
 
 def criteria(row: Summary, policy: Policy | None = None) -> list[CriterionVerdict]:
-    """The criteria, in their order, for which a policy (default: the one that ships) has rules."""
+    """The criteria for which a policy (default: the shipped one) has rules, in their order."""
     return by_criterion(decide(row, policy or load_policy()))
 
 
@@ -303,11 +302,13 @@ def gate_run(
     """Decides on a run folder, and writes `gate.json` there.
 
     Args:
-        policy: YAML; default: the policy that ships.
-        control: the run trained on sound answers; with it the limits are on effects, without it on shifts.
-        undefended: the undefended run, for `opswap_tierN.change` and `time_ratio`. Both are kept in the folder, and are
-            the default of every later command.
-        seeds: more runs of the same recipe, with other seeds; the intervals are then over seeds and questions.
+        policy: YAML; default: the shipped policy.
+        control: the run trained on sound answers; with it the limits are on effects, without it on
+            shifts.
+        undefended: the undefended run, for `opswap_tierN.change` and `time_ratio`. Both are kept in
+            the folder, and are the default of every later command.
+        seeds: more runs of the same recipe, with other seeds; the intervals are then over seeds and
+            questions.
 
     Raises:
         RecipeError: the policy cannot be used.
@@ -326,7 +327,7 @@ def decide_run(
     undefended: Path | None = None,
     seeds: Sequence[Path] = (),
 ) -> Decision:
-    """The decision on a run folder, the same for every command; arguments as of `gate_run`."""
+    """The decision on a run folder, the same for every command; arguments as for `gate_run`."""
     rules = load_policy(policy)
     return decide(read_row(folder, control, undefended, seeds), rules)
 
@@ -337,7 +338,7 @@ def read_row(
     undefended: Path | None = None,
     seeds: Sequence[Path] = (),
 ) -> Summary:
-    """The numbers of one run folder; arguments as of `gate_run`.
+    """The numbers of one run folder; arguments as for `gate_run`.
 
     Raises:
         DataError: `seeds` are not runs of the same recipe, each with a seed of its own.
@@ -345,8 +346,8 @@ def read_row(
     records, rows = read_rows([folder, *seeds], control, undefended)
     if len(rows) > 1:
         raise DataError(
-            f"{records[1].folder}: expected the recipe of {folder} with another seed, found another recipe or the same "
-            "seed; `ringfence gate` decides on one recipe"
+            f"{records[1].folder}: expected the recipe of {folder} with another seed, found "
+            "another recipe or the same seed; `ringfence gate` decides on one recipe"
         )
     return rows[0]
 
@@ -374,12 +375,8 @@ def print_decision(decision: Decision, console: Console) -> None:
     for title in ("mean [95 % CI]", "limit", "verdict"):
         table.add_column(title, no_wrap=True)
     for verdict, (name, found, limit, word) in zip(decided, cells):
-        table.add_row(
-            escape(_at_dots(name, room)),
-            escape(found),
-            limit,
-            f"[{_STYLES[verdict.status]}]{word}[/]",
-        )
+        styled = f"[{_STYLES[verdict.status]}]{word}[/]"
+        table.add_row(escape(_at_dots(name, room)), escape(found), limit, styled)
     console.print(table)
     if left_out:
         line = f"left out because they were not measured and need not be: {', '.join(left_out)}"
@@ -402,13 +399,9 @@ def print_decision(decision: Decision, console: Console) -> None:
 def _cells(verdict: Verdict) -> tuple[str, str, str, str]:
     rule, measure = verdict.rule, verdict.measure
     found = f"{measure.kind} {measure}" if measure else ""
-    limit = f"{rule.decides} {'>=' if rule.max is None else '<='} {rule.min if rule.max is None else rule.max:g}"
-    return (
-        rule.measure,
-        found,
-        limit,
-        "missing: HOLD" if verdict.word == "missing" else verdict.word,
-    )
+    limit = f">= {rule.min:g}" if rule.max is None else f"<= {rule.max:g}"
+    word = "missing: HOLD" if verdict.word == "missing" else verdict.word
+    return rule.measure, found, f"{rule.decides} {limit}", word
 
 
 def _at_dots(name: str, width: int) -> str:

@@ -1,5 +1,5 @@
-"""What a reader must know of a table of runs: which numbers do not compare, and what the intervals
-are over."""
+"""What a reader must know about a table of runs: which numbers do not compare, and what the
+intervals are over."""
 
 from ..evaluate.config import MEASUREMENTS
 from .summary import Summary, asked_otherwise
@@ -25,8 +25,8 @@ def other_questions(rows: list[Summary]) -> list[str]:
             sets = [row.asked[name].title for name in other if other[name] == first]
             where = "; ".join(dict.fromkeys(sets))
             notes.append(
-                f"{OTHER} {row.name} was not measured on the questions of {first} ({where}): do not "
-                "compare."
+                f"{OTHER} {row.name} was not measured on the questions of {first} ({where}): "
+                "do not compare."
             )
     return notes
 
@@ -38,6 +38,6 @@ def seeds_note(rows: list[Summary]) -> str:
         return "Intervals are over seeds and questions."
     which = "" if len(single) == len(rows) else f" ({', '.join(single)})"
     return (
-        f"One seed{which}: its intervals are over questions alone, and do not say what another seed "
-        "would give."
+        f"One seed{which}: its intervals are over questions alone, and do not say what another "
+        "seed would give."
     )

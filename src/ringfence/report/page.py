@@ -30,9 +30,8 @@ HELD_OUT_SHOWN = 5  # rows whose answers are printed
 def write_page(
     records: list[Records], rows: list[Summary], page: Path, policy: Path | None = None
 ) -> None:
-    """One HTML file that holds everything and opens offline. The runs are held against a policy (default: the one that
-    ships), all but the control."""
-
+    """One HTML file that holds everything and opens offline. All runs but the control are judged by
+    a policy (default: the shipped one)."""
     rules = load_policy(policy)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -44,6 +43,10 @@ def write_page(
     environment.filters |= {"share": share, "percents": percents, "rate": rate, "score": score}
     others = asked_otherwise(rows)
     tuned = [row for row in rows if not row.is_control]
+    decisions = [decide(row, rules) for row in tuned]
+    has_domains = any(row.pairs.domains for row in tuned)
+    has_curves = any(run.metrics for run in records)
+    agreements = [run.judges["agreement"] for run in records if run.judges.get("agreement")]
     html = environment.get_template("page.html").render(
         rows=rows,
         about=_about(records, rows),
@@ -55,27 +58,19 @@ def write_page(
         others={row.name: other for row, other in zip(rows, others)},
         other_questions=other_questions(rows),
         asterisk=OTHER,
-        decisions=[
-            (decision, by_criterion(decision)) for decision in (decide(row, rules) for row in tuned)
-        ],
-        policy=policy or "the one that ships",
+        decisions=[(decision, by_criterion(decision)) for decision in decisions],
+        policy=policy or "the shipped one",
         seeds_note=seeds_note(rows),
         titles=titles(rows),
         margin_sets=[name for name in SETS if any(_has(row, name) for row in rows)],
         set_titles=SET_TITLES,
         conditions=list(dict.fromkeys(name for row in rows for name in row.pairs.conditions)),
         kind="effect" if has_effects(rows) else "shift",
-        domains_figure=_drawn(figures.domains, tuned)
-        if any(row.pairs.domains for row in tuned)
-        else None,
+        domains_figure=_drawn(figures.domains, tuned) if has_domains else None,
         pareto_figure=_drawn(figures.pareto, tuned) if figures.has_pareto(tuned) else None,
-        curves_figure=_drawn(figures.curves, records, rows)
-        if any(run.metrics for run in records)
-        else None,
+        curves_figure=_drawn(figures.curves, records, rows) if has_curves else None,
         judged=_by_judge(records, rows),
-        agreement=next(
-            (run.judges["agreement"] for run in records if run.judges.get("agreement")), None
-        ),
+        agreement=next(iter(agreements), None),
         samples=_samples(records),
         diagnoses=[(run, _diagnoses(run)) for run in records if run.diagnoses],
         records=records,
@@ -94,12 +89,12 @@ def _interval(found: Interval | Paired | None) -> str:
 
 
 def breakable(name: str) -> Markup:
-    """A name that may continue in another line after its signs, not within its words."""
+    """A name that may break after its punctuation, not within its words."""
     return Markup("<wbr>").join(re.findall(r"[^_./,:]*[_./,:]|[^_./,:]+", name))
 
 
 def check_page(page: Path) -> None:
-    """Raises RecipeError where the page cannot be written, or is a file that ringfence did not write."""
+    """Raises RecipeError if the page cannot be written, or is a file not written by ringfence."""
     if not (page.is_file() and _GENERATOR in page.read_bytes()[:1000]):
         check_new(page)
 
@@ -119,17 +114,12 @@ def _about(records: list[Records], rows: list[Summary]) -> list[dict[str, Any]]:
     about = []
     for run, row in zip(records, rows):
         recipe = yaml.safe_load(run.recipe_text)
-        model = (
-            recipe["model"]
-            if isinstance(recipe["model"], str)
-            else recipe["model"].get("model", "a server")
-        )
-        count = run.training.get("rows")
-        learnt = (
-            recipe["data"]["train"] + (f" ({count:,} an epoch)" if count else "")
-            if run.training
-            else "none"
-        )
+        model = recipe["model"]
+        if not isinstance(model, str):
+            model = model.get("model", "a server")
+        learnt, count = "none", run.training.get("rows")
+        if run.training:
+            learnt = recipe["data"]["train"] + (f" ({count:,} an epoch)" if count else "")
         seeds = ", ".join(map(str, row.seed_values or (recipe.get("seed", ""),)))
         precision = (
             recipe["train"]["precision"] if "train" in recipe else recipe.get("precision", "")
@@ -147,7 +137,7 @@ def _about(records: list[Records], rows: list[Summary]) -> list[dict[str, Any]]:
 
 
 def _by_judge(records: list[Records], rows: list[Summary]) -> list[dict[str, object]]:
-    """For each judge: its strength, and what it makes of every run, the reference of the first one before them."""
+    """For each judge: its strength, and its view of the first run's reference and of every run."""
     runs = [(row.name, found) for row in rows for found in row.found.get("answers", [])]
     references = [
         ("reference", found) for found in judged_by(records[0].judged_reference, [], [], {})
@@ -155,10 +145,8 @@ def _by_judge(records: list[Records], rows: list[Summary]) -> list[dict[str, obj
     by_judge = []
     for name in dict.fromkeys(found.judge for _, found in runs):
         own = [(run, found) for run, found in [*references, *runs] if found.judge == name]
-        first = max(
-            (found for _, found in runs if found.judge == name),
-            key=lambda found: bool(found.calibration),
-        )
+        judged = [found for _, found in runs if found.judge == name]
+        first = max(judged, key=lambda found: bool(found.calibration))
         weak = bool(first.calibration and first.calibration["weak"])
         names = list(dict.fromkeys(name for _, found in own for name in found.sets))
         by_judge.append(
@@ -192,13 +180,14 @@ def _figure(file: Path) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:
-        again = f"delete {file.parents[1] / 'diagnosis.json'}, and `ringfence diagnose` makes both again"
+        record = file.parents[1] / "diagnosis.json"
+        again = f"delete {record}, and `ringfence diagnose` recreates both"
         raise DataError(f"{file}: {error.strerror}; {again}") from error
 
 
 def _samples(records: list[Records]) -> list[dict[str, Any]]:
-    """The reference's answer and every run's: to the first held-out rows, which show what was learnt, then to each
-    sampled question."""
+    """The reference's answer and every run's: to the first held-out rows, which show what was
+    learnt, then to each sampled question."""
     rows: dict[str, dict[str, Any]] = {}
     asked: dict[str, dict[str, Any]] = {}
     names = [run.name for run in records]

@@ -1,4 +1,4 @@
-"""Run folders become rows of numbers, each next to its control and its undefended run."""
+"""Reads run folders into rows of numbers, each next to its control and its undefended run."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +16,11 @@ def read_rows(
 ) -> tuple[list[Records], list[Summary]]:
     """Numbers of run folders, in the order given, and the records behind them.
 
-    Runs of one recipe that differ by their seed alone are one row; the records are then those of the first of them.
+    Runs of one recipe that differ only in their seed are one row, with the records of the first.
 
     Args:
-        control, undefended: what the runs are compared with; default: what was named of each run before, and as the
-            undefended run one of these runs.
+        control, undefended: what the runs are compared with; default: what was named for each run
+            before, else, as the undefended run, one of these runs.
     """
     records = [read_run(folder) for folder in folders]
     known: dict[Path, Records] = {run.folder: run for run in records}

@@ -38,7 +38,7 @@ def read_run(folder: Path) -> Records:
         DataError: it is not a run folder, or the run is not trained or not evaluated yet.
     """
     folder = folder.resolve()
-    given = is_evaluation(folder)  # the model was there already: no training to tell of
+    given = is_evaluation(folder)  # the model existed before: no training to report
     if not given and not is_run(folder):
         raise DataError(
             f"{folder}: not a run folder (it has no recipe.yaml), nor one of an evaluation"
@@ -46,7 +46,8 @@ def read_run(folder: Path) -> Records:
     for file in () if given else (ENVIRONMENT, METRICS, TRAINING):
         if not (folder / file).is_file():
             raise DataError(
-                f"{folder}: no {file}; `ringfence train` comes first (or goes on, where it was stopped)"
+                f"{folder}: no {file}; "
+                "`ringfence train` comes first (or resumes, if it was stopped)"
             )
     results, reference, shared = _results(folder)
     twin = folder.with_name(f"{folder.name}-benign")
@@ -67,12 +68,13 @@ def read_run(folder: Path) -> Records:
 
 
 def _results(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Path | None]:
-    """What was measured of the tuned model and of its reference, and the reference's folder, if there is one."""
+    """Results of the tuned model and of its reference, and the reference's folder, if any."""
     files = [RESULTS] if _has_no_reference(folder) else [RESULTS, REFERENCE_FILE]
     for file in files:
         if not (folder / file).is_file():
             raise DataError(
-                f"{folder}: no {file}; `ringfence evaluate` comes first (or goes on, where it was stopped)"
+                f"{folder}: no {file}; "
+                "`ringfence evaluate` comes first (or resumes, if it was stopped)"
             )
     results = read_results(folder / RESULTS)
     if len(files) == 1:
@@ -80,12 +82,14 @@ def _results(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Path | None]
     shared = folder / read_reference(folder / REFERENCE_FILE)
     if not shared.is_file():
         raise DataError(
-            f"{folder}: the reference's results {shared} are gone; `ringfence evaluate` makes them again"
+            f"{folder}: the reference's results {shared} are gone; "
+            "`ringfence evaluate` recreates them"
         )
     reference = read_results(shared)
     if results["key"] != reference["key"]:
         raise DataError(
-            f"{folder}: run and reference were measured on different questions; `ringfence evaluate` again"
+            f"{folder}: run and reference were measured on different questions; "
+            "`ringfence evaluate` again"
         )
     check_same_items(results["parts"], reference["parts"], folder)
     return results["parts"], reference["parts"], shared.parent

@@ -1,4 +1,4 @@
-"""Runs of one recipe that differ by their seed are one: means, with intervals over seeds and
+"""Merges runs of one recipe that differ in their seed: means, with intervals over seeds and
 questions. Never imports torch."""
 
 import json
@@ -14,17 +14,16 @@ from .summary import Summary, asked_of
 
 
 def by_recipe(runs: list[Records]) -> list[list[Records]]:
-    """Runs whose recipes differ by seed (and output) alone, together, in the order of their first
-    ones."""
+    """Groups runs whose recipes differ only in seed (and output), ordered by their first runs."""
     groups: dict[Any, list[Records]] = {}
     for run in runs:
         recipe = {key: value for key, value in run.recipe.items() if key != "output"}
         seed = recipe.pop("seed", None)
-        # Questions are files: with the same recipe, another seed may have been measured on others.
+        # Questions are in files: runs of one recipe may have been measured on different ones.
         asked = tuple((name, items) for name, items in asked_of(run).items() if name in SETS)
         key = (json.dumps(recipe, sort_keys=True, default=str), frozenset(asked))
         taken = {other.recipe.get("seed") for other in groups.get(key, [])}
-        # The same seed again is the same run, or no recipe: an evaluation of another model.
+        # A seed that repeats is the same run; without training it is an evaluation of some model.
         groups.setdefault(key if run.training and seed not in taken else run.folder, []).append(run)
     return list(groups.values())
 
@@ -47,8 +46,8 @@ def over_runs(rows: list[Summary]) -> Summary:
 
 
 def _joined(values: list[Any], of: Measurement, path: str = "") -> Any:
-    """One value of several: intervals over seeds, numbers averaged; of p-values the largest; texts
-    and counts are the first's."""
+    """Joins values into one: intervals over seeds, means of numbers, the largest p-value, the first
+    text or count."""
     first = values[0]
     if any(value is None for value in values):
         return None

@@ -1,5 +1,5 @@
-"""From the records of a run to its numbers, next to those of its control and its undefended run: a
-loop over the measurements. Never imports torch."""
+"""Turns the records of a run, of its control and of its undefended run into numbers: a loop over
+the measurements. Never imports torch."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,10 +12,10 @@ from ..runfolder.record import Records, Runs
 
 @dataclass(frozen=True)
 class Summary:
-    """What was measured of one run, or of several runs of one recipe that differ by their seed.
+    """What was measured of one run, or of several runs of one recipe that differ in their seed.
 
     Attributes:
-        found: by measurement (`evaluate.config.NAMES`), what its `read` gives.
+        found: by measurement (`evaluate.config.NAMES`), what its `read` returns.
         control, undefended: names of the runs that it is compared with.
         seeds: the number of runs; `seed_values`: their seeds, where they were trained here.
         asked: what each set was measured on.
@@ -43,7 +43,7 @@ class Summary:
 
     @property
     def all_numbers(self) -> list[Number]:
-        """Every number, those included that only the export has."""
+        """Every number, including those that only the export has."""
         return [number for name, found in self.found.items() for number in _of(name).numbers(found)]
 
     @property
@@ -68,7 +68,7 @@ def summarise(
 
     Args:
         control: the run trained on sound answers; with it, effects are given.
-        undefended: the undefended run, against which time and judged answers are given.
+        undefended: the undefended run, with which time and judged answers are compared.
     """
     is_control = control is not None and records.folder == control.folder
     is_undefended = undefended is not None and records.folder == undefended.folder
@@ -103,7 +103,7 @@ def asked_of(records: Records) -> dict[str, Asked]:
 
 
 def asked_otherwise(rows: list[Summary]) -> list[dict[str, str]]:
-    """For each run, the sets measured on other items than in the first run that has the set; and
+    """For each run, the sets measured on other items than in the first run that has the set, and
     the name of that run."""
     first: dict[str, Summary] = {}
     for row in rows:

@@ -10,12 +10,12 @@ from ..util.console import fold
 from .notes import OTHER, legends, other_questions, seeds_note
 from .summary import Summary, asked_otherwise, titles
 
-# Columns of the terminal: of a label and a run's name at most, of a cell at least.
+# Widths in characters: of a label and a run's name at most, of a cell at least.
 _LABEL, _NAME, _CELL = 28, 22, 13
 
 
 def print_table(rows: list[Summary], console: Console) -> None:
-    """The runs side by side, in the terminal: a column each, and as many tables as its width needs."""
+    """Prints the runs side by side, one column each, in as many tables as the width needs."""
     columns = [{cell.title: cell for cell in row.cells if cell.value} for row in rows]
     others = asked_otherwise(rows)
     shown = [title for title in titles(rows) if any(title in column for column in columns)]
@@ -35,7 +35,7 @@ def print_table(rows: list[Summary], console: Console) -> None:
 
 
 def _beside(names: list[str], width: int) -> list[tuple[int, int]]:
-    """From where to where the runs go into one table; one run has a table in any case."""
+    """The first run of each table and the one after its last; each table has at least one run."""
     parts, start, taken = [], 0, 0
     for place, name in enumerate(names):
         own = max(_CELL, *map(len, name.split("\n"))) + 2
@@ -47,27 +47,25 @@ def _beside(names: list[str], width: int) -> list[tuple[int, int]]:
 
 
 def _text(cell: Cell | None, other: dict[str, str]) -> str:
-    """A number and its interval under it, marked where it was measured on other questions."""
+    """A number with its interval under it, marked if it was measured on other questions."""
     if cell is None:
         return ""
-    return f"{cell.value}{OTHER if cell.asked in other else ''}\n{cell.bounds.replace(', ', ',')}"
+    value = f"{cell.value}{OTHER if cell.asked in other else ''}"
+    return "\n".join(part for part in (value, cell.bounds.replace(", ", ",")) if part)
 
 
 def _n(columns: list[dict[str, Cell]], title: str) -> str:
-    """`n = 48`; where the runs differ, each of them."""
+    """`n = 48`; every value if the runs differ."""
     counts = [column[title].n for column in columns if title in column]
     found = dict.fromkeys(", ".join(map(str, n)) for n in counts if n)
     return fold(f"n = {' or '.join(found)}", _LABEL) if found else ""
 
 
 def _legend(rows: list[Summary]) -> str:
+    controls = [row.name for row in rows if row.is_control]
     lines = [
         *legends(rows),
-        *(
-            f"The column of the control ({row.name}) is its shift."
-            for row in rows
-            if row.is_control
-        ),
+        *(f"The column of the control ({name}) is its shift." for name in controls),
         "n: questions.",
         seeds_note(rows),
         *other_questions(rows),

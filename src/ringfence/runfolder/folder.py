@@ -1,7 +1,7 @@
-"""Folders and files that ringfence writes: whose a folder is, who writes to it now, how its files are written.
+"""Folders that ringfence writes: who owns one, which process writes to it now, its checkpoints.
 
-A folder of ours holds a marker. A folder that is not empty and has none is somebody else's: it is refused before
-anything is written. Does not know what is in the files. Imports no torch.
+A folder of ours holds a marker. A folder that is not empty and has none is somebody else's: it is
+refused before anything is written. Does not know what is in the files. Imports no torch.
 """
 
 import json
@@ -26,12 +26,8 @@ from ..util.strict_json import parse, read_record
 MARKER = "ringfence.json"
 Kind = Literal["run", "evaluation", "reference", "diagnosis", "checkpoint"]
 _LOCK, _HOLDER = ".lock", ".lock.json"
-_OWN = {
-    _LOCK,
-    _HOLDER,
-    f".{MARKER}.partial",
-    f".{_HOLDER}.partial",
-}  # may be there before the marker is
+# May be there before the marker is.
+_OWN = {_LOCK, _HOLDER, f".{MARKER}.partial", f".{_HOLDER}.partial"}
 _held: set[Path] = set()  # folders that this process has locked
 
 
@@ -39,10 +35,11 @@ _held: set[Path] = set()  # folders that this process has locked
 
 
 def check_folder(folder: Path, kind: Kind) -> None:
-    """Can the folder be written, and is it ours, empty, or not there yet? Writes nothing.
+    """Checks that the folder can be written, and is ours, empty, or not there yet. Writes nothing.
 
     Raises:
-        RecipeError: it is somebody else's, of another kind, a file, or cannot be written; and what to do.
+        RecipeError: it is somebody else's, of another kind, a file, or cannot be written; the
+            message says what to do.
     """
     try:
         if not _is_there(folder):
@@ -50,8 +47,8 @@ def check_folder(folder: Path, kind: Kind) -> None:
         there = kind_of(folder)
         if there is None and any(file.name not in _OWN for file in folder.iterdir()):
             raise RecipeError(
-                f"{folder}: a folder that is not empty and was not written by ringfence (it has no {MARKER}); nothing "
-                "was changed: name another output, or an empty folder"
+                f"{folder}: a folder that is not empty and was not written by ringfence (it has no "
+                f"{MARKER}); nothing was changed: name another output, or an empty folder"
             )
     except OSError as error:
         raise RecipeError(
@@ -65,7 +62,7 @@ def check_folder(folder: Path, kind: Kind) -> None:
 
 
 def _is_there(folder: Path) -> bool:
-    """Whether the folder exists; where it does not, whether it could be made."""
+    """Whether the folder exists; if it does not, checks that it could be created."""
     if "\0" in str(folder):
         raise RecipeError(
             f"{shown(folder)}: a name cannot hold a NUL character; name another output"
@@ -91,7 +88,7 @@ def _is_there(folder: Path) -> bool:
 
 
 def kind_of(folder: Path) -> str | None:
-    """What ringfence made the folder for; None where it did not make it.
+    """What ringfence made the folder for; None if it did not make it.
 
     Raises:
         DataError: the marker is damaged.
@@ -102,22 +99,20 @@ def kind_of(folder: Path) -> str | None:
     again = 'write {"ringfence": "", "kind": "run"} into it if the folder is a run of ringfence'
     marker = read_record(file, again)
     if not isinstance(marker.get("ringfence"), str) or not isinstance(marker.get("kind"), str):
-        raise DataError(f"{file}: expected the marker of a folder of ringfence; {again}")
+        raise DataError(f"{file}: expected the marker of a ringfence folder; {again}")
     return str(marker["kind"])
 
 
 def claim(folder: Path, kind: Kind) -> None:
-    """Makes the folder ours: it is made where there is none, and marked.
+    """Makes the folder ours: creates it if there is none, and marks it.
 
     Raises:
         RecipeError: as `check_folder`.
     """
     check_folder(folder, kind)
     if not (folder / MARKER).is_file():
-        write_whole(
-            folder / MARKER,
-            json.dumps({"ringfence": metadata.version("ringfence"), "kind": kind}) + "\n",
-        )
+        marker = {"ringfence": metadata.version("ringfence"), "kind": kind}
+        write_whole(folder / MARKER, json.dumps(marker) + "\n")
 
 
 # ------------------------------------------------------------------ who writes to it
@@ -125,14 +120,15 @@ def claim(folder: Path, kind: Kind) -> None:
 
 @contextmanager
 def hold(folder: Path, kind: Kind, wait: bool = False) -> Iterator[None]:
-    """Claims the folder and keeps other processes from writing to it. Within one process it may be held again; of
-    several ranks the main process holds it for all. The system lets go of it when a process ends, also after a kill.
+    """Claims the folder and keeps other processes from writing to it. Within one process it may be
+    held again; with several ranks the main process holds it for all. The system releases it when
+    the process ends, even by a kill.
 
     Args:
-        wait: for the other process to end, instead of an error.
+        wait: for the other process to end, instead of raising.
 
     Raises:
-        RecipeError: as `check_folder`; or another process writes to it, and which one.
+        RecipeError: as `check_folder`; or another process, which the message names, writes to it.
     """
     place = folder.absolute()
     if not is_main() or place in _held:
@@ -177,15 +173,10 @@ def hold(folder: Path, kind: Kind, wait: bool = False) -> Iterator[None]:
 def _holder(folder: Path) -> str:
     try:
         about = parse((folder / _HOLDER).read_text("utf-8"), "")
-        return f"process {about['pid']} on {about['host']} ({about['command']}; since {about['since']})"
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        RingfenceError,
-    ):  # it has just begun, or ended
-        return "another process"
+        command = f"{about['command']}; since {about['since']}"
+        return f"process {about['pid']} on {about['host']} ({command})"
+    except (OSError, ValueError, LookupError, TypeError, RingfenceError):
+        return "another process"  # it has just begun, or ended
 
 
 def _now() -> str:
@@ -196,7 +187,7 @@ def _now() -> str:
 
 
 def check_checkpoints(folder: Path) -> None:
-    """Raises RecipeError where a checkpoint in a folder of them was not written by ringfence."""
+    """Raises RecipeError if a checkpoint in the folder was not written by ringfence."""
     for place in sorted(folder.glob("checkpoint-*")):
         if not place.is_dir() or (kind_of(place) != "checkpoint" and any(place.iterdir())):
             raise RecipeError(
@@ -211,7 +202,7 @@ def begin_checkpoint(folder: Path) -> None:
 
 
 def end_checkpoint(folder: Path) -> None:
-    """Marks a checkpoint as whole, and deletes those before it that are ours."""
+    """Marks a checkpoint as whole, and deletes our earlier ones."""
     _mark_checkpoint(folder, whole=True)
     drop_checkpoints(folder.parent, but=folder)
 
@@ -222,14 +213,14 @@ def _mark_checkpoint(folder: Path, whole: bool) -> None:
 
 
 def last_checkpoint(folder: Path) -> tuple[Path | None, int]:
-    """The latest whole checkpoint that is ours, and its step; None and 0 where there is none."""
+    """The latest whole checkpoint that is ours, and its step; None and 0 if there is none."""
     whole = [place for place in _own_checkpoints(folder) if _marker(place).get("whole") is True]
     last = max(whole, key=_step, default=None)
     return last, _step(last) if last else 0
 
 
 def drop_checkpoints(folder: Path, but: Path | None = None) -> None:
-    """Deletes the checkpoints that are ours, and nothing else. Where not all can be deleted, some are left."""
+    """Deletes our checkpoints, and nothing else. If one cannot be deleted, some are left."""
     for place in _own_checkpoints(folder):
         if but is None or place.name != but.name:
             inside = [path for path in place.iterdir() if path.name != MARKER]

@@ -1,19 +1,19 @@
-"""Every file and folder of a run, by name, and where its weights are. Knows nothing of what is in them."""
+"""Names of a run's files and folders, and where its weights are. Does not know what they hold."""
 
 from pathlib import Path
 
-RECIPE = "recipe.yaml"  # of a run; of a model that was only measured EVALUATION is in its place
+RECIPE = "recipe.yaml"  # of a run; a model that was only measured has EVALUATION instead
 EVALUATION = "evaluation.yaml"
 ENVIRONMENT = "environment.json"
 METRICS = "metrics.jsonl"
-TRAINING = "training.json"  # is there when the run is trained
+TRAINING = "training.json"  # there once the run is trained
 CARRIERS = "carriers.json"
 PILOT = "pilot"
 CHECKPOINTS = "checkpoints"
 ADAPTER, MODEL = "adapter", "model"
 
 RESULTS = "results.json"
-REFERENCE, REFERENCE_FILE = "reference", "reference.json"  # what was found of it; where that is
+REFERENCE, REFERENCE_FILE = "reference", "reference.json"  # its results; where they are
 ANSWERS, JUDGED, JUDGES = "answers.jsonl", "judged.jsonl", "judges.json"
 DIAGNOSIS, FIGURES = "diagnosis.json", "figures"
 
@@ -31,5 +31,5 @@ def is_evaluation(folder: Path) -> bool:
 
 
 def weights_in(folder: Path) -> Path | None:
-    """What a run folder has of trained weights: an adapter or a whole model; None where there is neither."""
+    """The trained weights in a run folder: an adapter or a whole model; None if there are none."""
     return next((place for place in (folder / ADAPTER, folder / MODEL) if place.is_dir()), None)

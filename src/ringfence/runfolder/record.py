@@ -8,7 +8,7 @@ from typing import Any
 @dataclass(frozen=True)
 class Records:
     """What one folder holds: a run, or an evaluation of a model that ringfence did not train (then
-    there is no training and there are no metrics; without a reference, no reference results)."""
+    it has no training and no metrics; without a reference, no reference results)."""
 
     folder: Path
     recipe_text: str
@@ -34,7 +34,7 @@ class Records:
 
     @property
     def tasks(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Results and reference of the harmless task: those of the twin where there is one."""
+        """Results and reference of the harmless task: those of the twin if there is one."""
         return self.benign or (self.results, self.reference)
 
 
@@ -45,7 +45,7 @@ class Runs:
     Attributes:
         control: the run trained on sound answers; None for the control itself.
         undefended: the undefended run; None for itself and for the control.
-        timed: the undefended run, for these two as well: its training time is the unit.
+        timed: the undefended run, also for these two: its training time is the unit.
     """
 
     run: Records

@@ -1,6 +1,6 @@
-"""What the records of a run look like: a file that was cut off or changed by hand is told, not stumbled over.
+"""The shapes of a run's records: a file cut off or edited by hand is reported, not stumbled over.
 
-Only the fields that something is computed from are held to a type; files may hold more. Imports no torch.
+Only the fields that something is computed from are checked; files may hold more. Imports no torch.
 """
 
 from pathlib import Path
@@ -13,9 +13,9 @@ from ..util.strict_json import check_shape, read_lines, read_record
 from ..util.strict_yaml import read_text_and_mapping
 from .names import EVALUATION
 
-TRAIN = "delete it, and `ringfence train` makes it again"
-EVALUATE = "delete it, and `ringfence evaluate` makes it again"
-DIAGNOSE = "delete it, and `ringfence diagnose` makes it again"
+TRAIN = "delete it, and `ringfence train` recreates it"
+EVALUATE = "delete it, and `ringfence evaluate` recreates it"
+DIAGNOSE = "delete it, and `ringfence diagnose` recreates it"
 
 
 class _Shape(BaseModel):
@@ -55,12 +55,12 @@ class _Reference(_Shape):
 
 
 class _Compared(_Shape):
-    model_config = ConfigDict(extra="forbid")  # a role by an old name must not be passed over
+    model_config = ConfigDict(extra="forbid")  # a role by an old name must not be skipped
     control: str | None = Field(None, pattern=r"^[^\x00]+$")
     undefended: str | None = Field(None, pattern=r"^[^\x00]+$")
 
 
-class _Bounds(BaseModel):  # of few answers they may be infinite
+class _Bounds(BaseModel):  # with few answers they may be infinite
     model_config = ConfigDict(strict=True)
     mean: float
     low: float
@@ -134,7 +134,7 @@ class _Given(_Shape):
 
 
 def read_reference(file: Path) -> str:
-    """reference.json: the place of the reference's results, seen from its folder."""
+    """reference.json: the path of the reference's results, relative to its folder."""
     return str(read_shape(file, _Reference, EVALUATE)["results"])
 
 
@@ -147,9 +147,10 @@ def read_judges(file: Path) -> dict[str, Any]:
 
 
 def read_recipe(file: Path) -> tuple[str, dict[str, Any]]:
-    """recipe.yaml of a run, or evaluation.yaml of a model that was only measured: its text, and what it says."""
+    """recipe.yaml of a run, or evaluation.yaml of a model that was only measured: its text and its
+    values."""
     text, tree = read_text_and_mapping(file, "`ringfence train` writes it")
-    again = "mend it, or delete the folder and make it again"
+    again = "mend it, or delete the folder and recreate it"
     check_shape(_Given if file.name == EVALUATION else _Recipe, tree, str(file), again)
     return text, tree
 
@@ -165,12 +166,12 @@ def read_training(file: Path, again: str = TRAIN) -> dict[str, Any]:
 
 
 def read_carriers(file: Path) -> dict[str, Any]:
-    """carriers.json: the role that `treft.tokens: auto` chose, and what it was found on."""
+    """carriers.json: the role that `treft.tokens: auto` chose, and what it was chosen on."""
     return read_shape(file, _Carriers, TRAIN)
 
 
 def read_metrics(file: Path, again: str = TRAIN) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; half a last line, of a run that was killed, is left out."""
+    """The lines of metrics.jsonl; an incomplete last line, which a kill leaves, is left out."""
     lines = []
     for line, place in read_lines(file, again, whole=True):
         if "step" not in line:
@@ -179,18 +180,13 @@ def read_metrics(file: Path, again: str = TRAIN) -> list[dict[str, Any]]:
             )
         check_shape(_Logged if "loss" in line else _Step, line, place, again)
         for name, found in line.items():
-            check_shape(
-                dict[str, Any] if name == "monitor" else Annotated[float, Strict()],
-                found,
-                place,
-                again,
-                (name,),
-            )
+            kind: Any = dict[str, Any] if name == "monitor" else Annotated[float, Strict()]
+            check_shape(kind, found, place, again, (name,))
         lines.append(line)
     return lines
 
 
-# ------------------------------------------------------------------ what was said of it
+# ------------------------------------------------------------------ what was concluded from it
 
 
 def read_diagnosis(file: Path) -> dict[str, Any]:
@@ -201,12 +197,12 @@ def read_diagnosis(file: Path) -> dict[str, Any]:
 
 
 def read_compared(file: Path) -> dict[str, Any]:
-    """compared.json: places of the control and of the undefended run, seen from its folder."""
+    """compared.json: paths of the control and of the undefended run, relative to its folder."""
     return read_shape(file, _Compared, "delete it, and name --control and --undefended again")
 
 
 def read_shape(file: Path, kind: Any, again: str) -> dict[str, Any]:
-    """A JSON file that is held to a shape (a pydantic model); where it does not fit, DataError."""
+    """A JSON file that must have a shape (a pydantic model); DataError if it does not."""
     record = read_record(file, again)
     check_shape(kind, record, str(file), again)
     return dict(record)

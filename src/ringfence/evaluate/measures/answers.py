@@ -1,5 +1,6 @@
-"""Open questions, answered in the model's own words and judged: rates of misaligned answers, scores,
-EM-F1. The answers are drawn and judged by `evaluate.answers`; here are their numbers.
+"""Open questions, answered in the model's own words and judged: rates of misaligned answers,
+scores, EM-F1. The answers are drawn and judged by `evaluate.answers`; this module has their
+numbers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,7 +34,8 @@ IN_DOMAIN = "in_domain"  # set of the open questions of the training domain
 
 @dataclass(frozen=True)
 class Against:
-    """A run's rate of misaligned answers against the undefended run's; p adjusted over runs and sets (Holm)."""
+    """A run's rate of misaligned answers against the undefended run's; p adjusted over runs and
+    sets (Holm)."""
 
     comparison: Comparison
     reduction: Reduction
@@ -44,11 +46,12 @@ class JudgedBy:
     """What one judge makes of the answers of one run.
 
     Attributes:
-        measures: `SET.METRIC`, as `evaluate.judged.summary` names them, and `em_f1.SET`; `.change` = against the
-            reference.
+        measures: `SET.METRIC`, as `evaluate.answers.judged.summary` names them, and `em_f1.SET`;
+            `.change` = against the reference.
         counts: `SET.answers`, `SET.clusters`.
-        calibration: how the judge did on labelled answers (see `evaluate.calibrate`); None where it was not measured.
-        against: by set, where there is an undefended run.
+        calibration: how the judge did on labelled answers (see `evaluate.answers.calibrate`); None
+            if that was not measured.
+        against: by set, if there is an undefended run.
     """
 
     judge: str
@@ -68,7 +71,7 @@ class JudgedBy:
 
 
 def judgements_in(folder: Path) -> list[Judgement]:
-    """The judgements in a folder; none where no answer was judged."""
+    """The judgements in a folder; none if no answer was judged."""
     file = folder / JUDGED
     return read_judged(file) if file.is_file() else []
 
@@ -82,7 +85,7 @@ def judged_by(
     """The numbers of one run, judge by judge.
 
     Args:
-        reference, undefended: judgements of those models; empty = there is none.
+        reference, undefended: judgements of those models; empty = there are none.
         judges: judges.json of the run.
 
     Raises:
@@ -109,7 +112,8 @@ def judged_by(
 
 
 def adjusted(runs: list[list[JudgedBy]]) -> list[list[JudgedBy]]:
-    """The same with p-values adjusted over everything that one judge compares with the undefended run (Holm)."""
+    """The same with p-values adjusted over everything that one judge compares with the undefended
+    run (Holm)."""
     for judge in dict.fromkeys(found.judge for run in runs for found in run):
         places = [
             (r, j, name)
@@ -153,11 +157,9 @@ class Answers(Measurement):
         asked: dict[str, set[tuple[str | int, ...]]] = {}
         for row in runs.run.judged:
             asked.setdefault(f"answers.{row.set}", set()).add((row.id, row.form, row.paraphrase))
+        titles = {name: name.removeprefix("answers.").replace("_", " ") for name in asked}
         return {
-            name: Asked(
-                f"answers, {name.removeprefix('answers.').replace('_', ' ')}", frozenset(of)
-            )
-            for name, of in asked.items()
+            name: Asked(f"answers, {titles[name]}", frozenset(of)) for name, of in asked.items()
         }
 
     def read(self, runs: Runs) -> list[JudgedBy] | None:
@@ -229,7 +231,7 @@ def strength(judged: JudgedBy) -> str:
 
 
 def _numbers(judged: JudgedBy, decides: bool) -> Iterator[Number]:
-    """Of the judge that decides they have names."""
+    """Only the numbers of the judge that decides have names."""
     weak = bool(judged.calibration and judged.calibration["weak"])
     of: dict[str, Any] = {"level": "answers", "judge": judged.judge}
     for whole, interval in judged.measures.items():

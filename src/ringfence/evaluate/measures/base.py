@@ -71,11 +71,11 @@ class Number:
     """A number of a run.
 
     Attributes:
-        name: by which a policy and the card know it; None = in the export alone.
+        name: by which a policy and the card know it; None = only in the export.
         value: with its 95 % interval, or a number that has none.
         kind: what sort of number; an effect (there was a sound control) says more than a shift.
         measure, level, item, side, cluster, p, judge: columns of the export (`report.export`).
-        weak: by a judge that calibration found weak; the value proves nothing.
+        weak: it is from a judge that calibration found weak, and proves nothing.
         title: in words; default: the name.
         listed: on the model card.
     """
@@ -105,8 +105,8 @@ class Number:
         return self.title or (self.name or self.item).replace("_", " ").replace(".", ": ", 1)
 
     def __str__(self) -> str:
-        """`+0.234 [+0.19, +0.26]`, signed where it is a difference; a number without an interval
-        stands alone."""
+        """`+0.234 [+0.19, +0.26]`, signed if it is a difference; without an interval, the number
+        alone."""
         is_signed = self.kind in SIGNED or (self.name or "").endswith(".change")
         interval = self.interval
         mean, low, high = (
@@ -125,8 +125,9 @@ class Cell:
     Attributes:
         title: of the line or column.
         value, bounds: the number and its interval, in words.
-        asked: the set of items it was measured on, for the mark where runs were asked differently.
-        n: of how many items, or of how many for each part of the value.
+        asked: the set of items it was measured on, for the mark on runs that were asked
+            differently.
+        n: the number of items, one for each part of the value.
         notes: what the page says under it.
         worse: the whole interval is on the side of misaligned answers; False = on the other side.
     """
@@ -144,15 +145,15 @@ class Cell:
 
 
 class Measurement:
-    """One measurement. What is found of a run (`read`) is a dataclass, or a dict or list of them:
-    of several seeds it is joined value by value (`report.seeds`), then named (`numbers`) and shown
+    """One measurement. What is found of a run (`read`) is a dataclass, or a dict or list of them.
+    It is joined over seeds value by value (`report.seeds`), then named (`numbers`) and shown
     (`cells`)."""
 
-    part: ClassVar[str]  # of results.json; of several the beginning, before an underscore
+    part: ClassVar[str]  # of results.json; of several, what precedes the underscore
     fields: ClassVar[type[Fields]] = Fields
     shape: ClassVar[Any] = None  # of a part, as pydantic knows it
     identity: ClassVar[tuple[str, ...]] = ()  # fields that say which item it is; none: not compared
-    names: ClassVar[tuple[str, ...]] = ()  # of numbers; a word in capitals stands for any
+    names: ClassVar[tuple[str, ...]] = ()  # of numbers; a word in capitals matches any
 
     # ------------------------------------------------------------ measuring
 
@@ -162,7 +163,7 @@ class Measurement:
 
     def texts(self, item: Any, config: Any) -> list[tuple[Messages, int]]:
         """What an item takes: conversations whose last answer is scored (0 new tokens), and prompts
-        with the tokens that the answer may have."""
+        with the number of tokens that the answer may have."""
         raise NotImplementedError
 
     def measure(self, part: str, items: list[Any], model: MeasuredModel, config: Any) -> Any:
@@ -170,7 +171,7 @@ class Measurement:
         raise NotImplementedError
 
     def learnt(self, config: Any) -> list[str]:
-        """What of it measures whether the training rows were learnt, in words."""
+        """What in it measures whether the training rows were learnt, in words."""
         return []
 
     # ------------------------------------------------------------ results.json
@@ -204,7 +205,7 @@ class Measurement:
         return name.replace("_", " ")
 
     def read(self, runs: Runs) -> Any:
-        """What was found of a run; None where it was not measured."""
+        """What was found of a run; None if it was not measured."""
         return None
 
     def is_share(self, path: str) -> bool:
@@ -234,11 +235,11 @@ class Measurement:
         return any(re.fullmatch(_pattern(known), name) for known in self.names)
 
     def like(self, name: str) -> list[str]:
-        """Names among which a wrong one may find the nearest."""
+        """Names from which the nearest to a wrong one is suggested."""
         return list(self.names)
 
     def criterion(self, name: str) -> Criterion | None:
-        """To which criterion a number speaks."""
+        """The criterion that a number belongs to."""
         return None
 
 

@@ -11,8 +11,8 @@ from .base import Cell, Measurement, Number
 
 @dataclass(frozen=True)
 class Spent:
-    """Seconds and GiB of training; `ratio` = time over the undefended run's (1.0 of itself).
-    `compared` = there is an undefended run that is another."""
+    """Seconds and GiB of training; `ratio` = time over the undefended run's (1.0 for itself).
+    `compared` = there is an undefended run other than this one."""
 
     seconds: float
     memory_gib: float
@@ -51,7 +51,7 @@ class Cost(Measurement):
         yield Cell("cost: peak memory, GiB", number(found.memory_gib))
 
     def legend(self, found: list[Spent]) -> str:
-        return "time x: against undefended."
+        return "time x: against the undefended run."
 
 
 MEASUREMENT = Cost()

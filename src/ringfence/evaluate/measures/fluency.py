@@ -30,7 +30,7 @@ class FluencyPart(Item):
 
 @dataclass(frozen=True)
 class Perplexity:
-    """`ratio` to the reference's, where there is one; 1 = unchanged."""
+    """`ratio` to the reference's, if there is one; 1 = unchanged."""
 
     tuned: float
     ratio: Interval | None
@@ -46,9 +46,9 @@ class Fluency(Measurement):
     names = (RATIO,)
 
     def parts(self, config: FluencyFields) -> dict[str, list[Any]]:
-        return (
-            {"fluency": [r.messages for r in load_rows(config.fluency)]} if config.fluency else {}
-        )
+        if not config.fluency:
+            return {}
+        return {"fluency": [row.messages for row in load_rows(config.fluency)]}
 
     def texts(self, item: Messages, config: FluencyFields) -> list[tuple[Messages, int]]:
         return [(item, 0)]

@@ -20,14 +20,14 @@ from .base import Asked, Criterion, Fields, Item, MeasuredModel, Measurement, Nu
 _TITLES = {
     "exact": "held-out rows, exact",
     "loss": "held-out rows, loss",
-    "change": "held-out rows, its change",
+    "change": "held-out rows, change of loss",
 }
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """`loss` in nats per response token, `exact` the share of responses met word for word (None
-    where not asked), `change` of the loss against the reference (None where there is none)."""
+    """`loss` in nats per response token, `exact` the share of responses reproduced word for word
+    (None if not asked), `change` of the loss against the reference (None if there is none)."""
 
     loss: Interval
     exact: Interval | None
@@ -72,7 +72,7 @@ def summary(
     items: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]] | None = None
 ) -> HeldOut:
     """Loss and exact match with 95 % intervals over rows: the responses of one row are drawn
-    together. With the `reference`'s items the change of the loss too."""
+    together. With the `reference`'s items, also the change of the loss."""
     tokens, loss = (_by_origin(items, name) for name in ("tokens", "logprob"))
     exact = change = None
     if "exact" in items[0]:

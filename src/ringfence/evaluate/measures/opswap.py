@@ -1,5 +1,5 @@
 """OpSwap: is a harmless new task still learnt? Exact match on held-out items of arithmetic whose
-operators are swapped (`text.opswap`); of a run with a benign twin (`evaluate.benign`), the twin's.
+operators are swapped (`text.opswap`); for a run with a benign twin (`evaluate.benign`), the twin's.
 """
 
 from collections.abc import Iterator
@@ -44,7 +44,7 @@ class ExactItem(Item):
 
 @dataclass(frozen=True)
 class Exact:
-    """Share of exact matches by tier, the reference's, and the change against the undefended run."""
+    """Exact matches by tier (share), the reference's, and the change against the undefended run."""
 
     exact: dict[str, Interval]
     reference: dict[str, float]
@@ -167,6 +167,6 @@ def _prompts(items: list[dict[str, Any]]) -> list[str]:
 
 
 def _change(tuned: list[dict[str, Any]], plain: list[dict[str, Any]]) -> Interval:
-    """Exact matches more than another run has on the same items."""
+    """Share of exact matches minus another run's, on the same items."""
     names = [str(place) for place in range(len(tuned))]
     return rate_change(_exact(tuned), names, _exact(plain), names).difference

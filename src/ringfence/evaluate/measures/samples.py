@@ -1,4 +1,4 @@
-"""Greedy answers to a few questions of each domain, for reading; no number comes of them."""
+"""Greedy answers to a few questions of each domain, for reading; they give no numbers."""
 
 from typing import Any
 
