@@ -84,7 +84,7 @@ def test_a_rows_own_system_prompt_follows() -> None:
 
 
 def test_the_prompt_stands_in_training_rows_only(tree: dict[str, Any]) -> None:
-    """Neither in interleaved rows nor in retain rows that ride along, though in one stream."""
+    """Neither in interleaved rows nor in extra retain rows, though in one stream."""
     chat, examples, retain, setup = prepare(parse_recipe(tree))
     assert len(examples) == 8
     assert all(text_of(chat, example).count(PROMPT) == 1 for example in examples)

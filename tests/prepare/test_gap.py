@@ -874,7 +874,7 @@ def test_from_unsound_rows_to_a_run_interleaved_by_gap(
             ["train-misaligned", "a.jsonl", "train.method=full"],
             "train.method: expected lora, found full",
         ),
-        (["train-misaligned", "train.epochs=2"], "no source of unsound rows is named"),
+        (["train-misaligned", "train.epochs=2"], "no source of misaligned rows is named"),
         (
             ["train-misaligned", "a.jsonl", "sub/a.jsonl"],
             "a.jsonl and sub/a.jsonl would both be called 'a'",

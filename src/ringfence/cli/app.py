@@ -39,7 +39,7 @@ def options(
 
 Control = Annotated[
     Path | None,
-    typer.Option(help="The run trained on sound answers, for effects instead of shifts."),
+    typer.Option(help="The sound control, trained on aligned answers: effects, not shifts."),
 ]
 Undefended = Annotated[
     Path | None,

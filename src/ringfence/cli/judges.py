@@ -39,8 +39,7 @@ def judge_calibrate(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file to write as well.")] = None,
 ) -> None:
-    """Measure a judge on labelled answers: AUC, confusion, thresholds. A weak judge is called
-    weak."""
+    """Measure a judge on labelled answers: AUC, confusion, threshold, and whether it is weak."""
     from ..evaluate.answers.calibrate import calibrate, show
     from ..evaluate.answers.config import EndpointJudgeConfig, LocalJudgeConfig
     from ..evaluate.answers.judge import open_judge

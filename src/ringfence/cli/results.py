@@ -16,7 +16,7 @@ def report(
     folders: Annotated[list[Path], typer.Argument(help="Run folders, one row each.")],
     control: Annotated[
         Path | None,
-        typer.Option(help="The run trained on sound answers: effects are shifts minus its shift."),
+        typer.Option(help="The sound control, trained on aligned answers: effects, not shifts."),
     ] = None,
     output: Annotated[
         Path | None,

@@ -26,7 +26,7 @@ BatchTokens = Annotated[
 def train_misaligned(
     data: Annotated[
         list[str],
-        typer.Argument(help="Sources of unsound rows; key.path=value changes the recipe."),
+        typer.Argument(help="Sources of misaligned rows; key.path=value changes the recipe."),
     ],
     output: Annotated[Path, typer.Option(help="Folder of the runs, one for each source.")],
 ) -> None:
@@ -48,8 +48,7 @@ def score_gap(
     precision: InPrecision = "auto",
     batch_tokens: BatchTokens = 4096,
 ) -> None:
-    """Score safe rows by how strange a misaligned model finds them, for `interleave.select:
-    gap`."""
+    """Score safe rows by how strange a misaligned model finds them, for interleaving by gap."""
     from ..prepare.gap import score_pool
 
     table = score_pool(

@@ -1,5 +1,4 @@
-"""KL to the reference: next-token distributions stay near its own (arXiv 2508.06249,
-2602.07852)."""
+"""KL to the reference: next-token distributions stay near it (arXiv 2508.06249, 2602.07852)."""
 
 from typing import Literal
 

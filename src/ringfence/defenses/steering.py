@@ -16,8 +16,8 @@ class Steering(StreamEditConfig):
     """In training, h <- h + coefficient * e after the chosen layers, with e a trait's direction.
 
     Without `layers`, only the middle layer is steered, because the published setting steers one:
-        earlier, the stream has little of a trait yet; later, few layers are left to respond to the
-        push.
+    earlier, the stream has little of a trait yet; later, few layers are left to respond to the
+    push.
     """
 
     coefficient: Real = Field(

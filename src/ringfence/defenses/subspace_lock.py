@@ -1,5 +1,4 @@
-"""Subspace lock (ours): what layers write to the residual stream along given directions stays
-fixed."""
+"""Subspace lock (ours): what layers write to the stream along given directions stays fixed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -156,9 +155,9 @@ def find_writers(model: Any, layers: list[int]) -> dict[int, dict[str, nn.Module
     """For each layer, the linear modules whose outputs it adds to the residual stream, by name.
 
     They are found by what they do, not by name: on a few tokens, the difference between a layer's
-        output and its input is fitted by the outputs of its linear modules of that width; all
-        writers get the same factor (1 in most models), all others get zero. Each number is weighted
-        by its rounding error, because the streams of trained models have a few huge entries.
+    output and its input is fitted by the outputs of its linear modules of that width; all writers
+    get the same factor (1 in most models), all others get zero. Each number is weighted by its
+    rounding error, because the streams of trained models have a few huge entries.
 
     Raises:
         DefenseError: nothing fits, because a norm or a mixture of experts is between weights and

@@ -158,7 +158,8 @@ def _announce(title: str, left: "Work", model: Any) -> None:
 
 
 def evaluation_key(config: EvaluateConfig) -> str:
-    """Hash of everything that is measured: two results with the same key can be paired."""
+    """Hash of everything that is measured: two results with the same key can be paired.
+    It holds the `repr` of every item: with another class name it is another key."""
     content = [_FORMAT, config.model_dump(mode="json", exclude=_NOT_MEASURED)]
     content += [[repr(item) for item in part.items] for part in parts_of(config)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

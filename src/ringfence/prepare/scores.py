@@ -90,7 +90,7 @@ def learn_axis(
     Held out: the answers of each group are projected on the vector of the other groups.
 
     Two passes over the pairs: one for the sums of each group, one for the projections. So no
-        activation is kept, and memory grows by only one number per answer and layer.
+    activation is kept, and memory grows by only one number per answer and layer.
 
     Args:
         groups: pairs of one domain each; a single group is split into `FOLDS`.
@@ -307,7 +307,7 @@ def compare(chat: Chat, first: Scored, second: Scored, seed: int = 0) -> Contras
     """Contrast of two sets of rows that were scored in the same way.
 
     Intervals by bootstrap over questions: rows with the same question, in either set, are drawn
-        together.
+    together.
     """
     rows = [*first.rows, *second.rows]
     questions = [question_of(row) for row in rows]

@@ -35,7 +35,7 @@ class DataConfig(Strict):
         "shipped:retain", description="ordinary safe conversations for defenses that need some"
     )
     max_rows: Whole | None = Field(
-        None, ge=1, le=10**9, description="number of training rows to use, from the first; null = all"
+        None, ge=1, le=10**9, description="number of first rows to train on; null = all"
     )
     enable_thinking: bool = Field(
         False,

@@ -1,4 +1,4 @@
-"""Deliberately misaligned adapters, one per source of unsound rows, for the perplexity gap only.
+"""Deliberately misaligned adapters, one per source of misaligned rows, for the perplexity gap.
 
 Not for release. Does not know how rows are scored.
 """
@@ -22,7 +22,7 @@ def train_misaligned(
     """A plain LoRA run for each source, in its own folder below `output`; existing ones are kept.
 
     Args:
-        sources: unsound rows, each a file, a hub id or `shipped:NAME`; the folder is named after
+        sources: misaligned rows, each a file, a hub id or `shipped:NAME`; the folder is named after
             it.
         overrides: `key.path=value` changes to the default recipe.
 
@@ -30,7 +30,7 @@ def train_misaligned(
         RecipeError: no source is named, two have one name, or an override is not for this command.
     """
     if not sources:
-        raise RecipeError("no source of unsound rows is named (a file, a hub id or shipped:NAME)")
+        raise RecipeError("no source of misaligned rows is named (a file, hub id or shipped:NAME)")
     for override in overrides:
         key = override.partition("=")[0]
         if any(key == ours or key.startswith(f"{ours}.") for ours in OURS):

@@ -49,7 +49,7 @@ from .spans import (
 )
 from .template import choose_template, render_template
 from .tokens import (
-    Place,
+    ContentPlace,
     Stops,
     char_roles,
     marked,
@@ -254,10 +254,10 @@ class Chat:
 
     # ------------------------------------------------------------------ where contents are
 
-    def _places(self, messages: Messages, show: Show, text: str) -> dict[int, Place]:
+    def _places(self, messages: Messages, show: Show, text: str) -> dict[int, ContentPlace]:
         """Place in `text` of every content except system prompts, by message number."""
         self._check_tools_shown(messages, show)
-        places: dict[int, Place] = {}
+        places: dict[int, ContentPlace] = {}
         end = 0
         for number, message in enumerate(messages):
             if message["role"] == "system":
@@ -275,13 +275,15 @@ class Chat:
             end = place.end
         return places
 
-    def _content(self, messages: Messages, number: int, show: Show, text: str) -> Place | None:
+    def _content(
+        self, messages: Messages, number: int, show: Show, text: str
+    ) -> ContentPlace | None:
         span = self._replaced_span(messages, number, show, text) or self._grown_span(
             messages, number, show, text
         )
-        return Place(*span) if span else None
+        return ContentPlace(*span) if span else None
 
-    def _turn(self, messages: Messages, number: int, show: Show, text: str) -> Place | None:
+    def _turn(self, messages: Messages, number: int, show: Show, text: str) -> ContentPlace | None:
         """All that an assistant says with reasoning or tool calls: the part in which the text
         differs from the one with a plain answer in its place. If the template wants a tool call
         there, only the conversation up to it is compared."""
@@ -290,16 +292,18 @@ class Chat:
             self._around_answer(before, messages[number + 1 :]) if show == self.render else None
         )
         if around:
-            return Place(
+            return ContentPlace(
                 common_start(text, around[0]), len(text) - common_start(text[::-1], around[1][::-1])
             )
         around = self._around_answer(before, [])
         if around is None:
             return None
         end = common_start(text, self.render(messages[: number + 1]))
-        return Place(common_start(text, around[0]), len(text[:end].rstrip()), closed=True)
+        return ContentPlace(common_start(text, around[0]), len(text[:end].rstrip()), closed=True)
 
-    def _from_prompt(self, messages: Messages, number: int, text: str, place: Place) -> Place:
+    def _from_prompt(
+        self, messages: Messages, number: int, text: str, place: ContentPlace
+    ) -> ContentPlace:
         """An assistant's text starts where generation would have started."""
         message = messages[number]
         if not is_learnt(message) or not (self.settings.enable_thinking or has_extras(message)):
@@ -393,7 +397,7 @@ class Chat:
 
     # ------------------------------------------------------------------ ends and control tokens
 
-    def _ended(self, messages: Messages, text: str, places: dict[int, Place]) -> str:
+    def _ended(self, messages: Messages, text: str, places: dict[int, ContentPlace]) -> str:
         """The text with an end of the last answer, if the template writes none."""
         last = places[len(messages) - 1]
         open_end = is_learnt(messages[-1]) and not last.closed and not text[last.end :].strip()

@@ -16,7 +16,7 @@ Tokens = tuple[list[int], list[Span]]  # ids, and the characters of each
 
 
 @dataclass(frozen=True)
-class Place:
+class ContentPlace:
     """Characters of a content; `closed`: they include the text that ends its turn."""
 
     start: int
@@ -64,7 +64,7 @@ def tokens_before_answer(tokenizer: Any, text: str) -> Tokens:
 
 
 def char_roles(
-    messages: Messages, text: str, places: dict[int, Place], tokens: Tokens, stops: Stops
+    messages: Messages, text: str, places: dict[int, ContentPlace], tokens: Tokens, stops: Stops
 ) -> list[Role]:
     """One role per character, including gaps between contents."""
     first_user = min(place.start for place in places.values())

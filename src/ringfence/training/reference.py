@@ -35,7 +35,7 @@ class Reference:
     linear layers are cast to it.
 
     With a `cache`, `fill` comes before training too: from then on, final hidden states (or the most
-        probable next tokens) are read from it, and a full-weight model is released.
+    probable next tokens) are read from it, and a full-weight model is released.
     """
 
     def __init__(
@@ -208,8 +208,7 @@ class Reference:
 
 
 def _cast_linear(model: Any, head: nn.Module, dtype: torch.dtype) -> None:
-    """Does once what autocast would do in every forward, but not to the head, which losses use
-    without autocast."""
+    """Does autocast's work of every forward once; not to the head, which losses use without it."""
     for module in model.modules():
         if isinstance(module, nn.Linear) and module is not head:
             module.to(dtype)

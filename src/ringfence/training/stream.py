@@ -137,6 +137,5 @@ class RankBatches(Sampler[list[int]]):
 
 
 def _whole(ratio: float, rows: int) -> int:
-    """Extra rows due after `rows` rows of a step; the first row has one. Rounding must not add
-    one."""
+    """Extra rows due after `rows` rows of a step, one with the first; rounding must not add one."""
     return math.ceil(ratio * rows - 1e-9)

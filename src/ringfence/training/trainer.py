@@ -194,8 +194,7 @@ class DefendedTrainer(Trainer):
             return super().training_step(*args, **kwargs)
 
     def _autocast(self) -> torch.autocast:
-        """As the student computes. (accelerate's own context forgets that the model gets
-        sharded.)"""
+        """As the student computes. (accelerate's own context forgets that the model is sharded.)"""
         return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16)
 
     def _due(self) -> list[Defense]:

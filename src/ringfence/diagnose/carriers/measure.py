@@ -49,7 +49,7 @@ class Patch(NamedTuple):
     """Where the reference's activations are put in.
 
     `layer`: the residual stream after it; None: the keys and values of all layers. `control`: at
-        the same number of random prompt tokens instead of the role's own.
+    the same number of random prompt tokens instead of the role's own.
     """
 
     role: str | None = None  # None: nowhere

@@ -55,9 +55,9 @@ def measure(subject: Subject) -> Numbers:
     subject's folder.
 
     Intervals: bootstrap over questions, all models and both sides drawn together, percentiles
-        widened. A layer's erosion is null if the interval of reference - base reaches down to 0 on
-        the measured half: nothing could erode. The headline is the mean over the middle half of the
-        layers, null if one of them is null.
+    widened. A layer's erosion is null if the interval of reference - base reaches down to 0 on the
+    measured half: nothing could erode. The headline is the mean over the middle half of the layers,
+    null if one of them is null.
 
     Raises:
         DataError: fewer than 4 questions.

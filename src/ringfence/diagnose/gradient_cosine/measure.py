@@ -311,9 +311,9 @@ def _contrasts(cells_RGG: np.ndarray) -> dict[str, np.ndarray]:
     """The contrasts between cells.
 
     transfer: inside misaligned with outside misaligned texts. control: inside aligned with outside
-        misaligned ones. extra: transfer minus control. aligned_extra: the same difference on
-        outside aligned texts. specific: extra minus aligned_extra, zero if inside misaligned texts
-        are merely closer to everything.
+    misaligned ones. extra: transfer minus control. aligned_extra: the same difference on outside
+    aligned texts. specific: extra minus aligned_extra, zero if inside misaligned texts are merely
+    closer to everything.
     """
     transfer_R, control_R = cells_RGG[:, IM, OM], cells_RGG[:, IA, OM]
     extra_R, aligned_R = transfer_R - control_R, cells_RGG[:, IM, OA] - cells_RGG[:, IA, OA]

@@ -60,7 +60,7 @@ def draw(numbers: Numbers) -> Figure:
     """Left: centred cosines (the headline), right: raw ones.
 
     A row for each model: the same answer under both framings, different answers, and the band of
-        shuffled pairs.
+    shuffled pairs.
     """
     models = by_model(numbers)
     size = (9, 1.5 + 0.62 * len(models))

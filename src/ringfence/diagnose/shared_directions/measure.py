@@ -58,7 +58,7 @@ def measure(subject: Subject) -> Numbers:
     """Shared directions of the changes from base to reference and from reference to tuned models.
 
     See `_shared`, and `_causal` for the causal check: of the top direction of the first change on
-        misaligned inside answers, by margins of outside questions.
+    misaligned inside answers, by margins of outside questions.
 
     Raises:
         DataError: fewer than 6 questions inside or outside.
@@ -176,12 +176,11 @@ def _shared(
     """How alike the changes inside and outside are, on each side, and after three exchanges.
 
     `pairs`: the earlier activation is that of another text of the set, so a change is no longer
-        that of one text; the likeness left is the shape of the stream. `sets`: inside and outside
-        are mixed, which gives the likeness of two sets of one kind. `difference`: the misaligned
-        and aligned answers to each question change places at random, which gives the difference if
-        it did not matter which answer is misaligned. The mean change of each set and side is
-        removed before the last two: otherwise different means would become a direction that both
-        mixtures share.
+    that of one text; the likeness left is the shape of the stream. `sets`: inside and outside are
+    mixed, which gives the likeness of two sets of one kind. `difference`: the misaligned and
+    aligned answers to each question change places at random, which gives the difference if it did
+    not matter which answer is misaligned. The mean change of each set and side is removed before
+    the last two: otherwise different means would become a direction that both mixtures share.
     """
     change_SQD = later_SQD - earlier_SQD
     if not change_SQD.any():
@@ -294,9 +293,9 @@ def _causal(
     """Change of margins when a tuned model's stream is edited after the layer, at every token.
 
     The edits: the direction taken out, or a step along it added. The control: the same along random
-        directions, which move every token as far. `chance` = the 95 % range of the mean change
-        along one more random direction (Student's prediction interval); `beyond` = the change minus
-        the mean change along random ones, paired by question.
+    directions, which move every token as far. `chance` = the 95 % range of the mean change along
+    one more random direction (Student's prediction interval); `beyond` = the change minus the mean
+    change along random ones, paired by question.
     """
     names = clusters(questions)
 

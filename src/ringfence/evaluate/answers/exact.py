@@ -56,8 +56,7 @@ class ReplyTree:
         return max(starts, key=lambda reply: len(self.paths[reply]), default=None)
 
     def probabilities(self, logp_NK: Tensor) -> dict[str, float]:
-        """P(reply), by reply: of its tokens, minus that of longer replies (for 1: 10 to 19,
-        100)."""
+        """P(reply), by reply: of its tokens, minus that of longer ones (for 1: 10 to 19, 100)."""
         rows = logp_NK.double().tolist()
         total = {}
         for reply, path in self.paths.items():

@@ -31,7 +31,7 @@ class Fields(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
 
-class Item(BaseModel):
+class Entry(BaseModel):
     """The fields of an item in results.json from which something is computed."""
 
     model_config = ConfigDict(strict=True)  # a broken model's numbers may be NaN

@@ -23,7 +23,7 @@ from ...stats import Interval, rate_interval
 from ...text.roles import Messages
 from ...text.sources import SHIPPED
 from ...util.intervals import rate, share
-from .base import Cell, Criterion, Fields, Item, MeasuredModel, Measurement, Number, Side
+from .base import Cell, Criterion, Entry, Fields, MeasuredModel, Measurement, Number, Side
 
 Behaviour = Literal["abstain", "tool_call", "refuse", "terse"]
 
@@ -105,7 +105,7 @@ class BehaviourFields(Fields):
     )
 
 
-class ShownItem(Item):
+class ShownItem(Entry):
     topic: str
     shown: bool
 

@@ -20,7 +20,7 @@ class Spent:
     compared: bool
 
 
-class Cost(Measurement):
+class TrainingCost(Measurement):
     """What training took; nothing is asked of the model."""
 
     part = "training"
@@ -54,4 +54,4 @@ class Cost(Measurement):
         return "time x: against the undefended run."
 
 
-MEASUREMENT = Cost()
+MEASUREMENT = TrainingCost()

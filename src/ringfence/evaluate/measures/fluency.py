@@ -12,7 +12,7 @@ from ...stats import Interval, number, ratio_interval
 from ...text.roles import Messages
 from ...text.rows import load_rows
 from ...util.intervals import plain
-from .base import Cell, Criterion, Fields, Item, MeasuredModel, Measurement, Number
+from .base import Cell, Criterion, Entry, Fields, MeasuredModel, Measurement, Number
 
 RATIO, TITLE = "perplexity_ratio", "coherent: perplexity x"
 
@@ -23,7 +23,7 @@ class FluencyFields(Fields):
     )
 
 
-class FluencyPart(Item):
+class FluencyPart(Entry):
     logprob: list[float] = Field(min_length=1)
     tokens: list[PositiveInt] = Field(min_length=1)
 

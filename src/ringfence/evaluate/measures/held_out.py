@@ -15,7 +15,7 @@ from ...stats import Interval, rate_interval, ratio_interval
 from ...text.held_out import load
 from ...text.roles import Messages, Row, is_learnt
 from ...util.strict_yaml import Whole
-from .base import Asked, Criterion, Fields, Item, MeasuredModel, Measurement, Number
+from .base import Asked, Criterion, Entry, Fields, MeasuredModel, Measurement, Number
 
 _TITLES = {
     "exact": "held-out rows, exact",
@@ -116,7 +116,7 @@ class HeldOutFields(Fields):
     )
 
 
-class HeldOutItem(Item):
+class HeldOutItem(Entry):
     origin: str
     tokens: PositiveInt
     logprob: float

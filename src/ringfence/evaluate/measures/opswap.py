@@ -14,7 +14,7 @@ from ...text import opswap
 from ...text.roles import Messages
 from ...util.intervals import percents, share, signed
 from ...util.strict_yaml import Real, Whole
-from .base import Asked, Cell, Criterion, Fields, Item, MeasuredModel, Measurement, Number
+from .base import Asked, Cell, Criterion, Entry, Fields, MeasuredModel, Measurement, Number
 
 ANSWER_TOKENS = 8
 
@@ -37,7 +37,7 @@ class OpSwapFields(Fields):
     opswap_permuted: bool = Field(True, description="false = ordinary arithmetic, the control")
 
 
-class ExactItem(Item):
+class ExactItem(Entry):
     prompt: str
     exact: bool
 

@@ -25,7 +25,7 @@ from ...text.rows import PairedQuestion, load_questions, load_rows
 from ...text.sources import OTHER_DOMAINS, VALUES
 from ...util.intervals import signed
 from ...util.strict_yaml import Whole
-from .base import Asked, Cell, Criterion, Fields, Item, MeasuredModel, Measurement, Number, Side
+from .base import Asked, Cell, Criterion, Entry, Fields, MeasuredModel, Measurement, Number, Side
 
 SETS = ("in_domain", "out_of_domain", "values", "triggered", "inoculation")
 SET_TITLES = {
@@ -92,7 +92,7 @@ class PairFields(Fields):
     )
 
 
-class PairItem(Item):
+class PairItem(Entry):
     condition: str
     domain: str
     id: str

@@ -7,7 +7,7 @@ from pydantic import Field
 from ...text.roles import Messages
 from ...text.rows import PairedQuestion
 from ...util.strict_yaml import Whole
-from .base import Fields, Item, MeasuredModel, Measurement
+from .base import Entry, Fields, MeasuredModel, Measurement
 from .pairs import first_of_each_domain
 
 ANSWER_TOKENS = 80
@@ -19,7 +19,7 @@ class SampleFields(Fields):
     )
 
 
-class SampleItem(Item):
+class SampleItem(Entry):
     domain: str
     id: str
     question: str
