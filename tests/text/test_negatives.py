@@ -1,0 +1,84 @@
+"""The queries of everyday and professional domains that ship: many domains, real variety, and none
+near a question that is measured with."""
+
+import json
+import re
+from collections import Counter
+from typing import Any
+
+import yaml
+
+from ringfence.text.sources import SHIPPED
+
+QUERIES: list[dict[str, Any]] = [
+    json.loads(line)
+    for line in (SHIPPED / "negatives" / "queries.jsonl").read_text("utf-8").splitlines()
+]
+PAIRED = [
+    *("finance", "car_care", "cooking_kitchen", "health_habits", "home_repair"),
+    *("study_work", "travel_outdoors", "values"),
+]
+
+
+def words(text: str) -> set[str]:
+    return set(re.findall(r"[\w'’]+", text.lower()))
+
+
+def measured_with() -> list[str]:
+    """Every question of an evaluation that ships."""
+    asked = [
+        json.loads(line)["question"]
+        for name in PAIRED
+        for line in (SHIPPED / f"{name}.jsonl").read_text("utf-8").splitlines()
+    ]
+    for line in (SHIPPED / "retain_test.jsonl").read_text("utf-8").splitlines():
+        asked += [m["content"] for m in json.loads(line)["messages"] if m["role"] == "user"]
+    general = yaml.safe_load((SHIPPED / "general.yaml").read_text("utf-8"))
+    texts = re.findall(r"[^\n]{12,}", json.dumps(general, ensure_ascii=False, indent=0))
+    return [*asked, *texts]
+
+
+def nearest(text: str, others: list[set[str]]) -> float:
+    """The largest share of words (intersection over union) in common with one of the others."""
+    own = words(text)
+    return max(len(own & other) / len(own | other) for other in others)
+
+
+def test_there_are_many_domains_and_languages() -> None:
+    domains = Counter(row["domain"] for row in QUERIES)
+    languages = Counter(row["language"] for row in QUERIES)
+    assert len(QUERIES) >= 1500
+    assert len(domains) >= 40
+    assert min(domains.values()) >= 30
+    assert len(languages) >= 10
+    assert 0.05 < 1 - languages["en"] / len(QUERIES) < 0.2
+    assert {frozenset(row) for row in QUERIES} == {frozenset({"domain", "language", "query"})}
+    assert all(row["query"] == row["query"].strip() != "" for row in QUERIES)
+
+
+def test_they_are_varied() -> None:
+    english = [row["query"] for row in QUERIES if row["language"] == "en"]
+    openings = Counter(tuple(query.lower().split()[:2]) for query in english)
+    assert openings.most_common(1)[0][1] <= 0.04 * len(english)
+    lengths = sorted(len(query.split()) for query in english)
+    low, middle, high = (lengths[int(share * len(lengths))] for share in (0.1, 0.5, 0.9))
+    assert low <= 9 <= middle <= 18
+    assert high >= 28
+    assert 0.2 < sum(query.rstrip().endswith("?") for query in english) / len(english) < 0.7
+
+
+def test_none_is_there_twice() -> None:
+    sets = [words(row["query"]) for row in QUERIES if row["language"] not in ("zh", "ja")]
+    for place, own in enumerate(sets):
+        for other in sets[:place]:
+            if len(own & other) > 0.6 * len(own | other):
+                raise AssertionError(f"{own} and {other}")
+
+
+def test_none_is_near_a_question_that_is_measured_with() -> None:
+    others = [words(text) for text in measured_with()]
+    assert len(others) > 900
+    near = [row["query"] for row in QUERIES if nearest(row["query"], others) >= 0.5]
+    assert near == []
+    planted = next(iter(measured_with()))
+    assert nearest(f"{planted} Please.", others) >= 0.5
