@@ -1,6 +1,7 @@
 # make demo   set up, then fine-tune the embedded model with and without defenses (about 30 minutes on two CPU cores)
 # make test   set up, then all tests
 # make test-fast   those that take no training and no other process, in a minute or two
+# make test-deepspeed   build DeepSpeed, which has no wheels, and train with it on two processes
 # make bench  set up, then measure time and memory against the bounds of docs/performance.md (about an hour and a half
 #             on two quiet CPU cores); with QUICK=1 a small version into runs/bench, which shows that all of it runs
 # make test-oldest, make test-newest   the tests that touch the libraries, with the oldest and newest releases allowed
@@ -10,7 +11,7 @@ VENV := .venv
 PYTHON ?= python3
 RINGFENCE := $(VENV)/bin/ringfence
 
-.PHONY: demo demo-quick docs test test-fast test-oldest test-newest constraints check bench clean
+.PHONY: demo demo-quick docs test test-fast test-deepspeed test-oldest test-newest constraints check bench clean
 
 demo: $(VENV)/installed
 	$(RINGFENCE) demo
@@ -27,6 +28,10 @@ test: $(VENV)/installed
 
 test-fast: $(VENV)/installed
 	$(call pytest,$(VENV)) -m 'not slow'
+
+test-deepspeed: $(VENV)/installed
+	DS_BUILD_OPS=0 $(VENV)/bin/python -m pip install --quiet --no-build-isolation -c constraints.txt deepspeed==0.19.8
+	$(call pytest,$(VENV)) tests/training/test_distributed.py -k 'zero or deepspeed'
 
 check: $(VENV)/installed
 	$(VENV)/bin/ruff check .
