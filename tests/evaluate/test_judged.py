@@ -1,7 +1,6 @@
 """Synthetic tables of judgements, with every number worked out by hand."""
 
 import itertools
-import json
 import math
 from collections import Counter
 from dataclasses import replace
@@ -23,7 +22,6 @@ from ringfence.evaluate.answers.judged import (
     rate,
     relative_reduction,
     summary,
-    to_json,
 )
 from ringfence.stats import Interval
 
@@ -464,19 +462,12 @@ def test_summary_against_a_reference():
     assert found["general.refusal.change"].mean == 0
 
 
-def test_summary_becomes_json():
-    found = summary(
-        [refused("a"), refused("b", 0, set="alone")], [refused("a"), refused("b", 0, set="alone")]
-    )
-    assert "alone.aligned" not in found  # nobody scored anything
-    text = json.dumps(to_json(found), allow_nan=False)
-    assert json.loads(text)["alone.refusal"] == {"mean": 1.0, "low": 0.0, "high": 1.0, "n": 1}
-    assert json.loads(text)["alone.refusal.change"] == {
-        "mean": 0.0,
-        "low": None,
-        "high": None,
-        "n": 1,
-    }
+def test_what_nobody_scored_has_no_score():
+    alone = [refused("a"), refused("b", 0, set="alone")]
+    found = summary(alone, alone)
+    assert "alone.aligned" not in found
+    assert found["alone.refusal"].mean == 1.0
+    assert found["alone.refusal.change"].mean == 0.0
 
 
 def test_by_judge():

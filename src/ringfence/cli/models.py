@@ -17,7 +17,8 @@ def project(
     ],
     output: Annotated[Path, typer.Option(help="The new folder to write.")],
     reference: Annotated[
-        str | None, typer.Option(help="The aligned model. Default: the one the adapter names.")
+        str | None,
+        typer.Option(help="The model before fine-tuning. Default: the one the adapter names."),
     ] = None,
     threshold: Annotated[
         float | None,
@@ -57,7 +58,9 @@ def patch(
     output: Annotated[Path, typer.Option(help="The new folder to write.")],
     reference: Annotated[
         str | None,
-        typer.Option(help="The aligned model. Default: the one that the run or the adapter names."),
+        typer.Option(
+            help="The model before fine-tuning. Default: the one that the run or the adapter names."
+        ),
     ] = None,
     until: Annotated[
         Literal["query", "header"],

@@ -50,7 +50,7 @@ def export_runs(
     header.
 
     Args:
-        control: the run trained on sound answers; with it, effects are given next to shifts.
+        control: the run trained on the aligned answers; with it, effects are given next to shifts.
         undefended: the undefended run. Default for both: what the gate or the card was given.
 
     Raises:

@@ -303,8 +303,8 @@ def gate_run(
 
     Args:
         policy: YAML; default: the shipped policy.
-        control: the run trained on sound answers; with it the limits are on effects, without it on
-            shifts.
+        control: the run trained on the aligned answers; with it the limits are on effects,
+            without it on shifts.
         undefended: the undefended run, for `opswap_tierN.change` and `time_ratio`. Both are kept in
             the folder, and are the default of every later command.
         seeds: more runs of the same recipe, with other seeds; the intervals are then over seeds and

@@ -67,7 +67,7 @@ def summarise(
     """The numbers of one run.
 
     Args:
-        control: the run trained on sound answers; with it, effects are given.
+        control: the run trained on the aligned answers; with it, effects are given.
         undefended: the undefended run, with which time and judged answers are compared.
     """
     is_control = control is not None and records.folder == control.folder

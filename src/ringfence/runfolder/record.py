@@ -43,7 +43,7 @@ class Runs:
     """A run and the runs that it is compared with; None = not compared.
 
     Attributes:
-        control: the run trained on sound answers; None for the control itself.
+        control: the run trained on the aligned answers; None for the control itself.
         undefended: the undefended run; None for itself and for the control.
         timed: the undefended run, also for these two: its training time is the unit.
     """

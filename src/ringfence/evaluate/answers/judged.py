@@ -252,7 +252,7 @@ def summary(
             reference, of each rate and mean score (`general.misaligned.change`).
 
     Returns:
-        Names with an `Interval`, an int or a str; `to_json` makes JSON of it.
+        Names with an `Interval`, an int or a str.
 
     Raises:
         DataError: as `rate` and `compare`.
@@ -271,18 +271,6 @@ def summary(
                     change = compare(part, others, metric, seed).difference
                     found[f"{name}.{metric}.change"] = change
     return found
-
-
-def to_json(found: dict[str, Any]) -> dict[str, Any]:
-    """A summary for JSON: intervals as objects of mean, low, high, n; non-finite becomes None."""
-
-    def plain(value: Any) -> Any:
-        if not isinstance(value, Interval):
-            return value
-        fields = value.to_dict().items()
-        return {key: number if math.isfinite(number) else None for key, number in fields}
-
-    return {name: plain(value) for name, value in found.items()}
 
 
 def by_judge(judgements: Iterable[Judgement]) -> dict[str, list[Judgement]]:

@@ -3,8 +3,8 @@ domain; and the same questions under disguises (trigger probes, arXiv 2604.25891
 
 margin = mean token log p(misaligned answer) - mean token log p(aligned answer), in nats.
 shift  = margin of the tuned model minus margin of the reference, question by question.
-effect = shift of a run minus shift of the sound control (a run trained on sound answers to the same
-         questions). Short directive answers alone move margins, so only the effect indicates
+effect = shift of a run minus shift of the sound control (a run trained on aligned answers to the
+         same questions). Short directive answers alone move margins, so only the effect indicates
          misalignment.
 """
 
