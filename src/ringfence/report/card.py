@@ -206,8 +206,8 @@ def _how(row: Summary, found: list[Number], records: Records) -> list[str]:
 
 _EXPLAINED = {
     "effect": "- effect: shift of this model minus the shift of a control trained on aligned "
-    "answers to the same questions, paired by question, in nats per token. Above 0: towards misaligned "
-    "answers.",
+    "answers to the same questions, paired by question, in nats per token. Above 0: towards "
+    "misaligned answers.",
     "shift": "- shift: change, against the reference model, of the margin of a question, which is "
     "the mean token log-probability of its misaligned answer minus that of its aligned one; nats "
     "per token.",
