@@ -12,6 +12,7 @@ import runpy
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -69,42 +70,51 @@ def environment(**extra: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **extra}
 
 
-def start_pair(*arguments: str) -> list[subprocess.Popen[str]]:
+def start(command: list[str], environment: dict[str, str]) -> Any:
+    """A process whose output goes to a file: a rank that fills a pipe would wait for its reader,
+    and the other rank for it."""
+    log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+    process: Any = subprocess.Popen(
+        command, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True
+    )
+    process.log = log
+    return process
+
+
+def output_of(process: Any) -> str:
+    process.log.seek(0)
+    return str(process.log.read())
+
+
+def start_pair(*arguments: str) -> list[Any]:
     """Two ranks, as a launcher starts them."""
     port = str(free_port())
     return [
-        subprocess.Popen(
+        start(
             [sys.executable, *WORKER, *arguments],
-            env=environment(
+            environment(
                 RANK=str(rank),
                 LOCAL_RANK=str(rank),
                 WORLD_SIZE="2",
                 MASTER_ADDR="127.0.0.1",
                 MASTER_PORT=port,
             ),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
         )
         for rank in range(2)
     ]
 
 
-def end(processes: list[subprocess.Popen[str]], timeout: float) -> list[tuple[int, str]]:
+def end(processes: list[Any], timeout: float) -> list[tuple[int, str]]:
     """Exit codes and outputs; what still runs after the time is killed, and fails the test."""
     deadline = time.monotonic() + timeout
     try:
-        outputs = [
-            process.communicate(timeout=max(1, deadline - time.monotonic()))[0]
-            for process in processes
-        ]
+        for process in processes:
+            process.wait(timeout=max(1, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
         for process in processes:
             process.kill()
-        pytest.fail(
-            "deadlock:\n" + "\n".join(process.communicate()[0][-3000:] for process in processes)
-        )
-    return [(process.returncode, output) for process, output in zip(processes, outputs)]
+        pytest.fail("deadlock:\n" + "\n".join(output_of(each)[-3000:] for each in processes))
+    return [(process.returncode, output_of(process)) for process in processes]
 
 
 @pytest.fixture(scope="module")
@@ -353,13 +363,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_step(kind: str, trained: Path)
 
 
 def launch(command: list[str], timeout: float = 180) -> tuple[int, str]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", *command],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    process = start([sys.executable, "-m", *command], environment())
     return end([process], timeout)[0]
 
 
