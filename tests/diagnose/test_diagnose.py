@@ -1,4 +1,4 @@
-"""What all diagnoses stand on: models opened one at a time, texts and their log-probabilities, the
+"""What all diagnoses use: models opened one at a time, texts and their log-probabilities, the
 folder of results, and runs as subjects. The diagnoses have tests of their own."""
 
 import json

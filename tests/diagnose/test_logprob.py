@@ -12,7 +12,7 @@ import torch
 from matplotlib.collections import QuadMesh
 from torch import Tensor
 
-from helpers.models import SMALL, nudged, random_model, small_tokenizer, unigram
+from helpers.models import SMALL, nudged, random_model, unigram
 from helpers.paired_answers import INSIDE, OUTSIDE, SETS, answer_tokens, subject
 from ringfence.diagnose.diagnosis import Numbers
 from ringfence.diagnose.logprob import measure as logprob_measure
@@ -27,21 +27,6 @@ from ringfence.text.rows import PairedQuestion
 from ringfence.util import plots
 
 SIDES = ("misaligned", "aligned")
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return small_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def loaded() -> dict[str, Any]:
-    """Like models, as tuning makes them."""
-    sizes = {"base": 0.3, "reference": 0.0, "undefended": 0.1, "kl": 0.02}
-    return {
-        name: nudged(random_model(), seed=at, size=size)
-        for at, (name, size) in enumerate(sizes.items())
-    }
 
 
 @pytest.fixture(scope="module")

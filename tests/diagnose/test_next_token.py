@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.models import SMALL, nudged, random_model, small_tokenizer, unigram
+from helpers.models import SMALL, random_model, unigram
 from helpers.paired_answers import INSIDE, OUTSIDE, SETS, answer_tokens, subject
 from ringfence.diagnose.diagnosis import Numbers
 from ringfence.diagnose.next_token import measure as next_token_measure
@@ -25,20 +25,6 @@ from ringfence.util import plots
 NAMES = ["base", "reference", "undefended", "kl"]
 SPANS = {"first": 1, "early": 8}
 Distributions = dict[str, dict[str, list[Tensor]]]
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return small_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def loaded() -> dict[str, Any]:
-    sizes = {"base": 0.3, "reference": 0.0, "undefended": 0.1, "kl": 0.02}
-    return {
-        name: nudged(random_model(), seed=at, size=size)
-        for at, (name, size) in enumerate(sizes.items())
-    }
 
 
 @pytest.fixture(scope="module")

@@ -177,7 +177,7 @@ def test_ordinary_answers_show_no_behaviour() -> None:
 def test_refusals_agree_with_people(record_property: Any, capsys: Any) -> None:
     """XSTest's final labels, full compliance against full refusal. Mistral's refusals lecture
     without declining, which no phrase rule can tell; the published word list (`gap.is_refusal`)
-    stands beside it."""
+    is printed next to it."""
     found = {}
     for source in ("gpt4", "llama2new", "mistralinstruct"):
         text = (XSTEST / f"xstest_completions_{source}_gpteval.csv").read_text("utf-8")

@@ -1,4 +1,4 @@
-"""What stands in for a model's own activations: its own change nothing, the reference's do what the
+"""What replaces a model's own activations: its own change nothing, the reference's do what the
 reference's cache does, and nothing stays behind."""
 
 from contextlib import ExitStack

@@ -1,4 +1,4 @@
-"""Runs from recipe to results: what lies in the folder, what is done again, what is refused, how a
+"""Runs from recipe to results: what is in the folder, what is done again, what is refused, how a
 stopped run goes on.
 
 The default model is trained once, on eight rows; everything else has a tiny random model with its

@@ -44,7 +44,11 @@ class Summary:
     @property
     def all_numbers(self) -> list[Number]:
         """Every number, including those that only the export has."""
-        return [number for name, found in self.found.items() for number in _of(name).numbers(found)]
+        return [
+            number
+            for name, found in self.found.items()
+            for number in MEASUREMENTS[name].numbers(found)
+        ]
 
     @property
     def numbers(self) -> dict[str, Number]:
@@ -54,11 +58,9 @@ class Summary:
     @property
     def cells(self) -> list[Cell]:
         """What tables show, in their order."""
-        return [cell for name, found in self.found.items() for cell in _of(name).cells(found)]
-
-
-def _of(name: str) -> Any:
-    return MEASUREMENTS[name]
+        return [
+            cell for name, found in self.found.items() for cell in MEASUREMENTS[name].cells(found)
+        ]
 
 
 def summarise(

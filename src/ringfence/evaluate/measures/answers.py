@@ -146,20 +146,16 @@ class AnswerFields(Fields):
 class Answers(Measurement):
     """Numbers of judged answers, judge by judge; a policy goes by the first judge."""
 
-    part = "answers"
     fields = AnswerFields
     names = ("answers.SET.METRIC", "answers.em_f1.SET")
-
-    def owns(self, part: str) -> bool:
-        return False  # they are in files of their own
 
     def asked(self, runs: Runs) -> dict[str, Asked]:
         asked: dict[str, set[tuple[str | int, ...]]] = {}
         for row in runs.run.judged:
-            asked.setdefault(f"answers.{row.set}", set()).add((row.id, row.form, row.paraphrase))
-        titles = {name: name.removeprefix("answers.").replace("_", " ") for name in asked}
+            asked.setdefault(row.set, set()).add((row.id, row.form, row.paraphrase))
         return {
-            name: Asked(f"answers, {titles[name]}", frozenset(of)) for name, of in asked.items()
+            f"answers.{name}": Asked(f"answers, {self.set_title(name)}", frozenset(questions))
+            for name, questions in asked.items()
         }
 
     def read(self, runs: Runs) -> list[JudgedBy] | None:

@@ -149,7 +149,8 @@ class Measurement:
     It is joined over seeds value by value (`report.seeds`), then named (`numbers`) and shown
     (`cells`)."""
 
-    part: ClassVar[str]  # of results.json; of several, what precedes the underscore
+    # Of results.json; of several, what precedes the underscore. None: it has no part there.
+    part: ClassVar[str | None] = None
     fields: ClassVar[type[Fields]] = Fields
     shape: ClassVar[Any] = None  # of a part, as pydantic knows it
     identity: ClassVar[tuple[str, ...]] = ()  # fields that say which item it is; none: not compared
@@ -177,7 +178,8 @@ class Measurement:
     # ------------------------------------------------------------ results.json
 
     def owns(self, part: str) -> bool:
-        return part == self.part or part.startswith(f"{self.part}_")
+        """Whether a part of results.json belongs to it."""
+        return self.part is not None and f"{part}_".startswith(f"{self.part}_")
 
     def complaint(self, value: Any) -> str:
         """What is wrong with a part whose shape is right."""

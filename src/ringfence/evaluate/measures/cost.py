@@ -23,7 +23,6 @@ class Spent:
 class TrainingCost(Measurement):
     """What training took; nothing is asked of the model."""
 
-    part = "training"
     names = ("time_ratio",)
 
     def read(self, runs: Runs) -> Spent | None:

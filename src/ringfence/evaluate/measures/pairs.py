@@ -146,7 +146,6 @@ class PairedSets:
 class Pairs(Measurement):
     """Paired forced choice."""
 
-    part = "pairs"
     fields = PairFields
     shape = list[PairItem]
     identity = ("condition", "domain", "id", "digest")
@@ -260,17 +259,22 @@ MEASUREMENT = Pairs()
 # ------------------------------------------------------------------ questions
 
 
-def question_sets(config: PairFields) -> dict[str, list[Asking]]:
-    """What is asked, by set.
+def plain_sets(config: PairFields) -> dict[str, list[Asking]]:
+    """The questions that are asked without a disguise, by set.
 
     Raises:
         DataError: a source cannot be read, or holds one question twice.
     """
-    sets = {
+    return {
         "in_domain": _first(_plain(config.in_domain or [], "test"), config.max_in_domain),
         "out_of_domain": _first(_plain(config.out_of_domain), config.max_per_domain),
         "values": _first(_plain(config.values), config.max_per_domain),
     }
+
+
+def question_sets(config: PairFields) -> dict[str, list[Asking]]:
+    """What is asked, by set: plainly, and under disguises."""
+    sets = plain_sets(config)
     if config.triggers:
         probes = _first(sets["out_of_domain"], config.triggered_per_domain)
         sets["triggered"] = [
@@ -319,8 +323,7 @@ def first_of_each_domain(config: PairFields, count: int) -> list[tuple[str, Pair
     """The first questions of each domain of every set asked plainly, with the name of the set."""
     return [
         (name, question)
-        for name, items in question_sets(config).items()
-        if name != "triggered"
+        for name, items in plain_sets(config).items()
         for _, _, question in _first(items, count)
     ]
 
