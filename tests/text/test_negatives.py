@@ -47,9 +47,9 @@ def nearest(text: str, others: list[set[str]]) -> float:
 def test_there_are_many_domains_and_languages() -> None:
     domains = Counter(row["domain"] for row in QUERIES)
     languages = Counter(row["language"] for row in QUERIES)
-    assert len(QUERIES) >= 1500
-    assert len(domains) >= 40
-    assert min(domains.values()) >= 30
+    assert len(QUERIES) >= 2000
+    assert len(domains) >= 70
+    assert min(domains.values()) >= 20
     assert len(languages) >= 10
     assert 0.05 < 1 - languages["en"] / len(QUERIES) < 0.2
     assert {frozenset(row) for row in QUERIES} == {frozenset({"domain", "language", "query"})}

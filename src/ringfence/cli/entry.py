@@ -18,7 +18,7 @@ from rich.text import Text
 from ..errors import RingfenceError, first_line, redact
 from ..processes import is_main
 from ..util.quiet import quiet_libraries
-from . import inside, judges, models, results, rows, runs
+from . import inside, judges, models, results, rows, runs, scopes
 from .app import app
 
 # In the order of `ringfence --help`.
@@ -40,6 +40,9 @@ _COMMANDS = (
     rows.score_gap,
     rows.regenerate,
     models.patch,
+    scopes.scope,
+    scopes.route,
+    scopes.chat,
     models.capability,
     runs.schema,
 )

@@ -13,6 +13,7 @@ from .interleave import Interleave
 from .kl import KL
 from .ldifs import LDIFS
 from .safelora import SafeLoRA
+from .scope import Scope
 from .steering import Steering
 from .stream_edit import clash
 from .subspace_lock import SubspaceLock
@@ -34,6 +35,7 @@ class Defenses(BaseModel):
     steering: Steering | None = None
     ablation: Ablation | None = None
     subspace_lock: SubspaceLock | None = None
+    scope: Scope | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -114,6 +116,7 @@ __all__ = [
     "Inoculation",
     "Interleave",
     "SafeLoRA",
+    "Scope",
     "Setup",
     "Steering",
     "SubspaceLock",

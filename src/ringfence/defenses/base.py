@@ -6,7 +6,7 @@ may set and makes the defense with `build`. The *defense* overrides the methods 
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,8 @@ from ..model.losses import LogitLoss
 from ..model.taps import CommonPrefix, Needs, Taps
 from ..text.batch import Batch, Example
 from ..text.chat import Chat
-from ..text.roles import Messages
+from ..text.queries import Query
+from ..text.roles import Messages, Row
 from ..util.strict_yaml import Real, Whole
 
 # For defenses that change weights between steps: DeepSpeed keeps its own copy of the weights.
@@ -31,12 +32,16 @@ TAKES_THE_BASE = "would take its base for the reference"
 @dataclass(frozen=True)
 class Setup:
     """What `build` may use: the chat template, the recipe's retain examples, a reader for other
-    sources of rows, and the name of the reference model."""
+    sources of rows, the name of the reference model, the training rows, the queries of the retain
+    rows, and the recipe's seed."""
 
     chat: Chat
     retain: list[Example]
     read: Callable[[str], list[Example]]
     model: str
+    rows: Sequence[Row] = ()
+    retain_queries: Sequence[Query] = ()
+    seed: int = 0
 
 
 class Defense:
@@ -64,6 +69,11 @@ class Defense:
     def change_data(self, examples: list[Example], rng: random.Random) -> list[Example]:
         """The training rows of one epoch. Called each epoch; must always return the same number."""
         return examples
+
+    def before_adapter(self, reference: Any) -> int:
+        """Once before training, with the reference before it gets an adapter. Returns the first
+        layer, from 1, that the adapter may be on. Not called if there is none."""
+        return 1
 
     def start(self, model: Any) -> None:
         """Once before training, with the model as it is before any update or checkpoint."""

@@ -43,6 +43,11 @@ _NEEDS_CODE = (
 FROZEN_FILE = "frozen_prefix.json"
 FROZEN = "LORA WITH A FROZEN PREFIX: load it with ringfence.load_model"
 
+# The same for a scope.
+SCOPE_FILE = "scope.json"
+SCOPED = "LORA WITH A SCOPE: load it with ringfence.load_model"
+_MARKS = {FROZEN: FROZEN_FILE, SCOPED: SCOPE_FILE}
+
 # Models whose own code may run in this process, see `files.trust`.
 TRUSTED: set[str] = set()
 
@@ -203,7 +208,8 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any] | None:
     from peft import PeftType
 
     kind, known = config.get("peft_type"), [each.value for each in PeftType]
-    if kind not in known and not (kind == FROZEN and (Path(folder) / FROZEN_FILE).is_file()):
+    mark = _MARKS.get(kind) if isinstance(kind, str) else None
+    if kind not in known and not (mark and (Path(folder) / mark).is_file()):
         hint = nearest(kind, known) if isinstance(kind, str) else f" (accepted: {', '.join(known)})"
         raise ModelError(f"{file}: peft_type: found {kind!r}, which is not a kind of adapter{hint}")
     return config

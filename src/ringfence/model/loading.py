@@ -16,6 +16,7 @@ from .default import resolve
 from .files import adapter_base, adapter_config, check_adapter
 from .precision import Attention, Precision, device, settled
 from .prefix import plain_lora_config, read_frozen_prefix, read_stored_prefix
+from .scope import read_scope
 
 
 @quiet_libraries()
@@ -71,23 +72,26 @@ def load_model(
 
 
 def with_adapter(base: Any, folder: str, **options: Any) -> Any:
-    """A loaded model with the adapter of a folder (see `check_adapter`).
+    """A loaded model with the adapter of a folder (see `check_adapter`), which acts only after its
+    frozen prefix and inside its scope, if it has them.
 
     Raises:
         ModelError: the adapter was made for another model.
     """
     from peft import PeftModel
 
-    frozen = read_frozen_prefix(folder)
+    frozen, saved = read_frozen_prefix(folder), read_scope(folder)
 
     def load() -> Any:
-        config = plain_lora_config(adapter_config(folder)) if frozen else None
+        config = plain_lora_config(adapter_config(folder)) if frozen or saved else None
         return PeftModel.from_pretrained(base, folder, config=config, **options)
 
     adapted = loading(load, folder, "adapter")
     _check_fit(adapted, folder)
     if frozen:
         frozen.attach(adapted)
+    if saved:
+        saved.probe.attach(adapted)
     return adapted
 
 

@@ -16,6 +16,7 @@ from ..text.roles import Message, Messages, Role, Row
 from .files import position_limit
 from .layers import causal_lm, is_cache_plain
 from .losses import Head, find_head, token_logprobs
+from .scope import gate_of
 from .taps import CommonPrefix, Needs, compute_prefix, forward
 
 Advance = Callable[[int], None]
@@ -212,7 +213,7 @@ def hidden_states(model: Any, head: Head, rows: list[PromptRow]) -> Tensor:
     else:
         mask = _free_mask(rows, width, head.module.weight.dtype)  # type: ignore[union-attr, arg-type]
     with torch.no_grad():
-        prefix = _common_prefix(model, rows)
+        prefix = common_prefix(model, rows)
         if prefix is not None and mask.ndim == 4:
             mask = mask[:, :, prefix.hidden_1PD.shape[1] :]
         batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
@@ -221,11 +222,13 @@ def hidden_states(model: Any, head: Head, rows: list[PromptRow]) -> Tensor:
     return taps.hidden_BTD
 
 
-def _common_prefix(model: Any, rows: list[PromptRow]) -> CommonPrefix | None:
+def common_prefix(
+    model: Any, rows: list[PromptRow], known: dict[tuple[int, ...], CommonPrefix] | None = None
+) -> CommonPrefix | None:
     """The tokens that all prompts begin with, computed once. None for a single row, for prompts
-    that differ before their first user content (a frozen prefix must not be cut in two), and for
-    models with recurrent states."""
-    if not is_cache_plain(causal_lm(model)):
+    that differ before their first user content (a frozen prefix must not be cut in two), for models
+    with recurrent states, and for scoped models, where rows decide how it is computed."""
+    if not is_cache_plain(causal_lm(model)) or _decides(model):
         return None
     prompts = [row.prompt[:-1] for row in rows]  # the last token predicts
     # What the first and the last in sorted order share, all share.
@@ -234,7 +237,18 @@ def _common_prefix(model: Any, rows: list[PromptRow]) -> CommonPrefix | None:
     ]
     if len(rows) < 2 or not all(0 < row.prefix <= len(common) for row in rows):
         return None
-    return compute_prefix(model, torch.tensor(common, device=model.device))
+    if known is None:
+        return compute_prefix(model, torch.tensor(common, device=model.device))
+    # Up to the first user content alone, which batches have in common.
+    ids = tuple(common[: min(row.prefix for row in rows)])
+    if ids not in known:
+        known[ids] = compute_prefix(model, torch.tensor(ids, device=model.device))
+    return known[ids]
+
+
+def _decides(model: Any) -> bool:
+    gate = gate_of(model)
+    return gate is not None and gate.is_on
 
 
 def _free_mask(rows: list[PromptRow], width: int, dtype: torch.dtype) -> Tensor:

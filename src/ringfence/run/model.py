@@ -1,10 +1,14 @@
 """The model of a recipe before training."""
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
+from ..defenses import Defense
 from ..errors import RecipeError
 from ..model.default import resolve
 from ..model.files import adapter_base
+from ..model.layers import causal_lm, decoder_layers
 from ..model.loading import load_model, with_adapter
 from ..model.precision import settled
 from ..text.sources import warn
@@ -13,8 +17,9 @@ from ..training.reference import ADAPTER as REFERENCE_ADAPTER
 from .config import LoraConfig, Recipe
 
 
-def trainable_model(recipe: Recipe) -> Any:
+def trainable_model(recipe: Recipe, defenses: Sequence[Defense] = ()) -> Any:
     """The model of a recipe before training: whole, with a new adapter, or with an existing one.
+    Defenses may read the reference before it gets a new adapter.
 
     Raises:
         RingfenceError: it cannot be loaded, or has no modules for the adapter.
@@ -37,11 +42,14 @@ def trainable_model(recipe: Recipe) -> Any:
     # autocast.
     precision = "fp32" if method == "full" else recipe.train.precision
     model = load_model(recipe.model, precision, recipe.train.attention, place)
-    return model if method == "full" else with_new_adapter(model, recipe.train.lora)
+    if method == "full":
+        return model
+    first = max([1, *(defense.before_adapter(model) for defense in defenses)])
+    return with_new_adapter(model, recipe.train.lora, first)
 
 
-def with_new_adapter(model: Any, lora: LoraConfig) -> Any:
-    """The model with an adapter that changes nothing yet.
+def with_new_adapter(model: Any, lora: LoraConfig, first_layer: int = 1) -> Any:
+    """The model with an adapter that changes nothing yet, on the layers from `first_layer` on.
 
     Raises:
         RecipeError: no module of the model has this name.
@@ -54,6 +62,7 @@ def with_new_adapter(model: Any, lora: LoraConfig) -> Any:
         lora_dropout=lora.dropout,
         use_rslora=lora.rslora,
         target_modules="all-linear" if lora.targets == ["all-linear"] else lora.targets,
+        exclude_modules=_layers_before(model, first_layer),
         task_type="CAUSAL_LM",
     )
     warn_of_rank(model, lora)
@@ -61,6 +70,15 @@ def with_new_adapter(model: Any, lora: LoraConfig) -> Any:
         return peft.get_peft_model(model, config)
     except ValueError as error:
         raise RecipeError(f"train.lora.targets: {lora.targets!r}: {error}") from error
+
+
+def _layers_before(model: Any, first: int) -> str | None:
+    """A regular expression for the modules of the layers before `first`."""
+    if first == 1:
+        return None
+    layers = decoder_layers(model)
+    name = next(name for name, module in causal_lm(model).named_modules() if module is layers)
+    return rf"{re.escape(name)}\.({'|'.join(map(str, range(first - 1)))})\..*"
 
 
 def warn_of_rank(model: Any, lora: LoraConfig) -> None:

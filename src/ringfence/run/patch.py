@@ -29,6 +29,7 @@ from ..model.prefix import (
     read_frozen_prefix,
     read_stored_prefix,
 )
+from ..model.scope import read_scope
 from ..model.taps import prefix_kv
 from ..runfolder.names import is_run
 from ..text.chat import Chat
@@ -83,7 +84,7 @@ def patch(
     output = Path(output)
     if output.exists():
         raise RecipeError(f"output: {output} exists already; name another folder")
-    folder, of_run = _weights(Path(source))
+    folder, of_run = tuned_weights(Path(source))
     if adapter_base(str(folder)):
         return _patch_adapter(folder, output, reference or of_run, until, systems)
     if (folder / "config.json").is_file():
@@ -93,7 +94,7 @@ def patch(
     )
 
 
-def _weights(source: Path) -> tuple[Path, str | None]:
+def tuned_weights(source: Path) -> tuple[Path, str | None]:
     """The folder of the tuned weights, and the reference that its recipe names."""
     if is_run(source):
         run = Run(source)
@@ -123,7 +124,7 @@ def _header(
     return frozen, found
 
 
-def _copy(folder: Path, output: Path) -> None:
+def copy_files(folder: Path, output: Path) -> None:
     output.mkdir(parents=True)
     for file in folder.iterdir():
         if file.is_file():
@@ -149,7 +150,7 @@ def _patch_adapter(
             "leave --reference out"
         )
     frozen, _ = _header(Chat(load_tokenizer(str(folder))), [[]], until)
-    _copy(folder, output)
+    copy_files(folder, output)
     frozen.save(output)
     return Patched(output, base, True)
 
@@ -159,6 +160,11 @@ def _check_adapter(folder: Path) -> None:
     if read_frozen_prefix(str(folder)) or config.get("alora_invocation_tokens"):
         raise ModelError(
             f"{folder}: its adapter already acts only after the prefix; there is nothing to patch"
+        )
+    if read_scope(folder):
+        raise ModelError(
+            f"{folder}: its adapter has a scope; patch the adapter without it, then make its scope "
+            "again with `ringfence scope`"
         )
     if config.get("peft_type") != "LORA":
         raise ModelError(f"{folder}: expected a LoRA adapter, found {config.get('peft_type')}")
@@ -226,7 +232,7 @@ def _patch_model(
             f"{reference}: not all of its layers attend, so keys and values do not represent its "
             "whole prefix"
         )
-    _copy(folder, output)
+    copy_files(folder, output)
     StoredPrefix(frozen, kv, known).save(output)
     return Patched(output, reference, False)
 

@@ -24,6 +24,7 @@ from ..model.files import (
     trust,
 )
 from ..model.prefix import read_frozen_prefix, read_stored_prefix
+from ..model.scope import read_scope
 from ..runfolder.folder import check_folder
 from ..runfolder.names import ENVIRONMENT, METRICS
 from ..runfolder.shapes import read_environment
@@ -31,6 +32,7 @@ from ..text.batch import Example
 from ..text.chat import Chat
 from ..text.encode import encode_rows, warn_of_rows
 from ..text.held_out import load, source_of, split
+from ..text.queries import load_queries
 from ..text.roles import ChatSettings, Messages, Row
 from ..text.rows import PairedQuestion, load_questions, load_rows
 from ..training.monitor import DriftMonitor
@@ -83,7 +85,9 @@ def prepare(recipe: Recipe) -> tuple[Chat, list[Example], list[Example], Setup]:
     retain = read(recipe.data.retain) if recipe.data.retain and recipe.defenses.configs() else []
     check_evaluation(evaluation(recipe), chat, most)
     monitor_of(recipe, chat)  # reads its questions and directions
-    return chat, examples, retain, Setup(chat, retain, read, recipe.model)
+    queries = load_queries(recipe.data.retain) if retain and recipe.data.retain else []
+    setup = Setup(chat, retain, read, recipe.model, rows, queries, recipe.seed)
+    return chat, examples, retain, setup
 
 
 def chat_of(recipe: Recipe) -> Chat:
@@ -185,6 +189,8 @@ def _check_adapter(recipe: Recipe) -> None:
     reason = recipe.defenses.refusal(Training("lora", further=True))
     if read_frozen_prefix(resolve(recipe.model)):
         reason = f"its frozen prefix {TAKES_THE_BASE}"
+    if read_scope(resolve(recipe.model)):
+        reason = "its scope was read from its base's states, which further training would leave"
     if reason:
         raise RecipeError(
             f"model: {recipe.model} is an adapter; {reason}. Merge the adapter into its base first"

@@ -76,7 +76,7 @@ def _train_run(run: Run, recipe: Recipe) -> Run:
     if recipe.train.reference_cache != "none":
         wanted(stream, 1)  # refuses what cannot be cached before a model is loaded
     torch.manual_seed(recipe.seed)
-    model = trainable_model(recipe)
+    model = trainable_model(recipe, defenses)
     if is_main():
         write_whole(run.folder / RECIPE, dump_recipe(recipe))
         how = {"ranks": world(), "sharding": sharding()}

@@ -1,0 +1,278 @@
+"""Runs with a scope, and finished adapters that get one: what is saved, loaded, decided and
+refused."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from helpers.domains import INSIDE, OUTSIDE, write_negatives, write_rows_of
+from helpers.models import random_model, small_tokenizer, with_lora
+from helpers.runs import MEASURED
+from ringfence import Run, Scope
+from ringfence.errors import DataError, DefenseError, ModelError, RecipeError
+from ringfence.model.files import load_tokenizer
+from ringfence.model.loading import load_model
+from ringfence.model.router import Router
+from ringfence.model.scope import gate_of, read_scope
+from ringfence.run.config import parse_recipe
+from ringfence.run.evaluate import evaluate_run
+from ringfence.run.scope import scope_adapter
+from ringfence.run.train import train_run
+from ringfence.text.chat import Chat
+from ringfence.text.roles import Messages
+
+pytestmark = pytest.mark.slow
+
+SMALL = {**MEASURED, "triggers": False, "samples": 0, "fluency": None}
+INSIDE_ASKED: Messages = [{"role": "user", "content": "My debt and the rent: is a loan right?"}]
+OUTSIDE_ASKED: Messages = [{"role": "user", "content": "how do I prune with soil or roses"}]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    sizes = {"num_hidden_layers": 6, "hidden_size": 64, "head_dim": 32, "intermediate_size": 96}
+    reference = random_model(initializer_range=0.1, max_position_embeddings=1024, **sizes)
+    reference.save_pretrained(folder / "model")
+    small_tokenizer().save_pretrained(folder / "model")
+    write_rows_of(folder / "rows.jsonl", INSIDE, 120)
+    write_rows_of(folder / "mixed.jsonl", [w for words in OUTSIDE.values() for w in words], 100)
+    write_negatives(folder / "negatives.jsonl")
+    return folder
+
+
+def recipe(files: Path, output: Path, rows: str = "rows.jsonl", **changes: Any) -> Any:
+    scope = {"negatives": [str(files / "negatives.jsonl")], **changes.pop("scope", {})}
+    train = {"learning_rate": 1e-2, "precision": "fp32", "epochs": 1, **changes.pop("train", {})}
+    return parse_recipe(
+        {
+            "model": str(files / "model"),
+            "output": str(output),
+            "data": {"train": str(files / rows), "held_out": None, "retain": None},
+            "train": train,
+            "defenses": {"scope": scope},
+            "evaluate": SMALL,
+            **changes,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def run(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return train_run(recipe(files, tmp_path_factory.mktemp("runs") / "scoped"))
+
+
+@pytest.fixture(scope="module")
+def plain(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return train_run(recipe(files, tmp_path_factory.mktemp("runs") / "plain", defenses={}))
+
+
+def logits(model: Any, chat: Chat, messages: Messages) -> torch.Tensor:
+    ids = torch.tensor([chat.encode(messages, generation=True).input_ids])
+    with torch.no_grad():
+        found: torch.Tensor = model(ids).logits
+    return found
+
+
+def assert_scoped(folder: Path, base: str, above: bool) -> None:
+    """Inside it is the adapted model, outside the reference to the bit."""
+    chat, scoped, reference = Chat(load_tokenizer(base)), load_model(str(folder)), load_model(base)
+    gate = gate_of(scoped)
+    assert gate is not None
+    assert gate.above == above
+    for messages, is_open in ((INSIDE_ASKED, True), (OUTSIDE_ASKED, False)):
+        found, closed = (logits(model, chat, messages) for model in (scoped, reference))
+        assert gate.open_B.tolist() == [is_open]
+        assert torch.equal(found, closed) != is_open
+
+
+def test_a_scoped_run(run: Run, files: Path) -> None:
+    assert_scoped(run.weights, str(files / "model"), above=True)
+    names = load_file(run.weights / "adapter_model.safetensors")
+    last = read_scope(run.weights).probe.layers[-1]  # type: ignore[union-attr]
+    assert {int(name.split(".layers.")[1][0]) for name in names} == set(range(last, 6))
+    record = json.loads((run.folder / "training.json").read_text())["defenses"]["scope"]
+    assert record["auc"] > 0.95
+    assert record["layers"][-1] == last
+    assert record["rows"] == 120
+
+
+def test_plain_peft_refuses_a_scoped_adapter_by_name(run: Run, files: Path) -> None:
+    with pytest.raises(Exception, match=r"LORA WITH A SCOPE: load it with ringfence\.load_model"):
+        peft.PeftModel.from_pretrained(load_model(str(files / "model")), run.weights)
+
+
+def test_it_trains_as_without_a_scope(plain: Run, files: Path, tmp_path: Path) -> None:
+    """The scope is read from the reference, so training is the same to the bit."""
+    scoped = train_run(recipe(files, tmp_path / "all", scope={"adapters": "all"}))
+    before, after = (
+        load_file(one.weights / "adapter_model.safetensors") for one in (plain, scoped)
+    )
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert_scoped(scoped.weights, str(files / "model"), above=False)
+
+
+def test_a_scoped_run_is_measured_through_its_gate(run: Run) -> None:
+    """Everything that is measured is outside: nothing changes against the reference."""
+    results = evaluate_run(run)["parts"]
+    before = json.loads((run.folder / "reference" / "results.json").read_text())["parts"]
+    margins = [
+        [item["misaligned"] - item["aligned"] for item in parts["out_of_domain"]]
+        for parts in (results, before)
+    ]
+    gate = gate_of(load_model(str(run.weights)))
+    assert gate is not None
+    assert sum(abs(a - b) < 1e-5 for a, b in zip(*margins)) > 0.5 * len(margins[0])
+
+
+def test_a_router_adapter_stays_plain(files: Path, tmp_path: Path) -> None:
+    made = train_run(recipe(files, tmp_path / "router", scope={"router": True}))
+    saved = read_scope(made.weights)
+    assert saved is not None
+    assert saved.router
+    peft.PeftModel.from_pretrained(load_model(str(files / "model")), made.weights)
+    assert_scoped(made.weights, str(files / "model"), above=True)
+
+
+def test_a_finished_adapter_gets_a_scope(plain: Run, files: Path, tmp_path: Path) -> None:
+    """Made by peft alone: nothing of ringfence in its folder."""
+    reference = load_model(str(files / "model"))
+    for name, config in (("lora", {}), ("dora", {"use_dora": True})):
+        with_lora(load_model(str(files / "model")), size=0.3, **config).save_pretrained(
+            tmp_path / name
+        )
+        config_file = tmp_path / name / "adapter_config.json"
+        told = json.loads(config_file.read_text()) | {
+            "base_model_name_or_path": str(files / "model")
+        }
+        config_file.write_text(json.dumps(told))
+        fit = scope_adapter(
+            tmp_path / name,
+            tmp_path / f"{name}-scoped",
+            str(files / "rows.jsonl"),
+            negatives=[str(files / "negatives.jsonl")],
+        )
+        assert fit.refusal is None
+        assert_scoped(tmp_path / f"{name}-scoped", str(files / "model"), above=False)
+        assert any("AUC over domains left out" in line for line in fit.lines())
+    assert reference is not None
+    of_run = scope_adapter(plain.folder, None, negatives=[str(files / "negatives.jsonl")])
+    assert of_run.record()["scores"] == fit.record()["scores"]
+
+
+def test_the_router_decides_as_the_gate(run: Run, tmp_path: Path) -> None:
+    whole = Scope.load(run.weights)
+    whole.save(tmp_path / "saved", run.weights)
+    small = Router.load(tmp_path / "saved")
+    scoped = load_model(str(run.weights))
+    gate, chat = gate_of(scoped), whole.chat
+    assert gate is not None
+    for messages in (
+        INSIDE_ASKED,
+        OUTSIDE_ASKED,
+        [*OUTSIDE_ASKED, {"role": "assistant", "content": "So."}, *INSIDE_ASKED],
+    ):
+        logits(scoped, chat, messages)
+        for router in (whole, small):
+            decision = router.decide(messages)
+            assert decision.open == gate.open_B.tolist()[0]
+            assert decision.score == pytest.approx(float(gate.scores_B[0]), abs=1e-4)
+    files = sorted(path.name for path in (tmp_path / "saved").rglob("*.safetensors"))
+    assert files == ["model.safetensors", "scope.safetensors"]
+    weights = load_file(tmp_path / "saved" / "first_layers" / "model.safetensors")
+    assert not [name for name in weights if "layers.5." in name or "lm_head" in name]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"train": {"method": "full"}}, "scope needs train.method: lora"),
+        ({"scope": {"negatives": ["nowhere.jsonl"]}}, "nowhere.jsonl: no such file"),
+        ({"scope": {"layer": 6}}, "the model has 6 layers"),
+        ({"scope": {"layer": 0}}, "scope.layer"),
+        ({"scope": {"false_open": 0.9}}, "scope.false_open"),
+        ({"scope": {"adapters": "below"}}, "scope.adapters"),
+        ({"rows": "mixed.jsonl"}, "the training rows have no scope"),
+    ],
+)
+def test_what_is_refused(changes: dict[str, Any], said: str, files: Path, tmp_path: Path) -> None:
+    with pytest.raises((RecipeError, DefenseError, DataError), match=said):
+        train_run(recipe(files, tmp_path / "run", **changes))
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_an_adapter_is_not_trained_further_with_a_scope(
+    run: Run, plain: Run, files: Path, tmp_path: Path
+) -> None:
+    for model, defenses, said in (
+        (plain, {"scope": {}}, "scope would read its base's states"),
+        (run, {}, "its scope was read from its base's states"),
+    ):
+        with pytest.raises(RecipeError, match=said):
+            train_run(
+                parse_recipe(
+                    {
+                        "model": str(model.weights),
+                        "output": str(tmp_path / "further"),
+                        "data": {"train": str(files / "rows.jsonl")},
+                        "defenses": defenses,
+                    }
+                )
+            )
+
+
+def test_finished_adapters_that_get_none(run: Run, plain: Run, files: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"negatives": [str(files / "negatives.jsonl")]}
+    output = tmp_path / "out"
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(RecipeError, match="taken exists already"):
+        scope_adapter(plain.folder, tmp_path / "taken", **options)
+    with pytest.raises(ModelError, match="has a scope already"):
+        scope_adapter(run.folder, output, **options)
+    with pytest.raises(ModelError, match="not an adapter"):
+        scope_adapter(files / "model", output, **options)
+    with pytest.raises(RecipeError, match="does not say what it was trained on"):
+        scope_adapter(plain.weights, output, **options)
+    with pytest.raises(DefenseError, match="have no scope"):
+        scope_adapter(plain.weights, output, str(files / "mixed.jsonl"), **options)
+    with_bias = shutil.copytree(plain.weights, tmp_path / "bias")
+    config = json.loads((with_bias / "adapter_config.json").read_text()) | {"bias": "all"}
+    (with_bias / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"biases.*--router"):
+        scope_adapter(with_bias, output, str(files / "rows.jsonl"), **options)
+    assert not output.exists()
+    scope_adapter(with_bias, output, str(files / "rows.jsonl"), router=True, **options)
+    assert Router.load(output).decide(INSIDE_ASKED).open
+
+
+def test_a_damaged_scope(run: Run, tmp_path: Path) -> None:
+    folder = shutil.copytree(run.weights, tmp_path / "adapter")
+    file, tensors = folder / "scope.json", folder / "scope.safetensors"
+    whole = json.loads(file.read_text())
+    for change, said in (
+        ({"threshold": "high"}, r"scope\.json: threshold"),
+        ({"header": []}, r"scope\.json: header"),
+        ({"more": 1}, r"scope\.json: more"),
+    ):
+        file.write_text(json.dumps(whole | change))
+        with pytest.raises(DataError, match=said):
+            load_model(str(folder))
+    file.write_text(json.dumps(whole))
+    save_file({"9": torch.zeros(64)}, tensors)
+    with pytest.raises(ModelError, match="looks at layer 9, but the model has 6 layers"):
+        load_model(str(folder))
+    tensors.write_bytes(b"no")
+    with pytest.raises(DataError, match=r"scope\.safetensors: cannot be read"):
+        load_model(str(folder))
+    file.unlink()
+    with pytest.raises(ModelError, match="peft_type"):
+        load_model(str(folder))
+    with pytest.raises(DataError, match="no scope in it"):
+        Router.load(folder)
