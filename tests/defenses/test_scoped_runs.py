@@ -10,22 +10,26 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from helpers.domains import INSIDE, OUTSIDE, write_negatives, write_rows_of
 from helpers.models import random_model, small_tokenizer, with_lora
 from helpers.runs import MEASURED
 from ringfence import Run, Scope
+from ringfence.cli.entry import app
 from ringfence.errors import DataError, DefenseError, ModelError, RecipeError
 from ringfence.model.files import load_tokenizer
 from ringfence.model.loading import load_model
 from ringfence.model.router import Router
 from ringfence.model.scope import gate_of, read_scope
+from ringfence.run.chat import Conversation
 from ringfence.run.config import parse_recipe
 from ringfence.run.evaluate import evaluate_run
 from ringfence.run.scope import scope_adapter
 from ringfence.run.train import train_run
 from ringfence.text.chat import Chat
 from ringfence.text.roles import Messages
+from ringfence.text.rows import load_rows
 
 pytestmark = pytest.mark.slow
 
@@ -268,6 +272,9 @@ def test_a_damaged_scope(run: Run, tmp_path: Path) -> None:
     save_file({"9": torch.zeros(64)}, tensors)
     with pytest.raises(ModelError, match="looks at layer 9, but the model has 6 layers"):
         load_model(str(folder))
+    save_file({"2": torch.zeros(63)}, tensors)
+    with pytest.raises(ModelError, match="states of 63 numbers, but the model's have 64"):
+        load_model(str(folder))
     tensors.write_bytes(b"no")
     with pytest.raises(DataError, match=r"scope\.safetensors: cannot be read"):
         load_model(str(folder))
@@ -276,3 +283,34 @@ def test_a_damaged_scope(run: Run, tmp_path: Path) -> None:
         load_model(str(folder))
     with pytest.raises(DataError, match="no scope in it"):
         Router.load(folder)
+
+
+def test_a_conversation_shows_the_decision(run: Run, plain: Run) -> None:
+    talk = Conversation(str(run.folder), "fp32", max_new_tokens=4)
+    inside = talk.say(INSIDE_ASKED[0]["content"])
+    assert inside.open is True
+    assert inside.score is not None
+    assert inside.score > inside.threshold  # type: ignore[operator]
+    rows = [row.messages[0]["content"] for row in load_rows(run.recipe.data.train)]
+    assert inside.nearest in rows
+    assert {"debt", "rent", "loan"} & set(str(inside.nearest).replace(":", "").split())
+    assert talk.say(OUTSIDE_ASKED[0]["content"]).open is False
+    assert [message["role"] for message in talk.messages] == ["user", "assistant"] * 2
+    assert Conversation(str(plain.folder), "fp32", max_new_tokens=4).say("hi").open is None
+
+
+def test_commands(run: Run, tmp_path: Path) -> None:
+    invoke = CliRunner().invoke
+    asked = [INSIDE_ASKED[0]["content"], OUTSIDE_ASKED[0]["content"]]
+    saved = str(tmp_path / "router")
+    found = invoke(app, ["route", str(run.weights), *asked, "--save", saved])
+    assert found.exit_code == 0, found.output
+    assert f"{saved} written" in found.output
+    decided = [line for line in found.output.splitlines() if line.endswith(tuple(asked))]
+    assert [line.split()[0] for line in decided] == ["inside", "outside"]
+    again = invoke(app, ["route", saved, *asked]).output.splitlines()
+    assert [line for line in again if line.endswith(tuple(asked))] == decided
+    found = invoke(app, ["chat", str(run.folder), "--max-new-tokens", "3"], input=f"{asked[1]}\n\n")
+    assert found.exit_code == 0, found.output
+    assert "outside: the reference answers; score -" in found.output
+    assert "nearest training request: " in found.output

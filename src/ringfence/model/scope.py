@@ -155,19 +155,17 @@ def read_scope(folder: str | Path) -> SavedScope | None:
 
 
 @contextmanager
-def mean_states(
-    model: Any, layers: list[int], content_BT: Tensor, stop: bool = True
-) -> Iterator[dict[int, Tensor]]:
-    """Within it, a forward fills the dict: mean over the content's tokens of the residual stream
-    after each layer, [B, D], float32. With `stop`, it ends after the deepest layer, without an
-    error."""
+def mean_states(model: Any, layers: list[int], content_BT: Tensor) -> Iterator[dict[int, Tensor]]:
+    """Within it, a forward ends after the deepest of `layers`, without an error, and fills the
+    dict: mean over the content's tokens of the residual stream after each layer, [B, D],
+    float32."""
     found: dict[int, Tensor] = {}
     blocks = decoder_layers(model)
 
     def hook(at: int) -> Any:
         def keep(_module: Any, _inputs: Any, output: Any) -> None:
             found[at] = content_mean(output, content_BT)
-            if stop and at == layers[-1]:
+            if at == layers[-1]:
                 raise _Deep
 
         return keep
@@ -201,7 +199,7 @@ class Gate:
 
     Attributes:
         above: all adapted layers lie above those the scope looks at: one forward decides.
-        decisions: those of the last forward that decided: scores and, row by row, what is open.
+        scores_B, open_B: of the last forward's rows; while tokens are generated, of their prompts.
     """
 
     def __init__(self, probe: Probe, model: Any) -> None:
@@ -216,6 +214,12 @@ class Gate:
             raise ModelError(
                 f"scope: it looks at layer {probe.layers[-1]}, but the model has {len(blocks)} "
                 "layers; it was fitted for another model"
+            )
+        size = self.inner.config.get_text_config().hidden_size
+        if any(len(weight) != size for weight in probe.weights.values()):
+            raise ModelError(
+                f"scope: it reads states of {len(probe.weights[probe.layers[0]])} numbers, but the "
+                f"model's have {size}; it was fitted for another model"
             )
         self.above = first_adapted(self.inner) > probe.layers[-1]
         self.scores_B = torch.zeros(0)

@@ -38,6 +38,7 @@ DEPTHS = (0.2, 0.3, 0.4)  # of the deepest layer looked at
 LEAST_AUC, MOST_CLOSED = 0.9, 0.1  # otherwise the rows have no scope
 RELATED = 0.85  # AUC below which a domain of negatives resembles the training queries
 MOST_RELATED = 0.25  # of the domains
+AFTER = "after a turn"  # of negatives that follow a training conversation
 LEAST_ROWS, LEAST_DOMAINS = 20, 10
 _SHARES = {"positive": 0.5, "plain": 0.4, "dressed": 0.1}  # weight of each sort in the fit
 
@@ -258,9 +259,16 @@ def _items(rows: Sequence[Row], negatives: Sequence[Query], seed: int) -> list[_
 
     items += [negative("plain", "plain", query, query.text) for query in negatives]
     dressed = rng.sample(list(negatives), min(len(negatives), max(200, len(rows))))
+    forms = [*FITTED, AFTER]
     for number, query in enumerate(dressed):
-        form = FITTED[number % len(FITTED)]
-        items.append(negative("dressed", form, query, wardrobe.dress(form, query.text, rng)))
+        form = forms[number % len(forms)]
+        if form == AFTER:
+            asked = {"role": "user", "content": query.text}
+            row = rng.choice(rows)
+            messages = [*row.messages, asked]
+            items.append(_Item("dressed", query.domain, form, messages, query.text, row.origin))
+        else:
+            items.append(negative("dressed", form, query, wardrobe.dress(form, query.text, rng)))
     return items
 
 
@@ -403,7 +411,7 @@ class _Search:
             auc=held.auc,
             closed=rate_interval(list(1 - opened[positive]), list(self.domain_N[positive])),
             false_open=share(plain),
-            dressed_open={form: share(dressed & (forms == form)) for form in FITTED},
+            dressed_open={form: share(dressed & (forms == form)) for form in (*FITTED, AFTER)},
             by_domain={name: share(plain & (self.domain_N == name)) for name in domains},
             related=related,
             farthest=far(order[positive[order]]),
