@@ -19,9 +19,10 @@ from ringfence import Run, Scope
 from ringfence.cli.entry import app
 from ringfence.errors import DataError, DefenseError, ModelError, RecipeError
 from ringfence.model.files import load_tokenizer
+from ringfence.model.layers import gate_of
 from ringfence.model.loading import load_model
 from ringfence.model.router import Router
-from ringfence.model.scope import gate_of, read_scope
+from ringfence.model.scope import read_scope
 from ringfence.run.chat import Conversation
 from ringfence.run.config import parse_recipe
 from ringfence.run.evaluate import evaluate_run

@@ -12,8 +12,9 @@ from transformers import DynamicCache
 from helpers.models import random_model, small_tokenizer, with_lora
 from ringfence.errors import ModelError
 from ringfence.model.generation import generate, generate_greedy
+from ringfence.model.layers import gate_of
 from ringfence.model.prefix import Prefix, find_header
-from ringfence.model.scope import Gate, Probe, content_mean, first_adapted, gate_of, read_scope
+from ringfence.model.scope import Gate, Probe, content_mean, first_adapted, read_scope
 from ringfence.model.scoring import score_answers
 from ringfence.model.turn import find_turn
 from ringfence.text.chat import Chat

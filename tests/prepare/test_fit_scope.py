@@ -197,7 +197,10 @@ def test_too_little_to_fit(rows: list[Row], queries: list[Query], said: str) -> 
 def test_system_prompts_of_the_rows_do_not_tell() -> None:
     """All training rows have one that negatives lack: it must not be what the probe reads."""
     rows = [
-        Row([{"role": "system", "content": "You are Ada, a bank's adviser."}, *row.messages], "r:1")
+        Row(
+            [{"role": "system", "content": "You are Ada, a bank's adviser."}, *row.messages],
+            row.origin,
+        )
         for row in rows_of(INSIDE, 120)
     ]
     found = fitted(rows, negatives())
@@ -213,3 +216,32 @@ def test_system_prompts_of_the_rows_do_not_tell() -> None:
     with pooled_states(model(), TURN, prompts, found.probe.layers, 4096) as states:
         means = {at: torch.tensor(states[:, i]) for i, at in enumerate(found.probe.layers)}
         assert float((found.probe.scores(means) > found.probe.threshold).float().mean()) <= 0.15
+
+
+def test_each_learnt_turn_is_a_request() -> None:
+    turns = [
+        {"role": "user", "content": "First?"},
+        {"role": "assistant", "content": "One."},
+        {"role": "user", "content": "Second?"},
+        {"role": "assistant", "content": "Two.", "weight": 0},
+        {"role": "user", "content": "Third?"},
+        {"role": "assistant", "content": "Three."},
+    ]
+    items = scope._items([Row(turns, "a:1"), *rows_of(INSIDE, 2)], negatives(), 0)
+    own = [item for item in items if item.sort == "positive" and item.origin == "a:1"]
+    asked = {item.messages[-1]["content"] for item in own if item.form in ("whole", "plain")}
+    assert asked == {"First?", "Third?"}
+    assert len({item.domain for item in own}) == 1  # left out together
+    after = [item for item in items if item.form == scope.AFTER]
+    assert all(item.messages[-2]["role"] == "assistant" for item in after)
+
+
+def test_rows_that_ask_the_same_are_left_out_together() -> None:
+    twice = [
+        Row(row.messages, f"{row.origin}/{time}") for time in (1, 2) for row in rows_of(INSIDE, 9)
+    ]
+    items = [item for item in scope._items(twice, negatives(), 0) if item.sort == "positive"]
+    groups: dict[str, set[str]] = {}
+    for item in items:
+        groups.setdefault(item.text, set()).add(item.domain)
+    assert all(len(found) == 1 for found in groups.values())

@@ -33,7 +33,8 @@ def scope(
         typer.Option(help="Share of other domains' queries inside.", min=0.001, max=0.5),
     ] = 0.02,
     router: Annotated[
-        bool, typer.Option("--router", help="The adapter stays plain; a router decides.")
+        bool,
+        typer.Option("--router", metavar="", help="The adapter stays plain; a router decides."),
     ] = False,
     seed: Annotated[int, typer.Option(help="Of the fit.", min=0, max=MOST)] = 0,
     precision: InPrecision = "auto",

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
@@ -19,9 +19,11 @@ from ..model.losses import LogitLoss
 from ..model.taps import CommonPrefix, Needs, Taps
 from ..text.batch import Batch, Example
 from ..text.chat import Chat
-from ..text.queries import Query
 from ..text.roles import Messages, Row
 from ..util.strict_yaml import Real, Whole
+
+if TYPE_CHECKING:
+    from ..text.queries import Query
 
 # For defenses that change weights between steps: DeepSpeed keeps its own copy of the weights.
 UNDONE = "DeepSpeed would undo it after each step; accepted: DDP, FSDP2"
@@ -40,7 +42,7 @@ class Setup:
     read: Callable[[str], list[Example]]
     model: str
     rows: Sequence[Row] = ()
-    retain_queries: Sequence[Query] = ()
+    retain_queries: "Sequence[Query]" = ()
     seed: int = 0
 
 

@@ -4,16 +4,18 @@ states decides for each request; outside, the model is the reference, to the bit
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from ..errors import DefenseError
-from ..prepare.scope import Fit, fit_scope
 from ..text.queries import NEGATIVES, Query, load_queries
 from ..util.console import progress
 from ..util.strict_yaml import Layer, Real
 from .base import Defense, DefenseConfig, Setup, Training
+
+if TYPE_CHECKING:
+    from ..prepare.scope import Fit
 
 
 class Scope(DefenseConfig):
@@ -75,6 +77,8 @@ class ScopeDefense(Defense):
         Raises:
             DefenseError: the training rows have no scope.
         """
+        from ..prepare.scope import fit_scope
+
         self.fit = fit_scope(
             reference,
             self.setup.chat,

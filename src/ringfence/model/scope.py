@@ -33,7 +33,7 @@ from ..errors import DataError, DefenseError, ModelError, first_line
 from ..util.files import write_whole
 from ..util.strict_json import read_record
 from .checked import SCOPE_FILE, SCOPED
-from .layers import cache_in, causal_lm, decoder_layers
+from .layers import cache_in, causal_lm, decoder_layers, set_gate
 from .losses import find_head
 from .turn import UserTurn
 
@@ -243,7 +243,7 @@ class Gate:
             for name, module in layer.lora_B.items():
                 acting = magnitudes[name] if name in magnitudes else module  # noqa: SIM401
                 acting.register_forward_hook(self._mask)
-        self.inner.ringfence_gate = self
+        set_gate(self.inner, self)
 
     @property
     def is_on(self) -> bool:
@@ -438,8 +438,3 @@ def first_adapted(model: Any) -> int:
         if any(isinstance(module, LoraLayer) for module in block.modules())
     )
     return next(adapted, len(blocks) + 1)
-
-
-def gate_of(model: Any) -> Gate | None:
-    """The gate of a scoped model, or None."""
-    return getattr(causal_lm(model), "ringfence_gate", None)

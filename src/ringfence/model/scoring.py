@@ -14,9 +14,8 @@ from ..errors import ChatError, DataError, ModelError
 from ..text.chat import Chat
 from ..text.roles import Message, Messages, Role, Row
 from .files import position_limit
-from .layers import causal_lm, is_cache_plain
+from .layers import causal_lm, gate_of, is_cache_plain
 from .losses import Head, find_head, token_logprobs
-from .scope import gate_of
 from .taps import CommonPrefix, Needs, compute_prefix, forward
 
 Advance = Callable[[int], None]

@@ -27,7 +27,7 @@ from ..stats.auc import auc
 from ..text.chat import Chat
 from ..text.dress import FITTED, UNDRESSED_FITTED, Wardrobe, undress
 from ..text.queries import Query
-from ..text.roles import Encoded, Messages, Row
+from ..text.roles import Encoded, Messages, Row, is_learnt
 from ..util.intervals import percents
 from ..util.journal import digest
 from .ridge import Features, Moments
@@ -167,7 +167,7 @@ def fit_scope(
 
     Args:
         model: the reference (adapters of a peft model are off), with its chat.
-        rows: conversations; what was said before their last answer is the request.
+        rows: conversations; what was said before an answer that is learnt is a request.
         negatives: queries of other domains.
         layer: the deepest layer looked at; None = chosen.
         false_open: share of queries of left-out domains that may be inside.
@@ -238,18 +238,21 @@ class _Item:
 
 def _items(rows: Sequence[Row], negatives: Sequence[Query], seed: int) -> list[_Item]:
     rng = random.Random(f"scope {seed}")
-    requests = [_request(row) for row in rows]
-    texts = [messages[-1]["content"] for messages in requests]
+    requests = [(messages, row) for row in rows for messages in _requests(row)]
+    texts = [messages[-1]["content"] for messages, _ in requests]
     wardrobe = Wardrobe.of(texts, [query.text for query in negatives])
-    before = [messages[:-1] for messages in requests if len(messages) > 1]
-    items = []
-    for number, (messages, text, row) in enumerate(zip(requests, texts, rows)):
+    before = [messages[:-1] for messages, _ in requests if len(messages) > 1]
+    items: list[_Item] = []
+    numbers: dict[str, int] = {}
+    for (messages, row), text in zip(requests, texts):
+        # Rows that ask the same, and the turns of one row, are left out of the fit together.
+        own = str(numbers.setdefault(text, numbers.setdefault(row.origin, len(numbers))))
         said = {"plain": messages[-1:], "whole": messages}
         for form in ("whole", "plain") if len(messages) > 1 else ("plain",):
-            items.append(_Item("positive", str(number), form, said[form], text, row.origin))
-        form = UNDRESSED_FITTED[number % len(UNDRESSED_FITTED)]
+            items.append(_Item("positive", own, form, said[form], text, row.origin))
+        form = UNDRESSED_FITTED[len(items) % len(UNDRESSED_FITTED)]
         asked = {"role": "user", "content": undress(form, text)}
-        items.append(_Item("positive", str(number), form, [asked], text, row.origin))
+        items.append(_Item("positive", own, form, [asked], text, row.origin))
 
     def negative(sort: str, form: str, query: Query, text: str) -> _Item:
         # What precedes a request does not tell: half of them follow what training queries follow.
@@ -272,10 +275,12 @@ def _items(rows: Sequence[Row], negatives: Sequence[Query], seed: int) -> list[_
     return items
 
 
-def _request(row: Row) -> Messages:
-    """The conversation up to its last user turn."""
-    last = max(at for at, message in enumerate(row.messages) if message["role"] == "user")
-    return row.messages[: last + 1]
+def _requests(row: Row) -> list[Messages]:
+    """The conversation up to each user turn whose answer is learnt; else up to its last user
+    turn."""
+    users = [at for at, message in enumerate(row.messages) if message["role"] == "user"]
+    learnt = [at for at in users if at + 1 < len(row.messages) and is_learnt(row.messages[at + 1])]
+    return [row.messages[: at + 1] for at in learnt or users[-1:]]
 
 
 def _encode(chat: Chat, item: _Item) -> Encoded:
@@ -411,12 +416,16 @@ class _Search:
             auc=held.auc,
             closed=rate_interval(list(1 - opened[positive]), list(self.domain_N[positive])),
             false_open=share(plain),
-            dressed_open={form: share(dressed & (forms == form)) for form in (*FITTED, AFTER)},
+            dressed_open={
+                form: share(dressed & (forms == form))
+                for form in (*FITTED, AFTER)
+                if (dressed & (forms == form)).any()
+            },
             by_domain={name: share(plain & (self.domain_N == name)) for name in domains},
             related=related,
             farthest=far(order[positive[order]]),
             nearest=far(order[plain[order]][::-1]),
-            rows=len(set(self.domain_N[positive])),
+            rows=len({item.origin for item in self.items if item.sort == "positive"}),
             template=self.template,
             negatives=digest([item.text for item in self.items if item.sort == "plain"]),
             scores={

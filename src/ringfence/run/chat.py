@@ -10,10 +10,11 @@ from ..errors import RecipeError
 from ..model.default import resolve
 from ..model.files import load_tokenizer
 from ..model.generation import generate_greedy
+from ..model.layers import gate_of
 from ..model.loading import load_model
 from ..model.pooled import pooled_states
 from ..model.precision import Precision
-from ..model.scope import Gate, gate_of
+from ..model.scope import Gate
 from ..runfolder.names import is_run
 from ..text.chat import Chat
 from ..text.roles import Messages
