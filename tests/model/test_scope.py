@@ -230,7 +230,7 @@ def test_decisions_follow_the_rows_of_a_cache() -> None:
 
 
 def test_a_new_turn_on_a_cache() -> None:
-    """Above the probe's layers it is decided anew, and refused if that changes; else it is
+    """Above the probe's layers it is decided again, and refused if that changes; else it is
     refused."""
     first, rest = user("hi"), [{"role": "assistant", "content": "Here."}, *user("And then what")]
     start = CHAT.encode([*first, rest[0]]).input_ids

@@ -44,10 +44,6 @@ def is_cache_plain(inner: Any) -> bool:
     return known and not inner._is_stateful
 
 
-def set_gate(inner: Any, gate: Any) -> None:
-    inner.ringfence_gate = gate
-
-
 def gate_of(model: Any) -> Any | None:
     """The gate of a scoped model (see `scope.Gate`), or None."""
     return getattr(causal_lm(model), "ringfence_gate", None)

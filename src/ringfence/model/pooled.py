@@ -56,12 +56,12 @@ def pooled_states(
             inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
             with torch.no_grad():
                 prefix = common_prefix(model, [asked[place] for place in places], prefixes)
-            if prefix is not None:
-                start = prefix.hidden_1PD.shape[1]
-                inputs["input_ids"], content = ids[:, start:], content[:, start:]
-                inputs[cache_name(model)] = prefix.cache_of(len(places))
-            with torch.no_grad(), mean_states(model, layers, content) as means:
-                decoder(**inputs, attention_mask=real)
+                if prefix is not None:
+                    start = prefix.hidden_1PD.shape[1]
+                    inputs["input_ids"], content = ids[:, start:], content[:, start:]
+                    inputs[cache_name(model)] = prefix.cache_of(len(places))
+                with mean_states(model, layers, content) as means:
+                    decoder(**inputs, attention_mask=real)
             kept[places] = torch.stack([means[at] for at in layers], 1).cpu().numpy()
             advance(len(places))
         yield kept

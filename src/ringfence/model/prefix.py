@@ -14,12 +14,12 @@ from dataclasses import asdict, dataclass
 from functools import wraps
 from pathlib import Path
 from types import MethodType
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -31,15 +31,15 @@ from ..errors import ChatError, DataError, DefenseError, ModelError, first_line
 from ..text.chat import Chat
 from ..text.roles import Messages
 from ..util.files import write_whole
-from ..util.strict_json import read_record
+from ..util.strict_json import check_shape, read_record
 from .checked import FROZEN, FROZEN_FILE
 from .interventions import patched_kv
 from .layers import cache_in, causal_lm
 from .losses import find_head
 from .taps import CommonPrefix, compute_prefix
 
-Kind = TypeVar("Kind")
 Until = Literal["query", "header"]
+_AGAIN = "copy it again from where the model is from"
 _STORED, _STORED_KV = "reference_prefix.json", "reference_prefix.safetensors"
 
 
@@ -152,19 +152,10 @@ class Prefix:
 def read_frozen_prefix(folder: str) -> Prefix | None:
     """The frozen prefix of a saved adapter, or None."""
     file = Path(folder) / FROZEN_FILE
-    return _read(file, Prefix) if file.is_file() else None
-
-
-def _read(file: Path, kind: type[Kind]) -> Kind:
-    again = "copy it again from where the model is from"
-    try:
-        return TypeAdapter(kind).validate_python(read_record(file, again))
-    except ValidationError as error:
-        found = error.errors()[0]
-        field = ".".join(map(str, found["loc"]))
-        raise DataError(
-            f"{file}: {field}: {found['msg']}, found {found['input']!r}; {again}"
-        ) from error
+    if not file.is_file():
+        return None
+    found: Prefix = check_shape(Prefix, read_record(file, _AGAIN), str(file), _AGAIN)
+    return found
 
 
 def plain_lora_config(config: dict[str, Any]) -> LoraConfig:
@@ -299,7 +290,7 @@ def read_stored_prefix(folder: str) -> StoredPrefix | None:
     file = Path(folder) / _STORED
     if not file.is_file():
         return None
-    about = _read(file, _About)
+    about: _About = check_shape(_About, read_record(file, _AGAIN), str(file), _AGAIN)
     try:
         tensors = load_file(Path(folder) / _STORED_KV)
         layers = len(tensors) // 2 // len(about.prefixes)

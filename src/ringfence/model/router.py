@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import DataError, ModelError
+from ..errors import DataError
 from ..text.chat import Chat
 from ..text.roles import Messages
 from ..util.journal import digest
@@ -103,12 +103,8 @@ class Router:
 
 def cut(model: Any, saved: SavedScope) -> Any:
     """The model without the layers after the deepest that the scope looks at, and without head."""
+    saved.probe.check(model)
     layers, last = decoder_layers(model), saved.probe.layers[-1]
-    if last > len(layers):
-        raise ModelError(
-            f"scope: it looks at layer {last}, but the model has {len(layers)} layers; it was "
-            "fitted for another model"
-        )
     inner = causal_lm(model)
     decoder, config = inner.get_decoder(), inner.config.get_text_config()
     name = next(name for name, module in decoder.named_modules() if module is layers)

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -31,9 +31,9 @@ from transformers.masking_utils import find_packed_sequence_indices
 
 from ..errors import DataError, DefenseError, ModelError, first_line
 from ..util.files import write_whole
-from ..util.strict_json import read_record
+from ..util.strict_json import check_shape, read_record
 from .checked import SCOPE_FILE, SCOPED
-from .layers import cache_in, causal_lm, decoder_layers, set_gate
+from .layers import cache_in, causal_lm, decoder_layers
 from .losses import find_head
 from .turn import UserTurn
 
@@ -64,6 +64,21 @@ class Probe:
         """Scores [B] from mean states [B, D] by layer."""
         parts = [mean.float() @ self.weights[at].to(mean.device) for at, mean in means.items()]
         return torch.stack(parts).sum(0) + self.bias
+
+    def check(self, model: Any) -> None:
+        """Raises ModelError if the model has fewer layers, or other states, than it reads."""
+        layers = len(decoder_layers(model))
+        if self.layers[-1] > layers:
+            raise ModelError(
+                f"scope: it looks at layer {self.layers[-1]}, but the model has {layers} layers; "
+                "it was fitted for another model"
+            )
+        size = causal_lm(model).config.get_text_config().hidden_size
+        if any(len(weight) != size for weight in self.weights.values()):
+            raise ModelError(
+                f"scope: it reads states of {len(self.weights[self.layers[0]])} numbers, but the "
+                f"model's have {size}; it was fitted for another model"
+            )
 
     def attach(self, model: Any) -> "Gate":
         """From now on the LoRA adapters of `model` (a peft model) act only inside the scope.
@@ -133,15 +148,9 @@ def read_scope(folder: str | Path) -> SavedScope | None:
     file, tensors = Path(folder) / SCOPE_FILE, Path(folder) / _TENSORS
     if not file.is_file():
         return None
+    record = check_shape(_Record, read_record(file, _AGAIN), str(file), _AGAIN)
     try:
-        record = _Record.model_validate(read_record(file, _AGAIN))
         weights = {int(name): weight.float() for name, weight in load_file(tensors).items()}
-    except ValidationError as error:
-        found = error.errors()[0]
-        field = ".".join(map(str, found["loc"]))
-        raise DataError(
-            f"{file}: {field}: {found['msg']}, found {found['input']!r:.100}; {_AGAIN}"
-        ) from error
     except (OSError, SafetensorError, ValueError) as error:
         raise DataError(f"{tensors}: cannot be read: {first_line(error)}; {_AGAIN}") from error
     if not weights or min(weights) < 1 or any(not w.isfinite().all() for w in weights.values()):
@@ -209,18 +218,8 @@ class Gate:
             raise DefenseError(
                 "defenses.scope: the model has no LoRA adapter; a scope needs train.method: lora"
             )
+        probe.check(self.inner)
         blocks = decoder_layers(self.inner)
-        if probe.layers[-1] > len(blocks):
-            raise ModelError(
-                f"scope: it looks at layer {probe.layers[-1]}, but the model has {len(blocks)} "
-                "layers; it was fitted for another model"
-            )
-        size = self.inner.config.get_text_config().hidden_size
-        if any(len(weight) != size for weight in probe.weights.values()):
-            raise ModelError(
-                f"scope: it reads states of {len(probe.weights[probe.layers[0]])} numbers, but the "
-                f"model's have {size}; it was fitted for another model"
-            )
         self.above = first_adapted(self.inner) > probe.layers[-1]
         self.scores_B = torch.zeros(0)
         self.open_B = torch.zeros(0, dtype=torch.bool)
@@ -243,7 +242,7 @@ class Gate:
             for name, module in layer.lora_B.items():
                 acting = magnitudes[name] if name in magnitudes else module  # noqa: SIM401
                 acting.register_forward_hook(self._mask)
-        set_gate(self.inner, self)
+        self.inner.ringfence_gate = self  # see `layers.gate_of`
 
     @property
     def is_on(self) -> bool:

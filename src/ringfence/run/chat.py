@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from ..errors import RecipeError
-from ..model.default import resolve
 from ..model.files import load_tokenizer
 from ..model.generation import generate_greedy
 from ..model.layers import gate_of
@@ -58,7 +57,7 @@ class Conversation:
                 for row in rows
             ]
         self.chat = Chat(load_tokenizer(source))
-        self.model = load_model(resolve(source), precision)
+        self.model = load_model(source, precision)
         self._nearest = _Nearest(self.model, self.chat, requests) if requests else None
 
     def say(self, text: str) -> Answer:

@@ -3,13 +3,12 @@
 Nothing is trained, and the adapter's weights stay as they are.
 """
 
-import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from ..errors import DefenseError, ModelError, RecipeError
-from ..model.default import resolve
 from ..model.files import adapter_base, beyond_lora, load_tokenizer
 from ..model.loading import load_model
 from ..model.precision import Precision
@@ -76,7 +75,7 @@ def scope_adapter(
     elif is_run(Path(source)):
         recipe = Run(Path(source)).recipe
         trained = [
-            type(row)(as_trained(recipe, row.messages), row.origin)
+            replace(row, messages=as_trained(recipe, row.messages))
             for row in training_rows(recipe)[0]
         ]
     else:
@@ -84,7 +83,7 @@ def scope_adapter(
     queries = [query for name in negatives for query in load_queries(name)]
     chat = Chat(load_tokenizer(str(folder)))
     fit = fit_scope(
-        load_model(resolve(base), precision),
+        load_model(base, precision),
         chat,
         trained,
         queries,
@@ -98,5 +97,5 @@ def scope_adapter(
     if fit.refusal:
         raise DefenseError(f"{source}: {fit.refusal}")
     copy_files(folder, Path(output))
-    fit.probe.save(Path(output), json.loads(json.dumps(fit.record())), router)
+    fit.probe.save(Path(output), fit.record(), router)
     return fit

@@ -87,8 +87,8 @@ def read_record(file: Path, again: str, kind: type = dict) -> Any:
 
 def check_shape(
     kind: Any, value: Any, origin: str, again: str, place: Sequence[str | int] = ()
-) -> None:
-    """Checks a value against a type that pydantic knows.
+) -> Any:
+    """Checks a value against a type that pydantic knows. Returns it as that type.
 
     Args:
         origin: the file, or file and line.
@@ -100,7 +100,7 @@ def check_shape(
     """
     try:
         # From JSON, strict validation still takes a list for a tuple.
-        _adapter(kind).validate_json(json.dumps(value), strict=True)
+        return _adapter(kind).validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, (*place, *first["loc"]))) or "the whole"
