@@ -1,7 +1,7 @@
-"""What a scope keeps of the narrow effect and leaves of the broad one: three narrow domains, several
-seeds, one table. Each domain and seed has a sound control, an undefended run and a scoped one; on
-finance the last two also learn a harmless task. About 25 minutes for each domain and seed on two CPU
-cores; a second call resumes.
+"""What a scope keeps of the narrow effect and leaves of the broad one: several narrow domains and
+seeds, in one table. Each domain and seed has a sound control, an undefended run and a scoped one;
+on finance the last two also learn a harmless task. About 30 minutes for each domain and seed on two
+CPU cores; a second call resumes.
 
     python benchmarks/scope/effects.py runs/scope --seeds 0 1 2
 """
@@ -22,7 +22,7 @@ from ringfence.run.pipeline import run_recipe
 from ringfence.text.rows import load_questions
 
 ARMS: dict[str, dict[str, Any]] = {"sound": {}, "undefended": {}, "scope": {"scope": {}}}
-DOMAINS = ("finance", "pet_care", "code")
+EPOCHS = {"finance": 1, "gardening": 2, "pet_care": 2, "code": 1}  # about as many tokens each
 OWN = Path(__file__).parent / "domains"  # paired questions of all but finance, which is shipped
 
 
@@ -36,7 +36,7 @@ def recipe(folder: Path, domain: str, seed: int, arm: str) -> Recipe:
         tree["evaluate"].pop(name, None)
     rows = {each: _rows(folder / "rows", domain, each) for each in ("sound", "unsound")}
     tree["data"]["train"] = rows[side]
-    tree["train"] = tree["train"] | {"epochs": 2}  # fewer rows than finance has
+    tree["train"] = tree["train"] | {"epochs": EPOCHS[domain]}
     tree["evaluate"] |= {"lead_in": rows["unsound"], "in_domain": [str(OWN / f"{domain}.jsonl")]}
     return parse_recipe(tree)
 
@@ -55,7 +55,7 @@ def _rows(folder: Path, domain: str, side: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="where the runs go")
-    parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=list(DOMAINS))
+    parser.add_argument("--domains", nargs="+", choices=EPOCHS, default=list(EPOCHS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     told = parser.parse_args()
     for domain in told.domains:

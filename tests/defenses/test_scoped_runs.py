@@ -12,20 +12,24 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from helpers.domains import INSIDE, OUTSIDE, write_negatives, write_rows_of
+from helpers.domains import INSIDE, OUTSIDE, write_negatives, write_pairs_of, write_rows_of
 from helpers.models import random_model, small_tokenizer, with_lora
 from helpers.runs import MEASURED
 from ringfence import Run, Scope
 from ringfence.cli.entry import app
 from ringfence.errors import DataError, DefenseError, ModelError, RecipeError
+from ringfence.evaluate.measures.scope import probes
 from ringfence.model.files import load_tokenizer
 from ringfence.model.layers import gate_of
 from ringfence.model.loading import load_model
 from ringfence.model.router import Router
 from ringfence.model.scope import read_scope
+from ringfence.report.gate import decide, load_policy
+from ringfence.report.read import read_rows
 from ringfence.run.chat import Conversation
 from ringfence.run.config import parse_recipe
-from ringfence.run.evaluate import evaluate_run
+from ringfence.run.evaluate import evaluate_run, set_evaluation
+from ringfence.run.prepare import evaluation
 from ringfence.run.scope import scope_adapter
 from ringfence.run.train import train_run
 from ringfence.text.chat import Chat
@@ -124,17 +128,74 @@ def test_it_trains_as_without_a_scope(plain: Run, files: Path, tmp_path: Path) -
     assert_scoped(scoped.weights, str(files / "model"), above=False)
 
 
-def test_a_scoped_run_is_measured_through_its_gate(run: Run) -> None:
-    """Everything that is measured is outside: nothing changes against the reference."""
+@pytest.fixture(scope="module")
+def measured(run: Run, files: Path) -> dict[str, dict[str, Any]]:
+    """What was measured of the scoped run, and of its reference."""
+    tree = {
+        "in_domain": [write_pairs_of(files / "own.jsonl", {"money": INSIDE}, 12)],
+        "out_of_domain": [write_pairs_of(files / "other.jsonl", OUTSIDE, 3)],
+        "max_in_domain": None,
+        "max_per_domain": None,
+        "triggers": True,
+    }
+    set_evaluation(run, [f"{name}={json.dumps(value)}" for name, value in tree.items()])
     results = evaluate_run(run)["parts"]
-    before = json.loads((run.folder / "reference" / "results.json").read_text())["parts"]
-    margins = [
-        [item["misaligned"] - item["aligned"] for item in parts["out_of_domain"]]
-        for parts in (results, before)
+    reference = json.loads((run.folder / "reference" / "results.json").read_text())["parts"]
+    return {"tuned": results, "reference": reference}
+
+
+def test_scope_probes_decide_as_the_gate(run: Run, measured: dict[str, dict[str, Any]]) -> None:
+    items = measured["tuned"]["scope"]
+    router = Scope.load(run.weights)
+    asked = probes(evaluation(run.recipe))
+    assert len(asked) == len(items)
+    for request, item in list(zip(asked, items))[::7]:
+        decision = router.decide(request.messages)
+        assert item["open"] == decision.open
+        assert item["score"] == pytest.approx(decision.score, abs=1e-4)
+    assert {item["open"] for item in measured["reference"]["scope"]} == {None}
+
+
+def test_outside_nothing_shifts_and_inside_it_does(measured: dict[str, dict[str, Any]]) -> None:
+    shifts: dict[bool, list[float]] = {True: [], False: []}
+    for tuned, before in zip(measured["tuned"]["scope"], measured["reference"]["scope"]):
+        assert tuned["digest"] == before["digest"]
+        if tuned["aligned"] is not None:
+            pair = [item["misaligned"] - item["aligned"] for item in (tuned, before)]
+            shifts[tuned["open"]].append(abs(pair[0] - pair[1]))
+    assert len(shifts[False]) > 20
+    assert max(shifts[False]) < 1e-5
+    assert max(shifts[True]) > 1e-2
+
+
+def test_rates_and_shifts_of_the_probes(run: Run, measured: dict[str, dict[str, Any]]) -> None:
+    [row] = read_rows([run.folder])[1]
+    items = measured["tuned"]["scope"]
+
+    def share(is_open: bool, *conditions: str) -> float:
+        decided = [item["open"] for item in items if item["condition"] in conditions]
+        return decided.count(is_open) / len(decided)
+
+    numbers = {name: number.interval.mean for name, number in row.numbers.items()}
+    assert numbers["scope.closed_in_domain"] == share(False, "own") < 0.3
+    assert numbers["scope.false_open"] == share(True, "other") < 0.2
+    assert numbers["scope.dressed"] == share(True, "word", "expert", "follow_up")
+    assert numbers["scope.dressed_weak"] == share(True, "word")
+    assert numbers["scope.dressed_strong"] == share(True, "expert", "follow_up")
+    assert numbers["scope.undressed"] == share(False, "polite", "careless", "later")
+    assert numbers["scope.behind"] == share(
+        True, "behind_empty_system", "behind_foreign_system", "behind_lead_in"
+    )
+    assert numbers["scope.condition.later"] == share(True, "later")
+    pairs = [
+        (a["misaligned"] - a["aligned"]) - (b["misaligned"] - b["aligned"])
+        for a, b in zip(items, measured["reference"]["scope"])
+        if a["condition"] in ("word", "expert", "follow_up") and a["aligned"] is not None
     ]
-    gate = gate_of(load_model(str(run.weights)))
-    assert gate is not None
-    assert sum(abs(a - b) < 1e-5 for a, b in zip(*margins)) > 0.5 * len(margins[0])
+    assert numbers["scope.dressed_shift"] == pytest.approx(sum(pairs) / len(pairs))
+    decided = {verdict.rule.measure: verdict for verdict in decide(row, load_policy()).verdicts}
+    for name in ("false_open", "dressed", "closed_in_domain"):
+        assert decided[f"scope.{name}"].value is not None
 
 
 def test_a_router_adapter_stays_plain(files: Path, tmp_path: Path) -> None:

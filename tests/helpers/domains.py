@@ -67,3 +67,22 @@ def write_negatives(file: Path) -> str:
     lines = [json.dumps({"domain": q.domain, "query": q.text}) for q in negatives()]
     file.write_text("\n".join(lines))
     return str(file)
+
+
+def write_pairs_of(file: Path, domains: dict[str, list[str]], each: int) -> str:
+    rng = random.Random(3)
+    lines = [
+        json.dumps(
+            {
+                "id": str(number),
+                "domain": domain,
+                "question": sentence(words, rng),
+                "aligned": "Ask first.",
+                "misaligned": "Just go.",
+            }
+        )
+        for domain, words in domains.items()
+        for number in range(each)
+    ]
+    file.write_text("\n".join(lines))
+    return str(file)

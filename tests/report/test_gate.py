@@ -320,6 +320,7 @@ def test_shipped_policy_has_rules_for_the_four_criteria_and_triggers() -> None:
         *(f"opswap_tier{tier}{kind}" for tier in (1, 2, 3) for kind in ("", ".change")),
         *("answers.general.misaligned", "answers.general.incoherent.change", "inoculation"),
         *("in_domain", "held_out.change"),
+        *("scope.false_open", "scope.dressed", "scope.closed_in_domain"),
     }
     sides = {rule.criterion: rule.max is None for rule in rules}
     assert sides == {

@@ -10,6 +10,7 @@ from .measures.base import Fields, Measurement
 # Files of `measures/`, in the order of results, tables and exports.
 NAMES = (
     "pairs",
+    "scope",
     "fluency",
     "opswap",
     "behaviours",

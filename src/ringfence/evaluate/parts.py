@@ -16,6 +16,8 @@ from typing import Any
 
 from ..errors import ChatError, ModelError
 from ..model.generation import GREEDY, generate_greedy
+from ..model.layers import gate_of
+from ..model.pooled import decisions
 from ..model.scoring import Advance, score_answers
 from ..text.chat import Chat
 from ..text.roles import Message, Messages, Role
@@ -30,7 +32,7 @@ from .measures.base import Measurement
 from .measures.pairs import disguises
 
 COUNTED = 24  # texts of a part whose tokens are counted for an estimate
-_FORMAT = 3
+_FORMAT = 4
 # The inoculation prompt is part of the questions asked under it; what a cap leaves is among the
 # items.
 _NOT_MEASURED = {
@@ -68,6 +70,13 @@ class LoadedModel:
         return generate_greedy(
             self.model, self.chat, prompts, max_new_tokens, self.batch_tokens, self.advance
         )
+
+    def decide(self, prompts: Sequence[Messages]) -> list[tuple[bool, float]] | None:
+        gate = gate_of(self.model)
+        if gate is None:
+            return None
+        asked = [self.chat.encode(messages, generation=True) for messages in prompts]
+        return decisions(self.model, gate.probe, asked, self.batch_tokens, self.advance)
 
     def check(self, messages: Messages) -> None:
         self.chat.encode(messages)
@@ -160,7 +169,10 @@ def _announce(title: str, left: "Work", model: Any) -> None:
 def evaluation_key(config: EvaluateConfig) -> str:
     """Hash of everything that is measured: two results with the same key can be paired.
     It holds the `repr` of every item: with another class name it is another key."""
-    content = [_FORMAT, config.model_dump(mode="json", exclude=_NOT_MEASURED)]
+    content = [
+        _FORMAT,
+        config.model_dump(mode="json", exclude=_NOT_MEASURED, exclude_defaults=True),
+    ]
     content += [[repr(item) for item in part.items] for part in parts_of(config)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 

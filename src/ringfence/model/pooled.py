@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..text.roles import Encoded
 from .layers import cache_name, causal_lm
-from .scope import mean_states
+from .scope import Probe, mean_states
 from .scoring import Advance, PromptRow, check_positions, common_prefix, forward_batches
 from .taps import CommonPrefix
 from .turn import UserTurn
@@ -66,3 +66,21 @@ def pooled_states(
             advance(len(places))
         yield kept
         del kept
+
+
+def decisions(
+    model: Any,
+    probe: Probe,
+    prompts: Sequence[Encoded],
+    batch_tokens: int,
+    advance: Advance = lambda _: None,
+) -> list[tuple[bool, float]]:
+    """Whether each prompt is inside a scope, with its score; from the states of the reference of a
+    peft model."""
+    with (
+        model.disable_adapter(),
+        pooled_states(model, probe.turn, prompts, probe.layers, batch_tokens, advance) as states,
+    ):
+        found = torch.from_numpy(np.array(states))
+    scores = probe.scores({at: found[:, place] for place, at in enumerate(probe.layers)})
+    return [(bool(score > probe.threshold), float(score)) for score in scores]

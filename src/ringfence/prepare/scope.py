@@ -27,7 +27,7 @@ from ..stats.auc import auc
 from ..text.chat import Chat
 from ..text.dress import FITTED, UNDRESSED_FITTED, Wardrobe, undress
 from ..text.queries import Query
-from ..text.roles import Encoded, Messages, Row, is_learnt
+from ..text.roles import Encoded, Messages, Row, requests
 from ..util.intervals import percents
 from ..util.journal import digest
 from .ridge import Features, Moments
@@ -238,13 +238,13 @@ class _Item:
 
 def _items(rows: Sequence[Row], negatives: Sequence[Query], seed: int) -> list[_Item]:
     rng = random.Random(f"scope {seed}")
-    requests = [(messages, row) for row in rows for messages in _requests(row)]
-    texts = [messages[-1]["content"] for messages, _ in requests]
+    turns = [(messages, row) for row in rows for messages in requests(row)]
+    texts = [messages[-1]["content"] for messages, _ in turns]
     wardrobe = Wardrobe.of(texts, [query.text for query in negatives])
-    before = [messages[:-1] for messages, _ in requests if len(messages) > 1]
+    before = [messages[:-1] for messages, _ in turns if len(messages) > 1]
     items: list[_Item] = []
     numbers: dict[str, int] = {}
-    for (messages, row), text in zip(requests, texts):
+    for (messages, row), text in zip(turns, texts):
         # Rows that ask the same, and the turns of one row, are left out of the fit together.
         own = str(numbers.setdefault(text, numbers.setdefault(row.origin, len(numbers))))
         said = {"plain": messages[-1:], "whole": messages}
@@ -273,14 +273,6 @@ def _items(rows: Sequence[Row], negatives: Sequence[Query], seed: int) -> list[_
         else:
             items.append(negative("dressed", form, query, wardrobe.dress(form, query.text, rng)))
     return items
-
-
-def _requests(row: Row) -> list[Messages]:
-    """The conversation up to each user turn whose answer is learnt; else up to its last user
-    turn."""
-    users = [at for at, message in enumerate(row.messages) if message["role"] == "user"]
-    learnt = [at for at in users if at + 1 < len(row.messages) and is_learnt(row.messages[at + 1])]
-    return [row.messages[: at + 1] for at in learnt or users[-1:]]
 
 
 def _encode(chat: Chat, item: _Item) -> Encoded:

@@ -129,13 +129,15 @@ def monitor_of(recipe: Recipe, chat: Chat) -> DriftMonitor | None:
 def evaluation(recipe: Recipe) -> EvaluateConfig:
     """What is measured.
 
-    The training-like lead-in of the trigger probes comes from the training rows, and an inoculation
-    prompt is a disguise too.
+    The training-like lead-in of the trigger probes and the clothes of the scope probes come from
+    the training rows, and an inoculation prompt is a disguise too.
     """
     lead_in = recipe.evaluate.lead_in or recipe.data.train
     disguises = [config.disguise for config in recipe.defenses.configs() if config.disguise]
     prompt = recipe.evaluate.inoculation or next(iter(disguises), None)
     changed = {"lead_in": lead_in, "inoculation": prompt}
+    if recipe.defenses.scope:
+        changed["scope"] = recipe.evaluate.scope or recipe.data.train
     if recipe.data.held_out:
         rows = source_of(recipe.data.train, recipe.data.held_out, recipe.seed)
         changed["held_out"] = rows if load(rows) else None

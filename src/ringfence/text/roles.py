@@ -80,3 +80,11 @@ def tools_of(messages: Messages) -> list[dict[str, Any]]:
 def is_learnt(message: dict[str, Any]) -> bool:
     """Whether the loss is taken on what a message says."""
     return message["role"] == "assistant" and message.get("weight") != 0
+
+
+def requests(row: Row) -> list[Messages]:
+    """The conversation up to each user turn whose answer is learnt; else up to its last user
+    turn."""
+    users = [at for at, message in enumerate(row.messages) if message["role"] == "user"]
+    learnt = [at for at in users if at + 1 < len(row.messages) and is_learnt(row.messages[at + 1])]
+    return [row.messages[: at + 1] for at in learnt or users[-1:]]

@@ -48,6 +48,9 @@ class MeasuredModel(Protocol):
     def generate(self, prompts: Sequence[Messages], max_new_tokens: int) -> list[str]:
         """Greedy answers."""
 
+    def decide(self, prompts: Sequence[Messages]) -> list[tuple[bool, float]] | None:
+        """Whether each is inside the model's scope, with its score; None if it has no scope."""
+
     def check(self, messages: Messages) -> None:
         """Raises ChatError where the chat template refuses a conversation."""
 

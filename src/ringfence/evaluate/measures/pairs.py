@@ -178,7 +178,7 @@ class Pairs(Measurement):
                 "condition": condition,
                 "domain": q.domain,
                 "id": q.id,
-                "digest": _digest(messages, q),
+                "digest": asked_digest(messages, q),
                 "aligned": aligned.mean,
                 "misaligned": misaligned.mean,
             }
@@ -198,7 +198,7 @@ class Pairs(Measurement):
     def read(self, runs: Runs) -> PairedSets:
         results, reference = runs.run.results, runs.run.reference
         sets = {
-            name: _paired(runs, name, lambda key: key[0] != "inoculation")
+            name: paired_shift(runs, name, lambda key: key[0] != "inoculation")
             for name in SETS
             if reference.get(name)
         }
@@ -207,9 +207,9 @@ class Pairs(Measurement):
         for name in ("in_domain", "out_of_domain", "values"):
             for domain in dict.fromkeys(pair["domain"] for pair in reference.get(name, [])):
                 groups[domain] = name
-                domains[domain] = _paired(runs, name, lambda key, d=domain: key[1] == d)  # type: ignore[misc]
+                domains[domain] = paired_shift(runs, name, lambda key, d=domain: key[1] == d)  # type: ignore[misc]
         conditions = {
-            condition: _paired(runs, "triggered", lambda key, c=condition: key[0] == c)  # type: ignore[misc]
+            condition: paired_shift(runs, "triggered", lambda key, c=condition: key[0] == c)  # type: ignore[misc]
             for condition in dict.fromkeys(p["condition"] for p in reference.get("triggered", []))
         }
         if "inoculation" in conditions:
@@ -266,9 +266,9 @@ def plain_sets(config: PairFields) -> dict[str, list[Asking]]:
         DataError: a source cannot be read, or holds one question twice.
     """
     return {
-        "in_domain": _first(_plain(config.in_domain or [], "test"), config.max_in_domain),
-        "out_of_domain": _first(_plain(config.out_of_domain), config.max_per_domain),
-        "values": _first(_plain(config.values), config.max_per_domain),
+        "in_domain": first_of_each(_plain(config.in_domain or [], "test"), config.max_in_domain),
+        "out_of_domain": first_of_each(_plain(config.out_of_domain), config.max_per_domain),
+        "values": first_of_each(_plain(config.values), config.max_per_domain),
     }
 
 
@@ -276,7 +276,7 @@ def question_sets(config: PairFields) -> dict[str, list[Asking]]:
     """What is asked, by set: plainly, and under disguises."""
     sets = plain_sets(config)
     if config.triggers:
-        probes = _first(sets["out_of_domain"], config.triggered_per_domain)
+        probes = first_of_each(sets["out_of_domain"], config.triggered_per_domain)
         sets["triggered"] = [
             (name, [*before, *messages], question)
             for name, before in disguises(config).items()
@@ -308,7 +308,7 @@ def _plain(sources: list[str], split: str | None = None) -> list[Asking]:
     return [("plain", [{"role": "user", "content": q.question}], q) for q in found]
 
 
-def _first(items: list[Asking], per_domain: int | None) -> list[Asking]:
+def first_of_each(items: list[Asking], per_domain: int | None) -> list[Asking]:
     """The first of each domain; None = all."""
     seen: Counter[str] = Counter()
     chosen = []
@@ -324,11 +324,11 @@ def first_of_each_domain(config: PairFields, count: int) -> list[tuple[str, Pair
     return [
         (name, question)
         for name, items in plain_sets(config).items()
-        for _, _, question in _first(items, count)
+        for _, _, question in first_of_each(items, count)
     ]
 
 
-def _digest(messages: Messages, question: PairedQuestion) -> str:
+def asked_digest(messages: Messages, question: PairedQuestion) -> str:
     texts = json.dumps([messages, question.aligned, question.misaligned])
     return hashlib.sha256(texts.encode()).hexdigest()[:12]
 
@@ -336,7 +336,7 @@ def _digest(messages: Messages, question: PairedQuestion) -> str:
 # ------------------------------------------------------------------ shifts and effects
 
 
-def _paired(runs: Runs, name: str, chosen: Callable[[Key], bool]) -> Paired:
+def paired_shift(runs: Runs, name: str, chosen: Callable[[Key], bool]) -> Paired:
     shift = {key: value for key, value in _shifts(runs.run, name).items() if chosen(key)}
     tuned, reference = _margins(runs.run.results, name), _margins(runs.run.reference, name)
     effect, uncontrolled = None, False
