@@ -18,7 +18,7 @@ from helpers.runs import metrics_of, small_model, write_rows
 from ringfence import Run
 from ringfence.defenses import Defenses
 from ringfence.model.files import load_tokenizer
-from ringfence.run.config import Recipe, load_recipe
+from ringfence.run.config import Recipe, load_recipe, parse_recipe
 from ringfence.run.interrupt import Interrupted
 from ringfence.run.recipes import commented_recipe
 from ringfence.run.train import train_run
@@ -345,7 +345,7 @@ def test_init_writes_the_default_recipe(tmp_path: Path, ringfence: Callable[...,
     code, output, _ = ringfence("init", file)
     assert code == 0
     assert f"ringfence run {file} --dry-run" in output
-    assert load_recipe(file) == Recipe()
+    assert load_recipe(file) == parse_recipe({"defenses": "auto"})
     assert f"ringfence run {file} --dry-run" in file.read_text()
     file.write_text("mine")
     code, _, errors = ringfence("init", file)
@@ -386,7 +386,7 @@ def test_commented_recipe_shows_every_field_with_what_it_means() -> None:
 
 def test_commented_defenses_are_their_defaults() -> None:
     lines = commented_recipe().splitlines()
-    start = lines.index("defenses: {}")
+    start = lines.index("defenses: auto")
     end = next(at for at in range(start + 1, len(lines)) if not lines[at].startswith("#"))
     tree = yaml.safe_load("\n".join(["defenses:", *(line[1:] for line in lines[start + 1 : end])]))
     assert list(tree["defenses"]) == list(Defenses.model_fields)

@@ -6,11 +6,11 @@ import torch
 import yaml
 from pydantic import BaseModel
 
-from ringfence.defenses import Defenses
+from ringfence.defenses import AUTO, Defenses
 from ringfence.errors import RecipeError
 from ringfence.evaluate.answers.config import LocalJudgeConfig
 from ringfence.evaluate.evaluation import Evaluation
-from ringfence.run.config import Recipe, dump_recipe, load_recipe, parse_recipe
+from ringfence.run.config import Recipe, dump_recipe, load_recipe, parse_recipe, recipe_tree
 from ringfence.run.recipes import commented_recipe
 
 
@@ -123,6 +123,18 @@ def test_null():
         None,
         None,
     )
+
+
+def test_auto_is_a_scope_with_kl_inside():
+    spelt = parse_recipe({"defenses": {"scope": {}, "kl": {"weight": AUTO["kl"]["weight"]}}})
+    assert parse_recipe({"defenses": "auto"}) == spelt
+    assert load_recipe(None, ["defenses=auto"]) == spelt
+    assert recipe_tree(spelt)["defenses"].keys() == {"kl", "scope"}  # the record says what it was
+    changed = load_recipe(None, ["defenses=auto", "defenses.kl.weight=2"]).defenses
+    assert (changed.kl.weight, changed.scope) == (2, spelt.defenses.scope)
+    assert load_recipe(None, ["defenses=auto"]).defenses.kl.weight == AUTO["kl"]["weight"]
+    with pytest.raises(RecipeError, match=r"defenses: expected auto, or names .*, found 'atuo'"):
+        parse_recipe({"defenses": "atuo"})
 
 
 def test_nested_defenses():

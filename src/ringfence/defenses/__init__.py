@@ -1,5 +1,6 @@
 """One file per defense. A new defense is one new file and one line in `Defenses`."""
 
+from copy import deepcopy
 from typing import Any, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -18,6 +19,19 @@ from .steering import Steering
 from .stream_edit import clash
 from .subspace_lock import SubspaceLock
 from .treft import TReFT
+
+# `defenses: auto`: the adapter acts only where the task is, and stays near the reference inside.
+AUTO: dict[str, Any] = {"scope": {}, "kl": {"weight": 0.1}}
+
+
+def spell_out(tree: Any) -> Any:
+    """The defenses of a recipe as keys and values: `auto` is the set it stands for."""
+    return deepcopy(AUTO) if tree == "auto" else tree
+
+
+def or_auto(schema: dict[str, Any]) -> None:
+    """Makes the JSON schema of a field accept `auto`, too."""
+    schema["anyOf"] = [{"const": "auto"}, {"$ref": schema.pop("$ref")}]
 
 
 class Defenses(BaseModel):
@@ -40,6 +54,9 @@ class Defenses(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _no_empty_entry(cls, tree: Any) -> Any:
+        tree = spell_out(tree)
+        if isinstance(tree, str):
+            raise ValueError(f"expected auto, or names with their fields, found {tree!r}")
         for name, config in tree.items() if isinstance(tree, dict) else ():
             if config is None and name in cls.model_fields:
                 raise ValueError(

@@ -34,7 +34,7 @@ from .ridge import Features, Moments
 
 FOLDS = 5
 STRENGTHS = (0.3, 1.0, 3.0)  # of the ridge, in mean variances
-DEPTHS = (0.2, 0.3, 0.4)  # of the deepest layer looked at
+DEPTHS = (0.2, 0.3)  # of the deepest layer looked at
 LEAST_AUC, MOST_CLOSED = 0.9, 0.1  # otherwise the rows have no scope
 RELATED = 0.85  # AUC below which a domain of negatives resembles the training queries
 MOST_RELATED = 0.25  # of the domains

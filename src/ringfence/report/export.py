@@ -5,8 +5,8 @@ Columns keep their names and order; a cell that does not apply is empty (null in
 | column | holds |
 |---|---|
 | `run`, `folder` | name and folder of the run |
-| `measure` | margin, share_above_zero, perplexity, perplexity_ratio, exact_match, shown, loss, open, \
-seconds, time_ratio, memory_gib; for judged answers their metrics, answers, em_f1, \
+| `measure` | margin, share_above_zero, perplexity, perplexity_ratio, exact_match, shown, loss, \
+open, seconds, time_ratio, memory_gib; for judged answers their metrics, answers, em_f1, \
 relative_reduction, auc |
 | `level` | what is measured together: set, domain, condition, scope, tier, behaviour, answers, \
 judge or run |

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ..defenses import Defenses, Training
+from ..defenses import Defenses, Training, or_auto, spell_out
 from ..evaluate.config import EvaluateConfig
 from ..model.default import DEFAULT
 from ..model.precision import Attention, Precision, settled
@@ -155,7 +155,11 @@ class Recipe(Strict):
     )
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
-    defenses: Defenses = Defenses()
+    defenses: Defenses = Field(
+        Defenses(),
+        description="by name, with their fields, or auto: a scope, with KL inside it",
+        json_schema_extra=or_auto,
+    )
     evaluate: EvaluateConfig = EvaluateConfig()
     monitor: MonitorConfig | None = Field(
         None,
@@ -205,6 +209,8 @@ def load_recipe(path: str | Path | None = None, overrides: list[str] | None = No
     """
     tree = read_mapping(Path(path), "make one with `ringfence init`") if path is not None else {}
     for override in overrides or []:
+        if "defenses" in tree:  # so that it can change a part of auto
+            tree["defenses"] = spell_out(tree["defenses"])
         set_value(tree, override)
     return parse_recipe(tree, str(path or "recipe"))
 

@@ -7,7 +7,7 @@ metrics.jsonl, training.json, adapter/ (or model/), and the files of an evaluati
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..defenses import DefenseConfig, Defenses
 from ..evaluate.config import EvaluateConfig
@@ -27,7 +27,7 @@ from .train import train_run
 def fine_tune(
     train: str,
     *,
-    defenses: Sequence[DefenseConfig] = (),
+    defenses: Sequence[DefenseConfig] | Literal["auto"] = (),
     model: str = "default",
     output: str = "runs/run",
     retain: str | None = "shipped:retain",
@@ -39,7 +39,8 @@ def fine_tune(
 
     Args:
         train: source of the rows: a local file, a hub id, `shipped:NAME`.
-        defenses: any set, e.g. `[KL(weight=0.3), Interleave(ratio=0.1)]`.
+        defenses: any set, e.g. `[KL(weight=0.3), Interleave(ratio=0.1)]`; "auto" = a scope with
+            KL inside.
         retain: source of safe rows for defenses that need them.
         evaluate: what is measured: fields of the recipe's `evaluate`, as a dict or an
             `EvaluateConfig`; True = the defaults; False = nothing (`ringfence evaluate` does it
@@ -59,7 +60,9 @@ def fine_tune(
             "seed": seed,
             "data": {"train": train, "retain": retain},
             "train": options,
-            "defenses": Defenses.of(list(defenses)).model_dump(exclude_none=True),
+            "defenses": defenses
+            if isinstance(defenses, str)
+            else Defenses.of(list(defenses)).model_dump(exclude_none=True),
             "evaluate": {} if isinstance(measured, bool) else measured,
         }
     )

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from ..defenses import Defenses
+from ..defenses import AUTO, Defenses
 from ..util.strict_yaml import dump
 from .config import Recipe, parse_recipe
 
@@ -22,13 +22,15 @@ _HEAD = """\
 # Run it:     ringfence run {0}
 # Change it:  ringfence run {0} train.epochs=2 defenses.kl.weight=0.3
 """
+FEWEST_ROWS = 24  # fewer, a tenth of them held out, do not say where the task is
 FEW_ROWS = 800  # fewer are trained on in smaller batches, and up to four times
 
 
 def commented_recipe(
     name: str = "recipe.yaml", train: str | None = None, rows: int = FEW_ROWS
 ) -> str:
-    """YAML of the default recipe, each field with what it means; the defenses are commented out.
+    """YAML of the default recipe, each field with what it means, with `defenses: auto`; the others
+    are commented out.
 
     Args:
         train: the user's own rows, a tenth of which measures what is learnt; default: shipped rows.
@@ -41,10 +43,14 @@ def commented_recipe(
         few = {"epochs": min(4, math.ceil(160 / max(rows, 1))), "batch_size": 8}
         tree: dict[str, Any] = {"data": {"train": train}, "output": f"runs/{_stem(train)}"}
         recipe = parse_recipe(tree | {"train": few if rows < FEW_ROWS else {}})
+    start = "auto" if train is None or rows >= FEWEST_ROWS else "{kl: {weight: 0.3}}"
     lines = _HEAD.format(name).splitlines()
     for field, info in Recipe.model_fields.items():
         value = getattr(recipe, field)
-        lines += ["", *(_defenses() if field == "defenses" else _field(field, info, value, ""))]
+        lines += [
+            "",
+            *(_defenses(start) if field == "defenses" else _field(field, info, value, "")),
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -54,8 +60,13 @@ def _stem(source: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
 
 
-def _defenses() -> list[str]:
-    lines = ["# Any set of defenses; uncomment what you want.", "defenses: {}"]
+def _defenses(start: str) -> list[str]:
+    lines = [
+        f"# auto is {_value(AUTO)}: the adapter acts only on requests like",
+        "# your rows' (scope), and stays near the model before fine-tuning there (kl).",
+        f"# For any other set, replace {start} by nothing, and uncomment what you want.",
+        f"defenses: {start}",
+    ]
     for name, info in Defenses.model_fields.items():
         config = next(kind for kind in info.annotation.__args__ if kind is not type(None))  # type: ignore[union-attr]
         lines.append(f"#  {name}:  # {(config.__doc__ or '').strip().splitlines()[0]}")
