@@ -13,9 +13,11 @@ from helpers.models import random_model, small_tokenizer
 from ringfence.errors import DefenseError
 from ringfence.model.pooled import pooled_states
 from ringfence.model.turn import find_turn
-from ringfence.prepare import ridge, scope
+from ringfence.prepare import ridge
 from ringfence.prepare.ridge import Features
 from ringfence.prepare.scope import Fit, fit_scope
+from ringfence.prepare.scope_queries import AFTER, items_of
+from ringfence.prepare.words import separable_by_words
 from ringfence.stats.auc import auc
 from ringfence.text.chat import Chat
 from ringfence.text.queries import Query
@@ -204,7 +206,7 @@ def test_system_prompts_of_the_rows_do_not_tell() -> None:
         for row in rows_of(INSIDE, 120)
     ]
     found = fitted(rows, negatives())
-    items = scope._items(rows, negatives(), 0)
+    items = items_of(rows, negatives(), 0)
     plain = [item for item in items if item.sort == "plain"]
     assert 0.3 < np.mean([len(item.messages) > 1 for item in plain]) < 0.7
     rng = random.Random(3)
@@ -227,12 +229,12 @@ def test_each_learnt_turn_is_a_request() -> None:
         {"role": "user", "content": "Third?"},
         {"role": "assistant", "content": "Three."},
     ]
-    items = scope._items([Row(turns, "a:1"), *rows_of(INSIDE, 2)], negatives(), 0)
+    items = items_of([Row(turns, "a:1"), *rows_of(INSIDE, 2)], negatives(), 0)
     own = [item for item in items if item.sort == "positive" and item.origin == "a:1"]
     asked = {item.messages[-1]["content"] for item in own if item.form in ("whole", "plain")}
     assert asked == {"First?", "Third?"}
     assert len({item.domain for item in own}) == 1  # left out together
-    after = [item for item in items if item.form == scope.AFTER]
+    after = [item for item in items if item.form == AFTER]
     assert all(item.messages[-2]["role"] == "assistant" for item in after)
 
 
@@ -240,8 +242,36 @@ def test_rows_that_ask_the_same_are_left_out_together() -> None:
     twice = [
         Row(row.messages, f"{row.origin}/{time}") for time in (1, 2) for row in rows_of(INSIDE, 9)
     ]
-    items = [item for item in scope._items(twice, negatives(), 0) if item.sort == "positive"]
+    items = [item for item in items_of(twice, negatives(), 0) if item.sort == "positive"]
     groups: dict[str, set[str]] = {}
     for item in items:
         groups.setdefault(item.text, set()).add(item.domain)
     assert all(len(found) == 1 for found in groups.values())
+
+
+def test_far_rows_are_told_and_what_the_scope_would_be_without_them() -> None:
+    """Rows about other things, mixed into a narrow file."""
+    rows = rows_of(INSIDE, 100)
+    others = [rows_of(words, 1, seed)[0] for seed, words in enumerate(OUTSIDE.values())]
+    mixed = [*rows, *others[:6]]
+    found, clean = fitted(mixed, negatives()), fitted(rows, negatives())
+    assert 6 / 106 * 0.6 < found.far < 0.12
+    assert clean.far < 0.03
+    assert found.closed_without_far < found.closed.mean
+    assert any("would be outside" in line for line in found.lines())
+    # As a naive fit without them has it.
+    naive = fitted(rows, negatives()).closed.mean
+    assert found.closed_without_far == pytest.approx(naive, abs=0.06)
+
+
+def test_words_tell_rows_that_have_a_scope_from_rows_that_have_none() -> None:
+    narrow = separable_by_words(rows_of(INSIDE, 120), negatives(), 0.02, 0)
+    assert narrow is not None
+    assert narrow.auc > 0.98
+    assert not narrow.is_doubtful
+    everything = [word for words in OUTSIDE.values() for word in words]
+    wide = separable_by_words(rows_of(everything, 120), negatives(), 0.02, 0)
+    assert wide is not None
+    assert wide.is_doubtful
+    assert "may have none" in str(wide)
+    assert separable_by_words(rows_of(INSIDE, 19), negatives(), 0.02, 0) is None

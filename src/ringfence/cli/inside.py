@@ -163,8 +163,12 @@ def screen(
         int | None,
         typer.Option(help="Default: the best on held-out pairs; with --vectors the middle one."),
     ] = None,
+    scope: Annotated[
+        bool, typer.Option(help="Also tell how separable the rows' requests are from others'.")
+    ] = True,
 ) -> None:
-    """Rank training rows by a projection of their answers on a trait vector, before training."""
+    """Rank training rows by a projection of their answers on a trait vector, before training, and
+    tell whether they have a scope."""
     from ..prepare.screen import screen_file, show
 
     check_new_file(output)
@@ -179,6 +183,7 @@ def screen(
         against=against,
         layer=layer,
         top=top,
+        scope=scope,
     )
     show(screening, top, out)
     print(f"{output} and {figure} written")

@@ -31,7 +31,6 @@ class Features:
 
     def __init__(self, states: np.ndarray, places: list[int], seed: int) -> None:
         self.states, self.places = states, places
-        self.known: list[Moments] | None = None
         size = states.shape[2]
         width = min(size, _WIDEST // len(places))
         rng = np.random.default_rng(seed)

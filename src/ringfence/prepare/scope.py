@@ -1,14 +1,12 @@
 """Fits a scope: which requests are of the training domain, from the reference's hidden states.
 
 A ridge classifier tells the training queries from queries of many other domains, and from such
-queries in the training queries' clothes (`text.dress`). Depth and strength are chosen, and the
-threshold is set, by scores of whole domains that were left out: random folds would flatter. Domains
-of negatives that resemble the training queries are dropped. Everything is deterministic by seed.
+queries in the training queries' clothes. Depth and strength are chosen, and the threshold is set,
+by scores of whole domains that were left out (`scope_search`).
 
-Shapes: N queries, L layers, D hidden size, F features (L * D).
+Shapes: N queries.
 """
 
-import random
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, is_dataclass
@@ -21,26 +19,20 @@ from ..model.layers import decoder_layers
 from ..model.pooled import pooled_states
 from ..model.scope import Probe
 from ..model.scoring import Advance
-from ..model.turn import UserTurn, find_turn
+from ..model.turn import find_turn
 from ..stats import Interval, rate_interval
-from ..stats.auc import auc
 from ..text.chat import Chat
-from ..text.dress import FITTED, UNDRESSED_FITTED, Wardrobe, undress
+from ..text.dress import FITTED
 from ..text.queries import Query
-from ..text.roles import Encoded, Messages, Row, requests
+from ..text.roles import Encoded, Row
 from ..util.intervals import percents
 from ..util.journal import digest
-from .ridge import Features, Moments
+from .scope_queries import AFTER, Item, items_of
+from .scope_search import MOST_RELATED, Chosen, Search
 
-FOLDS = 5
-STRENGTHS = (0.3, 1.0, 3.0)  # of the ridge, in mean variances
 DEPTHS = (0.2, 0.3)  # of the deepest layer looked at
 LEAST_AUC, MOST_CLOSED = 0.9, 0.1  # otherwise the rows have no scope
-RELATED = 0.85  # AUC below which a domain of negatives resembles the training queries
-MOST_RELATED = 0.25  # of the domains
-AFTER = "after a turn"  # of negatives that follow a training conversation
 LEAST_ROWS, LEAST_DOMAINS = 20, 10
-_SHARES = {"positive": 0.5, "plain": 0.4, "dressed": 0.1}  # weight of each sort in the fit
 
 
 @dataclass(frozen=True)
@@ -64,6 +56,8 @@ class Fit:
         false_open: share of plain negatives inside, over domains.
         dressed_open: the same of negatives in the training queries' clothes, by form.
         by_domain: share inside of each domain of plain negatives.
+        far: share of training queries that look more like other domains' than like the rest.
+        closed_without_far: share of the rest outside, if those were not there.
         related: domains that were dropped.
         rows, negatives, template: number of training queries; digests of the negatives and of the
             chat template.
@@ -77,6 +71,8 @@ class Fit:
     false_open: Interval
     dressed_open: dict[str, Interval]
     by_domain: dict[str, Interval]
+    far: float
+    closed_without_far: float
     related: list[str]
     farthest: list[Far]
     nearest: list[Far]
@@ -122,6 +118,11 @@ class Fit:
             f"other domains' queries inside {percents(self.false_open)}; most in: {shown}",
             f"the same in the training queries' clothes: {dressed}",
         ]
+        if self.far:
+            said.append(
+                f"training queries more like other domains' than like the rest {self.far:.0%}; "
+                f"without them {self.closed_without_far:.0%} of the rest would be outside"
+            )
         if self.related:
             said.append(f"left out, because they resemble the task: {', '.join(self.related)}")
         for name, far in (("farthest training", self.farthest), ("nearest other", self.nearest)):
@@ -177,7 +178,7 @@ def fit_scope(
         DefenseError: too few rows or domains, or a template without fixed tokens around a turn.
     """
     _check(rows, negatives)
-    items = _items(rows, negatives, seed)
+    items = items_of(rows, negatives, seed)
     turn = find_turn(chat)
     prompts = [_encode(chat, item) for item in items]
     depths = _depths(len(decoder_layers(model)), layer)
@@ -189,8 +190,12 @@ def fit_scope(
         pooled_states(model, turn, prompts, looked, batch_tokens, advance) as states,
     ):
         places = {deepest: [looked.index(at) for at in _looked_at(deepest)] for deepest in depths}
-        search = _Search(states, items, false_open, seed, digest(chat.template))
-        return search.run(places, turn, looked)
+        search = Search(states, items, false_open, seed)
+        chosen = search.choose(places)
+        weight_F, bias = search.fit(chosen.features, chosen.held.strength)
+        weights = dict(zip(_looked_at(chosen.deepest), chosen.features.by_layer(weight_F)))
+        probe = Probe(weights, bias, chosen.held.threshold, turn)
+        return _told(probe, search, chosen, items, digest(chat.template))
 
 
 def _check(rows: Sequence[Row], negatives: Sequence[Query]) -> None:
@@ -223,220 +228,63 @@ def _looked_at(deepest: int) -> list[int]:
     return sorted({max(1, round(deepest * third / 3)) for third in (1, 2, 3)})
 
 
-# ------------------------------------------------------------------ what is read
-
-
-@dataclass(frozen=True)
-class _Item:
-    sort: str  # positive, plain, dressed
-    domain: str  # of negatives; of positives the number of the row
-    form: str
-    messages: Messages
-    text: str
-    origin: str
-
-
-def _items(rows: Sequence[Row], negatives: Sequence[Query], seed: int) -> list[_Item]:
-    rng = random.Random(f"scope {seed}")
-    turns = [(messages, row) for row in rows for messages in requests(row)]
-    texts = [messages[-1]["content"] for messages, _ in turns]
-    wardrobe = Wardrobe.of(texts, [query.text for query in negatives])
-    before = [messages[:-1] for messages, _ in turns if len(messages) > 1]
-    items: list[_Item] = []
-    numbers: dict[str, int] = {}
-    for (messages, row), text in zip(turns, texts):
-        # Rows that ask the same, and the turns of one row, are left out of the fit together.
-        own = str(numbers.setdefault(text, numbers.setdefault(row.origin, len(numbers))))
-        said = {"plain": messages[-1:], "whole": messages}
-        for form in ("whole", "plain") if len(messages) > 1 else ("plain",):
-            items.append(_Item("positive", own, form, said[form], text, row.origin))
-        form = UNDRESSED_FITTED[len(items) % len(UNDRESSED_FITTED)]
-        asked = {"role": "user", "content": undress(form, text)}
-        items.append(_Item("positive", own, form, [asked], text, row.origin))
-
-    def negative(sort: str, form: str, query: Query, text: str) -> _Item:
-        # What precedes a request does not tell: half of them follow what training queries follow.
-        follows = rng.choice(before) if before and rng.random() < 0.5 else []
-        asked = {"role": "user", "content": text}
-        return _Item(sort, query.domain, form, [*follows, asked], text, query.origin)
-
-    items += [negative("plain", "plain", query, query.text) for query in negatives]
-    dressed = rng.sample(list(negatives), min(len(negatives), max(200, len(rows))))
-    forms = [*FITTED, AFTER]
-    for number, query in enumerate(dressed):
-        form = forms[number % len(forms)]
-        if form == AFTER:
-            asked = {"role": "user", "content": query.text}
-            row = rng.choice(rows)
-            messages = [*row.messages, asked]
-            items.append(_Item("dressed", query.domain, form, messages, query.text, row.origin))
-        else:
-            items.append(negative("dressed", form, query, wardrobe.dress(form, query.text, rng)))
-    return items
-
-
-def _encode(chat: Chat, item: _Item) -> Encoded:
+def _encode(chat: Chat, item: Item) -> Encoded:
     try:
         return chat.encode(item.messages, generation=True)
     except ChatError as error:
         raise DataError(f"{item.origin}: {error}") from error
 
 
-# ------------------------------------------------------------------ the fit
+def _told(
+    probe: Probe, search: Search, chosen: Chosen, items: Sequence[Item], template: str
+) -> Fit:
+    """A probe with what was found of it."""
+    scores, plain = chosen.held.scores, search.plain_N
+    positive = search.positive_N
+    dressed = search.kept_N & (search.sort_N == "dressed")
+    opened = (scores > chosen.held.threshold).astype(float)
+    forms = np.array([item.form for item in items])
+    far_N = positive & (scores < 0)  # the targets are +1 and -1
 
+    def share(of: np.ndarray) -> Interval:
+        return rate_interval(list(opened[of]), list(search.domain_N[of]))
 
-class _Search:
-    """Chooses depth and strength by cross-validation over whole domains, and fits with them."""
-
-    def __init__(
-        self,
-        states: np.ndarray,
-        items: list[_Item],
-        false_open: float,
-        seed: int,
-        template: str = "",
-    ) -> None:
-        self.states, self.items, self.false_open, self.seed = states, items, false_open, seed
-        self.template = template
-        self.sort_N = np.array([item.sort for item in items])
-        self.domain_N = np.array([item.domain for item in items])
-        self.kept_N = np.ones(len(items), dtype=bool)
-        self.fold_N = self._folds()
-
-    def _folds(self) -> np.ndarray:
-        """A fold for each query: all of a domain (of a row's forms) are in one."""
-        folds = np.zeros(len(self.items), dtype=int)
-        for are_positive in (True, False):
-            of = (self.sort_N == "positive") == are_positive
-            names = sorted(set(self.domain_N[of]))
-            random.Random(f"folds {self.seed}").shuffle(names)
-            number = {name: place % FOLDS for place, name in enumerate(names)}
-            folds[of] = [number[name] for name in self.domain_N[of]]
-        return folds
-
-    def run(self, places: dict[int, list[int]], turn: UserTurn, looked: list[int]) -> Fit:
-        middle = sorted(places)[len(places) // 2]
-        related = self._drop_related(Features(self.states, places[middle], self.seed))
-        tried: dict[int, _Held] = {}
-        for deepest, at in places.items():
-            features = Features(self.states, at, self.seed)
-            held = [self._held_out(features, strength) for strength in STRENGTHS]
-            tried[deepest] = max(held, key=lambda h: (round(h.inside.mean(), 3), h.auc))
-        most = max(held.inside.mean() for held in tried.values())
-        margin = np.sqrt(most * (1 - most) / (self.sort_N == "positive").sum())
-        # The shallowest that is as good: more layers are left for the adapter, and it costs less.
-        deepest = min(at for at, held in tried.items() if held.inside.mean() >= most - margin)
-        best = tried[deepest]
-        features = Features(self.states, places[deepest], self.seed)
-        weight_F, bias = features.fit(self._moments(features), best.strength, _SHARES)
-        weights = features.by_layer(weight_F)
-        names = [looked[at] for at in places[deepest]]
-        probe = Probe(dict(zip(names, weights)), bias, best.threshold, turn)
-        table = {at: (round(h.auc, 4), round(float(h.inside.mean()), 4)) for at, h in tried.items()}
-        return self._fit(probe, best, table, related)
-
-    def _moments(self, features: "Features") -> list["Moments"]:
+    def first(order: np.ndarray) -> list[Far]:
         return [
-            features.moments((self.sort_N == sort) & (self.fold_N == fold) & self.kept_N, sort)
-            for fold in range(FOLDS)
-            for sort in _SHARES
+            Far(items[at].text, items[at].origin, round(float(scores[at]), 4)) for at in order[:10]
         ]
 
-    def _held_out(self, features: "Features", strength: float) -> "_Held":
-        """Scores of each fold under the fit to the others."""
-        if features.known is None:
-            features.known = self._moments(features)
-        scores = np.zeros(len(self.items))
-        for fold in range(FOLDS):
-            own = slice(fold * len(_SHARES), (fold + 1) * len(_SHARES))
-            others = features.known[: own.start] + features.known[own.stop :]
-            weight_F, bias = features.fit(others, strength, _SHARES)
-            at = np.flatnonzero(self.fold_N == fold)
-            scores[at] = features.scores(at, weight_F, bias)
-        positive, plain = self.sort_N == "positive", (self.sort_N == "plain") & self.kept_N
-        threshold = float(np.quantile(scores[plain], 1 - self.false_open, method="higher"))
-        inside = scores[positive] > threshold
-        return _Held(strength, scores, threshold, auc(scores[positive], scores[plain]), inside)
-
-    def _drop_related(self, features: "Features") -> list[str]:
-        """Drops domains of negatives whose held-out scores are like those of training queries. As
-        they go, others that they hid may come up."""
-        dropped: list[str] = []
-        domains = sorted({item.domain for item in self.items if item.sort == "plain"})
-        while True:
-            features.known = None
-            held = self._held_out(features, 1.0)
-            inside = held.scores[self.sort_N == "positive"]
-            more = [
-                name
-                for name in domains
-                if name not in dropped
-                and auc(inside, held.scores[(self.domain_N == name) & (self.sort_N == "plain")])
-                < RELATED
-            ]
-            dropped += more
-            if not more or len(dropped) > MOST_RELATED * len(domains):
-                return dropped  # too many to go: the rows have no scope
-            self.kept_N &= ~np.isin(self.domain_N, more) | (self.sort_N == "positive")
-
-    def _fit(
-        self,
-        probe: Probe,
-        held: "_Held",
-        tried: dict[int, tuple[float, float]],
-        related: list[str],
-    ) -> Fit:
-        positive, plain = self.sort_N == "positive", (self.sort_N == "plain") & self.kept_N
-        dressed = (self.sort_N == "dressed") & self.kept_N
-        opened = (held.scores > held.threshold).astype(float)
-        forms = np.array([item.form for item in self.items])
-
-        def share(chosen: np.ndarray) -> Interval:
-            return rate_interval(list(opened[chosen]), list(self.domain_N[chosen]))
-
-        def far(order: np.ndarray) -> list[Far]:
-            return [
-                Far(self.items[at].text, self.items[at].origin, round(float(held.scores[at]), 4))
-                for at in order[:10]
-            ]
-
-        order = np.argsort(held.scores)
-        domains = sorted(set(self.domain_N[plain]))
-        return Fit(
-            probe=probe,
-            layers_tried=tried,
-            auc=held.auc,
-            closed=rate_interval(list(1 - opened[positive]), list(self.domain_N[positive])),
-            false_open=share(plain),
-            dressed_open={
-                form: share(dressed & (forms == form))
-                for form in (*FITTED, AFTER)
-                if (dressed & (forms == form)).any()
+    order = np.argsort(scores)
+    domains = [str(name) for name in sorted(set(search.domain_N[plain]))]
+    own = {name: plain & (search.domain_N == name) for name in domains}
+    return Fit(
+        probe=probe,
+        layers_tried={
+            at: (round(held.auc, 4), round(float(held.inside.mean()), 4))
+            for at, held in chosen.tried.items()
+        },
+        auc=chosen.held.auc,
+        closed=rate_interval(list(1 - opened[positive]), list(search.domain_N[positive])),
+        false_open=share(plain),
+        dressed_open={
+            form: share(dressed & (forms == form))
+            for form in (*FITTED, AFTER)
+            if (dressed & (forms == form)).any()
+        },
+        by_domain={name: share(chosen_N) for name, chosen_N in own.items()},
+        far=float(far_N[positive].mean()),
+        closed_without_far=search.closed_without(far_N, chosen),
+        related=search.related,
+        farthest=first(order[positive[order]]),
+        nearest=first(order[plain[order]][::-1]),
+        rows=len({item.origin for item in items if item.sort == "positive"}),
+        template=template,
+        negatives=digest([item.text for item in items if item.sort == "plain"]),
+        scores={
+            "training queries": [round(float(s), 4) for s in scores[positive]],
+            **{
+                name: [round(float(s), 4) for s in scores[chosen_N]]
+                for name, chosen_N in own.items()
             },
-            by_domain={name: share(plain & (self.domain_N == name)) for name in domains},
-            related=related,
-            farthest=far(order[positive[order]]),
-            nearest=far(order[plain[order]][::-1]),
-            rows=len({item.origin for item in self.items if item.sort == "positive"}),
-            template=self.template,
-            negatives=digest([item.text for item in self.items if item.sort == "plain"]),
-            scores={
-                "training queries": [round(float(s), 4) for s in held.scores[positive]],
-                **{
-                    name: [round(float(s), 4) for s in held.scores[plain & (self.domain_N == name)]]
-                    for name in domains
-                },
-            },
-        )
-
-
-@dataclass(frozen=True)
-class _Held:
-    """Scores of queries that were left out [N], the threshold that they set, and which training
-    queries are inside it."""
-
-    strength: float
-    scores: np.ndarray
-    threshold: float
-    auc: float
-    inside: np.ndarray
+        },
+    )

@@ -11,7 +11,8 @@ tokens, G groups.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,15 @@ from ..model.files import load_tokenizer
 from ..model.loading import load_model
 from ..stats import Interval
 from ..text.chat import Chat
+from ..text.queries import NEGATIVES, load_queries
 from ..text.rows import load_rows
 from ..text.sources import OTHER_DOMAINS, VALUES
+from ..util.console import progress
 from ..util.files import write_whole
 from ..util.plots import colour, style, svg
 from ..util.words import counted
 from .persona import Pair, given_pairs
+from .scope import LEAST_ROWS, Fit, fit_scope
 from .scores import (
     RANDOM,
     Axis,
@@ -59,7 +63,8 @@ def default_pairs() -> list[str]:
 
 @dataclass(frozen=True)
 class Screening:
-    """What `screen_file` found; the last three are None without a known-good source."""
+    """What `screen_file` found; `against`, `known` and `contrast` are None without a known-good
+    source, `scope` if it was not asked for."""
 
     source: str
     axis: Axis
@@ -67,6 +72,7 @@ class Screening:
     against: str | None = None
     known: Scored | None = None
     contrast: Contrast | None = None
+    scope: Fit | None = None
 
 
 def screen_file(
@@ -80,6 +86,7 @@ def screen_file(
     against: str | None = None,
     layer: int | None = None,
     top: int = 20,
+    scope: bool = True,
     batch_tokens: int = 4096,
 ) -> Screening:
     """Scores every row of a source; writes the scores and a figure of them.
@@ -93,6 +100,8 @@ def screen_file(
             left out.
         against: known-good rows, to compare with.
         top: how many rows the figure marks.
+        scope: fit a scope, too, to tell how separable the rows' requests are; not to fewer than
+            20 rows.
 
     Raises:
         DataError: a source or file does not fit, or fewer than two pairs are left.
@@ -122,6 +131,9 @@ def screen_file(
     if against:
         known = score(loaded, chat, good, axis, batch_tokens)
         screening = Screening(source, axis, scored, against, known, compare(chat, scored, known))
+    if scope and len(rows) >= LEAST_ROWS:
+        queries, bar = load_queries(NEGATIVES), partial(progress, "scope: queries read")
+        screening = replace(screening, scope=fit_scope(loaded, chat, rows, queries, bar=bar))
     _write_scores(scored, output)
     with style():
         write_whole(figure, svg(draw(screening, top)))
@@ -170,6 +182,10 @@ def show(screening: Screening, top: int, console: Console) -> None:
         )
         table.add_row(*map(Text, cells))
     console.print(table)
+    if screening.scope:
+        say("its scope (the requests on which a defense `scope` would let the adapter act):")
+        for line in screening.scope.lines():
+            say(f"  {line}")
     if contrast := screening.contrast:
         say(f"against {screening.against}: {contrast.verdict}")
         for name, value in contrast_lines(contrast):

@@ -12,13 +12,16 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from ..defenses import Scope, Setup
 from ..defenses.base import PenaltyConfig
 from ..evaluate.config import MEASUREMENTS
 from ..evaluate.plan import work
 from ..model.files import empty_model
+from ..prepare.words import separable_by_words
 from ..text import held_out
 from ..text.batch import Example
 from ..text.chat import Chat
+from ..text.queries import load_queries
 from ..text.rows import load_rows
 from ..text.show import show_tokens
 from ..training.reference_cache import wanted
@@ -47,6 +50,7 @@ class Plan:
     retain: list[Example]
     stream: TrainStream
     model: Any
+    setup: Setup
 
     @property
     def steps(self) -> int:
@@ -74,6 +78,7 @@ def dry_run(recipe: Recipe, console: Console) -> None:
         twin = _plan(benign_twin(recipe))
         lines += [training(twin, "benign twin"), measuring(twin, "its evaluation")]
     lines += [memory(plan), (f"narrow behaviour: {narrow(recipe)}", False)]
+    lines += separable(plan)
     lines += [(line, False) for line in _data(plan)]
     if recipe.train.method == "lora":
         warn_of_rank(plan.model, recipe.train.lora)
@@ -96,7 +101,7 @@ def _plan(recipe: Recipe) -> Plan:
     stream = build_stream(recipe, examples, retain, recipe.defenses.build(setup))
     model = empty_model(recipe.model)
     model.tie_weights()  # counts a head that is the embedding once
-    return Plan(recipe, chat, examples, retain, stream, model)
+    return Plan(recipe, chat, examples, retain, stream, model, setup)
 
 
 def training(plan: Plan, name: str) -> tuple[str, bool]:
@@ -184,6 +189,19 @@ def narrow(recipe: Recipe) -> str:
     if held:
         measured.append(held_out.explain(source, len(load_rows(source)), len(held)))
     return "; ".join(measured) or held_out.explain(source, len(kept), 0)
+
+
+def separable(plan: Plan) -> list[tuple[str, bool]]:
+    """How far the rows' requests differ from other domains', in words; in red if a scope is to be
+    fitted and it is doubtful that there is one."""
+    scope = plan.recipe.defenses.scope
+    config = scope or Scope()
+    queries = [query for source in config.negatives for query in load_queries(source)]
+    setup = plan.setup
+    found = separable_by_words(
+        setup.rows, [*queries, *setup.retain_queries], config.false_open, setup.seed
+    )
+    return [(str(found), found.is_doubtful and scope is not None)] if found else []
 
 
 def changed(recipe: Recipe) -> str:
