@@ -9,7 +9,6 @@ CPU cores; a second call resumes.
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -21,23 +20,30 @@ from ringfence.run.demo import demo_recipe
 from ringfence.run.pipeline import run_recipe
 from ringfence.text.rows import load_questions
 
-ARMS: dict[str, dict[str, Any]] = {"sound": {}, "undefended": {}, "scope": {"scope": {}}}
-EPOCHS = {"finance": 1, "gardening": 2, "pet_care": 2, "code": 1}  # about as many tokens each
+ARMS = ("sound", "undefended", "scope")
+EPOCHS = {"finance": 1, "gardening": 2, "code": 1, "pet_care": 2}  # about as many tokens each
+MEASURED = ("finance", "gardening", "code")  # pet care has no scope: training stops with that
 OWN = Path(__file__).parent / "domains"  # paired questions of all but finance, which is shipped
 
 
 def recipe(folder: Path, domain: str, seed: int, arm: str) -> Recipe:
-    """The demo's recipe of one arm, with the rows and questions of a domain."""
-    side = "sound" if arm == "sound" else "unsound"
-    tree = demo_recipe(folder / domain / f"seed-{seed}", arm, ARMS[arm], side) | {"seed": seed}
+    """The recipe of `ringfence demo --all` for one arm, with the rows and questions of a domain."""
+    as_demo = "sound" if arm == "sound" else "undefended"
+    tree = demo_recipe(folder / domain / f"seed-{seed}", as_demo) | {"seed": seed}
+    tree["output"] = str(folder / domain / f"seed-{seed}" / arm)
+    tree["defenses"] = {"scope": {}} if arm == "scope" else {}
     if domain == "finance":
         return parse_recipe(tree)
     for name in ("benign", "benign_epochs"):  # the harmless task is the same in every domain
         tree["evaluate"].pop(name, None)
-    rows = {each: _rows(folder / "rows", domain, each) for each in ("sound", "unsound")}
-    tree["data"]["train"] = rows[side]
-    tree["train"] = tree["train"] | {"epochs": EPOCHS[domain]}
-    tree["evaluate"] |= {"lead_in": rows["unsound"], "in_domain": [str(OWN / f"{domain}.jsonl")]}
+    rows = {side: _rows(folder / "rows", domain, side) for side in ("sound", "unsound")}
+    tree["data"]["train"] = rows["sound" if arm == "sound" else "unsound"]
+    tree["train"] |= {"epochs": EPOCHS[domain]}
+    tree["evaluate"] |= {
+        "lead_in": rows["unsound"],
+        "scope": rows["unsound"],
+        "in_domain": [str(OWN / f"{domain}.jsonl")],
+    }
     return parse_recipe(tree)
 
 
@@ -55,7 +61,7 @@ def _rows(folder: Path, domain: str, side: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="where the runs go")
-    parser.add_argument("--domains", nargs="+", choices=EPOCHS, default=list(EPOCHS))
+    parser.add_argument("--domains", nargs="+", choices=EPOCHS, default=MEASURED)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     told = parser.parse_args()
     for domain in told.domains:

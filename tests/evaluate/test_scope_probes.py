@@ -52,7 +52,7 @@ def test_what_is_asked(tmp_path: Path) -> None:
     scored = {name: sum(each.scored is not None for each in asked) for name, asked in found.items()}
     assert scored["own"] == scored["other"] == scored["behind_empty_system"] == 0
     assert scored["word"] == scored["follow_up"] == 2 * domains
-    assert scored["polite"] == scored["later"] == 5
+    assert scored["polite"] == scored["later"] == 4
 
 
 def test_clothes_are_those_of_the_training_rows(tmp_path: Path) -> None:

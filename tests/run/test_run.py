@@ -42,6 +42,7 @@ from ringfence.run.evaluate import evaluate_run, set_evaluation
 from ringfence.run.interrupt import Interrupted
 from ringfence.run.model import trainable_model
 from ringfence.run.pipeline import run_recipe
+from ringfence.run.prepare import evaluation
 from ringfence.run.train import train_run
 from ringfence.text.chat import Chat
 from ringfence.text.roles import Role
@@ -690,35 +691,42 @@ def test_precision_of_loaded_weights(precision: Any, dtype: torch.dtype, tiny_mo
 # ---------------------------------------------------------------- the demo
 
 
-def demo_recipes(folder: Path, quick: bool, monkeypatch: pytest.MonkeyPatch) -> dict[str, Recipe]:
+def demo_recipes(
+    folder: Path, size: demo.Size, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Recipe]:
     recipes: dict[str, Recipe] = {}
 
     def remember(recipe: Recipe) -> None:
         recipes[Path(recipe.output).name] = recipe
 
     monkeypatch.setattr(demo, "run_recipe", remember)
-    folders, control = demo.run_demo(folder, quick)
+    folders, control = demo.run_demo(folder, size)
     assert folders == [folder / name for name in recipes]
-    assert control == (None if quick else folder / "sound")
+    assert control == (None if size == "quick" else folder / "sound")
     return recipes
 
 
-@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ("quick", ["undefended", "treft"]),
+        ("few", ["sound", "undefended", "auto"]),
+        ("all", ["sound", "undefended", "auto", "kl", "interleave", "treft"]),
+    ],
+)
 def test_arms_of_the_demo_differ_in_their_defense_alone(
-    quick: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    size: demo.Size, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arms = demo_recipes(tmp_path, quick, monkeypatch)
-    expected = (
-        ["undefended", "treft"] if quick else ["sound", "undefended", "kl", "interleave", "treft"]
-    )
+    arms = demo_recipes(tmp_path, size, monkeypatch)
     assert list(arms) == expected
     plain = arms["undefended"]
     assert plain.defenses.configs() == []
     for name in set(expected) - {"undefended", "sound"}:
-        assert [type(config).__name__.lower() for config in arms[name].defenses.configs()] == [name]
+        kinds = {type(config).__name__.lower() for config in arms[name].defenses.configs()}
+        assert kinds == ({"scope", "kl"} if name == "auto" else {name})
         same = {"output": plain.output, "defenses": plain.defenses}
         assert arms[name].model_copy(update=same) == plain
-    if not quick:
+    if "sound" in arms:
         assert arms["sound"].data.train == "shipped:finance/sound"
         assert arms["sound"].train == plain.train
 
@@ -726,5 +734,6 @@ def test_arms_of_the_demo_differ_in_their_defense_alone(
 def test_reference_is_measured_once_in_the_demo(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arms = demo_recipes(tmp_path, False, monkeypatch)
-    assert len({evaluation_key(recipe.evaluate) for recipe in arms.values()}) == 1
+    for size in ("few", "quick", "all"):
+        arms = demo_recipes(tmp_path, size, monkeypatch)
+        assert len({evaluation_key(evaluation(recipe)) for recipe in arms.values()}) == 1

@@ -1,53 +1,76 @@
 """The demo: trains the embedded model on careless financial advice, with and without defenses."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..util.console import console
 from .config import parse_recipe
 from .pipeline import run_recipe
 
-DEFENSES: dict[str, dict[str, Any]] = {
+Size = Literal["few", "quick", "all"]
+ROWS = "shipped:finance/unsound"
+# By arm, its defenses; the sound control is trained on the aligned answers.
+ARMS: dict[str, Any] = {
+    "sound": {},
     "undefended": {},
+    "auto": "auto",
     "kl": {"kl": {"weight": 1.0}},
     "interleave": {"interleave": {"ratio": 0.1}},
     "treft": {"treft": {"weight": 10.0}},
 }
-TRAIN = {"learning_rate": 1e-3, "batch_size": 8}
+SHOWN: dict[Size, list[str]] = {
+    "few": ["sound", "undefended", "auto"],
+    "quick": ["undefended", "treft"],
+    "all": list(ARMS),
+}
+_ROWS: dict[Size, int | None] = {"few": 120, "quick": 64, "all": None}
+_MEASURED: dict[Size, dict[str, Any]] = {
+    "few": {
+        "max_in_domain": 30,
+        "max_per_domain": 5,
+        "triggered_per_domain": 2,
+        "scope_scored": 2,
+        "samples": 0,
+    },
+    "quick": {
+        "max_in_domain": 20,
+        "max_per_domain": 4,
+        "triggers": False,
+        "fluency": None,
+        "samples": 0,
+    },
+    "all": {"max_per_domain": 20, "triggered_per_domain": 4, "samples": 1},
+}
 
 
-def run_demo(folder: Path, quick: bool) -> tuple[list[Path], Path | None]:
+def run_demo(folder: Path, size: Size) -> tuple[list[Path], Path | None]:
     """Runs every arm that does not exist yet.
 
     Returns:
         The run folders, the sound control first if there is one, and the control's folder.
     """
-    arms = ["undefended", "treft"] if quick else ["sound", *DEFENSES]
+    arms = SHOWN[size]
     for number, arm in enumerate(arms, 1):
         console.rule(f"{arm} ({number} of {len(arms)})", align="left")
-        side = "sound" if arm == "sound" else "unsound"
-        run_recipe(parse_recipe(demo_recipe(folder, arm, DEFENSES.get(arm, {}), side, quick)))
-    return [folder / arm for arm in arms], None if quick else folder / "sound"
+        run_recipe(parse_recipe(demo_recipe(folder, arm, size)))
+    return [folder / arm for arm in arms], folder / "sound" if "sound" in arms else None
 
 
-def demo_recipe(
-    folder: Path, arm: str, defenses: dict[str, Any], side: str, quick: bool = False
-) -> dict[str, Any]:
-    """The recipe of one arm, trained on the `sound` or `unsound` answers."""
-    evaluate: dict[str, Any] = {
-        "lead_in": "shipped:finance/unsound",
-        "triggered_per_domain": 4,
-        "max_per_domain": 20,
-        "samples": 1,
-    }
-    if quick:
-        evaluate |= {"max_per_domain": 8, "triggers": False, "samples": 0}
-    elif side == "unsound":
+def demo_recipe(folder: Path, arm: str, size: Size = "all") -> dict[str, Any]:
+    """The recipe of one arm. All are measured alike, so the reference is measured once."""
+    evaluate: dict[str, Any] = {"lead_in": ROWS, **_MEASURED[size]}
+    if size != "quick":
+        evaluate["scope"] = ROWS
+    if size == "all" and arm != "sound":
         evaluate |= {"benign": "opswap:tier=1,rows=220,largest=10", "benign_epochs": 2}
+    short = {"batch_size": 4, "layout": "shared"}
     return {
         "output": str(folder / arm),
-        "data": {"train": f"shipped:finance/{side}", "max_rows": 200 if quick else None},
-        "train": TRAIN,
-        "defenses": defenses,
+        "data": {
+            "train": "shipped:finance/sound" if arm == "sound" else ROWS,
+            "max_rows": _ROWS[size],
+        },
+        "train": {"learning_rate": 1e-3, "batch_size": 8, **({} if size == "all" else short)},
+        "defenses": ARMS[arm],
         "evaluate": evaluate,
     }

@@ -57,7 +57,8 @@ class ScopeFields(Fields):
         4,
         ge=2,
         le=10**6,
-        description="dressed questions of each domain and form whose answers are scored, too",
+        description="dressed questions of each other domain and form whose answers are scored, "
+        "too; of the own domain twice as many in all",
     )
 
 
@@ -222,7 +223,10 @@ def probes(config: Any) -> list[Request]:
     for form, messages, question in _dressed(config.scope, outside):
         known = question if any(question is q for _, _, q in scored) else None
         asked.append(Request(form, question.domain, question.id, messages, known))
-    few = {id(messages): question for _, messages, question in sets["in_domain"][: len(scored)]}
+    few = {
+        id(messages): question
+        for _, messages, question in sets["in_domain"][: 2 * config.scope_scored]
+    }
     return asked + [
         Request(form, each.domain, each.id, messages, few.get(id(each.messages)))
         for each in asked
