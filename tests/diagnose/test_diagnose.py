@@ -350,7 +350,7 @@ def test_a_backward_pass_counts_as_two_forward() -> None:
 
 
 def test_every_diagnosis_has_what_it_needs() -> None:
-    assert len(DIAGNOSES) == 9
+    assert len(DIAGNOSES) == 10
     for name in DIAGNOSES:
         assert measuring(name).TITLE
         assert {type(measuring(name).NEEDS_BASE)} == {bool}

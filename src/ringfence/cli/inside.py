@@ -36,8 +36,8 @@ def diagnose(
 ) -> None:
     """Look inside: where alignment eroded, and what carries it. All diagnoses, or those named after
     the models: logprob, next_token, loss_cosine, gradient_cosine, erosion, shared_directions,
-    carriers, perturbation, persona_projection. Writes diagnosis.json and figures/; `ringfence
-    report` shows them."""
+    carriers, perturbation, persona_projection, scope. Writes diagnosis.json and figures/;
+    `ringfence report` shows them."""
     from ..diagnose.diagnosis import DIAGNOSES
     from ..run.diagnose import diagnose_targets
 

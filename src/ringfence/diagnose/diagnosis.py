@@ -32,6 +32,7 @@ DIAGNOSES = (
     "carriers",
     "perturbation",
     "persona_projection",
+    "scope",
 )
 
 

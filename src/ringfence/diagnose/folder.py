@@ -25,6 +25,7 @@ from ..util.journal import digest
 from ..util.plots import style, svg
 from .diagnosis import DIAGNOSES, Cost, Subject, measuring, showing
 from .models import REFERENCE
+from .scope.measure import scopes
 from .texts import pair_texts, response_logprobs
 
 # These need questions of the training domain.
@@ -40,7 +41,7 @@ def diagnose_folder(folder: Path, subject: Subject, names: Sequence[str] = ()) -
     Raises:
         RecipeError: a name is unknown, or needs the base, and there is none.
     """
-    chosen = _chosen(names, subject.models.has_base, bool(subject.inside))
+    chosen = _chosen(names, subject)
     texts = [repr(part) for part in (subject.questions, subject.rows)]
     key = digest([subject.models.key(), texts, subject.seed])
     found = read_diagnoses(folder)
@@ -98,7 +99,8 @@ def _as_json(found: dict[str, Any]) -> str:
     return json.dumps(finite(found), indent=1, allow_nan=False)
 
 
-def _chosen(names: Sequence[str], has_base: bool, has_inside: bool) -> list[str]:
+def _chosen(names: Sequence[str], subject: Subject) -> list[str]:
+    has_base = subject.models.has_base
     for name in names:
         if name not in DIAGNOSES:
             raise RecipeError(f"{name}: no such diagnosis{nearest(name, DIAGNOSES)}")
@@ -114,13 +116,14 @@ def _chosen(names: Sequence[str], has_base: bool, has_inside: bool) -> list[str]
             f"left out because they need the pre-trained model (--base): {', '.join(left_out)}"
         )
     possible = [name for name in DIAGNOSES if name not in left_out]
-    outside_only = [name for name in possible if name in NEED_INSIDE and not has_inside]
+    outside_only = [name for name in possible if name in NEED_INSIDE and not subject.inside]
     if outside_only:
         console.print(
             "left out because they need paired questions of the training domain "
             f"(evaluate.in_domain): {', '.join(outside_only)}"
         )
-    return [name for name in possible if name not in outside_only]
+    unscoped = [] if scopes(subject) else ["scope"]
+    return [name for name in possible if name not in [*outside_only, *unscoped]]
 
 
 def announce(cost: Cost, speed: float) -> str:

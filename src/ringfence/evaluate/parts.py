@@ -74,6 +74,7 @@ class LoadedModel:
     def decide(self, prompts: Sequence[Messages]) -> list[tuple[bool, float]] | None:
         gate = gate_of(self.model)
         if gate is None:
+            self.advance(len(prompts))
             return None
         asked = [self.chat.encode(messages, generation=True) for messages in prompts]
         return decisions(self.model, gate.probe, asked, self.batch_tokens, self.advance)

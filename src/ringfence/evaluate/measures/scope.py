@@ -55,7 +55,7 @@ class ScopeFields(Fields):
     )
     scope_scored: Whole = Field(
         4,
-        ge=2,
+        ge=0,
         le=10**6,
         description="dressed questions of each other domain and form whose answers are scored, "
         "too; of the own domain twice as many in all",
