@@ -27,7 +27,7 @@ _ROWS: dict[Size, int | None] = {"few": 96, "quick": 64, "all": None}
 _MEASURED: dict[Size, dict[str, Any]] = {
     "few": {
         "max_in_domain": 24,
-        "max_per_domain": 4,
+        "max_per_domain": 6,
         "triggered_per_domain": 2,
         "scope_scored": 0,
         "samples": 0,
@@ -63,7 +63,8 @@ def demo_recipe(folder: Path, arm: str, size: Size = "all") -> dict[str, Any]:
         evaluate["scope"] = ROWS
     if size == "all" and arm != "sound":
         evaluate |= {"benign": "opswap:tier=1,rows=220,largest=10", "benign_epochs": 2}
-    short = {"batch_size": 4, "layout": "shared"}
+    # Few steps, so larger ones: at 1e-3 so few rows have hardly a broad effect.
+    short = {"learning_rate": 2e-3, "batch_size": 4, "layout": "shared"}
     return {
         "output": str(folder / arm),
         "data": {
