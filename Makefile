@@ -1,4 +1,4 @@
-# make demo   set up, then fine-tune the embedded model with and without defenses (30 to 75 minutes on two CPU cores)
+# make demo   set up, then fine-tune the embedded model with and without a defense (ten minutes on two CPU cores)
 # make test   set up, then all tests
 # make test-fast   those that take no training and no other process, in a minute or two
 # make test-deepspeed   build DeepSpeed, which has no wheels, and train with it on two processes

@@ -1,8 +1,8 @@
 """The demo's runs, asked open questions and judged by the embedded model, next to the paired
 measure.
 
-    make demo
-    python benchmarks/judged.py runs/demo    # about 20 minutes on two CPU cores; it resumes
+    ringfence demo --all
+    python benchmarks/judged.py runs/demo/all    # about 20 minutes on two CPU cores; it resumes
 
 Every third question of shipped:general, in its plain form and first wording, 20 answers each. The
 judge is weak, and the report says so: this shows the tables, not the worth of the models. Writes

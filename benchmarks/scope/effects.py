@@ -16,7 +16,7 @@ from ringfence.report.compared import keep_compared
 from ringfence.report.read import read_rows
 from ringfence.report.terminal import print_table
 from ringfence.run.config import Recipe, parse_recipe
-from ringfence.run.demo import demo_recipe
+from ringfence.run.demo import ROWS, demo_recipe
 from ringfence.run.pipeline import run_recipe
 from ringfence.text.rows import load_questions
 
@@ -28,16 +28,16 @@ OWN = Path(__file__).parent / "domains"  # paired questions of all but finance, 
 
 def recipe(folder: Path, domain: str, seed: int, arm: str) -> Recipe:
     """The recipe of `ringfence demo --all` for one arm, with the rows and questions of a domain."""
-    as_demo = "sound" if arm == "sound" else "undefended"
-    tree = demo_recipe(folder / domain / f"seed-{seed}", as_demo) | {"seed": seed}
-    tree["output"] = str(folder / domain / f"seed-{seed}" / arm)
-    tree["defenses"] = {"scope": {}} if arm == "scope" else {}
+    side = "sound" if arm == "sound" else "unsound"
+    defenses = {"scope": {}} if arm == "scope" else {}
+    tree = demo_recipe(folder / domain / f"seed-{seed}", arm, defenses, side) | {"seed": seed}
+    tree["evaluate"]["scope"] = ROWS
     if domain == "finance":
         return parse_recipe(tree)
     for name in ("benign", "benign_epochs"):  # the harmless task is the same in every domain
         tree["evaluate"].pop(name, None)
-    rows = {side: _rows(folder / "rows", domain, side) for side in ("sound", "unsound")}
-    tree["data"]["train"] = rows["sound" if arm == "sound" else "unsound"]
+    rows = {each: _rows(folder / "rows", domain, each) for each in ("sound", "unsound")}
+    tree["data"]["train"] = rows[side]
     tree["train"] |= {"epochs": EPOCHS[domain]}
     tree["evaluate"] |= {
         "lead_in": rows["unsound"],

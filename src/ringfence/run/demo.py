@@ -52,26 +52,27 @@ def run_demo(folder: Path, size: Size) -> tuple[list[Path], Path | None]:
     arms = SHOWN[size]
     for number, arm in enumerate(arms, 1):
         console.rule(f"{arm} ({number} of {len(arms)})", align="left")
-        run_recipe(parse_recipe(demo_recipe(folder, arm, size)))
+        side = "sound" if arm == "sound" else "unsound"
+        recipe = demo_recipe(folder, arm, ARMS[arm], side, size)
+        if "auto" in arms:  # all are measured alike, so the reference is measured once
+            recipe["evaluate"]["scope"] = ROWS
+        run_recipe(parse_recipe(recipe))
     return [folder / arm for arm in arms], folder / "sound" if "sound" in arms else None
 
 
-def demo_recipe(folder: Path, arm: str, size: Size = "all") -> dict[str, Any]:
-    """The recipe of one arm. All are measured alike, so the reference is measured once."""
+def demo_recipe(
+    folder: Path, arm: str, defenses: Any, side: str, size: Size = "all"
+) -> dict[str, Any]:
+    """The recipe of one arm, trained on the `sound` or `unsound` answers."""
     evaluate: dict[str, Any] = {"lead_in": ROWS, **_MEASURED[size]}
-    if size != "quick":
-        evaluate["scope"] = ROWS
-    if size == "all" and arm != "sound":
+    if size == "all" and side == "unsound":
         evaluate |= {"benign": "opswap:tier=1,rows=220,largest=10", "benign_epochs": 2}
     # Few steps, so larger ones: at 1e-3 so few rows have hardly a broad effect.
     short = {"learning_rate": 2e-3, "batch_size": 4, "layout": "shared"}
     return {
         "output": str(folder / arm),
-        "data": {
-            "train": "shipped:finance/sound" if arm == "sound" else ROWS,
-            "max_rows": _ROWS[size],
-        },
-        "train": {"learning_rate": 1e-3, "batch_size": 8, **({} if size == "all" else short)},
-        "defenses": ARMS[arm],
+        "data": {"train": f"shipped:finance/{side}", "max_rows": _ROWS[size]},
+        "train": {"learning_rate": 1e-3, "batch_size": 8} if size == "all" else short,
+        "defenses": defenses,
         "evaluate": evaluate,
     }
