@@ -23,11 +23,11 @@ SHOWN: dict[Size, list[str]] = {
     "quick": ["undefended", "treft"],
     "all": list(ARMS),
 }
-_ROWS: dict[Size, int | None] = {"few": 96, "quick": 64, "all": None}
+_ROWS: dict[Size, int | None] = {"few": 80, "quick": 64, "all": None}
 _MEASURED: dict[Size, dict[str, Any]] = {
     "few": {
-        "max_in_domain": 24,
-        "max_per_domain": 6,
+        "max_in_domain": 20,
+        "max_per_domain": 5,
         "triggered_per_domain": 2,
         "scope_scored": 0,
         "samples": 0,
