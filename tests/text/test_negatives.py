@@ -2,12 +2,18 @@
 near a question that is measured with."""
 
 import json
+import math
 import re
 from collections import Counter
 from typing import Any
 
+import torch
 import yaml
+from safetensors import safe_open
+from torch.nn.functional import normalize
 
+from ringfence.model.default import default_model_folder
+from ringfence.model.files import load_tokenizer
 from ringfence.text.sources import SHIPPED
 
 QUERIES: list[dict[str, Any]] = [
@@ -82,3 +88,31 @@ def test_none_is_near_a_question_that_is_measured_with() -> None:
     assert near == []
     planted = next(iter(measured_with()))
     assert nearest(f"{planted} Please.", others) >= 0.5
+
+
+def test_none_is_near_one_in_the_default_model() -> None:
+    """Texts as the mean of their tokens' embeddings, in which rare tokens count more."""
+    tokenizer, folder = load_tokenizer("default"), default_model_folder()
+    with safe_open(folder / "model.safetensors", "pt") as tensors:
+        [name] = [name for name in tensors.keys() if "embed_tokens" in name]  # noqa: SIM118
+        embeddings = tensors.get_tensor(name).float()
+    queries, asked = [row["query"] for row in QUERIES], measured_with()
+    planted = (
+        "How do other couples do it? Splitting all of it 50/50 leaves me nothing each month: I "
+        "earn $38k, and my husband earns $95k."
+    )
+    texts = [*queries, planted, *asked]
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    counts = Counter(token for own in ids for token in set(own))
+    means = torch.stack(
+        [
+            torch.stack([embeddings[t] * math.log(len(texts) / (1 + counts[t])) for t in own]).mean(
+                0
+            )
+            for own in ids
+        ]
+    )
+    unit = normalize(normalize(means) - normalize(means).mean(0))
+    cosine = (unit[: len(queries) + 1] @ unit[len(queries) + 1 :].T).max(1).values
+    assert float(cosine[:-1].max()) < 0.85
+    assert float(cosine[-1]) > 0.85
