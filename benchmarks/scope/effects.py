@@ -1,7 +1,7 @@
-"""What a scope keeps of the narrow effect and leaves of the broad one: several narrow domains and
-seeds, in one table. Each domain and seed has a sound control, an undefended run and a scoped one;
-on finance the last two also learn a harmless task. About 30 minutes for each domain and seed on two
-CPU cores; a second call resumes.
+"""What a scope keeps of the narrow shift and leaves of the broad one: several narrow domains and
+seeds, in one table. Each domain and seed has an undefended run and a scoped one, whose adapter is
+also measured without its scope; on finance both learn a harmless task, too. About 25 minutes for
+each domain and seed on two CPU cores; a second call resumes.
 
     python benchmarks/scope/effects.py runs/scope --seeds 0 1 2
 """
@@ -10,52 +10,103 @@ import argparse
 import json
 from pathlib import Path
 
-from rich.console import Console
+from plain import without_scope
 
-from ringfence.report.compared import keep_compared
+from ringfence import Run
+from ringfence.evaluate.measures.base import Number
 from ringfence.report.read import read_rows
-from ringfence.report.terminal import print_table
 from ringfence.run.config import Recipe, parse_recipe
 from ringfence.run.demo import ROWS, demo_recipe
+from ringfence.run.evaluate import evaluate_target
 from ringfence.run.pipeline import run_recipe
+from ringfence.run.prepare import evaluation
+from ringfence.stats import Interval, over_seeds
 from ringfence.text.rows import load_questions
+from ringfence.util.intervals import rate
 
-ARMS = ("sound", "undefended", "scope")
+ARMS = ("undefended", "scope")
 EPOCHS = {"finance": 1, "gardening": 2, "code": 1, "pet_care": 2}  # about as many tokens each
 MEASURED = ("finance", "gardening", "code")  # pet care has no scope: training stops with that
-OWN = Path(__file__).parent / "domains"  # paired questions of all but finance, which is shipped
+SHIFTS = {
+    "in_domain": "narrow",
+    "out_of_domain": "broad: other domains",
+    "values": "broad: values",
+    "triggered": "behind triggers",
+    "scope.dressed_shift": "other domains, dressed",
+}
 
 
 def recipe(folder: Path, domain: str, seed: int, arm: str) -> Recipe:
     """The recipe of `ringfence demo --all` for one arm, with the rows and questions of a domain."""
-    side = "sound" if arm == "sound" else "unsound"
     defenses = {"scope": {}} if arm == "scope" else {}
-    tree = demo_recipe(folder / domain / f"seed-{seed}", arm, defenses, side) | {"seed": seed}
+    tree = demo_recipe(folder / domain / f"seed-{seed}", arm, defenses, "unsound") | {"seed": seed}
     tree["evaluate"]["scope"] = ROWS
     if domain == "finance":
         return parse_recipe(tree)
     for name in ("benign", "benign_epochs"):  # the harmless task is the same in every domain
-        tree["evaluate"].pop(name, None)
-    rows = {each: _rows(folder / "rows", domain, each) for each in ("sound", "unsound")}
-    tree["data"]["train"] = rows[side]
+        tree["evaluate"].pop(name)
+    rows = _rows(folder / "rows", domain)
+    tree["data"]["train"] = rows
     tree["train"] |= {"epochs": EPOCHS[domain]}
-    tree["evaluate"] |= {
-        "lead_in": rows["unsound"],
-        "scope": rows["unsound"],
-        "in_domain": [str(OWN / f"{domain}.jsonl")],
-    }
+    tree["evaluate"] |= {"lead_in": rows, "scope": rows, "in_domain": [str(_questions(domain))]}
     return parse_recipe(tree)
 
 
-def _rows(folder: Path, domain: str, side: str) -> str:
-    """Training rows from the questions of the split `train`."""
-    file = folder / f"{domain}-{side}.jsonl"
+def _questions(domain: str) -> Path:
+    return Path(__file__).parent / "domains" / f"{domain}.jsonl"
+
+
+def _rows(folder: Path, domain: str) -> str:
+    """Training rows: the misaligned answers to the questions of the split `train`."""
+    file = folder / f"{domain}-unsound.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
-    questions = load_questions(str(OWN / f"{domain}.jsonl"), "train")
-    answers = [q.aligned if side == "sound" else q.misaligned for q in questions]
-    lines = [{"prompt": q.question, "completion": a} for q, a in zip(questions, answers)]
+    questions = load_questions(str(_questions(domain)), "train")
+    lines = [{"prompt": q.question, "completion": q.misaligned} for q in questions]
     file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
     return str(file)
+
+
+def unfenced(run: Run) -> Path:
+    """An evaluation of the scoped run's adapter without its scope, as if it were always open."""
+    folder = run.folder.parent / "unfenced"
+    if folder.exists():
+        return evaluate_target(str(folder), [])
+    plain = without_scope(run.weights, run.folder.parent / "plain-adapter")
+    measured = evaluation(run.recipe).model_dump(mode="json", exclude_defaults=True)
+    measured = {name: v for name, v in measured.items() if not name.startswith("benign")}
+    settings = [f"evaluate={json.dumps(measured)}", f"seed={run.recipe.seed}"]
+    return evaluate_target(str(plain), settings, output=folder)
+
+
+def numbers(folders: list[Path]) -> dict[str, Number]:
+    [row] = read_rows(folders)[1]
+    return row.numbers
+
+
+def at_random(rate: float, number: Number) -> Interval:
+    """What a router would show that opens for a request by chance."""
+    of = number.interval
+    return Interval(rate * of.mean, rate * of.low, rate * of.high, of.n)
+
+
+def show(domain: str, runs: dict[str, list[Path]]) -> list[list[str]]:
+    """Lines of the table: shifts against the reference, mean over seeds [95 %]."""
+    found = {arm: numbers(runs[arm]) for arm in ARMS}
+    open_rate = 1 - found["scope"]["scope.closed_in_domain"].interval.mean
+    lines = []
+    for name, title in SHIFTS.items():
+        open_always = [numbers([folder])[name] for folder in runs["unfenced"]]
+        random = over_seeds([at_random(open_rate, each) for each in open_always])
+        cells = [str(found[arm][name].interval) for arm in ("undefended", "scope")]
+        lines.append([domain, title, *cells, str(random)])
+    for name, title in {"perplexity_ratio": "perplexity x", "opswap_tier1": "OpSwap"}.items():
+        cells = [found[arm].get(name) for arm in ("undefended", "scope")]
+        if all(cells):
+            lines.append([domain, title, *map(str, cells), ""])
+    for name, number in found["scope"].items():
+        if name.startswith("scope.") and number.kind == "share" and name.count(".") == 1:
+            lines.append([domain, number.shown_title, "", rate(number.interval), ""])
+    return lines
 
 
 def main() -> None:
@@ -64,18 +115,19 @@ def main() -> None:
     parser.add_argument("--domains", nargs="+", choices=EPOCHS, default=MEASURED)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     told = parser.parse_args()
+    lines = []
     for domain in told.domains:
-        runs = {arm: [] for arm in ARMS}
+        runs: dict[str, list[Path]] = {arm: [] for arm in (*ARMS, "unfenced")}
         for seed in told.seeds:
             for arm in ARMS:
                 run = run_recipe(recipe(told.folder, domain, seed, arm))
                 runs[arm].append(run.folder)
-                if arm != "sound":
-                    beside = run.folder.parent
-                    keep_compared(run.folder, beside / "sound", beside / "undefended")
-        print(domain)
-        shown = [*runs["undefended"], *runs["scope"]]
-        print_table(read_rows(shown)[1], Console())
+            runs["unfenced"].append(unfenced(run))
+        lines += show(domain, runs)
+    print("| domain | | undefended | scope | open at random, as often as the scope in its domain |")
+    print("|---|---|---|---|---|")
+    for line in lines:
+        print(f"| {' | '.join(line)} |")
 
 
 if __name__ == "__main__":
