@@ -308,12 +308,12 @@ def test_figures_are_drawn_again_from_what_is_stored(
     ]
     rows = [Row(messages, str(place)) for place, messages in enumerate(said)]
     found = diagnose_folder(tmp_path, Subject(models, asked[:6], asked[6:], rows))
-    assert tuple(found) == DIAGNOSES
+    assert tuple(found) == DIAGNOSES[:-1]  # no model has a scope
     drawn = {file: file.read_bytes() for file in (tmp_path / "figures").iterdir()}
     for file in drawn:
         file.unlink()
     assert {file: file.read_bytes() for file in draw_again(tmp_path)} == drawn
-    for name in DIAGNOSES:
+    for name in found:
         numbers = stored(json.loads((tmp_path / "diagnosis.json").read_text())[name]["numbers"])
         assert showing(name).say(numbers) == found[name]["sentence"]
         assert asdict(showing(name).table(numbers)) == found[name]["table"]

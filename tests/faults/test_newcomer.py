@@ -174,7 +174,12 @@ def test_init_writes_own_rows_into_the_recipe(
     recipe = load_recipe("recipe.yaml")
     few = {"epochs": 4, "batch_size": 8}
     assert recipe == parse_recipe(
-        {"data": {"train": "mine.jsonl"}, "output": recipe.output, "train": few}
+        {
+            "data": {"train": "mine.jsonl"},
+            "output": recipe.output,
+            "train": few,
+            "defenses": "auto",
+        }
     )
     assert Path(recipe.output) == Path("runs/mine")
 

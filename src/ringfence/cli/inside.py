@@ -164,7 +164,12 @@ def screen(
         typer.Option(help="Default: the best on held-out pairs; with --vectors the middle one."),
     ] = None,
     scope: Annotated[
-        bool, typer.Option(help="Also tell how separable the rows' requests are from others'.")
+        bool,
+        typer.Option(
+            "--scope/--no-scope",
+            metavar="",
+            help="Also tell how separable the rows' requests are from others'.",
+        ),
     ] = True,
 ) -> None:
     """Rank training rows by a projection of their answers on a trait vector, before training, and

@@ -18,7 +18,7 @@ from helpers.domains import (
 from helpers.models import random_model, small_tokenizer, with_lora
 from ringfence import Scope
 from ringfence.diagnose.diagnosis import Subject
-from ringfence.diagnose.folder import diagnose_folder
+from ringfence.diagnose.folder import diagnose_folder, draw_again
 from ringfence.diagnose.models import Models
 from ringfence.diagnose.scope import measure, show
 from ringfence.errors import DataError
@@ -119,3 +119,5 @@ def test_where_there_is_no_scope(subject: Subject, tmp_path: Path) -> None:
         measure.measure(without)
     scoped = diagnose_folder(tmp_path, subject, ["scope"])
     assert scoped["scope"]["figure"] == "figures/scope.svg"
+    drawn = (tmp_path / "figures" / "scope.svg").read_bytes()
+    assert [file.read_bytes() for file in draw_again(tmp_path)] == [drawn]
