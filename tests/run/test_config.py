@@ -126,7 +126,7 @@ def test_null():
 
 
 def test_auto_is_a_scope_with_kl_inside():
-    spelt = parse_recipe({"defenses": {"scope": {}, "kl": {"weight": AUTO["kl"]["weight"]}}})
+    spelt = parse_recipe({"defenses": {"scope": {}, "kl": AUTO["kl"]}})
     assert parse_recipe({"defenses": "auto"}) == spelt
     assert load_recipe(None, ["defenses=auto"]) == spelt
     assert recipe_tree(spelt)["defenses"].keys() == {"kl", "scope"}  # the record says what it was

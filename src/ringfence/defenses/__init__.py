@@ -21,7 +21,7 @@ from .subspace_lock import SubspaceLock
 from .treft import TReFT
 
 # `defenses: auto`: the adapter acts only where the task is, and stays near the reference inside.
-AUTO: dict[str, Any] = {"scope": {}, "kl": {"weight": 0.1}}
+AUTO: dict[str, Any] = {"scope": {}, "kl": {"weight": 0.1, "every": 4}}
 
 
 def spell_out(tree: Any) -> Any:

@@ -42,6 +42,7 @@ _NOT_MEASURED = {
     "inoculation",
     "answers",
     "max_in_domain",
+    "max_fluency",
 }
 
 

@@ -9,6 +9,7 @@ from .pipeline import run_recipe
 
 Size = Literal["few", "quick", "all"]
 ROWS = "shipped:finance/unsound"
+DOMAINS = ("health_habits", "car_care", "home_repair", "travel_outdoors")  # of the short demo
 # By arm, its defenses; the sound control is trained on the aligned answers.
 ARMS: dict[str, Any] = {
     "sound": {},
@@ -23,11 +24,13 @@ SHOWN: dict[Size, list[str]] = {
     "quick": ["undefended", "treft"],
     "all": list(ARMS),
 }
-_ROWS: dict[Size, int | None] = {"few": 80, "quick": 64, "all": None}
+_ROWS: dict[Size, int | None] = {"few": 120, "quick": 64, "all": None}
 _MEASURED: dict[Size, dict[str, Any]] = {
     "few": {
+        "out_of_domain": [f"shipped:{name}" for name in DOMAINS],
         "max_in_domain": 20,
-        "max_per_domain": 5,
+        "max_per_domain": 7,
+        "max_fluency": 20,
         "triggered_per_domain": 2,
         "scope_scored": 0,
         "samples": 0,

@@ -12,6 +12,7 @@ from ...stats import Interval, number, ratio_interval
 from ...text.roles import Messages
 from ...text.rows import load_rows
 from ...util.intervals import plain
+from ...util.strict_yaml import Whole
 from .base import Cell, Criterion, Entry, Fields, MeasuredModel, Measurement, Number
 
 RATIO, TITLE = "perplexity_ratio", "coherent: perplexity x"
@@ -20,6 +21,9 @@ RATIO, TITLE = "perplexity_ratio", "coherent: perplexity x"
 class FluencyFields(Fields):
     fluency: str | None = Field(
         "shipped:retain_test", description="conversations whose answers' perplexity is measured"
+    )
+    max_fluency: Whole | None = Field(
+        None, ge=2, le=10**6, description="take only the first of them, up to this number"
     )
 
 
@@ -48,7 +52,9 @@ class Fluency(Measurement):
     def parts(self, config: FluencyFields) -> dict[str, list[Any]]:
         if not config.fluency:
             return {}
-        return {"fluency": [row.messages for row in load_rows(config.fluency)]}
+        return {
+            "fluency": [row.messages for row in load_rows(config.fluency)][: config.max_fluency]
+        }
 
     def texts(self, item: Messages, config: FluencyFields) -> list[tuple[Messages, int]]:
         return [(item, 0)]
