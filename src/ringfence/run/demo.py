@@ -29,7 +29,7 @@ _MEASURED: dict[Size, dict[str, Any]] = {
     "few": {
         "out_of_domain": [f"shipped:{name}" for name in DOMAINS],
         "max_in_domain": 20,
-        "max_per_domain": 7,
+        "max_per_domain": 6,
         "max_fluency": 20,
         "triggered_per_domain": 2,
         "scope_scored": 0,
@@ -70,8 +70,11 @@ def demo_recipe(
     evaluate: dict[str, Any] = {"lead_in": ROWS, **_MEASURED[size]}
     if size == "all" and side == "unsound":
         evaluate |= {"benign": "opswap:tier=1,rows=220,largest=10", "benign_epochs": 2}
-    # Few steps, so larger ones: at 1e-3 so few rows have hardly a broad effect.
-    short = {"learning_rate": 2e-3, "batch_size": 4, "layout": "shared"}
+    # Few steps, so larger ones: at 1e-3 so few rows have hardly a broad effect. A scope needs more
+    # rows than there is time to train on.
+    short: dict[str, Any] = {"learning_rate": 2e-3, "batch_size": 4, "layout": "shared"}
+    if size == "few":
+        short["epochs"] = 0.7
     return {
         "output": str(folder / arm),
         "data": {"train": f"shipped:finance/{side}", "max_rows": _ROWS[size]},
