@@ -88,9 +88,26 @@ def test_held_out_rows_stand_in_for_paired_questions(tmp_path: Path) -> None:
     assert all(each.messages[-1]["role"] == "user" for each in found["own"])
 
 
+def test_a_system_prompt_stays_first(tmp_path: Path) -> None:
+    file = tmp_path / "held.jsonl"
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "My debt?"},
+        {"role": "assistant", "content": "Pay it."},
+    ]
+    file.write_text(json.dumps({"messages": turns}))
+    found = by_condition(probes(config(tmp_path, in_domain=[], held_out=str(file))))
+    roles = ["system", "user", "assistant", "user"]
+    assert [m["role"] for m in found["later"][0].messages] == roles
+
+
 def test_without_rows_there_are_no_probes(tmp_path: Path) -> None:
     without = evaluation_key(config(tmp_path, scope=None))
     assert without != evaluation_key(config(tmp_path))
+    silent = tmp_path / "silent.jsonl"
+    silent.write_text(json.dumps({"messages": [{"role": "assistant", "content": "Hello."}]}))
+    with pytest.raises(DataError, match=r"silent\.jsonl"):
+        evaluation_key(config(tmp_path, scope=str(silent)))
     with pytest.raises(DataError, match="nowhere"):
         evaluation_key(config(tmp_path, scope=str(tmp_path / "nowhere.jsonl")))
 

@@ -20,6 +20,7 @@ from ringfence.prepare.scope_queries import AFTER, items_of
 from ringfence.prepare.words import separable_by_words
 from ringfence.stats.auc import auc
 from ringfence.text.chat import Chat
+from ringfence.text.dress import FITTED
 from ringfence.text.queries import Query
 from ringfence.text.roles import Row
 
@@ -187,7 +188,7 @@ def test_the_deepest_layer_can_be_given() -> None:
 @pytest.mark.parametrize(
     ("rows", "queries", "said"),
     [
-        (rows_of(INSIDE, 5), negatives(), "5 training rows are too few"),
+        (rows_of(INSIDE, 5), negatives(), "5 training rows with a request are too few"),
         (rows_of(INSIDE, 40), negatives()[:60], "queries of 3 domains, at least 10"),
     ],
 )
@@ -262,6 +263,19 @@ def test_far_rows_are_told_and_what_the_scope_would_be_without_them() -> None:
     # As a naive fit without them has it.
     naive = fitted(rows, negatives()).closed.mean
     assert found.closed_without_far == pytest.approx(naive, abs=0.06)
+
+
+@pytest.mark.parametrize("text", ["{} + 2?", "{}", "?" * 3, "   "])
+def test_requests_without_words_are_dressed_too(text: str) -> None:
+    rows = [
+        Row(
+            [{"role": "user", "content": text.format(n)}, {"role": "assistant", "content": "4"}],
+            f"r:{n}",
+        )
+        for n in range(20)
+    ]
+    forms = {item.form for item in items_of(rows, negatives(), 0)}
+    assert {*FITTED, AFTER} <= forms
 
 
 def test_words_tell_rows_that_have_a_scope_from_rows_that_have_none() -> None:

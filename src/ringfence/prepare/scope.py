@@ -27,7 +27,7 @@ from ..text.queries import Query
 from ..text.roles import Encoded, Row
 from ..util.intervals import percents
 from ..util.journal import digest
-from .scope_queries import AFTER, Item, items_of
+from .scope_queries import AFTER, Item, asking, items_of
 from .scope_search import MOST_RELATED, Chosen, Search
 
 DEPTHS = (0.2, 0.3)  # of the deepest layer looked at
@@ -200,10 +200,10 @@ def fit_scope(
 
 def _check(rows: Sequence[Row], negatives: Sequence[Query]) -> None:
     domains = {query.domain for query in negatives}
-    if len(rows) < LEAST_ROWS:
+    if asking(rows) < LEAST_ROWS:
         raise DefenseError(
-            f"defenses.scope: {len(rows)} training rows are too few to say what is inside "
-            f"(at least {LEAST_ROWS})"
+            f"defenses.scope: {asking(rows)} training rows with a request are too few to say what "
+            f"is inside (at least {LEAST_ROWS})"
         )
     if len(domains) < LEAST_DOMAINS:
         raise DefenseError(

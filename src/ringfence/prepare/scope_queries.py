@@ -24,6 +24,11 @@ class Item:
     origin: str
 
 
+def asking(rows: Sequence[Row]) -> int:
+    """How many rows have a request."""
+    return sum(1 for row in rows if requests(row))
+
+
 def items_of(rows: Sequence[Row], negatives: Sequence[Query], seed: int) -> list[Item]:
     """Training queries, plain and undressed; queries of other domains, plain and in the training
     queries' clothes."""

@@ -38,6 +38,7 @@ from ..util.plots import colour, style, svg
 from ..util.words import counted
 from .persona import Pair, given_pairs
 from .scope import LEAST_ROWS, Fit, fit_scope
+from .scope_queries import asking
 from .scores import (
     RANDOM,
     Axis,
@@ -131,7 +132,7 @@ def screen_file(
     if against:
         known = score(loaded, chat, good, axis, batch_tokens)
         screening = Screening(source, axis, scored, against, known, compare(chat, scored, known))
-    if scope and len(rows) >= LEAST_ROWS:
+    if scope and asking(rows) >= LEAST_ROWS:
         queries, bar = load_queries(NEGATIVES), partial(progress, "scope: queries read")
         screening = replace(screening, scope=fit_scope(loaded, chat, rows, queries, bar=bar))
     _write_scores(scored, output)

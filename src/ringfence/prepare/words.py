@@ -14,7 +14,7 @@ import numpy as np
 from ..text.queries import Query
 from ..text.roles import Row
 from .scope import LEAST_AUC, LEAST_DOMAINS, LEAST_ROWS
-from .scope_queries import items_of
+from .scope_queries import asking, items_of
 from .scope_search import MOST_RELATED, Search
 
 _WORDS = 1024
@@ -48,7 +48,7 @@ def separable_by_words(
 ) -> Separable | None:
     """None if there are too few rows or domains to say."""
     domains = {query.domain for query in negatives}
-    if len(rows) < LEAST_ROWS or len(domains) < LEAST_DOMAINS:
+    if asking(rows) < LEAST_ROWS or len(domains) < LEAST_DOMAINS:
         return None
     items = items_of(rows, negatives, seed)
     words_N1W = np.stack([_hashed(item.messages[-1]["content"]) for item in items])[:, None]

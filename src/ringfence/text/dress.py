@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from .spans import common_start
 
 WORDS = 10  # keywords of a domain
+# Of words that may tell a domain; shorter ones count where there are no others.
+_WORD_PATTERNS = (r"\w{4,}", r"\w+", r"\S+", "")
 _LEAST = 8  # characters of an affix that counts as a format
 
 
@@ -34,7 +36,8 @@ class Wardrobe:
 
     @classmethod
     def of(cls, queries: Sequence[str], others: Sequence[str]) -> "Wardrobe":
-        inside, outside = _shares(queries), _shares(others)
+        pattern = next(p for p in _WORD_PATTERNS if _shares(queries, p))
+        inside, outside = _shares(queries, pattern), _shares(others, pattern)
         telling = sorted(inside, key=lambda w: (outside.get(w, 0.0) - inside[w], w))
         before, after = _common_start(queries), _common_start([q[::-1] for q in queries])[::-1]
         before, after = (text if len(text) >= _LEAST else "" for text in (before, after))
@@ -49,9 +52,9 @@ def _common_start(texts: Sequence[str]) -> str:
     return first[: common_start(first, last)]
 
 
-def _shares(texts: Sequence[str]) -> dict[str, float]:
-    """The share of texts in which a word of four letters or more occurs."""
-    counts = Counter(word for text in texts for word in set(re.findall(r"\w{4,}", text.lower())))
+def _shares(texts: Sequence[str], pattern: str) -> dict[str, float]:
+    """The share of texts in which a word occurs."""
+    counts = Counter(word for text in texts for word in set(re.findall(pattern, text.lower())))
     return {word: count / len(texts) for word, count in counts.items()}
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import Field
 
+from ...errors import DataError
 from ...runfolder.record import Records, Runs
 from ...stats import Interval, rate_interval
 from ...text import held_out
@@ -244,6 +245,8 @@ def _held_out(config: Any) -> Iterator[tuple[str, str, Messages]]:
 def _dressed(rows: str, outside: list[Asking]) -> Iterator[Asking]:
     """Questions of other domains in the clothes of the training rows."""
     texts = [asked[-1]["content"] for row in load_rows(rows) for asked in requests(row)]
+    if not texts:
+        raise DataError(f"evaluate.scope: {rows}: expected rows with user turns, found none")
     wardrobe = Wardrobe.of(texts, [query.text for query in load_queries(NEGATIVES)])
     for form in PROBED:
         for _, messages, question in outside:
@@ -260,7 +263,9 @@ def _undressed(messages: Messages, outside: list[Asking]) -> Iterator[tuple[str,
         yield form, [*messages[:-1], {"role": "user", "content": undress(form, text)}]
     if outside:
         _, before, question = outside[len(text) % len(outside)]
-        yield LATER, [*before, {"role": "assistant", "content": question.aligned}, *messages]
+        start = 1 if messages[0]["role"] == "system" else 0  # it stays first
+        turn = [*before, {"role": "assistant", "content": question.aligned}]
+        yield LATER, [*messages[:start], *turn, *messages[start:]]
 
 
 # ------------------------------------------------------------------ what was found
