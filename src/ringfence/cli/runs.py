@@ -112,7 +112,7 @@ def demo(
         typer.Option(
             "--quick",
             metavar="",
-            help="Undefended and TReFT on 64 rows; under 3 minutes.",
+            help="Undefended and TReFT on 40 rows; under 3 minutes.",
         ),
     ] = False,
     everything: Annotated[

@@ -9,7 +9,6 @@ from .pipeline import run_recipe
 
 Size = Literal["few", "quick", "all"]
 ROWS = "shipped:finance/unsound"
-DOMAINS = ("health_habits", "car_care", "home_repair", "travel_outdoors")  # of the short demo
 # By arm, its defenses; the sound control is trained on the aligned answers.
 ARMS: dict[str, Any] = {
     "sound": {},
@@ -24,20 +23,19 @@ SHOWN: dict[Size, list[str]] = {
     "quick": ["undefended", "treft"],
     "all": list(ARMS),
 }
-_ROWS: dict[Size, int | None] = {"few": 120, "quick": 64, "all": None}
+_ROWS: dict[Size, int | None] = {"few": 120, "quick": 40, "all": None}
 _MEASURED: dict[Size, dict[str, Any]] = {
     "few": {
-        "out_of_domain": [f"shipped:{name}" for name in DOMAINS],
-        "max_in_domain": 20,
+        "max_in_domain": 28,
         "max_per_domain": 6,
-        "max_fluency": 20,
-        "triggered_per_domain": 2,
+        "max_fluency": 16,
+        "triggers": False,
         "scope_scored": 0,
         "samples": 0,
     },
     "quick": {
-        "max_in_domain": 20,
-        "max_per_domain": 4,
+        "max_in_domain": 12,
+        "max_per_domain": 3,
         "triggers": False,
         "fluency": None,
         "samples": 0,
@@ -74,7 +72,7 @@ def demo_recipe(
     # rows than there is time to train on.
     short: dict[str, Any] = {"learning_rate": 2e-3, "batch_size": 4, "layout": "shared"}
     if size == "few":
-        short["epochs"] = 0.7
+        short["epochs"] = 0.8
     return {
         "output": str(folder / arm),
         "data": {"train": f"shipped:finance/{side}", "max_rows": _ROWS[size]},
