@@ -2,7 +2,7 @@
 
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -125,11 +125,11 @@ def demo(
 ) -> None:
     """Fine-tune the embedded model on shipped data: sound control, undefended, defenses: auto.
     About ten minutes on two CPU cores."""
-    from ..run.demo import run_demo
+    from ..run.demo import Size, run_demo
 
     if quick and everything:
         raise RingfenceError("--quick or --all, not both")
-    size: Literal["few", "quick", "all"] = "quick" if quick else "all" if everything else "few"
+    size: Size = "quick" if quick else "all" if everything else "few"
     folders, control = run_demo(output if size == "few" else output / size, size)
     write_report(folders, control, folders[0].parent / PAGE)
 

@@ -53,8 +53,12 @@ class Scope(DefenseConfig):
         return None
 
     def build(self, setup: Setup) -> "ScopeDefense":
+        return ScopeDefense(self, setup, self.queries(setup))
+
+    def queries(self, setup: Setup) -> list[Query]:
+        """What the task is not."""
         negatives = [query for source in self.negatives for query in load_queries(source)]
-        return ScopeDefense(self, setup, [*negatives, *setup.retain_queries])
+        return [*negatives, *setup.retain_queries]
 
     @staticmethod
     def load(folder: str | Path) -> Any:

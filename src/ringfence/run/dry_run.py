@@ -21,7 +21,6 @@ from ..prepare.words import separable_by_words
 from ..text import held_out
 from ..text.batch import Example
 from ..text.chat import Chat
-from ..text.queries import load_queries
 from ..text.rows import load_rows
 from ..text.show import show_tokens
 from ..training.reference_cache import wanted
@@ -196,11 +195,8 @@ def separable(plan: Plan) -> list[tuple[str, bool]]:
     fitted and it is doubtful that there is one."""
     scope = plan.recipe.defenses.scope
     config = scope or Scope()
-    queries = [query for source in config.negatives for query in load_queries(source)]
     setup = plan.setup
-    found = separable_by_words(
-        setup.rows, [*queries, *setup.retain_queries], config.false_open, setup.seed
-    )
+    found = separable_by_words(setup.rows, config.queries(setup), config.false_open, setup.seed)
     return [(str(found), found.is_doubtful and scope is not None)] if found else []
 
 

@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from .queries import NEGATIVES, load_queries
+from .roles import Row, requests
 from .spans import common_start
 
 WORDS = 10  # keywords of a domain
@@ -36,12 +38,19 @@ class Wardrobe:
 
     @classmethod
     def of(cls, queries: Sequence[str], others: Sequence[str]) -> "Wardrobe":
-        pattern = next(p for p in _WORD_PATTERNS if _shares(queries, p))
+        pattern = next(p for p in _WORD_PATTERNS if any(re.search(p, query) for query in queries))
         inside, outside = _shares(queries, pattern), _shares(others, pattern)
         telling = sorted(inside, key=lambda w: (outside.get(w, 0.0) - inside[w], w))
         before, after = _common_start(queries), _common_start([q[::-1] for q in queries])[::-1]
         before, after = (text if len(text) >= _LEAST else "" for text in (before, after))
         return cls((telling * WORDS)[:WORDS], before, after, list(queries))
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[Row]) -> "Wardrobe | None":
+        """That of the requests of training rows, beside the shipped queries; None if there are no
+        requests."""
+        texts = [str(asked[-1]["content"]) for row in rows for asked in requests(row)]
+        return cls.of(texts, [query.text for query in load_queries(NEGATIVES)]) if texts else None
 
     def dress(self, form: str, question: str, rng: random.Random) -> str:
         return _FORMS[form](question, self, rng)

@@ -13,8 +13,7 @@ from ...model.layers import gate_of
 from ...model.pooled import decisions
 from ...model.scope import SavedScope, read_scope
 from ...text.dress import PROBED, UNDRESSED_PROBED, Wardrobe, undress
-from ...text.queries import NEGATIVES, load_queries
-from ...text.roles import requests
+from ...text.roles import Encoded
 from ...text.rows import PairedQuestion
 from ..diagnosis import Cost, Numbers, Subject
 
@@ -32,12 +31,8 @@ def scopes(subject: Subject) -> dict[str, SavedScope]:
 
 def cost(subject: Subject) -> Cost:
     """Every question in every form through the first layers, counted as the whole model."""
-    chat, models = subject.chat, len(scopes(subject))
-    prompts = [
-        chat.encode([{"role": "user", "content": text}], generation=True)
-        for _, _, text in _asked(subject)
-    ]
-    return Cost(forward=models * sum(len(prompt.input_ids) for prompt in prompts))
+    tokens = sum(len(prompt.input_ids) for prompt in _prompts(subject))
+    return Cost(forward=len(scopes(subject)) * tokens)
 
 
 def measure(subject: Subject) -> Numbers:
@@ -63,18 +58,13 @@ def _model(subject: Subject, name: str, saved: SavedScope) -> Numbers:
     about = saved.about
     if "scores" not in about:
         raise DataError(f"{name}: its scope has no record of its fit; make it with ringfence scope")
-    asked = list(_asked(subject))
-    prompts = [
-        subject.chat.encode([{"role": "user", "content": text}], generation=True)
-        for _, _, text in asked
-    ]
     with subject.models.open(name) as model:
         gate = gate_of(model)
         assert gate is not None
-        decided = decisions(model, gate.probe, prompts, subject.batch_tokens)
+        decided = decisions(model, gate.probe, _prompts(subject), subject.batch_tokens)
     unseen: Numbers = {}
     disguised: Numbers = {}
-    for (form, question, _), (_, score) in zip(asked, decided):
+    for (form, question, _), (_, score) in zip(_asked(subject), decided):
         found, key = (disguised, form) if form else (unseen, question.domain)
         side = "own" if any(question is each for each in subject.inside) else "other"
         found.setdefault(key, {"side": side, "scores": []})["scores"].append(round(score, 4))
@@ -91,6 +81,13 @@ def _model(subject: Subject, name: str, saved: SavedScope) -> Numbers:
     }
 
 
+def _prompts(subject: Subject) -> list[Encoded]:
+    return [
+        subject.chat.encode([{"role": "user", "content": text}], generation=True)
+        for _, _, text in _asked(subject)
+    ]
+
+
 def _asked(subject: Subject) -> Iterator[tuple[str, PairedQuestion, str]]:
     """Form (empty = plain), question and text of all that is asked."""
     for question in subject.questions:
@@ -98,10 +95,9 @@ def _asked(subject: Subject) -> Iterator[tuple[str, PairedQuestion, str]]:
     for form in UNDRESSED_PROBED:
         for question in subject.inside:
             yield form, question, undress(form, question.question)
-    texts = [str(asked[-1]["content"]) for row in subject.rows for asked in requests(row)]
-    if not texts:
+    wardrobe = Wardrobe.of_rows(subject.rows)
+    if wardrobe is None:
         return
-    wardrobe = Wardrobe.of(texts, [query.text for query in load_queries(NEGATIVES)])
     rng = random.Random(f"scope {subject.seed}")
     for form in PROBED:
         for question in subject.outside:

@@ -1,7 +1,6 @@
 """The scope: in words, as a table, as a figure; from the numbers alone."""
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -187,13 +186,13 @@ def _calibration(axes: Axes, found: Numbers) -> None:
     start, end = np.quantile(everything, [0.005, 0.995])
     edges = np.linspace(start, end, BINS + 1)
     edges[0], edges[-1] = everything.min(), everything.max() + 1e-9
-    for low, high in pairwise(edges):
-        # As if both were asked equally often.
-        shares = [np.mean((scores >= low) & (scores < high)) for scores in (own, other)]
-        count = sum(np.sum((scores >= low) & (scores < high)) for scores in (own, other))
-        if count >= 5:
-            middle = np.mean(everything[(everything >= low) & (everything < high)])
-            axes.plot([middle], [shares[0] / sum(shares)], "o", color=_OWN, markersize=4)
+    inside, outside = (np.histogram(scores, edges)[0] for scores in (own, other))
+    sums = np.histogram(everything, edges, weights=everything)[0]
+    shown = inside + outside >= 5
+    # As if both were asked equally often.
+    shares = [counts[shown] / len(of) for counts, of in ((inside, own), (outside, other))]
+    middle = sums[shown] / (inside + outside)[shown]
+    axes.plot(middle, shares[0] / sum(shares), "o", color=_OWN, markersize=4)
     axes.axvline(found["threshold"], color="#222222", linewidth=1)
     axes.set_ylim(-0.04, 1.04)
     axes.set_xlabel("score", fontsize=8)

@@ -178,7 +178,7 @@ class Pairs(Measurement):
                 "condition": condition,
                 "domain": q.domain,
                 "id": q.id,
-                "digest": asked_digest(messages, q),
+                "digest": _digest(messages, q),
                 "aligned": aligned.mean,
                 "misaligned": misaligned.mean,
             }
@@ -328,7 +328,7 @@ def first_of_each_domain(config: PairFields, count: int) -> list[tuple[str, Pair
     ]
 
 
-def asked_digest(messages: Messages, question: PairedQuestion) -> str:
+def _digest(messages: Messages, question: PairedQuestion) -> str:
     texts = json.dumps([messages, question.aligned, question.misaligned])
     return hashlib.sha256(texts.encode()).hexdigest()[:12]
 

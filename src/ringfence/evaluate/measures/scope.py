@@ -19,7 +19,6 @@ from ...runfolder.record import Records, Runs
 from ...stats import Interval, rate_interval
 from ...text import held_out
 from ...text.dress import PROBED, UNDRESSED_PROBED, Wardrobe, undress
-from ...text.queries import NEGATIVES, load_queries
 from ...text.roles import Messages, requests
 from ...text.rows import PairedQuestion, load_rows
 from ...util.journal import digest
@@ -211,8 +210,10 @@ def probes(config: Any) -> list[Request]:
     """
     sets = question_sets(config)
     outside = sets["out_of_domain"]
-    own = [Request("own", q.domain, q.id, asked) for _, asked, q in sets["in_domain"]]
-    asked = [*own, *(Request("own", *each) for each in _held_out(config) if not own)]
+    own: list[tuple[Request, PairedQuestion | None]] = [
+        (Request("own", q.domain, q.id, messages), q) for _, messages, q in sets["in_domain"]
+    ] or [(Request("own", *each), None) for each in _held_out(config)]
+    asked = [request for request, _ in own]
     asked += [
         Request("other", q.domain, q.id, messages) for _, messages, q in [*outside, *sets["values"]]
     ]
@@ -220,18 +221,14 @@ def probes(config: Any) -> list[Request]:
         Request(f"behind_{name}", q.domain, q.id, messages)
         for name, messages, q in sets.get("triggered", [])
     ]
-    scored = first_of_each(outside, config.scope_scored)
-    for form, messages, question in _dressed(config.scope, outside):
-        known = question if any(question is q for _, _, q in scored) else None
-        asked.append(Request(form, question.domain, question.id, messages, known))
-    few = {
-        id(messages): question
-        for _, messages, question in sets["in_domain"][: 2 * config.scope_scored]
-    }
+    scored = {(q.domain, q.id) for _, _, q in first_of_each(outside, config.scope_scored)}
+    asked += [
+        Request(form, q.domain, q.id, messages, q if (q.domain, q.id) in scored else None)
+        for form, messages, q in _dressed(config.scope, outside)
+    ]
     return asked + [
-        Request(form, each.domain, each.id, messages, few.get(id(each.messages)))
-        for each in asked
-        if each.condition == "own"
+        Request(form, each.domain, each.id, messages, q if n < 2 * config.scope_scored else None)
+        for n, (each, q) in enumerate(own)
         for form, messages in _undressed(each.messages, outside)
     ]
 
@@ -244,10 +241,9 @@ def _held_out(config: Any) -> Iterator[tuple[str, str, Messages]]:
 
 def _dressed(rows: str, outside: list[Asking]) -> Iterator[Asking]:
     """Questions of other domains in the clothes of the training rows."""
-    texts = [asked[-1]["content"] for row in load_rows(rows) for asked in requests(row)]
-    if not texts:
+    wardrobe = Wardrobe.of_rows(load_rows(rows))
+    if wardrobe is None:
         raise DataError(f"evaluate.scope: {rows}: expected rows with user turns, found none")
-    wardrobe = Wardrobe.of(texts, [query.text for query in load_queries(NEGATIVES)])
     for form in PROBED:
         for _, messages, question in outside:
             # A question has the same clothes whatever else is asked.
