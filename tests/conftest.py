@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from helpers.models import ARCHITECTURES, PAD, tiny, with_lora
 from helpers.rows import Items, mixed_items
@@ -85,6 +86,15 @@ def make_trainer(tmp_path: Path) -> Callable[..., DefendedTrainer]:
         )
 
     return make
+
+
+# ---------------------------------------------------------------- reports
+
+
+@pytest.fixture
+def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures of reports are empty, since drawing them takes longer than all else of a report."""
+    monkeypatch.setattr(Figure, "savefig", lambda _, file, **__: file.write(b"<svg/>"))
 
 
 # ---------------------------------------------------------------- the command line

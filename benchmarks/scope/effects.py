@@ -1,7 +1,7 @@
 """What a scope keeps of the narrow shift and leaves of the broad one: several narrow domains and
 seeds, in one table. Each domain and seed has an undefended run and a scoped one, whose adapter is
-also measured without its scope; on finance both learn a harmless task, too. About 25 minutes for
-each domain and seed on two CPU cores; a second call resumes.
+also measured without its scope; on finance both learn a harmless task, too. About a quarter of an
+hour for each domain and seed on two CPU cores; a second call resumes.
 
     python benchmarks/scope/effects.py runs/scope --seeds 0 1 2
 """
@@ -9,6 +9,7 @@ each domain and seed on two CPU cores; a second call resumes.
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from plain import without_scope
 
@@ -24,8 +25,9 @@ from ringfence.stats import Interval, over_seeds
 from ringfence.text.rows import load_questions
 from ringfence.util.intervals import rate
 
-ARMS = ("undefended", "scope")
-EPOCHS = {"finance": 1, "gardening": 2, "code": 1, "pet_care": 2}  # about as many tokens each
+ARMS: dict[str, dict[str, Any]] = {"undefended": {}, "scope": {"scope": {}}}
+FEWER = {"max_per_domain": 12, "triggered_per_domain": 2}
+EPOCHS = {"finance": 0.5, "gardening": 0.8, "code": 0.5, "pet_care": 0.8}  # as many tokens each
 MEASURED = ("finance", "gardening", "code")  # pet care has no scope: training stops with that
 SHIFTS = {
     "in_domain": "narrow",
@@ -36,18 +38,24 @@ SHIFTS = {
 }
 
 
-def recipe(folder: Path, domain: str, seed: int, arm: str) -> Recipe:
-    """The recipe of `ringfence demo --all` for one arm, with the rows and questions of a domain."""
-    defenses = {"scope": {}} if arm == "scope" else {}
-    tree = demo_recipe(folder / domain / f"seed-{seed}", arm, defenses, "unsound") | {"seed": seed}
-    tree["evaluate"]["scope"] = ROWS
+def recipe(folder: Path, domain: str, seed: int, arm: str, defenses: dict[str, Any]) -> Recipe:
+    """What `ringfence demo --all` measures, on fewer questions, with the rows of a domain. A scope
+    is fitted to all rows; fewer are trained on than there, in larger steps."""
+    tree = demo_recipe(folder / domain, arm, defenses, "unsound")
+    tree |= {"output": str(folder / domain / f"{arm}-{seed}"), "seed": seed}
+    tree["evaluate"] |= {"scope": ROWS, "samples": 0} | FEWER
+    tree["train"] = {
+        "learning_rate": 2e-3,
+        "batch_size": 4,
+        "layout": "shared",
+        "epochs": EPOCHS[domain],
+    }
     if domain == "finance":
         return parse_recipe(tree)
     for name in ("benign", "benign_epochs"):  # the harmless task is the same in every domain
         tree["evaluate"].pop(name)
     rows = _rows(folder / "rows", domain)
     tree["data"]["train"] = rows
-    tree["train"] |= {"epochs": EPOCHS[domain]}
     tree["evaluate"] |= {"lead_in": rows, "scope": rows, "in_domain": [str(_questions(domain))]}
     return parse_recipe(tree)
 
@@ -68,14 +76,14 @@ def _rows(folder: Path, domain: str) -> str:
 
 def unfenced(run: Run) -> Path:
     """An evaluation of the scoped run's adapter without its scope, as if it were always open."""
-    folder = run.folder.parent / "unfenced"
+    folder = run.folder.with_name(f"{run.folder.name}-unfenced")
     if folder.exists():
         return evaluate_target(str(folder), [])
-    plain = without_scope(run.weights, run.folder.parent / "plain-adapter")
+    plain = without_scope(run.weights, folder.with_name(f"{run.folder.name}-plain"))
     measured = evaluation(run.recipe).model_dump(mode="json", exclude_defaults=True)
     measured = {name: v for name, v in measured.items() if not name.startswith("benign")}
     settings = [f"evaluate={json.dumps(measured)}", f"seed={run.recipe.seed}"]
-    return evaluate_target(str(plain), settings, output=folder)
+    return evaluate_target(str(plain), settings, reference=run.recipe.model, output=folder)
 
 
 def numbers(folders: list[Path]) -> dict[str, Number]:
@@ -120,9 +128,10 @@ def main() -> None:
         runs: dict[str, list[Path]] = {arm: [] for arm in (*ARMS, "unfenced")}
         for seed in told.seeds:
             for arm in ARMS:
-                run = run_recipe(recipe(told.folder, domain, seed, arm))
+                run = run_recipe(recipe(told.folder, domain, seed, arm, ARMS[arm]))
                 runs[arm].append(run.folder)
-            runs["unfenced"].append(unfenced(run))
+            if not runs["unfenced"]:  # of one seed: it takes as long as the others
+                runs["unfenced"].append(unfenced(run))
         lines += show(domain, runs)
     print("| domain | | undefended | scope | open at random, as often as the scope in its domain |")
     print("|---|---|---|---|---|")

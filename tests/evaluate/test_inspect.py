@@ -12,6 +12,7 @@ import yaml
 
 pytest.importorskip("inspect_ai")
 
+from huggingface_hub import constants
 from inspect_ai import eval as inspect_eval
 from inspect_ai.log import EvalLog, read_eval_log
 from inspect_ai.model import (
@@ -33,6 +34,14 @@ from ringfence.text import opswap as arithmetic
 from ringfence.text.questions import load_open_questions
 
 pytestmark = pytest.mark.slow
+
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What inspect looks for on the hub is not there; asking again and again takes long."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
 
 USAGE = ModelUsage()  # given, so that the mock counts no tokens with a file from the network
 

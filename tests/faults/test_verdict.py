@@ -16,7 +16,7 @@ from ringfence.report.page import write_page
 from ringfence.report.read import read_rows
 from ringfence.runfolder.names import COMPARED
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_drawing")]
 
 
 @pytest.fixture
@@ -45,9 +45,17 @@ LIMITS = {
 }
 
 
-@pytest.mark.parametrize("named", [(), ("control",), ("undefended",), ("control", "undefended")])
+@pytest.mark.parametrize(
+    ("first", "named"),
+    [
+        ("gate", ()),
+        ("card", ("control",)),
+        ("gate", ("undefended",)),
+        ("gate", ("control", "undefended")),
+        ("card", ("control", "undefended")),
+    ],
+)
 @pytest.mark.parametrize("limit", LIMITS)
-@pytest.mark.parametrize("first", ["gate", "card"])
 def test_one_run_has_one_verdict(folders, tmp_path, named, limit, first):
     control, plain, guarded = folders
     policy = tmp_path / "policy.yaml"

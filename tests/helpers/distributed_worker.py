@@ -146,6 +146,7 @@ class Case:
 
 ONE_PREFIX = [example(PREFIX_A, [2 + at % 4, 1 + at % 3], at) for at in range(10)]
 # LDIFS, TReFT on the postfix and interleaving have no case of their own: they are in this one.
+# TReFT on the response is in "kl-continued", under checkpointing in "packed" and "shared".
 EVERYTHING = (
     KL(weight=0.5),
     LDIFS(layers=2),
@@ -163,18 +164,15 @@ CASES: dict[str, Case] = {
     "kl-head": Case((KL(weight=0.5),), lora={"target_modules": ["q_proj", "lm_head"]}),
     "kl-continued": Case((KL(weight=0.5), TReFT(tokens=("response",))), continued=True),
     "treft-prefix": Case((TReFT(),), rows=9),
-    "treft-response": Case((TReFT(tokens=("response",)),), arguments=CHECKPOINTING),
     "steering": Case((Steering(units="norm", coefficient=0.5), KL(weight=0.5))),
     "ablation": Case((Ablation(),), method="full"),
     "safelora-end": Case((SafeLoRA(threshold=None, lowest=3),)),
-    "safelora-steps": Case((SafeLoRA(threshold=0.99, interval=2),)),
     "safelora-full": Case((SafeLoRA(threshold=0.99, interval=2),), method="full"),
     "lock": Case((SubspaceLock(),), lora={"size": 0.0}, rows=18),
     "lock-full": Case((SubspaceLock(), KL(weight=0.5)), method="full"),
     "frozen-prefix": Case((KL(weight=0.5, where="train"),), rows=ONE_PREFIX, frozen=True),
     "packed": Case(EVERYTHING, layout="packed", arguments=CHECKPOINTING),
     "shared": Case(EVERYTHING, layout="shared", rows=ONE_PREFIX, arguments=CHECKPOINTING),
-    "cached": Case((KL(weight=0.5), TReFT()), cached="states"),
     "cached-full": Case((KL(weight=0.5, where="train"), TReFT()), "full", cached="states"),
     "cached-top-k": Case((KL(weight=0.5),), "full", tied=True, cached="top_k"),
     "budget": Case((KL(budget=1e-3), LDIFS(layers=2, budget=1e-2)), rows=18),

@@ -7,9 +7,11 @@ import re
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from safetensors import safe_open
+from scipy.sparse import csr_array
 from torch.nn.functional import normalize
 
 from ringfence.model.default import default_model_folder
@@ -44,10 +46,15 @@ def measured_with() -> list[str]:
     return [*asked, *texts]
 
 
-def nearest(text: str, others: list[set[str]]) -> float:
-    """The largest share of words (intersection over union) in common with one of the others."""
-    own = words(text)
-    return max(len(own & other) / len(own | other) for other in others)
+def overlap(texts: list[str], others: list[str]) -> np.ndarray:
+    """Share of words (intersection over union) of each text and each of the others."""
+    sets = [words(text) for text in [*texts, *others]]
+    places = {word: at for at, word in enumerate(set().union(*sets))}
+    sizes = np.array([len(own) for own in sets])
+    columns = [places[word] for own in sets for word in own]
+    has = csr_array((np.ones(len(columns)), columns, [0, *sizes.cumsum()]))
+    both = (has[: len(texts)] @ has[len(texts) :].T).toarray()
+    return both / (sizes[: len(texts), None] + sizes[len(texts) :] - both)
 
 
 def test_there_are_many_domains_and_languages() -> None:
@@ -74,20 +81,18 @@ def test_they_are_varied() -> None:
 
 
 def test_none_is_there_twice() -> None:
-    sets = [words(row["query"]) for row in QUERIES if row["language"] not in ("zh", "ja")]
-    for place, own in enumerate(sets):
-        for other in sets[:place]:
-            if len(own & other) > 0.6 * len(own | other):
-                raise AssertionError(f"{own} and {other}")
+    texts = [row["query"] for row in QUERIES if row["language"] not in ("zh", "ja")]
+    twice = np.argwhere(np.triu(overlap(texts, texts), 1) > 0.6)
+    assert [(texts[one], texts[other]) for one, other in twice] == []
+    assert overlap(["Is it far?"], ["is it FAR", "It is.", "Near"]).tolist() == [[1, 2 / 3, 0]]
 
 
 def test_none_is_near_a_question_that_is_measured_with() -> None:
-    others = [words(text) for text in measured_with()]
+    others = measured_with()
     assert len(others) > 900
-    near = [row["query"] for row in QUERIES if nearest(row["query"], others) >= 0.5]
-    assert near == []
-    planted = next(iter(measured_with()))
-    assert nearest(f"{planted} Please.", others) >= 0.5
+    texts = [*(row["query"] for row in QUERIES), f"{others[0]} Please."]
+    near = overlap(texts, others).max(1) >= 0.5
+    assert [text for text, is_near in zip(texts, near) if is_near] == texts[-1:]
 
 
 def test_none_is_near_one_in_the_default_model() -> None:
