@@ -36,7 +36,6 @@ from ringfence.text.questions import load_open_questions
 pytestmark = pytest.mark.slow
 
 
-
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """What inspect looks for on the hub is not there; asking again and again takes long."""
