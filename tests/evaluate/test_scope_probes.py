@@ -10,7 +10,10 @@ from helpers.domains import INSIDE, OUTSIDE, write_pairs_of, write_rows_of
 from ringfence.errors import DataError
 from ringfence.evaluate.config import EvaluateConfig
 from ringfence.evaluate.measures.scope import Request, probes
-from ringfence.evaluate.parts import evaluation_key
+from ringfence.evaluate.parts import evaluation_key, parts_of
+from ringfence.run.benign import benign_twin
+from ringfence.run.config import parse_recipe
+from ringfence.run.prepare import evaluation
 
 
 def config(folder: Path, **changes: Any) -> EvaluateConfig:
@@ -53,6 +56,18 @@ def test_what_is_asked(tmp_path: Path) -> None:
     assert scored["own"] == scored["other"] == scored["behind_empty_system"] == 0
     assert scored["word"] == scored["follow_up"] == 2 * domains
     assert scored["polite"] == scored["later"] == 4
+
+
+def test_a_benign_twin_is_not_probed(tmp_path: Path) -> None:
+    """It asks no questions; a part with nothing in it could not be read again."""
+    rows = write_rows_of(tmp_path / "rows.jsonl", INSIDE, 30)
+    asked = {"benign": "opswap:tier=1,rows=24"}
+    tree = {"output": "run", "data": {"train": rows}, "defenses": {"scope": {}}, "evaluate": asked}
+    recipe = parse_recipe(tree)
+    assert "scope" in {part.name for part in parts_of(evaluation(recipe))}
+    twin = benign_twin(recipe)
+    assert evaluation(twin).scope
+    assert {part.name for part in parts_of(evaluation(twin))} == {"opswap_tier1"}
 
 
 def test_clothes_are_those_of_the_training_rows(tmp_path: Path) -> None:

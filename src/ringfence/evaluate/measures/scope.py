@@ -113,7 +113,8 @@ class ScopeProbes(Measurement):
     )
 
     def parts(self, config: Any) -> dict[str, list[Any]]:
-        return {"scope": probes(config)} if config.scope else {}
+        asked = probes(config) if config.scope else []
+        return {"scope": asked} if asked else {}  # a benign twin asks no questions
 
     def texts(self, item: Request, config: Any) -> list[tuple[Messages, int]]:
         said = [{"role": "assistant", "content": answer} for answer in item.answers]
