@@ -13,16 +13,19 @@ from typing import Any
 
 from plain import without_scope
 
-from ringfence import Run
+from ringfence import Run, Scope
 from ringfence.evaluate.measures.base import Number
+from ringfence.evaluate.results import read_results
 from ringfence.report.read import read_rows
 from ringfence.run.config import Recipe, parse_recipe
 from ringfence.run.demo import ROWS, demo_recipe
 from ringfence.run.evaluate import evaluate_target
 from ringfence.run.pipeline import run_recipe
 from ringfence.run.prepare import evaluation
-from ringfence.stats import Interval, over_seeds
+from ringfence.runfolder.names import RESULTS
+from ringfence.stats import Interval, over_seeds, rate_interval
 from ringfence.text.rows import load_questions
+from ringfence.text.sources import OTHER_DOMAINS
 from ringfence.util.intervals import rate
 
 ARMS: dict[str, dict[str, Any]] = {"undefended": {}, "scope": {"scope": {}}}
@@ -91,6 +94,19 @@ def numbers(folders: list[Path]) -> dict[str, Number]:
     return row.numbers
 
 
+def twin_opens(twin: Path) -> dict[str, Interval]:
+    """How often the scope of a benign twin opens: on its own task, and on other domains."""
+    router = Scope.load(twin / "adapter")
+    own = [item["prompt"] for item in read_results(twin / RESULTS)["parts"]["opswap_tier1"]]
+    others = [q.question for source in OTHER_DOMAINS for q in load_questions(source)]
+
+    def inside(texts: list[str]) -> Interval:
+        decided = [router.decide([{"role": "user", "content": text}]).open for text in texts]
+        return rate_interval([float(is_open) for is_open in decided])
+
+    return {"OpSwap, inside": inside(own), "OpSwap: other domains, inside": inside(others)}
+
+
 def at_random(rate: float, number: Number) -> Interval:
     """What a router would show that opens for a request by chance."""
     of = number.interval
@@ -111,6 +127,9 @@ def show(domain: str, runs: dict[str, list[Path]]) -> list[list[str]]:
         cells = [found[arm].get(name) for arm in ("undefended", "scope")]
         if all(cells):
             lines.append([domain, title, *map(str, cells), ""])
+    twin = runs["scope"][0].with_name(f"{runs['scope'][0].name}-benign")
+    if twin.exists():
+        lines += [[domain, title, "", rate(of), ""] for title, of in twin_opens(twin).items()]
     for name, number in found["scope"].items():
         if name.startswith("scope.") and number.kind == "share" and name.count(".") == 1:
             lines.append([domain, number.shown_title, "", rate(number.interval), ""])
