@@ -1,7 +1,7 @@
 # make demo   set up, then fine-tune the embedded model with and without a defense (ten minutes on two CPU cores)
 # make test   set up, then all tests
 # make test-fast   those that take no training and no other process, in a minute or two
-# make test-deepspeed   build DeepSpeed, which has no wheels, and train with it on two processes
+# make test-deepspeed   build DeepSpeed, which has no wheels, and train with it on two processes; after that `make test` does so, too
 # make bench  set up, then measure time and memory against the bounds of docs/performance.md (about an hour and a half
 #             on two quiet CPU cores); with QUICK=1 a small version into runs/bench, which shows that all of it runs
 # make test-oldest, make test-newest   the tests that touch the libraries, with the oldest and newest releases allowed

@@ -3,6 +3,7 @@
 """
 
 import os
+from typing import Any
 
 
 def rank() -> int:
@@ -17,3 +18,12 @@ def world() -> int:
 def is_main() -> bool:
     """Only the main process prints, and writes files other than pieces of a checkpoint."""
     return rank() == 0
+
+
+def from_main(found: Any) -> Any:
+    """What the main process found, on every rank; all must call it, and have met before."""
+    if world() == 1:
+        return found
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([found])[0]

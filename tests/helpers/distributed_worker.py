@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, training_args
 
+import ringfence.prepare.scope as scope_module
 import ringfence.run.train as train_module
 from helpers.models import PAD, nudged, tiny, with_lora
 from helpers.rows import PREFIX_A, example, training_rows
@@ -347,8 +348,18 @@ def recipe_of(files: Path, folder: Path, method: str, **extra: Any) -> Recipe:
 
 
 def run_of(name: str, files: Path, folder: Path) -> None:
-    """A whole run; `stopped` is interrupted by a signal to the last rank alone, and goes on."""
+    """A whole run; `stopped` is interrupted by a signal to the last rank alone, and goes on; the
+    scope of `scoped` is the main process's to fit."""
     recipe = recipe_of(files, folder, "full" if name == "full" else "lora")
+    if name == "scoped":
+        scoped = {"scope": {"negatives": [str(files / "negatives.jsonl")]}, "kl": {"weight": 0.5}}
+        recipe = recipe_of(files, folder, "lora", defenses=scoped)
+        data = recipe.data.model_copy(update={"train": str(files / "inside.jsonl")})
+        train = recipe.train.model_copy(update={"epochs": 0.1})
+        model = str(files / "deep")
+        recipe = recipe.model_copy(update={"model": model, "data": data, "train": train})
+        if not is_main():
+            scope_module.fit_scope = None  # type: ignore[assignment]
     if name == "monitored":
         recipe = recipe_of(files, folder, "lora", monitor={"every": 2, "probes": 4})
     if name == "stopped":
@@ -363,7 +374,7 @@ def run_of(name: str, files: Path, folder: Path) -> None:
     train_run(recipe)  # does nothing
 
 
-RUNS = ("lora", "full", "monitored", "stopped")
+RUNS = ("lora", "full", "monitored", "stopped", "scoped")
 
 
 @contextmanager

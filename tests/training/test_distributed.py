@@ -36,7 +36,8 @@ from helpers.distributed_worker import (
     make_files,
     work,
 )
-from helpers.models import PAD, tiny, with_lora
+from helpers.domains import INSIDE, write_negatives, write_rows_of
+from helpers.models import PAD, random_model, small_tokenizer, tiny, with_lora
 from helpers.penalties import assert_same
 from helpers.rows import training_rows
 from helpers.runs import small_model, write_rows
@@ -60,7 +61,7 @@ needs_bf16 = pytest.mark.skipif(
     settled("auto") == "fp32", reason="without instructions for bf16, DeepSpeed rounds otherwise"
 )
 ALL_KINDS = [*KINDS, *(pytest.param(kind, marks=needs_deepspeed) for kind in ZERO)]
-SAVED = [name for name in RUNS if name != "lora"]  # which `stopped` is when it goes on
+SAVED = ("full", "monitored", "stopped")  # which is `lora` of one process, when it goes on
 RECIPES = Path(__file__).parents[2] / "docs" / "distributed"
 TESTS = Path(__file__).parents[1]
 WORKER = ["-m", "helpers.distributed_worker"]
@@ -143,10 +144,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     files.mkdir()
     make_files(files)
     small_model(files / "model", size=16)
+    sizes = {"num_hidden_layers": 6, "hidden_size": 64, "head_dim": 32, "intermediate_size": 96}
+    deep = random_model(initializer_range=0.1, max_position_embeddings=1024, **sizes)
+    deep.save_pretrained(files / "deep")
+    small_tokenizer().save_pretrained(files / "deep")
+    write_rows_of(files / "inside.jsonl", INSIDE, 120)
+    write_negatives(files / "negatives.jsonl")
     write_rows(files / "rows.jsonl", 17)
     write_rows(files / "retain.jsonl", 4, start=50)
     names = [*CASES, *RESUMED, *RUNS]
-    theirs = [*CASES, *RESUMED, *SAVED, *BF16]
+    theirs = [*CASES, *RESUMED, *SAVED, "scoped", *BF16]
     pair = start_pair(str(folder), ",".join(KINDS), ",".join(theirs))
     try:
         for name in names:
@@ -347,6 +354,15 @@ def test_what_two_ranks_saved_is_what_one_process_saves(
     for key in ("steps", "rows", "row_tokens", "trained_parameters"):
         assert record[key] == its[key]
     assert json.loads((folder / "environment.json").read_text())["ranks"] == 2
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_a_scope_is_that_of_one_process(kind: str, trained: Path) -> None:
+    """Only the main process fits it, and all ranks train the layers above it."""
+    ours, theirs = (trained / at / "scoped" / "adapter" for at in (kind, "one"))
+    assert {file.name for file in ours.iterdir()} == {file.name for file in theirs.iterdir()}
+    for name in ("adapter_model.safetensors", "scope.safetensors"):
+        assert_same(load_file(ours / name), load_file(theirs / name))
 
 
 @pytest.mark.parametrize("kind", ALL_KINDS)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from ..errors import DefenseError
+from ..processes import from_main, is_main
 from ..text.queries import NEGATIVES, Query, load_queries
 from ..util.console import progress
 from ..util.strict_yaml import Layer, Real
@@ -81,9 +82,16 @@ class ScopeDefense(Defense):
         Raises:
             DefenseError: the training rows have no scope.
         """
+        # Ranks must agree on the layers.
+        self.fit = fit = from_main(self._fitted(reference) if is_main() else None)
+        if fit.refusal:
+            raise DefenseError(f"defenses.scope: {fit.refusal}")
+        return fit.probe.layers[-1] + 1 if self.config.adapters == "above" else 1
+
+    def _fitted(self, reference: Any) -> "Fit":
         from ..prepare.scope import fit_scope
 
-        self.fit = fit_scope(
+        return fit_scope(
             reference,
             self.setup.chat,
             self.setup.rows,
@@ -93,9 +101,6 @@ class ScopeDefense(Defense):
             seed=self.setup.seed,
             bar=partial(progress, "scope: queries read"),
         )
-        if self.fit.refusal:
-            raise DefenseError(f"defenses.scope: {self.fit.refusal}")
-        return self.fit.probe.layers[-1] + 1 if self.config.adapters == "above" else 1
 
     def save(self, folder: Path) -> None:
         if self.fit:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from pydantic import BaseModel
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -31,6 +30,7 @@ from ..model.directions import Directions
 from ..model.layers import causal_lm
 from ..model.losses import Head, find_head, kl_sum, relative_drift, token_logprobs
 from ..model.taps import Needs, forward, prefix_kv
+from ..processes import from_main
 from ..stats import mean_interval
 from ..text.batch import Example, collate
 from ..text.chat import Chat
@@ -150,7 +150,7 @@ class DriftMonitor(TrainerCallback):
         started = time.monotonic()
         with _undisturbed(model, args):
             found = self._compare(self._measure(model, self._head))
-        [found] = broadcast_object_list([found])  # ranks must agree on whether to stop
+        found = from_main(found)  # ranks must agree on whether to stop
         values = {**found, "shift": found["shift"]["mean"]}
         alarms = [name for name, limit in self.config.limits.items() if not values[name] <= limit]
         stops = self.config.stop and bool(alarms) and state.global_step < state.max_steps
