@@ -16,7 +16,8 @@ from ringfence.model.turn import find_turn
 from ringfence.prepare import ridge
 from ringfence.prepare.ridge import Features
 from ringfence.prepare.scope import Fit, fit_scope
-from ringfence.prepare.scope_queries import AFTER, items_of
+from ringfence.prepare.scope_queries import AFTER, Item, items_of
+from ringfence.prepare.scope_search import Held, Search
 from ringfence.prepare.words import separable_by_words
 from ringfence.stats.auc import auc
 from ringfence.text.chat import Chat
@@ -118,6 +119,8 @@ def test_a_domain_is_told_from_domains_that_were_left_out(fit: Fit) -> None:
     assert set(fit.by_domain) == set(OUTSIDE)
     assert fit.false_open.mean <= 0.02
     assert fit.rows == 120
+    for told in (fit.farthest, fit.nearest):
+        assert len({far.origin for far in told}) == len(told) == 10
     inside, outside = (
         fit.scores["training queries"],
         [score for name in OUTSIDE for score in fit.scores[name]],
@@ -177,6 +180,30 @@ def test_the_threshold_follows_the_rate_that_is_asked_for(fit: Fit) -> None:
     wide = fitted(rows_of(INSIDE, 120), negatives(), false_open=0.2)
     assert wide.probe.threshold < fit.probe.threshold
     assert 0.1 < wide.false_open.mean <= 0.2
+
+
+@pytest.mark.parametrize(
+    ("shares", "deepest"),
+    [
+        ({2: 0.97, 3: 0.98, 4: 0.98}, 2),  # as good as the best
+        ({2: 0.91, 3: 0.97, 4: 0.98}, 3),
+        ({2: 0.88, 3: 0.91, 4: 0.92}, 3),  # 2 is within the error, but would be refused
+        ({2: 0.84, 3: 0.85, 4: 0.86}, 4),  # all would be
+    ],
+)
+def test_the_shallowest_depth_that_is_good_enough(
+    shares: dict[int, float], deepest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = [Item("positive", str(n), "plain", [], "", f"row {n}") for n in range(100)]
+    search = Search(np.zeros((100, 4, 2), np.float32), items, 0.02, 0)
+    held = {
+        at: Held(1.0, np.zeros(100), 0.0, 0.99, np.arange(100) < 100 * share)
+        for at, share in shares.items()
+    }
+    monkeypatch.setattr(search, "_drop_related", lambda _: None)
+    found = iter(held.values())
+    monkeypatch.setattr(search, "best", lambda _: next(found))
+    assert search.choose({at: [0] for at in shares}).deepest == deepest
 
 
 def test_the_deepest_layer_can_be_given() -> None:

@@ -28,10 +28,10 @@ from ..text.roles import Encoded, Row
 from ..util.intervals import percents
 from ..util.journal import digest
 from .scope_queries import AFTER, Item, asking, items_of
-from .scope_search import MOST_RELATED, Chosen, Search
+from .scope_search import MOST_CLOSED, MOST_RELATED, Chosen, Search
 
 DEPTHS = (0.2, 0.3)  # of the deepest layer looked at
-LEAST_AUC, MOST_CLOSED = 0.9, 0.1  # otherwise the rows have no scope
+LEAST_AUC = 0.9  # otherwise the rows have no scope
 LEAST_ROWS, LEAST_DOMAINS = 20, 10
 
 
@@ -250,9 +250,12 @@ def _told(
         return rate_interval(list(opened[of]), list(search.domain_N[of]))
 
     def first(order: np.ndarray) -> list[Far]:
-        return [
-            Far(items[at].text, items[at].origin, round(float(scores[at]), 4)) for at in order[:10]
-        ]
+        """Ten, of each row or query only the first."""
+        places: dict[str, int] = {}
+        for at in order:
+            places.setdefault(items[at].origin, at)
+        chosen = [*places.values()][:10]
+        return [Far(items[at].text, items[at].origin, round(float(scores[at]), 4)) for at in chosen]
 
     order = np.argsort(scores)
     domains = [str(name) for name in sorted(set(search.domain_N[plain]))]

@@ -18,6 +18,7 @@ FOLDS = 5
 STRENGTHS = (0.3, 1.0, 3.0)  # of the ridge, in mean variances
 RELATED = 0.85  # AUC below which a domain of negatives resembles the training queries
 MOST_RELATED = 0.25  # of the domains
+MOST_CLOSED = 0.1  # of the training queries; with more outside they have no scope
 SHARES = {"positive": 0.5, "plain": 0.4, "dressed": 0.1}  # weight of each sort in the fit
 
 
@@ -72,14 +73,16 @@ class Search:
 
     def choose(self, places: dict[int, list[int]]) -> Chosen:
         """Of depths with the places of their layers in the states, the shallowest that is as good
-        as the best: more layers are left for the adapter, and it costs less."""
+        as the best (by its standard error, unless too few queries would be inside): more layers
+        are left for the adapter, and it costs less."""
         middle = sorted(places)[len(places) // 2]
         self._drop_related(Features(self.states, places[middle], self.seed))
         looked = {deepest: Features(self.states, at, self.seed) for deepest, at in places.items()}
         tried = {deepest: self.best(features) for deepest, features in looked.items()}
         most = max(held.inside.mean() for held in tried.values())
-        margin = np.sqrt(most * (1 - most) / self.positive_N.sum())
-        deepest = min(at for at, held in tried.items() if held.inside.mean() >= most - margin)
+        error = np.sqrt(most * (1 - most) / self.positive_N.sum())
+        least = max(most - error, min(most, 1 - MOST_CLOSED))
+        deepest = min(at for at, held in tried.items() if held.inside.mean() >= least)
         return Chosen(deepest, looked[deepest], tried[deepest], tried)
 
     def best(self, features: Features) -> Held:
