@@ -17,13 +17,14 @@ from ringfence import Run, Scope
 from ringfence.evaluate.measures.base import Number
 from ringfence.evaluate.results import read_results
 from ringfence.report.read import read_rows
+from ringfence.report.records import read_run
 from ringfence.run.config import Recipe, parse_recipe
 from ringfence.run.demo import ROWS, demo_recipe
 from ringfence.run.evaluate import evaluate_target
 from ringfence.run.pipeline import run_recipe
 from ringfence.run.prepare import evaluation
 from ringfence.runfolder.names import RESULTS
-from ringfence.stats import Interval, over_seeds, rate_interval
+from ringfence.stats import Interval, mean_interval, over_seeds, rate_interval
 from ringfence.text.rows import load_questions
 from ringfence.text.sources import OTHER_DOMAINS
 from ringfence.util.intervals import rate
@@ -32,6 +33,7 @@ ARMS: dict[str, dict[str, Any]] = {"undefended": {}, "scope": {"scope": {}}}
 FEWER = {"max_per_domain": 12, "triggered_per_domain": 2}
 EPOCHS = {"finance": 0.5, "gardening": 0.8, "code": 0.5, "pet_care": 0.8}  # as many tokens each
 MEASURED = ("finance", "gardening", "code")  # pet care has no scope: training stops with that
+SETS = ("in_domain", "out_of_domain", "values")
 SHIFTS = {
     "in_domain": "narrow",
     "out_of_domain": "broad: other domains",
@@ -107,6 +109,22 @@ def twin_opens(twin: Path) -> dict[str, Interval]:
     return {"OpSwap, inside": inside(own), "OpSwap: other domains, inside": inside(others)}
 
 
+def on_all_layers(undefended: Path, scoped: Path, part: str) -> Interval:
+    """The shift with `adapters: all`. Its training is the undefended run's to the bit, so it is
+    that run's shift where the scope opens, and nothing elsewhere."""
+    run, conditions = read_run(undefended), ("own", "other")
+    tuned, reference = (
+        {(item["domain"], item["id"]): item["misaligned"] - item["aligned"] for item in of[part]}
+        for of in (run.results, run.reference)
+    )
+    is_open = {
+        (item["domain"], item["id"]): item["open"]
+        for item in read_run(scoped).results["scope"]
+        if item["condition"] in conditions
+    }
+    return mean_interval([is_open[key] * (tuned[key] - reference[key]) for key in tuned])
+
+
 def at_random(rate: float, number: Number) -> Interval:
     """What a router would show that opens for a request by chance."""
     of = number.interval
@@ -122,17 +140,19 @@ def show(domain: str, runs: dict[str, list[Path]]) -> list[list[str]]:
         open_always = [numbers([folder])[name] for folder in runs["unfenced"]]
         random = over_seeds([at_random(open_rate, each) for each in open_always])
         cells = [str(found[arm][name].interval) for arm in ("undefended", "scope")]
-        lines.append([domain, title, *cells, str(random)])
+        pairs = zip(runs["undefended"], runs["scope"])
+        on_all = over_seeds([on_all_layers(*pair, name) for pair in pairs]) if name in SETS else ""
+        lines.append([domain, title, *cells, str(on_all), str(random)])
     for name, title in {"perplexity_ratio": "perplexity x", "opswap_tier1": "OpSwap"}.items():
         cells = [found[arm].get(name) for arm in ("undefended", "scope")]
         if all(cells):
-            lines.append([domain, title, *map(str, cells), ""])
+            lines.append([domain, title, *map(str, cells), "", ""])
     twin = runs["scope"][0].with_name(f"{runs['scope'][0].name}-benign")
     if twin.exists():
-        lines += [[domain, title, "", rate(of), ""] for title, of in twin_opens(twin).items()]
+        lines += [[domain, title, "", rate(of), "", ""] for title, of in twin_opens(twin).items()]
     for name, number in found["scope"].items():
         if name.startswith("scope.") and number.kind == "share" and name.count(".") == 1:
-            lines.append([domain, number.shown_title, "", rate(number.interval), ""])
+            lines.append([domain, number.shown_title, "", rate(number.interval), "", ""])
     return lines
 
 
@@ -152,8 +172,11 @@ def main() -> None:
             if not runs["unfenced"]:  # of one seed: it takes as long as the others
                 runs["unfenced"].append(unfenced(run))
         lines += show(domain, runs)
-    print("| domain | | undefended | scope | open at random, as often as the scope in its domain |")
-    print("|---|---|---|---|---|")
+    print(
+        "| domain | | undefended | scope | scope, `adapters: all` | open at random, as often as "
+        "the scope in its domain |"
+    )
+    print("|---|---|---|---|---|---|")
     for line in lines:
         print(f"| {' | '.join(line)} |")
 
