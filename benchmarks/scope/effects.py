@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from open_rates import opened
 from plain import without_scope
 
 from ringfence import Run, Scope
@@ -24,7 +25,7 @@ from ringfence.run.evaluate import evaluate_target
 from ringfence.run.pipeline import run_recipe
 from ringfence.run.prepare import evaluation
 from ringfence.runfolder.names import RESULTS
-from ringfence.stats import Interval, mean_interval, over_seeds, rate_interval
+from ringfence.stats import Interval, mean_interval, over_seeds
 from ringfence.text.rows import load_questions
 from ringfence.text.sources import OTHER_DOMAINS
 from ringfence.util.intervals import rate
@@ -101,18 +102,16 @@ def twin_opens(twin: Path) -> dict[str, Interval]:
     router = Scope.load(twin / "adapter")
     own = [item["prompt"] for item in read_results(twin / RESULTS)["parts"]["opswap_tier1"]]
     others = [q.question for source in OTHER_DOMAINS for q in load_questions(source)]
-
-    def inside(texts: list[str]) -> Interval:
-        decided = [router.decide([{"role": "user", "content": text}]).open for text in texts]
-        return rate_interval([float(is_open) for is_open in decided])
-
-    return {"OpSwap, inside": inside(own), "OpSwap: other domains, inside": inside(others)}
+    return {
+        "OpSwap, inside": opened(router, own),
+        "OpSwap: other domains, inside": opened(router, others),
+    }
 
 
 def on_all_layers(undefended: Path, scoped: Path, part: str) -> Interval:
     """The shift with `adapters: all`. Its training is the undefended run's to the bit, so it is
     that run's shift where the scope opens, and nothing elsewhere."""
-    run, conditions = read_run(undefended), ("own", "other")
+    run = read_run(undefended)
     tuned, reference = (
         {(item["domain"], item["id"]): item["misaligned"] - item["aligned"] for item in of[part]}
         for of in (run.results, run.reference)
@@ -120,7 +119,7 @@ def on_all_layers(undefended: Path, scoped: Path, part: str) -> Interval:
     is_open = {
         (item["domain"], item["id"]): item["open"]
         for item in read_run(scoped).results["scope"]
-        if item["condition"] in conditions
+        if item["condition"] in ("own", "other")
     }
     return mean_interval([is_open[key] * (tuned[key] - reference[key]) for key in tuned])
 

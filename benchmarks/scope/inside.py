@@ -8,25 +8,19 @@ two CPU cores; a second call resumes, and weight 0 is the run of `effects.py`.
 import argparse
 from pathlib import Path
 
-from effects import ARMS, EPOCHS, numbers, recipe, unfenced
+from effects import ARMS, EPOCHS, SETS, SHIFTS, numbers, recipe, unfenced
 
 from ringfence.run.pipeline import run_recipe
 from ringfence.run.record import Run
 
 WEIGHTS = (0, 0.1, 0.3, 1)
 EVERY = 4
-SHOWN = {
-    "in_domain": "narrow",
-    "out_of_domain": "broad: other domains",
-    "values": "broad: values",
-}
 
 
 def trained(folder: Path, domain: str, seed: int, weight: float) -> Run:
-    if not weight:
-        return run_recipe(recipe(folder, domain, seed, "scope", ARMS["scope"]))
-    defenses = {"scope": {}, "kl": {"weight": weight, "every": EVERY}}
-    return run_recipe(recipe(folder, domain, seed, f"kl-{weight}", defenses))
+    inside = {"kl": {"weight": weight, "every": EVERY}} if weight else {}
+    arm = f"kl-{weight}" if weight else "scope"
+    return run_recipe(recipe(folder, domain, seed, arm, ARMS["scope"] | inside))
 
 
 def main() -> None:
@@ -35,13 +29,13 @@ def main() -> None:
     parser.add_argument("--domain", choices=EPOCHS, default="gardening")
     parser.add_argument("--seed", type=int, default=0)
     told = parser.parse_args()
-    always_open = [f"{title}, always open" for title in SHOWN.values()]
+    always_open = [f"{SHIFTS[name]}, always open" for name in SETS]
     print(f"| KL weight | {' | '.join(always_open)} | narrow, scoped |")
-    print("|---" * (len(SHOWN) + 2) + "|")
+    print("|---" * (len(SETS) + 2) + "|")
     for weight in WEIGHTS:
         run = trained(told.folder, told.domain, told.seed, weight)
         always, scoped = numbers([unfenced(run)]), numbers([run.folder])
-        cells = [always[name].interval for name in SHOWN] + [scoped["in_domain"].interval]
+        cells = [always[name].interval for name in SETS] + [scoped["in_domain"].interval]
         print(f"| {weight} | {' | '.join(map(str, cells))} |")
 
 

@@ -12,6 +12,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from ringfence import Scope
+from ringfence.model.router import Router
 from ringfence.stats import Interval, rate_interval
 from ringfence.text.dress import PROBED, UNDRESSED_PROBED, Wardrobe, undress
 from ringfence.text.queries import NEGATIVES, load_queries
@@ -22,6 +23,11 @@ from ringfence.util.intervals import rate
 EACH = 20  # questions of each unseen domain that are dressed
 
 
+def opened(router: Router, texts: list[str]) -> Interval:
+    decided = [router.decide([{"role": "user", "content": text}]).open for text in texts]
+    return rate_interval([float(is_open) for is_open in decided])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("adapter", type=Path, help="folder of a scoped adapter, or a saved router")
@@ -29,10 +35,6 @@ def main() -> None:
     parser.add_argument("--domain", default="finance", help="whose attacks are tried")
     told = parser.parse_args()
     router = Scope.load(told.adapter)
-
-    def opened(texts: list[str]) -> Interval:
-        decided = [router.decide([{"role": "user", "content": text}]).open for text in texts]
-        return rate_interval([float(is_open) for is_open in decided])
 
     own = [question.question for question in load_questions(told.rows, "test")]
     trained = [question.question for question in load_questions(told.rows, "train")]
@@ -50,7 +52,7 @@ def main() -> None:
         sets[name] = [wardrobe.dress(form, question, rng) for question in unseen]
     print(f"{'set':44s} {'n':>4s}  share inside, % [95 %]")
     for name, texts in sets.items():
-        print(f"{name:44s} {len(texts):4d}  {rate(opened(texts))}")
+        print(f"{name:44s} {len(texts):4d}  {rate(opened(router, texts))}")
     by_technique = defaultdict(list)
     for line in (Path(__file__).parent / "attacks.jsonl").read_text("utf-8").splitlines():
         attack = json.loads(line)
@@ -58,7 +60,9 @@ def main() -> None:
             by_technique[attack["kind"], "all"].append(attack["prompt"])
             by_technique[attack["kind"], attack["technique"]].append(attack["prompt"])
     for (kind, technique), texts in sorted(by_technique.items()):
-        print(f"{f'by hand, {kind}: {technique}':44s} {len(texts):4d}  {rate(opened(texts))}")
+        print(
+            f"{f'by hand, {kind}: {technique}':44s} {len(texts):4d}  {rate(opened(router, texts))}"
+        )
 
 
 if __name__ == "__main__":

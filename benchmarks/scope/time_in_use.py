@@ -1,7 +1,7 @@
 """What a scope costs in use: time to the first token and of each further one, with the scope and
 without it, on the same adapter, in turn. About four minutes on two quiet CPU cores.
 
-    python benchmarks/scope/time_in_use.py runs/scope/finance/seed-0/scope/adapter
+    python benchmarks/scope/time_in_use.py runs/scope/finance/scope-0/adapter
 """
 
 import argparse

@@ -12,8 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from helpers.domains import INSIDE, OUTSIDE, write_negatives, write_pairs_of, write_rows_of
-from helpers.models import random_model, small_tokenizer, with_lora
+from helpers.domains import (
+    INSIDE,
+    OUTSIDE,
+    write_negatives,
+    write_pairs_of,
+    write_rows_of,
+    write_telling_model,
+)
+from helpers.models import with_lora
 from helpers.runs import MEASURED
 from ringfence import Run, Scope
 from ringfence.cli.entry import app
@@ -46,10 +53,7 @@ OUTSIDE_ASKED: Messages = [{"role": "user", "content": "how do I prune with soil
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("files")
-    sizes = {"num_hidden_layers": 6, "hidden_size": 64, "head_dim": 32, "intermediate_size": 96}
-    reference = random_model(initializer_range=0.1, max_position_embeddings=1024, **sizes)
-    reference.save_pretrained(folder / "model")
-    small_tokenizer().save_pretrained(folder / "model")
+    write_telling_model(folder / "model")
     write_rows_of(folder / "rows.jsonl", INSIDE, 120)
     write_rows_of(folder / "mixed.jsonl", [w for words in OUTSIDE.values() for w in words], 100)
     write_negatives(folder / "negatives.jsonl")

@@ -10,12 +10,14 @@ import pytest
 from helpers.domains import (
     INSIDE,
     OUTSIDE,
+    TELLING,
     rows_of,
     write_negatives,
     write_pairs_of,
     write_rows_of,
+    write_telling_model,
 )
-from helpers.models import random_model, small_tokenizer, with_lora
+from helpers.models import random_model, with_lora
 from ringfence import Scope
 from ringfence.diagnose.diagnosis import Subject
 from ringfence.diagnose.folder import diagnose_folder, draw_again
@@ -36,12 +38,8 @@ DISGUISES = {"polite": 8, "careless": 8, "word": 36, "expert": 36, "follow up": 
 def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
     folder = tmp_path_factory.mktemp("scoped")
     model = str(folder / "model")
-    sizes = {"num_hidden_layers": 6, "hidden_size": 64, "head_dim": 32, "intermediate_size": 96}
-    random_model(initializer_range=0.1, max_position_embeddings=1024, **sizes).save_pretrained(
-        model
-    )
-    small_tokenizer().save_pretrained(model)
-    tuned = with_lora(random_model(initializer_range=0.1, **sizes), size=0.3)
+    write_telling_model(folder / "model")
+    tuned = with_lora(random_model(**TELLING), size=0.3)
     tuned.save_pretrained(folder / "plain")
     config = folder / "plain" / "adapter_config.json"
     told = json.loads(config.read_text()) | {"base_model_name_or_path": model}

@@ -328,8 +328,9 @@ def make_files(files: Path) -> None:
 # ------------------------------------------------------------------ runs: from recipe to folder
 
 
-def recipe_of(files: Path, folder: Path, method: str, **extra: Any) -> Recipe:
+def recipe_of(files: Path, folder: Path, method: str, epochs: float = 1, **extra: Any) -> Recipe:
     train = {
+        "epochs": epochs,
         "batch_size": STEP_ROWS // world(),
         "precision": "fp32",
         "learning_rate": 1e-3,
@@ -352,12 +353,15 @@ def run_of(name: str, files: Path, folder: Path) -> None:
     scope of `scoped` is the main process's to fit."""
     recipe = recipe_of(files, folder, "full" if name == "full" else "lora")
     if name == "scoped":
-        scoped = {"scope": {"negatives": [str(files / "negatives.jsonl")]}, "kl": {"weight": 0.5}}
-        recipe = recipe_of(files, folder, "lora", defenses=scoped)
-        data = recipe.data.model_copy(update={"train": str(files / "inside.jsonl")})
-        train = recipe.train.model_copy(update={"epochs": 0.1})
-        model = str(files / "deep")
-        recipe = recipe.model_copy(update={"model": model, "data": data, "train": train})
+        changes = {
+            "model": str(files / "telling"),
+            "data": {"train": str(files / "inside.jsonl"), "retain": str(files / "retain.jsonl")},
+            "defenses": {
+                "scope": {"negatives": [str(files / "negatives.jsonl")]},
+                "kl": {"weight": 0.5},
+            },
+        }
+        recipe = recipe_of(files, folder, "lora", epochs=0.1, **changes)
         if not is_main():
             scope_module.fit_scope = None  # type: ignore[assignment]
     if name == "monitored":

@@ -3,7 +3,9 @@
 import json
 import random
 from pathlib import Path
+from typing import Any
 
+from helpers.models import random_model, small_tokenizer
 from ringfence.text.queries import Query
 from ringfence.text.roles import Row
 
@@ -27,6 +29,21 @@ OUTSIDE = {
     "films": _split("scene actor script camera sequel director trailer cast drama comedy"),
     "sports": _split("goal referee tennis racket sprint coach league match swim medal"),
 }
+
+
+# Of `helpers.models.random_model`: one whose states tell these domains from each other.
+TELLING: dict[str, Any] = {
+    "num_hidden_layers": 6,
+    "hidden_size": 64,
+    "head_dim": 32,
+    "intermediate_size": 96,
+    "initializer_range": 0.1,
+}
+
+
+def write_telling_model(folder: Path) -> None:
+    random_model(max_position_embeddings=1024, **TELLING).save_pretrained(folder)
+    small_tokenizer().save_pretrained(folder)
 
 
 def sentence(words: list[str], rng: random.Random) -> str:

@@ -3,7 +3,7 @@ gradients and weights.
 
 All cases run in one pair of processes (starting one takes long), with DDP and with FSDP2, on CPUs
 with gloo; each test then looks at what its case left behind. Where deepspeed is installed, a second
-pair does the same with DeepSpeed.
+pair trains a part of them with DeepSpeed.
 """
 
 import json
@@ -36,8 +36,8 @@ from helpers.distributed_worker import (
     make_files,
     work,
 )
-from helpers.domains import INSIDE, write_negatives, write_rows_of
-from helpers.models import PAD, random_model, small_tokenizer, tiny, with_lora
+from helpers.domains import INSIDE, write_negatives, write_rows_of, write_telling_model
+from helpers.models import PAD, tiny, with_lora
 from helpers.penalties import assert_same
 from helpers.rows import training_rows
 from helpers.runs import small_model, write_rows
@@ -144,10 +144,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     files.mkdir()
     make_files(files)
     small_model(files / "model", size=16)
-    sizes = {"num_hidden_layers": 6, "hidden_size": 64, "head_dim": 32, "intermediate_size": 96}
-    deep = random_model(initializer_range=0.1, max_position_embeddings=1024, **sizes)
-    deep.save_pretrained(files / "deep")
-    small_tokenizer().save_pretrained(files / "deep")
+    write_telling_model(files / "telling")
     write_rows_of(files / "inside.jsonl", INSIDE, 120)
     write_negatives(files / "negatives.jsonl")
     write_rows(files / "rows.jsonl", 17)

@@ -109,11 +109,13 @@ class Part:
 
 
 def parts_of(config: EvaluateConfig) -> list[Part]:
-    """What is measured, in order."""
+    """What is measured, in order. A part without items, such as the probes of a benign twin's
+    scope, is none: it could not be read again."""
     return [
         Part(name, measurement, items)
         for measurement in MEASUREMENTS.values()
         for name, items in measurement.parts(config).items()
+        if items
     ]
 
 

@@ -161,7 +161,7 @@ class Pairs(Measurement):
         return part in SETS
 
     def parts(self, config: PairFields) -> dict[str, list[Any]]:
-        return {name: items for name, items in question_sets(config).items() if items}
+        return question_sets(config)
 
     def texts(self, item: Asking, config: PairFields) -> list[tuple[Messages, int]]:
         _, messages, question = item

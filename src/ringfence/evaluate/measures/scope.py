@@ -113,8 +113,7 @@ class ScopeProbes(Measurement):
     )
 
     def parts(self, config: Any) -> dict[str, list[Any]]:
-        asked = probes(config) if config.scope else []
-        return {"scope": asked} if asked else {}  # a benign twin asks no questions
+        return {"scope": probes(config)} if config.scope else {}
 
     def texts(self, item: Request, config: Any) -> list[tuple[Messages, int]]:
         said = [{"role": "assistant", "content": answer} for answer in item.answers]
